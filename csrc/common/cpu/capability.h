@@ -1,0 +1,44 @@
+// Run-time dispatch over instruction sets. Every cpu.cpp is compiled once per instruction set (see CPU_CAPABILITIES in
+// setup.py) with DLKIT_ISA naming the namespace; DLKIT_CPU_ENTRY defines the public entry in the baseline object alone.
+#pragma once
+
+namespace dlkit {
+
+enum class CpuCapability { Baseline, Avx2, Avx512 };
+
+// The best the processor has and the build contains, lowered by DLKIT_CPU_CAPABILITY=default|avx2|avx512. Read once.
+CpuCapability cpu_capability();
+const char* cpu_capability_name();
+
+}  // namespace dlkit
+
+#if !defined(DLKIT_ISA)
+#define DLKIT_ISA baseline
+#define DLKIT_ISA_IS_BASELINE 1
+#endif
+
+// Defines void name(const Argument&) as the function of that name in the chosen instruction set's namespace.
+#if !defined(DLKIT_ISA_IS_BASELINE)
+#define DLKIT_CPU_ENTRY(name, function, Argument)
+#elif defined(__x86_64__)
+#define DLKIT_CPU_ENTRY(name, function, Argument) \
+  namespace avx2 {                                \
+  void function(const Argument&);                 \
+  }                                               \
+  namespace avx512 {                              \
+  void function(const Argument&);                 \
+  }                                               \
+  void name(const Argument& op) {                 \
+    switch (cpu_capability()) {                   \
+      case CpuCapability::Avx512:                 \
+        return avx512::function(op);              \
+      case CpuCapability::Avx2:                   \
+        return avx2::function(op);                \
+      default:                                    \
+        return baseline::function(op);            \
+    }                                             \
+  }
+#else
+#define DLKIT_CPU_ENTRY(name, function, Argument) \
+  void name(const Argument& op) { baseline::function(op); }
+#endif

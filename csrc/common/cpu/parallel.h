@@ -1,0 +1,25 @@
+// torch's own thread pool, reached through its C interface, so that kernels know no torch and no second OpenMP runtime
+// spins beside torch's. Loops are cut into chunks of `grain` or more; which thread runs which chunk never changes a result.
+#pragma once
+
+#include <cstdint>
+
+#include "../scalar.h"
+
+namespace dlkit {
+
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+void parallel_for_raw(int64_t count, int64_t grain, ParallelBody body, void* context);
+
+template <class F>
+DLKIT_HOST_DEVICE void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain) {
+    if (count > 0) f(int64_t(0), count);
+    return;
+  }
+  parallel_for_raw(
+      count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<F*>(&f));
+}
+
+}  // namespace dlkit

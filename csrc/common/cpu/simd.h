@@ -1,0 +1,270 @@
+// SIMD for every CPU kernel: GCC/Clang vector types, so one source serves SSE2/NEON (4 floats), AVX2 (8) and AVX-512 (16),
+// plus what those types cannot say: 16-bit loads and stores, partial vectors, streaming stores.
+// A Vector<A> holds kLanes<A> accumulation values (A is float or double); loads widen and stores narrow in registers.
+// Everything lives in the instruction set's own namespace and is inlined: nothing leaks between objects.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <type_traits>
+
+#include "../scalar.h"
+#include "capability.h"
+
+#if defined(__AVX512F__)
+#define DLKIT_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define DLKIT_VECTOR_BYTES 32
+#else
+#define DLKIT_VECTOR_BYTES 16
+#endif
+#define DLKIT_INLINE static inline __attribute__((always_inline))
+#define DLKIT_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace dlkit::DLKIT_ISA {
+
+constexpr int64_t kVectorBytes = DLKIT_VECTOR_BYTES;
+
+template <class A>
+constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
+
+using VectorF32 = float __attribute__((vector_size(kVectorBytes)));
+using VectorF64 = double __attribute__((vector_size(kVectorBytes)));
+using VectorU32 = uint32_t __attribute__((vector_size(kVectorBytes)));
+using VectorU16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class A>
+struct VectorOf {
+  using type = VectorF32;
+};
+template <>
+struct VectorOf<double> {
+  using type = VectorF64;
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+
+template <class V>
+DLKIT_INLINE V load_raw(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class A>
+DLKIT_INLINE Vector<A> broadcast(A value) {
+  return Vector<A>{} + value;
+}
+
+// How kLanes values of T lie in memory.
+template <class T>
+struct PackedOf {
+  using type = VectorU16;
+};
+template <>
+struct PackedOf<float> {
+  using type = VectorF32;
+};
+template <>
+struct PackedOf<double> {
+  using type = VectorF64;
+};
+template <class T>
+using Packed = typename PackedOf<T>::type;
+
+DLKIT_INLINE VectorF32 unpack(VectorF32 packed, float) { return packed; }
+DLKIT_INLINE VectorF64 unpack(VectorF64 packed, double) { return packed; }
+DLKIT_INLINE VectorF32 unpack(VectorU16 packed, BFloat16) {
+  return (VectorF32)(__builtin_convertvector(packed, VectorU32) << 16);
+}
+DLKIT_INLINE VectorF32 unpack(VectorU16 packed, Float16) {
+#if defined(__AVX512F__)
+  return (VectorF32)_mm512_cvtph_ps((__m256i)packed);
+#elif defined(__F16C__)
+  return (VectorF32)_mm256_cvtph_ps((__m128i)packed);
+#else
+  VectorF32 v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(Float16{packed[i]});
+  return v;
+#endif
+}
+
+// Rounds to nearest even.
+DLKIT_INLINE VectorF32 pack(VectorF32 v, float) { return v; }
+DLKIT_INLINE VectorF64 pack(VectorF64 v, double) { return v; }
+DLKIT_INLINE VectorU16 pack(VectorF32 v, BFloat16) {
+  const VectorU32 bits = (VectorU32)v;
+  const VectorU32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const VectorU32 is_nan = (VectorU32)(v != v);
+  return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), VectorU16);
+}
+DLKIT_INLINE VectorU16 pack(VectorF32 v, Float16) {
+#if defined(__AVX512F__)
+  return (VectorU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (VectorU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  VectorU16 packed;
+  for (int i = 0; i < kLanes<float>; ++i) packed[i] = narrow(v[i], Float16()).bits;
+  return packed;
+#endif
+}
+
+// What v becomes once it was stored as T.
+template <class T>
+DLKIT_INLINE Vector<accumulate_t<T>> round_to(Vector<accumulate_t<T>> v) {
+  return unpack(pack(v, T()), T());
+}
+
+// A store past the caches, for outputs larger than them: p is aligned to the bytes written, and streaming_fence() follows.
+template <class T>
+DLKIT_INLINE void stream(T* p, Vector<accumulate_t<T>> v) {
+  const auto packed = pack(v, T());
+#if defined(__AVX512F__)
+  if constexpr (sizeof(packed) == 64) {
+    _mm512_stream_si512((__m512i*)p, (__m512i)packed);
+  } else {
+    _mm256_stream_si256((__m256i*)p, (__m256i)packed);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(packed) == 32) {
+    _mm256_stream_si256((__m256i*)p, (__m256i)packed);
+  } else {
+    _mm_stream_si128((__m128i*)p, (__m128i)packed);
+  }
+#elif defined(__x86_64__)
+  if constexpr (sizeof(packed) == 16) {
+    _mm_stream_si128((__m128i*)p, (__m128i)packed);
+  } else {
+    memcpy(p, &packed, sizeof(packed));
+  }
+#else
+  memcpy(p, &packed, sizeof(packed));
+#endif
+}
+
+DLKIT_INLINE void streaming_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// How much of a vector counts: all of it, or its first `count` < kLanes lanes at the end of a row.
+struct All {};
+struct First {
+  int64_t count;
+};
+
+// Loads and stores at any address.
+template <class T>
+DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, All) {
+  return unpack(load_raw<Packed<T>>(p), T());
+}
+
+template <class T>
+DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, All) {
+  const auto packed = pack(v, T());
+  memcpy(p, &packed, sizeof(packed));
+}
+
+// Lanes past the count read as zero.
+template <class T>
+DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << width.count) - 1;
+  if constexpr (sizeof(T) == 8) return (VectorF64)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  if constexpr (sizeof(T) == 4) return (VectorF32)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  if constexpr (sizeof(T) == 2) return unpack((VectorU16)_mm256_maskz_loadu_epi16(__mmask16(mask), p), T());
+#else
+  Packed<T> packed = {};
+  memcpy(&packed, p, size_t(width.count) * sizeof(T));
+  return unpack(packed, T());
+#endif
+}
+
+template <class T>
+DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
+  const auto packed = pack(v, T());
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << width.count) - 1;
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)packed);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)packed);
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)packed);
+#else
+  memcpy(p, &packed, size_t(width.count) * sizeof(T));
+#endif
+}
+
+template <bool kStream, class T, class Width>
+DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width) {
+  if constexpr (kStream && std::is_same_v<Width, All>) {
+    stream(p, v);
+  } else {
+    store(p, v, width);
+  }
+}
+
+// Lanes past the count become zero.
+template <class V>
+DLKIT_INLINE V keep(V v, All) {
+  return v;
+}
+template <class V>
+DLKIT_INLINE V keep(V v, First width) {
+  for (int64_t i = width.count; i < int64_t(sizeof(V) / sizeof(v[0])); ++i) v[i] = 0;
+  return v;
+}
+
+// The sum of all lanes by halving: a fixed order, log2(kLanes) additions deep.
+DLKIT_INLINE float sum_lanes(float __attribute__((vector_size(16))) v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+DLKIT_INLINE double sum_lanes(double __attribute__((vector_size(16))) v) { return v[0] + v[1]; }
+#define DLKIT_SUM_BY_HALVES(A, bytes)                                       \
+  DLKIT_INLINE A sum_lanes(A __attribute__((vector_size(bytes))) v) {       \
+    A __attribute__((vector_size(bytes / 2))) halves[2];                    \
+    memcpy(halves, &v, bytes);                                              \
+    return sum_lanes(halves[0] + halves[1]);                                \
+  }
+#if DLKIT_VECTOR_BYTES >= 32
+DLKIT_SUM_BY_HALVES(float, 32)
+DLKIT_SUM_BY_HALVES(double, 32)
+#endif
+#if DLKIT_VECTOR_BYTES >= 64
+DLKIT_SUM_BY_HALVES(float, 64)
+DLKIT_SUM_BY_HALVES(double, 64)
+#endif
+
+// Calls f(column, slot, width) for every vector of a row: kUnroll independent slots in the main loop, slot 0 after it.
+template <class A, int kUnroll, class F>
+DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t kStep = kLanes<A>;
+  int64_t column = begin;
+  for (; column + kUnroll * kStep <= end; column += kUnroll * kStep) {
+#pragma GCC unroll 8
+    for (int slot = 0; slot < kUnroll; ++slot) f(column + slot * kStep, slot, All{});
+  }
+  for (; column + kStep <= end; column += kStep) f(column, 0, All{});
+  if (column < end) f(column, 0, First{end - column});
+}
+
+// totals[k] = the sum over all columns of what f(column, width, terms) puts into terms[k]. Lanes past the end must be zero.
+// Runs of kRun columns are summed in A and the runs in double, so the error does not grow with the row.
+template <class A, int kTotals, class F>
+DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& f) {
+  constexpr int64_t kRun = 4096;
+  constexpr int kSlots = 4;
+  for (int k = 0; k < kTotals; ++k) totals[k] = 0;
+  for (int64_t begin = 0; begin < cols; begin += kRun) {
+    Vector<A> sums[kSlots][kTotals] = {};
+    for_columns<A, kSlots>(begin, begin + kRun < cols ? begin + kRun : cols,
+                           [&](int64_t column, int slot, auto width) DLKIT_INLINE_LAMBDA {
+                             f(column, width, sums[slot]);
+                           });
+    for (int k = 0; k < kTotals; ++k) {
+      totals[k] += sum_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+    }
+  }
+}
+
+}  // namespace dlkit::DLKIT_ISA

@@ -1,0 +1,125 @@
+// What every op.cpp shares: the library's name, dtypes and row layouts of tensors, and running a kernel on a tensor's device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "scalar.h"
+
+#if defined(DLKIT_WITH_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+// The tests build the same sources a second time, under another name, with the CUDA kernels serving CPU tensors.
+#if !defined(DLKIT_LIBRARY)
+#define DLKIT_LIBRARY dlkit
+#endif
+#define DLKIT_STRING_(x) #x
+#define DLKIT_STRING(x) DLKIT_STRING_(x)
+#define DLKIT_DEFINE_OPS_(library, m) TORCH_LIBRARY_FRAGMENT(library, m)
+#define DLKIT_DEFINE_OPS(m) DLKIT_DEFINE_OPS_(DLKIT_LIBRARY, m)
+#define DLKIT_IMPLEMENT_OPS_(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
+#define DLKIT_IMPLEMENT_OPS(key, m) DLKIT_IMPLEMENT_OPS_(DLKIT_LIBRARY, key, m)
+
+namespace dlkit {
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  const std::string qualified = std::string(DLKIT_STRING(DLKIT_LIBRARY)) + "::" + name;
+  return c10::Dispatcher::singleton().findSchemaOrThrow(qualified.c_str(), "").typed<Signature>();
+}
+
+inline bool is_supported(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::F32;
+    case at::kDouble:
+      return DType::F64;
+    case at::kBFloat16:
+      return DType::BF16;
+    case at::kHalf:
+      return DType::F16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "dlkit: no kernel for ", type);
+  }
+}
+
+inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline const void* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+}
+inline void* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+
+// A tensor seen as rows of adjacent elements at one distance: the last `row_ndim` dimensions are a row. Copies only where
+// the strides do not allow that. Undefined stays undefined.
+struct Rows {
+  at::Tensor tensor;
+  int64_t stride = 0;
+  const void* data() const { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+};
+
+inline Rows as_rows(const at::Tensor& tensor, int64_t row_ndim) {
+  if (!tensor.defined()) return {};
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t cols = 1;
+  bool adjacent = true;
+  int64_t dim = tensor.dim() - 1;
+  for (; dim >= tensor.dim() - row_ndim; --dim) {
+    adjacent = adjacent && (sizes[dim] == 1 || strides[dim] == cols);
+    cols *= sizes[dim];
+  }
+  int64_t row_stride = -1, next = 0;
+  for (; dim >= 0; --dim) {
+    if (sizes[dim] == 1) continue;
+    if (row_stride < 0) {
+      row_stride = strides[dim];
+    } else {
+      adjacent = adjacent && strides[dim] == next;
+    }
+    next = strides[dim] * sizes[dim];
+  }
+  if (!adjacent && tensor.numel() > 0) return {tensor.contiguous(), cols};
+  return {tensor, row_stride < 0 ? cols : row_stride};
+}
+
+// Where a kernel runs: made from a tensor, it makes that tensor's device current for as long as it lives.
+struct CpuDevice {
+  explicit CpuDevice(const at::Tensor&) {}
+};
+
+#if defined(DLKIT_CUDA_ON_CPU)
+struct CudaDevice {
+  explicit CudaDevice(const at::Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#elif defined(DLKIT_WITH_CUDA)
+struct CudaDevice {
+  explicit CudaDevice(const at::Tensor& tensor) : guard(tensor.device()) {}
+  void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
+  c10::cuda::CUDAGuard guard;
+};
+#endif
+
+// DLKIT_BACKEND=cuda|triton|native says what serves CUDA tensors; unset, the compiled kernels do where they were built.
+// native leaves every device to torch's own ops.
+inline bool backend_is(const char* name) {
+  const char* backend = std::getenv("DLKIT_BACKEND");
+  return std::strcmp(backend == nullptr ? "" : backend, name) == 0;
+}
+inline bool cpu_kernels_wanted() { return !backend_is("native"); }
+inline bool cuda_kernels_wanted() { return backend_is("") || backend_is("cuda"); }
+
+}  // namespace dlkit

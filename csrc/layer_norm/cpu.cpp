@@ -1,0 +1,243 @@
+// LayerNorm and RMSNorm on the CPU.
+//
+// Forward: a row is read from memory once, then twice more from the first-level caches (mean, squared deviations, output);
+// the output goes past the caches when it is larger than them. Bytes moved: x and y, each once.
+// Backward: rows go in groups of kGroup; each row's two sums first, then, column by column over the whole group, grad_input
+// and the parameter gradients, so that weight and the running parameter gradients are touched once a group, not once a row.
+// Bytes moved: grad_output, x and grad_input, each once, and one partial row a block of rows, summed in a fixed order.
+#include <cmath>
+
+#include "../common/cpu/cache.h"
+#include "../common/cpu/parallel.h"
+#include "../common/cpu/simd.h"
+#include "../common/dispatch.h"
+#include "kernel.h"
+
+namespace dlkit::layer_norm {
+namespace DLKIT_ISA {
+namespace {
+
+using namespace dlkit::DLKIT_ISA;
+
+constexpr int64_t kGrain = 16 * 1024;  // elements a task: below this a second thread costs more than it saves
+
+int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Streaming pays once the outputs push everything else out of the last-level cache, and needs whole aligned vectors.
+template <class T>
+bool should_stream(const void* output, int64_t rows, int64_t cols) {
+  const int64_t row_bytes = cols * int64_t(sizeof(T));
+  return rows * row_bytes >= streaming_threshold_bytes() && row_bytes % 64 == 0 && uintptr_t(output) % 64 == 0;
+}
+
+// What is normalised: x, or x + residual rounded to T.
+template <class T, bool kAdd>
+struct Source {
+  const T* x;
+  const T* residual;
+  template <class Width>
+  inline __attribute__((always_inline)) Vector<accumulate_t<T>> operator()(int64_t column, Width width) const {
+    auto v = load(x + column, width);
+    if constexpr (kAdd) v = round_to<T>(v + load(residual + column, width));
+    return v;
+  }
+};
+
+template <class T, class P, bool kAdd, bool kStream>
+void forward_rows(const Forward& op, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const P* weight = static_cast<const P*>(op.weight);
+  const P* bias = static_cast<const P*>(op.bias);
+  const int64_t cols = op.cols;
+  for (int64_t row = begin; row < end; ++row) {
+    const Source<T, kAdd> source{static_cast<const T*>(op.x) + row * op.x_stride,
+                                 static_cast<const T*>(op.residual) + row * op.residual_stride};
+    double totals[1];
+    A mean = 0;
+    if (!op.rms) {
+      sum_columns<A>(cols, totals,
+                     [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA { terms[0] += source(i, width); });
+      mean = A(totals[0] / double(cols));
+    }
+    sum_columns<A>(cols, totals, [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+      const Vector<A> centred = keep(source(i, width) - mean, width);
+      terms[0] += centred * centred;
+    });
+    const A rstd = A(1.0 / std::sqrt(totals[0] / double(cols) + op.eps));
+    if (op.mean != nullptr) static_cast<A*>(op.mean)[row] = mean;
+    if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd;
+
+    T* y = static_cast<T*>(op.y) + row * cols;
+    T* sum = static_cast<T*>(op.sum) + row * cols;
+    for_columns<A, 4>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      const Vector<A> v = source(i, width);
+      if constexpr (kAdd) write<kStream>(sum + i, v, width);
+      Vector<A> normalized = (v - mean) * rstd;
+      if (weight != nullptr) normalized *= load(weight + i, width);
+      if (bias != nullptr) normalized += load(bias + i, width);
+      write<kStream>(y + i, normalized, width);
+    });
+  }
+  if constexpr (kStream) streaming_fence();
+}
+
+template <class T, class P, bool kAdd>
+void forward_typed(const Forward& op) {
+  const int64_t grain = max64(1, kGrain / op.cols);
+  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (!kAdd || uintptr_t(op.sum) % 64 == 0);
+  parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
+    stream ? forward_rows<T, P, kAdd, true>(op, begin, end) : forward_rows<T, P, kAdd, false>(op, begin, end);
+  });
+}
+
+constexpr int kGroup = 4;
+
+// Blocks of rows, each with one partial row of each parameter gradient. A function of the shape alone.
+int64_t backward_blocks(const Backward& op) {
+  if (op.rows == 0 || (op.grad_weight == nullptr && op.grad_bias == nullptr)) return 0;
+  const int64_t by_work = op.rows * op.cols / kGrain;
+  const int64_t by_rows = max64(op.rows / kGroup, min64(op.rows, 2));
+  return max64(1, min64(64, min64(by_work, by_rows)));
+}
+
+template <class T, class P, int kRows, bool kInput, bool kWeight, bool kBias, bool kStream>
+DLKIT_INLINE void backward_group(const Backward& op, int64_t first, accumulate_t<T>* weight_sums,
+                                 accumulate_t<T>* bias_sums) {
+  using A = accumulate_t<T>;
+  const P* weight = static_cast<const P*>(op.weight);
+  const int64_t cols = op.cols;
+  const T* x[kRows];
+  const T* grad_output[kRows];
+  const T* grad_sum[kRows];
+  T* grad_input[kRows];
+  A mean[kRows], rstd[kRows], mean_wdy[kRows], mean_wdy_xhat[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r;
+    x[r] = static_cast<const T*>(op.x) + row * op.x_stride;
+    grad_output[r] = static_cast<const T*>(op.grad_output) + row * op.grad_output_stride;
+    grad_sum[r] = static_cast<const T*>(op.grad_sum) + row * op.grad_sum_stride;
+    grad_input[r] = static_cast<T*>(op.grad_input) + row * cols;
+    mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
+    rstd[r] = static_cast<const A*>(op.rstd)[row];
+    if constexpr (kInput) {
+      double totals[2];
+      sum_columns<A>(cols, totals, [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+        Vector<A> wdy = load(grad_output[r] + i, width);
+        if (weight != nullptr) wdy *= load(weight + i, width);
+        terms[0] += wdy;
+        terms[1] += wdy * (load(x[r] + i, width) - mean[r]);
+      });
+      mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
+      mean_wdy_xhat[r] = A(totals[1] * rstd[r] / double(cols));
+    }
+  }
+  for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+    Vector<A> w = broadcast<A>(1), weight_sum = {}, bias_sum = {};
+    if (weight != nullptr) w = load(weight + i, width);
+    for (int r = 0; r < kRows; ++r) {
+      const Vector<A> dy = load(grad_output[r] + i, width);
+      const Vector<A> xhat = (load(x[r] + i, width) - mean[r]) * rstd[r];
+      if constexpr (kInput) {
+        Vector<A> dx = (dy * w - mean_wdy[r] - xhat * mean_wdy_xhat[r]) * rstd[r];
+        if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
+        write<kStream>(grad_input[r] + i, dx, width);
+      }
+      if constexpr (kWeight) weight_sum += dy * xhat;
+      if constexpr (kBias) bias_sum += dy;
+    }
+    if constexpr (kWeight) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);
+    if constexpr (kBias) store(bias_sums + i, load(bias_sums + i, width) + bias_sum, width);
+  });
+}
+
+template <class T, class P, bool kInput, bool kWeight, bool kBias, bool kStream>
+void backward_rows(const Backward& op, int64_t begin, int64_t end, accumulate_t<T>* weight_sums,
+                   accumulate_t<T>* bias_sums) {
+  if constexpr (kWeight) memset(weight_sums, 0, size_t(op.cols) * sizeof(*weight_sums));
+  if constexpr (kBias) memset(bias_sums, 0, size_t(op.cols) * sizeof(*bias_sums));
+  int64_t row = begin;
+  for (; row + kGroup <= end; row += kGroup) {
+    backward_group<T, P, kGroup, kInput, kWeight, kBias, kStream>(op, row, weight_sums, bias_sums);
+  }
+  for (; row < end; ++row) {
+    backward_group<T, P, 1, kInput, kWeight, kBias, kStream>(op, row, weight_sums, bias_sums);
+  }
+  if constexpr (kStream) streaming_fence();
+}
+
+template <class A, class P>
+void sum_partials(const A* partials, int64_t blocks, int64_t block_stride, int64_t cols, void* output) {
+  parallel_for(cols, max64(64, kGrain / max64(1, blocks)), [&](int64_t begin, int64_t end) {
+    for_columns<A, 1>(begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      Vector<A> sum = {};
+      for (int64_t block = 0; block < blocks; ++block) sum += load(partials + block * block_stride + i, width);
+      store(static_cast<P*>(output) + i, sum, width);
+    });
+  });
+}
+
+template <class T, class P, bool kInput, bool kWeight, bool kBias>
+void backward_typed(const Backward& op) {
+  using A = accumulate_t<T>;
+  const bool stream = kInput && should_stream<T>(op.grad_input, op.rows, op.cols);
+  const auto run = [&](int64_t begin, int64_t end, A* weight_sums, A* bias_sums) {
+    stream ? backward_rows<T, P, kInput, kWeight, kBias, true>(op, begin, end, weight_sums, bias_sums)
+           : backward_rows<T, P, kInput, kWeight, kBias, false>(op, begin, end, weight_sums, bias_sums);
+  };
+  if constexpr (kWeight || kBias) {
+    const int64_t blocks = backward_blocks(op);
+    const int64_t block_stride = op.cols * (int64_t(kWeight) + int64_t(kBias));
+    A* partials = static_cast<A*>(op.partials);
+    A* bias_partials = partials + (kWeight ? op.cols : 0);
+    parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        run(op.rows * block / blocks, op.rows * (block + 1) / blocks, partials + block * block_stride,
+            bias_partials + block * block_stride);
+      }
+    });
+    if constexpr (kWeight) sum_partials<A, P>(partials, blocks, block_stride, op.cols, op.grad_weight);
+    if constexpr (kBias) sum_partials<A, P>(bias_partials, blocks, block_stride, op.cols, op.grad_bias);
+  } else {
+    parallel_for(op.rows, max64(1, kGrain / op.cols),
+                 [&](int64_t begin, int64_t end) { run(begin, end, nullptr, nullptr); });
+  }
+}
+
+}  // namespace
+
+void forward(const Forward& op) {
+  with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    op.residual != nullptr ? forward_typed<T, P, true>(op) : forward_typed<T, P, false>(op);
+  });
+}
+
+void backward(const Backward& op) {
+  with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
+    with_flags(
+        [&](auto input, auto weight, auto bias) {
+          if constexpr (input || weight || bias) backward_typed<decltype(t), decltype(p), input, weight, bias>(op);
+        },
+        op.grad_input != nullptr, op.grad_weight != nullptr, op.grad_bias != nullptr);
+  });
+}
+
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t partials_bytes(const Backward& op) {
+  const int64_t element = op.dtype == DType::F64 ? 8 : 4;
+  const int64_t arrays = int64_t(op.grad_weight != nullptr) + int64_t(op.grad_bias != nullptr);
+  return backward_blocks(op) * arrays * op.cols * element;
+}
+#endif
+
+}  // namespace DLKIT_ISA
+
+DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
+DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t backward_partials_cpu(const Backward& op) { return baseline::partials_bytes(op); }
+#endif
+
+}  // namespace dlkit::layer_norm

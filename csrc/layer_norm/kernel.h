@@ -1,0 +1,66 @@
+// The contract of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, forward and backward.
+//
+//   sum  = x + residual                      (rounded to the input's dtype; only with a residual, else sum = x)
+//   xhat = (sum - mean) * rstd               mean of the row, 0 for RMSNorm
+//   rstd = 1 / sqrt(mean((sum - mean)^2) + eps)
+//   y    = xhat * weight + bias
+//
+//   wdy        = grad_output * weight
+//   grad_input = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + grad_sum      (no mean(wdy) for RMSNorm)
+//   grad_weight = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
+//
+// Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that the
+// element type itself has. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype is F64).
+// `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then that input
+// counts as absent and that output is not computed. rows may be 0; cols is at least 1.
+#pragma once
+
+#include "../common/scalar.h"
+
+namespace dlkit::layer_norm {
+
+struct Forward {
+  const void* x;
+  const void* residual;  // or null
+  const void* weight;    // [cols] or null
+  const void* bias;      // [cols] or null
+  void* y;
+  void* sum;   // null exactly where residual is
+  void* mean;  // [rows] of accumulate, or null
+  void* rstd;  // [rows] of accumulate, or null
+  int64_t rows, cols;
+  int64_t x_stride, residual_stride;
+  double eps;
+  DType dtype;            // of x, residual, y and sum
+  DType parameter_dtype;  // of weight and bias: dtype or F32
+  bool rms;
+};
+
+struct Backward {
+  const void* grad_output;
+  const void* grad_sum;  // gradient that reaches `sum` from elsewhere, or null
+  const void* x;         // what was normalised: `sum` where there was a residual
+  const void* mean;      // [rows] of accumulate; null for RMSNorm
+  const void* rstd;      // [rows] of accumulate
+  const void* weight;    // [cols] or null
+  void* grad_input;      // or null
+  void* grad_weight;     // [cols] of parameter_dtype, or null
+  void* grad_bias;       // [cols] of parameter_dtype, or null
+  void* partials;        // backward_partials_*() bytes, 64-byte aligned; null where that is 0
+  int64_t rows, cols;
+  int64_t grad_output_stride, grad_sum_stride, x_stride;
+  DType dtype;            // of grad_output, grad_sum, x and grad_input
+  DType parameter_dtype;  // of weight, grad_weight and grad_bias: dtype or F32
+  bool rms;
+};
+
+void forward_cpu(const Forward& op);
+void backward_cpu(const Backward& op);
+int64_t backward_partials_cpu(const Backward& op);
+
+// `stream` is a cudaStream_t of the current device. Throw std::runtime_error when a launch fails.
+void forward_cuda(const Forward& op, void* stream);
+void backward_cuda(const Backward& op, void* stream);
+int64_t backward_partials_cuda(const Backward& op);
+
+}  // namespace dlkit::layer_norm

@@ -1,0 +1,443 @@
+// LayerNorm and RMSNorm as torch ops. The public four check their arguments, then call layer_norm_forward, through an
+// autograd node where a gradient is asked for; layer_norm_backward is an op of its own, so that compilers see both.
+// Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/broadcast_tensors.h>
+#include <ATen/ops/layer_norm.h>
+#include <ATen/ops/rms_norm.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "../common/op.h"
+#include "kernel.h"
+
+namespace dlkit::layer_norm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::variable_list;
+using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;   // y, sum, mean, rstd
+using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;          // grad_input, grad_weight, grad_bias
+
+bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+
+Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return has(tensor) ? tensor->contiguous() : Tensor(); }
+
+at::ScalarType parameter_type(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return has(weight) ? weight->scalar_type() : has(bias) ? bias->scalar_type() : input.scalar_type();
+}
+
+// [..., normalized dims] -> [..., 1, ...]: the shape of mean and rstd.
+template <class Sizes>
+auto statistics_sizes(const Sizes& sizes, int64_t normalized_ndim) {
+  auto result = sizes.vec();
+  std::fill(result.end() - normalized_ndim, result.end(), 1);
+  return result;
+}
+
+#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
+void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
+void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
+int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
+#endif
+void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
+void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
+int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
+
+struct Shape {
+  int64_t rows, cols;
+};
+
+Shape shape_of(const Tensor& input, int64_t normalized_ndim) {
+  const int64_t cols = c10::multiply_integers(input.sizes().slice(input.dim() - normalized_ndim));
+  return {cols > 0 ? input.numel() / cols : 0, cols};
+}
+
+template <class Device>
+ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
+                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool stats) {
+  const Rows x = as_rows(input, normalized_ndim);
+  const Rows added = as_rows(or_undefined(residual), normalized_ndim);
+  const Tensor w = contiguous_or_undefined(weight);
+  const Tensor b = contiguous_or_undefined(bias);
+  const auto sizes = input.sizes();
+  Tensor y = at::empty(sizes, input.options());
+  Tensor sum, mean, rstd;
+  if (has(residual)) sum = at::empty(sizes, input.options());
+  if (stats) {
+    const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
+    const auto stats_sizes = statistics_sizes(sizes, normalized_ndim);
+    if (!rms) mean = at::empty(stats_sizes, options);
+    rstd = at::empty(stats_sizes, options);
+  }
+  const auto [rows, cols] = shape_of(input, normalized_ndim);
+  if (rows > 0) {
+    run(Device(input), Forward{x.data(), added.data(), data_or_null(w), data_or_null(b), y.mutable_data_ptr(),
+                               mutable_data_or_null(sum), mutable_data_or_null(mean), mutable_data_or_null(rstd), rows,
+                               cols, x.stride, added.stride, eps, dtype_of(input.scalar_type()),
+                               dtype_of(parameter_type(input, weight, bias)), rms});
+  }
+  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd)};
+}
+
+template <class Device>
+BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
+                         const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                         const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
+  const Rows dy = as_rows(grad_output, normalized_ndim);
+  const Rows ds = as_rows(or_undefined(grad_sum), normalized_ndim);
+  const Rows x = as_rows(input, normalized_ndim);
+  const Tensor w = contiguous_or_undefined(weight);
+  const Device device(input);
+  Tensor grad_input, grad_weight, grad_bias, partials;
+  const auto row_sizes = input.sizes().slice(input.dim() - normalized_ndim);
+  const at::ScalarType parameter = parameter_type(input, weight, bias);
+  const auto [rows, cols] = shape_of(input, normalized_ndim);
+  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
+  if (output_mask[1]) grad_weight = at::empty(row_sizes, input.options().dtype(parameter));
+  if (output_mask[2]) grad_bias = at::empty(row_sizes, input.options().dtype(parameter));
+  Backward op{dy.data(), ds.data(), x.data(), data_or_null(mean), rstd.const_data_ptr(), data_or_null(w),
+              mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias),
+              nullptr, rows, cols, dy.stride, ds.stride, x.stride, dtype_of(input.scalar_type()), dtype_of(parameter),
+              !has(mean)};
+  if (cols > 0) {
+    const int64_t bytes = partials_bytes(device, op);
+    if (bytes > 0) partials = at::empty({bytes}, input.options().dtype(at::kByte));
+    op.partials = mutable_data_or_null(partials);
+    run(device, op);
+  }
+  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+}
+
+// Shapes and dtypes of the above, for tracing.
+ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
+                            const OptionalTensor&, const OptionalTensor&, double, bool rms, bool stats) {
+  const auto like = [&](const auto& sizes, at::ScalarType type) {
+    return at::empty_symint(sizes, input.options().dtype(type));
+  };
+  const auto stats_sizes = statistics_sizes(input.sym_sizes(), normalized_ndim);
+  const at::ScalarType stats_type = accumulate_type(input.scalar_type());
+  return {like(input.sym_sizes(), input.scalar_type()),
+          has(residual) ? like(input.sym_sizes(), input.scalar_type()) : Tensor(),
+          stats && !rms ? like(stats_sizes, stats_type) : Tensor(), stats ? like(stats_sizes, stats_type) : Tensor()};
+}
+
+BackwardOutputs backward_meta(const Tensor& grad_output, const OptionalTensor&, const Tensor& input,
+                              const OptionalTensor&, const Tensor&, const OptionalTensor& weight,
+                              const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
+  const auto row_sizes = input.sym_sizes().slice(input.dim() - normalized_ndim);
+  const auto options = input.options().dtype(parameter_type(input, weight, bias));
+  return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(),
+          output_mask[1] ? at::empty_symint(row_sizes, options) : Tensor(),
+          output_mask[2] ? at::empty_symint(row_sizes, options) : Tensor()};
+}
+
+// The same results from torch's own differentiable ops.
+std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& residual, c10::SymIntArrayRef shape,
+                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
+  const Tensor x = has(residual) ? input + *residual : input;
+  const auto same = [&](const OptionalTensor& p) { return !has(p) || p->scalar_type() == x.scalar_type(); };
+  // torch refuses fp32 parameters with 16-bit input on some devices: compute in the accumulation type then.
+  const bool mixed = is_supported(x.scalar_type()) && !(same(weight) && same(bias));
+  const at::ScalarType type = mixed ? accumulate_type(x.scalar_type()) : x.scalar_type();
+  const auto convert = [&](const OptionalTensor& p) { return has(p) ? OptionalTensor(p->to(type)) : std::nullopt; };
+  const Tensor y = rms ? at::rms_norm_symint(x.to(type), shape, convert(weight), eps)
+                       : at::layer_norm_symint(x.to(type), shape, convert(weight), convert(bias), eps);
+  return {y.to(x.scalar_type()), x};
+}
+
+// Where only torch's own ops will do: types and devices without a kernel, torch.func transforms, forward-mode derivatives.
+bool needs_native(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                  const OptionalTensor& bias) {
+  static const auto op = find_op<ForwardOutputs(const Tensor&, const OptionalTensor&, int64_t, const OptionalTensor&,
+                                                const OptionalTensor&, double, bool, bool)>("layer_norm_forward");
+  const auto has_tangent = [](const OptionalTensor& t) { return has(t) && t->_fw_grad(0).defined(); };
+  return !is_supported(input.scalar_type()) || input.layout() != at::kStrided ||
+         !op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device())) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         input._fw_grad(0).defined() || has_tangent(residual) || has_tangent(weight) || has_tangent(bias);
+}
+
+ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
+                            const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
+                            bool stats) {
+  static const auto op = find_op<decltype(call_forward)>("layer_norm_forward");
+  return op.call(input, residual, normalized_ndim, weight, bias, eps, rms, stats);
+}
+
+BackwardOutputs call_backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
+                              const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                              const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
+  static const auto op = find_op<decltype(call_backward)>("layer_norm_backward");
+  return op.call(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, output_mask);
+}
+
+struct LayerNormNode : torch::autograd::Function<LayerNormNode> {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& input,
+                               const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+                               int64_t normalized_ndim, double eps, bool rms) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [y, sum, mean, rstd] = call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, true);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({sum.defined() ? sum : input, mean, rstd, or_undefined(weight), or_undefined(bias)});
+    ctx->saved_data["normalized_ndim"] = normalized_ndim;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["rms"] = rms;
+    ctx->saved_data["residual"] = has(residual);
+    if (sum.defined()) return {y, sum};
+    return {y};
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &mean = saved[1], &rstd = saved[2], &weight = saved[3], &bias = saved[4];
+    const int64_t normalized_ndim = ctx->saved_data["normalized_ndim"].toInt();
+    const bool residual = ctx->saved_data["residual"].toBool();
+    const Tensor& grad_output = grads[0];
+    const Tensor grad_sum = residual ? grads[1] : Tensor();
+    size_t edge = 0;
+    bool input_needed = ctx->needs_input_grad(edge++);
+    if (residual) input_needed = ctx->needs_input_grad(edge++) || input_needed;
+    const bool weight_needed = weight.defined() && ctx->needs_input_grad(edge++);
+    const bool bias_needed = bias.defined() && ctx->needs_input_grad(edge++);
+    const std::array<bool, 3> mask{input_needed, weight_needed, bias_needed};
+
+    BackwardOutputs result;
+    if (!grad_output.defined()) {
+      std::get<0>(result) = grad_sum;
+    } else if (at::GradMode::is_enabled()) {
+      const auto shape = input.sym_sizes().slice(input.dim() - normalized_ndim);
+      result = differentiable_backward(grad_output, grad_sum, input, shape, weight, bias,
+                                       ctx->saved_data["eps"].toDouble(), ctx->saved_data["rms"].toBool(), mask);
+    } else {
+      result = call_backward(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, mask);
+    }
+    const auto& [grad_input, grad_weight, grad_bias] = result;
+    return {grad_input, residual ? grad_input : Tensor(), grad_weight, grad_bias, Tensor(), Tensor(), Tensor()};
+  }
+
+  // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
+  static BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& grad_sum, const Tensor& input,
+                                                 c10::SymIntArrayRef shape, const Tensor& weight, const Tensor& bias,
+                                                 double eps, bool rms, std::array<bool, 3> mask) {
+    const Tensor y = std::get<0>(native(input, std::nullopt, shape, weight, bias, eps, rms));
+    const std::array<const Tensor*, 3> sources{&input, &weight, &bias};
+    variable_list wanted;
+    for (int i = 0; i < 3; ++i) {
+      if (mask[i]) wanted.push_back(*sources[i]);
+    }
+    variable_list found = torch::autograd::grad({y}, wanted, {grad_output}, true, true, true);
+    std::array<Tensor, 3> result;
+    for (int i = 0, next = 0; i < 3; ++i) {
+      if (mask[i]) result[i] = found[next++];
+    }
+    if (mask[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
+    return {result[0], result[1], result[2]};
+  }
+};
+
+// The check that torch's op makes, in torch's exception types.
+void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                     const OptionalTensor& bias, bool rms) {
+  const int64_t ndim = int64_t(shape.size());
+  TORCH_CHECK(ndim >= 1, name, "(): expected normalized_shape to have at least one dimension, got an empty one");
+  if (rms) {
+    TORCH_CHECK_VALUE(input.dim() >= ndim, name, "(): expected input with at least ", ndim,
+                      " dimensions for normalized_shape ", shape, ", got shape ", input.sym_sizes());
+  }
+  TORCH_CHECK(input.dim() >= ndim && input.sym_sizes().slice(input.dim() - ndim).equals(shape), name,
+              "(): expected input whose last dimensions are normalized_shape ", shape, ", got shape ",
+              input.sym_sizes());
+  const auto check_parameter = [&](const char* argument, const OptionalTensor& p) {
+    if (!has(p)) return;
+    TORCH_CHECK(p->sym_sizes().equals(shape), name, "(): expected ", argument, " of shape ", shape,
+                " (normalized_shape), got ", p->sym_sizes());
+    TORCH_CHECK(p->device() == input.device(), name, "(): expected ", argument, " on ", input.device(),
+                " (the device of input), got ", p->device());
+  };
+  check_parameter("weight", weight);
+  check_parameter("bias", bias);
+}
+
+void check_parameter_types(const char* name, const Tensor& input, const OptionalTensor& weight,
+                           const OptionalTensor& bias) {
+  const at::ScalarType type = input.scalar_type();
+  const auto check = [&](const char* argument, const OptionalTensor& p) {
+    if (!has(p)) return;
+    const at::ScalarType got = p->scalar_type();
+    TORCH_CHECK(got == type || (got == at::kFloat && type != at::kDouble), name, "(): expected ", argument, " of ",
+                type, type == at::kDouble ? "" : " or Float", " (input is ", type, "), got ", got);
+  };
+  check("weight", weight);
+  check("bias", bias);
+  TORCH_CHECK(!has(weight) || !has(bias) || weight->scalar_type() == bias->scalar_type(), name,
+              "(): expected bias of ", weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
+}
+
+bool any_requires_grad(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                       const OptionalTensor& bias) {
+  const auto required = [](const OptionalTensor& t) { return has(t) && t->requires_grad(); };
+  return at::GradMode::is_enabled() &&
+         (input.requires_grad() || required(residual) || required(weight) || required(bias));
+}
+
+std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, const OptionalTensor& residual,
+                                     c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, double eps, bool rms) {
+  check_arguments(name, input, shape, weight, bias, rms);
+  if (needs_native(input, residual, weight, bias)) return native(input, residual, shape, weight, bias, eps, rms);
+  check_parameter_types(name, input, weight, bias);
+  const int64_t ndim = int64_t(shape.size());
+  if (any_requires_grad(input, residual, weight, bias)) {
+    variable_list outputs = LayerNormNode::apply(input, residual, weight, bias, ndim, eps, rms);
+    return {std::move(outputs[0]), has(residual) ? std::move(outputs[1]) : Tensor()};
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto outputs = call_forward(input, residual, ndim, weight, bias, eps, rms, false);
+  return {std::move(std::get<0>(outputs)), std::move(std::get<1>(outputs))};
+}
+
+double rms_eps(const Tensor& input, std::optional<double> eps) {
+  const bool is_double = input.scalar_type() == at::kDouble || input.scalar_type() == at::kComplexDouble;
+  return eps.value_or(is_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
+}
+
+// torch.rms_norm takes a weight of any floating type.
+OptionalTensor rms_weight(const Tensor& input, const OptionalTensor& weight) {
+  if (!has(weight) || weight->scalar_type() == input.scalar_type() || !at::isFloatingType(weight->scalar_type())) {
+    return weight;
+  }
+  return weight->to(accumulate_type(input.scalar_type()));
+}
+
+// x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
+std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) {
+  if (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes())) {
+    return {input, residual};
+  }
+  const at::ScalarType type = c10::promoteTypes(input.scalar_type(), residual.scalar_type());
+  const auto expanded = at::broadcast_tensors({input.to(type), residual.to(type)});
+  return {expanded[0], expanded[1]};
+}
+
+Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                  const OptionalTensor& bias, double eps) {
+  return std::get<0>(normalize("layer_norm", input, std::nullopt, normalized_shape, weight, bias, eps, false));
+}
+
+Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                std::optional<double> eps) {
+  return std::get<0>(normalize("rms_norm", input, std::nullopt, normalized_shape, rms_weight(input, weight),
+                               std::nullopt, rms_eps(input, eps), true));
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual,
+                                          c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                          const OptionalTensor& bias, double eps) {
+  const auto [x, added] = promote(input, residual);
+  return normalize("add_layer_norm", x, added, normalized_shape, weight, bias, eps, false);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual,
+                                        c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                        std::optional<double> eps) {
+  const auto [x, added] = promote(input, residual);
+  return normalize("add_rms_norm", x, added, normalized_shape, rms_weight(x, weight), std::nullopt, rms_eps(x, eps),
+                   true);
+}
+
+// Autocast on CUDA runs torch's layer_norm and rms_norm in fp32 and leaves the addition as it is; on the CPU it does nothing.
+Tensor to_fp32(const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); }
+OptionalTensor to_fp32(const OptionalTensor& tensor) {
+  return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA);
+}
+
+Tensor layer_norm_autocast(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
+  return find_op<decltype(layer_norm)>("layer_norm")
+      .call(to_fp32(input), normalized_shape, to_fp32(weight), to_fp32(bias), eps);
+}
+
+Tensor rms_norm_autocast(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                         std::optional<double> eps) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
+  return find_op<decltype(rms_norm)>("rms_norm").call(to_fp32(input), normalized_shape, to_fp32(weight), eps);
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm_autocast(const Tensor& input, const Tensor& residual,
+                                                   c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, double eps) {
+  const Tensor sum = input + residual;
+  return {layer_norm_autocast(sum, normalized_shape, weight, bias, eps), sum};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_autocast(const Tensor& input, const Tensor& residual,
+                                                 c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                 std::optional<double> eps) {
+  const Tensor sum = input + residual;
+  return {rms_norm_autocast(sum, normalized_shape, weight, eps), sum};
+}
+
+template <class Device>
+void implement_kernels(torch::Library& m) {
+  m.impl("layer_norm_forward", forward<Device>);
+  m.impl("layer_norm_backward", backward<Device>);
+}
+
+void implement_public(torch::Library& m) {
+  m.impl("layer_norm", layer_norm);
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_layer_norm", add_layer_norm);
+  m.impl("add_rms_norm", add_rms_norm);
+}
+
+}  // namespace
+}  // namespace dlkit::layer_norm
+
+DLKIT_DEFINE_OPS(m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05)"
+        " -> Tensor", tags);
+  m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor", tags);
+  m.def("add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
+        " Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)", tags);
+  m.def("add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
+        " float? eps=None) -> (Tensor, Tensor)", tags);
+  m.def("layer_norm_forward(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? bias,"
+        " float eps, bool rms, bool stats) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)", tags);
+  m.def("layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
+        " Tensor? weight, Tensor? bias, int normalized_ndim, bool[3] output_mask)"
+        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
+}
+
+#if defined(DLKIT_CUDA_ON_CPU)
+DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::layer_norm::implement_kernels<dlkit::CudaDevice>(m); }
+#else
+DLKIT_IMPLEMENT_OPS(CPU, m) {
+  if (dlkit::cpu_kernels_wanted()) dlkit::layer_norm::implement_kernels<dlkit::CpuDevice>(m);
+}
+#if defined(DLKIT_WITH_CUDA)
+DLKIT_IMPLEMENT_OPS(CUDA, m) {
+  if (dlkit::cuda_kernels_wanted()) dlkit::layer_norm::implement_kernels<dlkit::CudaDevice>(m);
+}
+#endif
+#endif
+
+DLKIT_IMPLEMENT_OPS(Meta, m) {
+  m.impl("layer_norm_forward", dlkit::layer_norm::forward_meta);
+  m.impl("layer_norm_backward", dlkit::layer_norm::backward_meta);
+}
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
+  m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
+  m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);
+  m.impl("add_layer_norm", dlkit::layer_norm::add_layer_norm_autocast);
+  m.impl("add_rms_norm", dlkit::layer_norm::add_rms_norm_autocast);
+}

@@ -1,0 +1,26 @@
+// dlkit._C: importing it loads the library, which registers the ops with torch; the functions say what was built in.
+#include <Python.h>
+
+#include "common/cpu/capability.h"
+
+#if !defined(DLKIT_CUDA_ARCHITECTURES)
+#define DLKIT_CUDA_ARCHITECTURES ""
+#endif
+
+namespace {
+
+PyObject* cpu_capability(PyObject*, PyObject*) { return PyUnicode_FromString(dlkit::cpu_capability_name()); }
+
+PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString(DLKIT_CUDA_ARCHITECTURES); }
+
+PyMethodDef methods[] = {
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: default, avx2 or avx512."},
+    {"cuda_architectures", cuda_architectures, METH_NOARGS,
+     "The CUDA architectures built in, as in TORCH_CUDA_ARCH_LIST; empty in a build without CUDA."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "dlkit._C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

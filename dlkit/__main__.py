@@ -1,0 +1,59 @@
+"""python -m dlkit info | bench | lab"""
+
+import argparse
+import importlib
+import platform
+import sys
+
+COMMANDS = {
+    "info": "versions, what was built in, and which backend serves each op on each device",
+    "bench": "measure ops against torch eager, torch.compile and installed peers",
+    "lab": "train on real data with torch.nn's layers and with dlkit's",
+}
+
+
+def info() -> None:
+    import torch
+
+    import dlkit
+    from dlkit import _backends, _build_facts
+
+    cuda = ", ".join(_backends.cuda_architectures()) or "none"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    built = f"torch {_build_facts.TORCH_VERSION}"
+    if _build_facts.CUDA_VERSION:
+        built += f", CUDA {_build_facts.CUDA_VERSION}"
+    rows = [
+        ("dlkit", f"{dlkit.__version__}, built against {built}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'absent'}, GPU: {gpu}"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("CPU kernels", f"{_backends.cpu_capability()} in use, {torch.get_num_threads()} threads"),
+        ("CUDA kernels", cuda),
+        ("triton", "installed" if _backends.has_triton() else "not installed"),
+    ]
+    for name, value in rows:
+        print(f"{name:<14}{value}")
+    print()
+    for op in _backends.KERNEL_OPS:
+        for device in ("cpu", "cuda"):
+            backend, reason = _backends.serving(device)
+            print(f"{op:<14}{device:<6}{backend:<16}{reason}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dlkit", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    wanted = next((argument for argument in sys.argv[1:] if argument in COMMANDS), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == wanted and name != "info":
+            importlib.import_module(f"dlkit.{name}").add_arguments(command)
+    arguments = parser.parse_args()
+    if arguments.command == "info":
+        info()
+        return 0
+    return importlib.import_module(f"dlkit.{arguments.command}").main(arguments) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""LayerNorm and RMSNorm, alone and behind a residual add."""
+
+import torch
+from torch import Tensor
+
+from dlkit import functional as F
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """:class:`torch.nn.LayerNorm` on fused kernels; see :func:`dlkit.functional.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """:class:`torch.nn.RMSNorm` on fused kernels; see :func:`dlkit.functional.rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class AddLayerNorm(torch.nn.LayerNorm):
+    """Residual add and LayerNorm in one pass: ``forward(input, residual) -> (y, input + residual)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.LayerNorm`'s; see :func:`dlkit.functional.add_layer_norm`.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class AddRMSNorm(torch.nn.RMSNorm):
+    """Residual add and RMSNorm in one pass: ``forward(x, residual) -> (y, x + residual)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.RMSNorm`'s; see :func:`dlkit.functional.add_rms_norm`.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return F.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps)

@@ -1,0 +1,214 @@
+"""Builds dlkit._C against the installed torch. Metadata is in pyproject.toml; what to build follows from csrc/ itself.
+
+DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS are honoured.
+Every csrc/*/cpu.cpp is compiled once per instruction set and the best is chosen at run time; torch is imported only when
+something is compiled, so that metadata and the sdist need none.
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MINIMUM_TORCH = (2, 10)
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURE_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
+CPU_CAPABILITIES = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+}
+KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+INSTALL = "pip install --no-build-isolation ."
+
+
+def stop(cause: str, remedy: str) -> None:
+    sys.exit(f"\ndlkit: {cause}; {remedy}\n")
+
+
+def import_torch():
+    try:
+        import torch
+    except ImportError:
+        stop("torch is not installed in the environment that builds dlkit", f"run: pip install torch && {INSTALL}")
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
+        needed = ".".join(map(str, MINIMUM_TORCH))
+        stop(
+            f"torch {torch.__version__} is too old, {needed} or newer is needed",
+            f"run: pip install --upgrade 'torch>={needed}' && {INSTALL}",
+        )
+    return torch
+
+
+def find_cuda_home() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates.insert(2, str(Path(nvcc).resolve().parent.parent) if nvcc else None)
+    return next((Path(path) for path in candidates if path and (Path(path) / "bin" / "nvcc").exists()), None)
+
+
+def nvcc_version(cuda_home: Path) -> str:
+    output = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", output)
+    return match.group(1) if match else "unknown"
+
+
+def choose_cuda(torch) -> Path | None:
+    """The CUDA toolkit to build with, or None for a build without CUDA."""
+    wanted = os.environ.get("DLKIT_BUILD", "auto")
+    if wanted not in ("auto", "cpu", "cuda"):
+        stop(f"DLKIT_BUILD={wanted} is not one of auto, cpu, cuda", f"run: DLKIT_BUILD=auto {INSTALL}")
+    if wanted == "cpu":
+        return None
+    home = find_cuda_home()
+    if torch.version.cuda is None:
+        cause = f"DLKIT_BUILD=cuda needs a CUDA build of torch, found {torch.__version__}"
+        remedy = f"install one (https://pytorch.org/get-started) or run: DLKIT_BUILD=cpu {INSTALL}"
+    elif home is None:
+        cause = "DLKIT_BUILD=cuda needs nvcc, and none is on PATH, in $CUDA_HOME or in /usr/local/cuda"
+        remedy = f"install the CUDA {torch.version.cuda} toolkit or run: DLKIT_BUILD=cpu {INSTALL}"
+    elif nvcc_version(home).split(".")[0] != torch.version.cuda.split(".")[0]:
+        cause = f"nvcc in {home} is of CUDA {nvcc_version(home)}, torch {torch.__version__} of CUDA {torch.version.cuda}"
+        remedy = f"run: CUDA_HOME=<CUDA {torch.version.cuda} toolkit> {INSTALL}"
+    else:
+        return home
+    if wanted == "cuda":
+        stop(cause, remedy)
+    if torch.version.cuda is not None:
+        print(f"dlkit: building without CUDA kernels (Triton serves GPUs): {cause}; {remedy}", file=sys.stderr)
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+    for name, numbers in CUDA_ARCHITECTURE_NAMES.items():
+        text = text.replace(name, numbers)
+    architectures = [part for part in re.split(r"[;,\s]+", text) if part]
+    for part in architectures:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", part):
+            stop(f"TORCH_CUDA_ARCH_LIST has {part!r}, expected entries like 9.0 or 9.0+PTX", f"run: unset it; {INSTALL}")
+    return architectures
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    flags = []
+    for part in architectures:
+        number = part.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if part.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def is_current(object_file: Path, command: list[str]) -> bool:
+    """Whether object_file is newer than all it was made from and was made by this command."""
+    record, dependencies = object_file.with_suffix(".command"), object_file.with_suffix(".d")
+    if not (object_file.exists() and dependencies.exists() and record.exists()):
+        return False
+    if record.read_text() != shlex.join(command):
+        return False
+    made = object_file.stat().st_mtime
+    names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all(Path(name).exists() and Path(name).stat().st_mtime <= made for name in names)
+
+
+class BuildExtension(build_ext):
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs: the library and the facts beside it."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built, source = Path(self.build_lib, self.get_ext_filename(ext.name)), Path(*ext.name.split("."))
+            shutil.copy(built.with_name("_build_facts.py"), source.with_name("_build_facts.py"))
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = import_torch()
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        cuda_home = choose_cuda(torch)
+        architectures = cuda_architectures() if cuda_home else []
+        compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+        if shutil.which(compiler[0]) is None:
+            stop(f"no C++ compiler: {compiler[0]} was not found", f"install g++ or clang++, or set CXX, then run: {INSTALL}")
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+        torch_includes = [f"-isystem{path}" for path in include_paths()]
+        python_includes = [f"-isystem{path}" for path in self.include_dirs]
+        definitions = []
+        if cuda_home:
+            definitions = ["-DDLKIT_WITH_CUDA", f'-DDLKIT_CUDA_ARCHITECTURES="{";".join(architectures)}"']
+            torch_includes.append(f"-isystem{cuda_home / 'include'}")
+
+        # Not self.build_temp: a folder that stays, so that a second build compiles only what changed.
+        build = Path("build", f"objects-{torch.__version__}-{'cuda' if cuda_home else 'cpu'}")
+        commands: dict[Path, list[str]] = {}
+
+        def add(source: Path, command: list[str], suffix: str = "") -> None:
+            object_file = build / source.with_name(f"{source.stem}{suffix}.o")
+            commands[object_file] = [*command, *extra, "-c", str(source), "-o", str(object_file)]
+
+        for source in sorted(map(Path, ext.sources)):
+            if source.name == "cpu.cpp":
+                add(source, [*compiler, *common, *KERNEL_FLAGS], "-baseline")
+                if platform.machine() in ("x86_64", "AMD64"):
+                    for name, flags in CPU_CAPABILITIES.items():
+                        add(source, [*compiler, *common, *KERNEL_FLAGS, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
+            elif source.suffix == ".cu":
+                if cuda_home:
+                    nvcc = [str(cuda_home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC"]
+                    add(source, [*nvcc, "--expt-relaxed-constexpr", *gencode(architectures)], "-cuda")
+            else:
+                add(source, [*compiler, *common, "-O2", *definitions, *torch_includes, *python_includes])
+
+        def run(item: tuple[Path, list[str]]) -> None:
+            object_file, command = item
+            command = [*command, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
+            if is_current(object_file, command):
+                return
+            object_file.parent.mkdir(parents=True, exist_ok=True)
+            print(shlex.join(command), flush=True)
+            subprocess.run(command, check=True)
+            object_file.with_suffix(".command").write_text(shlex.join(command))
+
+        # The slowest first, so that none of them is left alone at the end.
+        slow_first = sorted(commands.items(), key=lambda item: (".cu" not in item[1][-3], "baseline" not in item[0].name))
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                list(pool.map(run, slow_first))
+            except subprocess.CalledProcessError as error:
+                sys.exit(f"\ndlkit: compiling {error.cmd[error.cmd.index('-c') + 1]} failed; see the compiler's output above\n")
+
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        libraries = ["c10", "torch", "torch_cpu"]
+        directories = [*library_paths()]
+        if cuda_home:
+            libraries += ["c10_cuda", "torch_cuda", "cudart"]
+            directories += [str(path) for path in (cuda_home / "lib64", cuda_home / "targets/x86_64-linux/lib") if path.exists()]
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        link = [*compiler, *shared, *extra, *map(str, commands), "-o", str(output)]
+        link += [f"-L{path}" for path in directories] + [f"-l{name}" for name in libraries]
+        link += shlex.split(os.environ.get("LDFLAGS", ""))
+        print(shlex.join(link), flush=True)
+        subprocess.run(link, check=True)
+        facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": torch.version.cuda if cuda_home else None}
+        lines = ["# What dlkit._C was built against; written by setup.py."]
+        lines += [f"{name} = {value!r}" for name, value in facts.items()]
+        output.with_name("_build_facts.py").write_text("\n".join(lines) + "\n")
+
+
+def sources() -> list[str]:
+    root = Path(__file__).parent
+    patterns = ["csrc/module.cpp", "csrc/common/cpu/*.cpp", "csrc/*/op.cpp", "csrc/*/cpu.cpp", "csrc/*/cuda.cu"]
+    return sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
+
+
+setup(ext_modules=[Extension("dlkit._C", sources())], cmdclass={"build_ext": BuildExtension})
