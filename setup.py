@@ -5,6 +5,7 @@ Every csrc/*/cpu.cpp is compiled once per instruction set and the best is chosen
 something is compiled, so that metadata and the sdist need none.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -12,10 +13,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MINIMUM_TORCH = (2, 10)
@@ -25,8 +27,8 @@ CPU_CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
-KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 INSTALL = "pip install --no-build-isolation ."
 
 
@@ -50,8 +52,9 @@ def import_torch():
 
 def find_cuda_home() -> Path | None:
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates.insert(2, str(Path(nvcc).resolve().parent.parent) if nvcc else None)
+    set_by_user = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = str(Path(nvcc).resolve().parent.parent) if nvcc else None
+    candidates = [set_by_user] if set_by_user else [on_path, "/usr/local/cuda"]
     return next((Path(path) for path in candidates if path and (Path(path) / "bin" / "nvcc").exists()), None)
 
 
@@ -120,56 +123,35 @@ def is_current(object_file: Path, command: list[str]) -> bool:
     return all(Path(name).exists() and Path(name).stat().st_mtime <= made for name in names)
 
 
-class BuildExtension(build_ext):
-    def copy_extensions_to_source(self) -> None:
-        """For editable installs: the library and the facts beside it."""
-        super().copy_extensions_to_source()
-        for ext in self.extensions:
-            built, source = Path(self.build_lib, self.get_ext_filename(ext.name)), Path(*ext.name.split("."))
-            shutil.copy(built.with_name("_build_facts.py"), source.with_name("_build_facts.py"))
+class Build:
+    """One shared library: collects compile commands, runs those whose inputs changed side by side, links."""
 
-    def build_extension(self, ext: Extension) -> None:
-        torch = import_torch()
+    def __init__(self, name: str) -> None:
+        self.torch = import_torch()
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        cuda_home = choose_cuda(torch)
-        architectures = cuda_architectures() if cuda_home else []
-        compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
-        if shutil.which(compiler[0]) is None:
-            stop(f"no C++ compiler: {compiler[0]} was not found", f"install g++ or clang++, or set CXX, then run: {INSTALL}")
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", *WARNINGS]
-        torch_includes = [f"-isystem{path}" for path in include_paths()]
-        python_includes = [f"-isystem{path}" for path in self.include_dirs]
-        definitions = []
-        if cuda_home:
-            definitions = ["-DDLKIT_WITH_CUDA", f'-DDLKIT_CUDA_ARCHITECTURES="{";".join(architectures)}"']
-            torch_includes.append(f"-isystem{cuda_home / 'include'}")
+        self.compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+        if shutil.which(self.compiler[0]) is None:
+            stop(f"no C++ compiler: {self.compiler[0]} was not found", f"install g++ or set CXX, then run: {INSTALL}")
+        self.extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        self.cxx = [*self.compiler, "-std=c++20", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+        self.torch_includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+        self.library_folders = [*library_paths()]
+        self.libraries = ["c10", "torch", "torch_cpu"]
+        # A folder that stays, so that a second build compiles only what changed.
+        self.folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}")
+        if self.extra:
+            self.folder = self.folder / hashlib.sha256(shlex.join(self.extra).encode()).hexdigest()[:8]
+        self.commands: dict[Path, list[str]] = {}
 
-        # Not self.build_temp: a folder that stays, so that a second build compiles only what changed.
-        build = Path("build", f"objects-{torch.__version__}-{'cuda' if cuda_home else 'cpu'}")
-        commands: dict[Path, list[str]] = {}
+    def add(self, source: Path, command: list[str], suffix: str = "") -> None:
+        object_file = self.folder / source.with_name(f"{source.stem}{suffix}.o")
+        compiled = [*command, *self.extra, "-c", str(source), "-o", str(object_file)]
+        self.commands[object_file] = [*compiled, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
 
-        def add(source: Path, command: list[str], suffix: str = "") -> None:
-            object_file = build / source.with_name(f"{source.stem}{suffix}.o")
-            commands[object_file] = [*command, *extra, "-c", str(source), "-o", str(object_file)]
-
-        for source in sorted(map(Path, ext.sources)):
-            if source.name == "cpu.cpp":
-                add(source, [*compiler, *common, *KERNEL_FLAGS], "-baseline")
-                if platform.machine() in ("x86_64", "AMD64"):
-                    for name, flags in CPU_CAPABILITIES.items():
-                        add(source, [*compiler, *common, *KERNEL_FLAGS, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
-            elif source.suffix == ".cu":
-                if cuda_home:
-                    nvcc = [str(cuda_home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC"]
-                    add(source, [*nvcc, "--expt-relaxed-constexpr", *gencode(architectures)], "-cuda")
-            else:
-                add(source, [*compiler, *common, "-O2", *definitions, *torch_includes, *python_includes])
-
+    def compile(self) -> None:
         def run(item: tuple[Path, list[str]]) -> None:
             object_file, command = item
-            command = [*command, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
             if is_current(object_file, command):
                 return
             object_file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,31 +160,89 @@ class BuildExtension(build_ext):
             object_file.with_suffix(".command").write_text(shlex.join(command))
 
         # The slowest first, so that none of them is left alone at the end.
-        slow_first = sorted(commands.items(), key=lambda item: (".cu" not in item[1][-3], "baseline" not in item[0].name))
+        order = ("cuda", "baseline", "avx512", "avx2", "op")
+        rank = {item: next((i for i, part in enumerate(order) if part in item.name), len(order)) for item in self.commands}
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                list(pool.map(run, slow_first))
+                list(pool.map(run, sorted(self.commands.items(), key=lambda item: rank[item[0]])))
             except subprocess.CalledProcessError as error:
-                sys.exit(f"\ndlkit: compiling {error.cmd[error.cmd.index('-c') + 1]} failed; see the compiler's output above\n")
+                source = error.cmd[error.cmd.index("-c") + 1]
+                sys.exit(f"\ndlkit: compiling {source} failed; see the compiler's output above\n")
+
+    def link(self, output: Path) -> None:
+        self.compile()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        command = [*self.compiler, *shared, *self.extra, *map(str, self.commands), "-o", str(output)]
+        command += [f"-L{path}" for path in self.library_folders] + [f"-l{name}" for name in self.libraries]
+        command += shlex.split(os.environ.get("LDFLAGS", ""))
+        print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+
+
+class BuildExtension(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        build = Build("dlkit")
+        cuda_home = choose_cuda(build.torch)
+        definitions = []
+        if cuda_home:
+            architectures = cuda_architectures()
+            definitions = ["-DDLKIT_WITH_CUDA", f'-DDLKIT_CUDA_ARCHITECTURES="{";".join(architectures)}"']
+            build.torch_includes.append(f"-isystem{cuda_home / 'include'}")
+            build.libraries += ["c10_cuda", "torch_cuda", "cudart"]
+            build.library_folders.append(str(cuda_home / "lib64"))
+            nvcc = [str(cuda_home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=0", "--expt-relaxed-constexpr"]
+            nvcc += ["-Xcompiler=-fPIC", *gencode(architectures)]
+
+        for source in map(Path, ext.sources):
+            if source.name == "cpu.cpp":
+                build.add(source, [*build.cxx, *KERNEL_FLAGS], "-baseline")
+                if platform.machine() in ("x86_64", "AMD64"):
+                    for name, flags in CPU_CAPABILITIES.items():
+                        build.add(source, [*build.cxx, *KERNEL_FLAGS, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
+            elif source.suffix == ".cu":
+                if cuda_home:
+                    build.add(source, nvcc)
+            else:
+                build.add(source, [*build.cxx, "-O2", *definitions, *build.torch_includes])
 
         output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        libraries = ["c10", "torch", "torch_cpu"]
-        directories = [*library_paths()]
-        if cuda_home:
-            libraries += ["c10_cuda", "torch_cuda", "cudart"]
-            directories += [str(path) for path in (cuda_home / "lib64", cuda_home / "targets/x86_64-linux/lib") if path.exists()]
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        link = [*compiler, *shared, *extra, *map(str, commands), "-o", str(output)]
-        link += [f"-L{path}" for path in directories] + [f"-l{name}" for name in libraries]
-        link += shlex.split(os.environ.get("LDFLAGS", ""))
-        print(shlex.join(link), flush=True)
-        subprocess.run(link, check=True)
-        facts = {"TORCH_VERSION": torch.__version__, "CUDA_VERSION": torch.version.cuda if cuda_home else None}
+        build.link(output)
+        facts = {"TORCH_VERSION": build.torch.__version__, "CUDA_VERSION": build.torch.version.cuda if cuda_home else None}
         lines = ["# What dlkit._C was built against; written by setup.py."]
-        lines += [f"{name} = {value!r}" for name, value in facts.items()]
+        lines += [f"{name}: str | None = {value!r}" for name, value in facts.items()]
         output.with_name("_build_facts.py").write_text("\n".join(lines) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs: the library and the facts beside it."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built, source = Path(self.build_lib, self.get_ext_filename(ext.name)), Path(*ext.name.split("."))
+            shutil.copy(built.with_name("_build_facts.py"), source.with_name("_build_facts.py"))
+
+
+class BuildCudaOnCpu(Command):
+    """For the tests: every op once more, as dlkit_cuda_on_cpu::*, with the CUDA kernels run by the host's compiler."""
+
+    description = "build the CUDA kernels for the CPU, for tests without a GPU"
+    user_options = [("output=", None, "the library to write")]
+
+    def initialize_options(self) -> None:
+        self.output = "build/cuda_on_cpu/libdlkit_cuda_on_cpu.so"
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        build = Build("cuda_on_cpu")
+        definitions = ["-DDLKIT_CUDA_ON_CPU", "-DDLKIT_LIBRARY=dlkit_cuda_on_cpu"]
+        for source in map(Path, sources()):
+            if source.name == "cuda.cu":
+                build.add(source, [*build.cxx, "-O2", *definitions, "-Itests/support/cuda_on_cpu", "-xc++"])
+            elif source.name == "op.cpp":
+                build.add(source, [*build.cxx, "-O2", *definitions, *build.torch_includes])
+        build.link(Path(self.output))
 
 
 def sources() -> list[str]:
@@ -211,4 +251,7 @@ def sources() -> list[str]:
     return sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
 
 
-setup(ext_modules=[Extension("dlkit._C", sources())], cmdclass={"build_ext": BuildExtension})
+setup(
+    ext_modules=[Extension("dlkit._C", sources())],
+    cmdclass={"build_ext": BuildExtension, "build_cuda_on_cpu": BuildCudaOnCpu},
+)

@@ -11,10 +11,20 @@ namespace {
 
 PyObject* cpu_capability(PyObject*, PyObject*) { return PyUnicode_FromString(dlkit::cpu_capability_name()); }
 
+PyObject* set_cpu_capability(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8(name);
+  if (text == nullptr) return nullptr;
+  if (!dlkit::set_cpu_capability(text)) {
+    return PyErr_Format(PyExc_ValueError, "expected default, avx2 or avx512, got %s", text);
+  }
+  Py_RETURN_NONE;
+}
+
 PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString(DLKIT_CUDA_ARCHITECTURES); }
 
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: default, avx2 or avx512."},
+    {"set_cpu_capability", set_cpu_capability, METH_O, "Lowers the instruction set in use to the named one. For tests."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,
      "The CUDA architectures built in, as in TORCH_CUDA_ARCH_LIST; empty in a build without CUDA."},
     {nullptr, nullptr, 0, nullptr}};

@@ -62,7 +62,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
     }
     sum_columns<A>(cols, totals, [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
       const Vector<A> centred = keep(source(i, width) - mean, width);
-      terms[0] += centred * centred;
+      terms[0] = fma(centred, centred, terms[0]);
     });
     const A rstd = A(1.0 / std::sqrt(totals[0] / double(cols) + op.eps));
     if (op.mean != nullptr) static_cast<A*>(op.mean)[row] = mean;
@@ -74,8 +74,11 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
       const Vector<A> v = source(i, width);
       if constexpr (kAdd) write<kStream>(sum + i, v, width);
       Vector<A> normalized = (v - mean) * rstd;
-      if (weight != nullptr) normalized *= load(weight + i, width);
-      if (bias != nullptr) normalized += load(bias + i, width);
+      if (weight != nullptr) {
+        normalized = fma(normalized, load(weight + i, width), bias != nullptr ? load(bias + i, width) : Vector<A>{});
+      } else if (bias != nullptr) {
+        normalized += load(bias + i, width);
+      }
       write<kStream>(y + i, normalized, width);
     });
   }
@@ -126,7 +129,7 @@ DLKIT_INLINE void backward_group(const Backward& op, int64_t first, accumulate_t
         Vector<A> wdy = load(grad_output[r] + i, width);
         if (weight != nullptr) wdy *= load(weight + i, width);
         terms[0] += wdy;
-        terms[1] += wdy * (load(x[r] + i, width) - mean[r]);
+        terms[1] = fma(wdy, load(x[r] + i, width) - mean[r], terms[1]);
       });
       mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
       mean_wdy_xhat[r] = A(totals[1] * rstd[r] / double(cols));
@@ -139,11 +142,11 @@ DLKIT_INLINE void backward_group(const Backward& op, int64_t first, accumulate_t
       const Vector<A> dy = load(grad_output[r] + i, width);
       const Vector<A> xhat = (load(x[r] + i, width) - mean[r]) * rstd[r];
       if constexpr (kInput) {
-        Vector<A> dx = (dy * w - mean_wdy[r] - xhat * mean_wdy_xhat[r]) * rstd[r];
+        Vector<A> dx = fma(xhat, broadcast<A>(-mean_wdy_xhat[r]), dy * w - mean_wdy[r]) * rstd[r];
         if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
         write<kStream>(grad_input[r] + i, dx, width);
       }
-      if constexpr (kWeight) weight_sum += dy * xhat;
+      if constexpr (kWeight) weight_sum = fma(dy, xhat, weight_sum);
       if constexpr (kBias) bias_sum += dy;
     }
     if constexpr (kWeight) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);

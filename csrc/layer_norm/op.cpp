@@ -44,9 +44,11 @@ void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.
 void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
 int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
 #endif
+#if !defined(DLKIT_CUDA_ON_CPU)
 void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
 void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
 int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
+#endif
 
 struct Shape {
   int64_t rows, cols;
@@ -224,11 +226,13 @@ struct LayerNormNode : torch::autograd::Function<LayerNormNode> {
   static BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& grad_sum, const Tensor& input,
                                                  c10::SymIntArrayRef shape, const Tensor& weight, const Tensor& bias,
                                                  double eps, bool rms, std::array<bool, 3> mask) {
-    const Tensor y = std::get<0>(native(input, std::nullopt, shape, weight, bias, eps, rms));
-    const std::array<const Tensor*, 3> sources{&input, &weight, &bias};
+    // Aliases: `input` may be an output of this very node, which must not be entered again while it runs.
+    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
+    const std::array<Tensor, 3> sources{alias(input), alias(weight), alias(bias)};
+    const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
     variable_list wanted;
     for (int i = 0; i < 3; ++i) {
-      if (mask[i]) wanted.push_back(*sources[i]);
+      if (mask[i]) wanted.push_back(sources[i]);
     }
     variable_list found = torch::autograd::grad({y}, wanted, {grad_output}, true, true, true);
     std::array<Tensor, 3> result;
@@ -329,10 +333,12 @@ Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, con
   return std::get<0>(normalize("layer_norm", input, std::nullopt, normalized_shape, weight, bias, eps, false));
 }
 
+// torch.rms_norm gives channels_last input a channels_last output; torch.layer_norm does not.
 Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                 std::optional<double> eps) {
-  return std::get<0>(normalize("rms_norm", input, std::nullopt, normalized_shape, rms_weight(input, weight),
-                               std::nullopt, rms_eps(input, eps), true));
+  const Tensor y = std::get<0>(normalize("rms_norm", input, std::nullopt, normalized_shape, rms_weight(input, weight),
+                                         std::nullopt, rms_eps(input, eps), true));
+  return input.layout() != at::kStrided || input.is_contiguous() ? y : y.contiguous(input.suggest_memory_format());
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual,

@@ -1,6 +1,7 @@
 #include "capability.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,25 +23,37 @@ CpuCapability detect() {
 #endif
 }
 
-CpuCapability choose() {
-  const CpuCapability best = detect();
-  const char* wanted = std::getenv("DLKIT_CPU_CAPABILITY");
-  if (wanted == nullptr || *wanted == '\0') return best;
+int index_of(const char* name) {
   for (int i = 0; i < 3; ++i) {
-    if (std::strcmp(wanted, kNames[i]) == 0) return std::min(best, static_cast<CpuCapability>(i));
+    if (std::strcmp(name, kNames[i]) == 0) return i;
   }
-  std::fprintf(stderr, "dlkit: DLKIT_CPU_CAPABILITY=%s is not one of default, avx2, avx512; using %s\n", wanted,
-               kNames[static_cast<int>(best)]);
-  return best;
+  return -1;
+}
+
+CpuCapability choose() {
+  const char* wanted = std::getenv("DLKIT_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return detect();
+  const int index = index_of(wanted);
+  if (index >= 0) return std::min(detect(), static_cast<CpuCapability>(index));
+  std::fprintf(stderr, "dlkit: DLKIT_CPU_CAPABILITY=%s is not one of default, avx2, avx512; it is ignored\n", wanted);
+  return detect();
+}
+
+std::atomic<CpuCapability>& chosen() {
+  static std::atomic<CpuCapability> capability{choose()};
+  return capability;
 }
 
 }  // namespace
 
-CpuCapability cpu_capability() {
-  static const CpuCapability chosen = choose();
-  return chosen;
-}
+CpuCapability cpu_capability() { return chosen().load(std::memory_order_relaxed); }
 
 const char* cpu_capability_name() { return kNames[static_cast<int>(cpu_capability())]; }
+
+bool set_cpu_capability(const char* name) {
+  const int index = index_of(name);
+  if (index >= 0) chosen() = std::min(detect(), static_cast<CpuCapability>(index));
+  return index >= 0;
+}
 
 }  // namespace dlkit

@@ -6,9 +6,12 @@ namespace dlkit {
 
 enum class CpuCapability { Baseline, Avx2, Avx512 };
 
-// The best the processor has and the build contains, lowered by DLKIT_CPU_CAPABILITY=default|avx2|avx512. Read once.
+// The best the processor has, lowered by DLKIT_CPU_CAPABILITY=default|avx2|avx512, which is read once.
 CpuCapability cpu_capability();
 const char* cpu_capability_name();
+
+// Lowers it to the named one from now on (or to the best there is below that); false for an unknown name. For tests.
+bool set_cpu_capability(const char* name);
 
 }  // namespace dlkit
 

@@ -217,23 +217,49 @@ DLKIT_INLINE V keep(V v, First width) {
   return v;
 }
 
-// The sum of all lanes by halving: a fixed order, log2(kLanes) additions deep.
-DLKIT_INLINE float sum_lanes(float __attribute__((vector_size(16))) v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-DLKIT_INLINE double sum_lanes(double __attribute__((vector_size(16))) v) { return v[0] + v[1]; }
-#define DLKIT_SUM_BY_HALVES(A, bytes)                                       \
-  DLKIT_INLINE A sum_lanes(A __attribute__((vector_size(bytes))) v) {       \
-    A __attribute__((vector_size(bytes / 2))) halves[2];                    \
-    memcpy(halves, &v, bytes);                                              \
-    return sum_lanes(halves[0] + halves[1]);                                \
-  }
-#if DLKIT_VECTOR_BYTES >= 32
-DLKIT_SUM_BY_HALVES(float, 32)
-DLKIT_SUM_BY_HALVES(double, 32)
+// a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off): it
+// rounds the same product differently in two places, and x - x is then not 0.
+DLKIT_INLINE VectorF32 fma(VectorF32 a, VectorF32 b, VectorF32 c) {
+#if defined(__AVX512F__)
+  return (VectorF32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (VectorF32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
 #endif
-#if DLKIT_VECTOR_BYTES >= 64
-DLKIT_SUM_BY_HALVES(float, 64)
-DLKIT_SUM_BY_HALVES(double, 64)
+}
+DLKIT_INLINE VectorF64 fma(VectorF64 a, VectorF64 b, VectorF64 c) {
+#if defined(__AVX512F__)
+  return (VectorF64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (VectorF64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
 #endif
+}
+
+// The sum of all lanes in double, by halving: a fixed order.
+DLKIT_INLINE double sum_lanes(VectorF64 v) {
+#if DLKIT_VECTOR_BYTES == 64
+  double __attribute__((vector_size(32))) quarters[2];
+  memcpy(quarters, &v, sizeof(v));
+  quarters[0] += quarters[1];
+  double __attribute__((vector_size(16))) halves[2];
+  memcpy(halves, quarters, sizeof(halves));
+  halves[0] += halves[1];
+  return halves[0][0] + halves[0][1];
+#elif DLKIT_VECTOR_BYTES == 32
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#else
+  return v[0] + v[1];
+#endif
+}
+DLKIT_INLINE double sum_lanes(VectorF32 v) {
+  using HalfF32 = float __attribute__((vector_size(kVectorBytes / 2)));
+  HalfF32 halves[2];
+  memcpy(halves, &v, sizeof(v));
+  return sum_lanes(__builtin_convertvector(halves[0], VectorF64) + __builtin_convertvector(halves[1], VectorF64));
+}
 
 // Calls f(column, slot, width) for every vector of a row: kUnroll independent slots in the main loop, slot 0 after it.
 template <class A, int kUnroll, class F>
@@ -249,11 +275,11 @@ DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
 }
 
 // totals[k] = the sum over all columns of what f(column, width, terms) puts into terms[k]. Lanes past the end must be zero.
-// Runs of kRun columns are summed in A and the runs in double, so the error does not grow with the row.
+// A lane adds up 64 terms in A before it goes into a double, so the error does not grow with the row.
 template <class A, int kTotals, class F>
 DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& f) {
-  constexpr int64_t kRun = 4096;
   constexpr int kSlots = 4;
+  constexpr int64_t kRun = 64 * kSlots * kLanes<A>;
   for (int k = 0; k < kTotals; ++k) totals[k] = 0;
   for (int64_t begin = 0; begin < cols; begin += kRun) {
     Vector<A> sums[kSlots][kTotals] = {};

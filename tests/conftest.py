@@ -1,0 +1,34 @@
+"""Fresh memory is NaN in every test, so that an element a kernel did not write cannot pass; inputs differ between tests."""
+
+import os
+import zlib
+
+import pytest
+import torch
+
+from support import backends
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """DLKIT_TEST_SEED=n gives every test other inputs; the seed is shown with a failure."""
+    value = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("DLKIT_TEST_SEED", "0"))
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(params=backends.ALL, ids=lambda backend: backend.name)
+def backend(request):
+    """Every backend that can run here; the CPU's kernels count once for each instruction set."""
+    if request.param.missing:
+        pytest.skip(request.param.missing)
+    with request.param.active():
+        yield request.param

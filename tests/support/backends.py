@@ -1,0 +1,88 @@
+"""The backends that the parity tests run over, behind one call: backend.op("layer_norm_forward")(*arguments).
+
+cpu-default, cpu-avx2, cpu-avx512   the C++ kernels, by instruction set
+cuda-on-cpu                         the CUDA kernels' own source on fibers (python setup.py build_cuda_on_cpu)
+triton                              Triton's kernels: its interpreter on CPU tensors, or a GPU where there is one
+cuda                                the compiled CUDA kernels, on a GPU
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import dlkit
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+_capability = importlib.import_module("dlkit._C")
+
+
+@dataclasses.dataclass
+class Backend:
+    name: str
+    device: str
+    op: Callable[[str], Callable]
+    missing: str = ""  # why it cannot run here
+    instruction_set: str = ""
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        before = _capability.cpu_capability()
+        try:
+            if self.instruction_set:
+                _capability.set_cpu_capability(self.instruction_set)
+            yield
+        finally:
+            _capability.set_cpu_capability(before)
+
+
+def _torch_op(library: str) -> Callable[[str], Callable]:
+    return lambda name: getattr(getattr(torch.ops, library), name).default
+
+
+def _triton_op(name: str) -> Callable:
+    return getattr(importlib.import_module(f"dlkit.triton.{name.removesuffix('_forward').removesuffix('_backward')}"), name)
+
+
+def _cpu(instruction_set: str) -> Backend:
+    _capability.set_cpu_capability(instruction_set)
+    missing = "" if _capability.cpu_capability() == instruction_set else f"this processor has no {instruction_set}"
+    return Backend(f"cpu-{instruction_set}", "cpu", _torch_op("dlkit"), missing, instruction_set)
+
+
+def _cuda_on_cpu() -> Backend:
+    built = Path(__file__).parents[2] / "build" / "cuda_on_cpu" / "libdlkit_cuda_on_cpu.so"
+    library = Path(os.environ.get("DLKIT_CUDA_ON_CPU_LIBRARY", built))
+    missing = ""
+    if library.exists():
+        torch.ops.load_library(str(library))
+    elif os.environ.get("CI"):
+        raise RuntimeError("the CUDA-on-CPU library is missing; run: python setup.py build_cuda_on_cpu")
+    else:
+        missing = "run: python setup.py build_cuda_on_cpu"
+    return Backend("cuda-on-cpu", "cpu", _torch_op("dlkit_cuda_on_cpu"), missing)
+
+
+def _triton() -> Backend:
+    missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
+    return Backend("triton", "cuda" if HAS_GPU else "cpu", _triton_op, missing)
+
+
+def _cuda() -> Backend:
+    missing = "" if HAS_GPU and dlkit._backends.cuda_architectures() else "needs a GPU and a build with CUDA kernels"
+    return Backend("cuda", "cuda", _torch_op("dlkit"), missing)
+
+
+_native_set = _capability.cpu_capability()
+_sets = ("default", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("default",)
+ALL = [*(_cpu(name) for name in _sets), _cuda_on_cpu(), _triton(), _cuda()]
+_capability.set_cpu_capability(_native_set)

@@ -1,0 +1,45 @@
+"""The one tolerance policy: our error against an exact reference is at most torch's own, plus one ulp of the output.
+
+A single small tensor says little about either error, so both are the largest over the same several draws.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.reference import exact
+
+
+def max_error(actual: Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(exact(actual) - expected).max(initial=0))
+
+
+def ulp(magnitude: float, dtype: torch.dtype) -> float:
+    """The distance of neighbours in dtype at this magnitude."""
+    info = torch.finfo(dtype)
+    return info.eps * 2.0 ** np.floor(np.log2(max(magnitude, info.tiny)))
+
+
+@dataclasses.dataclass
+class Yardstick:
+    """Collects one output's errors over draws; NaN, which an unwritten element is, fails."""
+
+    name: str
+    ours: float = 0.0
+    allowed: float = 0.0
+    one_ulp: float = 0.0
+
+    def add(self, ours: Tensor, native: Tensor, expected: np.ndarray) -> None:
+        assert ours.shape == native.shape, f"{self.name}: shape {tuple(ours.shape)}, torch gives {tuple(native.shape)}"
+        assert ours.dtype == native.dtype, f"{self.name}: dtype {ours.dtype}, torch gives {native.dtype}"
+        error = max_error(ours, expected)
+        assert error == error, f"{self.name}: NaN"
+        self.ours = max(self.ours, error)
+        self.allowed = max(self.allowed, max_error(native, expected))
+        self.one_ulp = max(self.one_ulp, ulp(float(np.abs(expected).max(initial=0)), ours.dtype))
+
+    def check(self) -> None:
+        allowed = self.allowed + self.one_ulp
+        assert self.ours <= allowed, f"{self.name}: error {self.ours:.3g}; torch's own and one ulp are {allowed:.3g}"

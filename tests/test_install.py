@@ -1,0 +1,172 @@
+"""Installing and loading: every way it can fail gives one sentence with the cause and the command that mends it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlkit import _backends
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(tmp_path, *, torch_module=None, **environment):
+    """setup.py build_ext in a process that sees `torch_module` in place of torch; returns (exit status, output)."""
+    if torch_module is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text(torch_module)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def fake_torch(version, cuda):
+    return f"""
+import types
+__version__ = {version!r}
+version = types.SimpleNamespace(cuda={cuda!r})
+"""
+
+
+def fake_utils(tmp_path):
+    utils = tmp_path / "torch" / "utils"
+    utils.mkdir(parents=True)
+    (utils / "__init__.py").touch()
+    (utils / "cpp_extension.py").write_text("def include_paths(): return []\ndef library_paths(): return []\n")
+    (tmp_path / "torch").joinpath("__init__.py").touch()
+
+
+def fake_nvcc(folder, release):
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def assert_one_sentence(output, *parts):
+    lines = [line for line in output.splitlines() if line.startswith("dlkit: ")]
+    assert len(lines) == 1, output
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert "Traceback" not in output
+
+
+def test_without_torch(tmp_path):
+    status, output = build(tmp_path, torch_module="raise ImportError('none here')")
+    assert status != 0
+    assert_one_sentence(output, "torch is not installed", "pip install torch && pip install --no-build-isolation .")
+
+
+def test_with_an_old_torch(tmp_path):
+    status, output = build(tmp_path, torch_module=fake_torch("2.9.1+cpu", None))
+    assert status != 0
+    assert_one_sentence(output, "torch 2.9.1+cpu is too old, 2.10 or newer", "pip install --upgrade 'torch>=2.10'")
+
+
+CUDA_CASES = {
+    "torch without CUDA": (("2.13.0+cpu", None), "13.0", ["needs a CUDA build of torch, found 2.13.0+cpu", "DLKIT_BUILD=cpu"]),
+    "nvcc of another major": (("2.13.0+cu130", "13.0"), "12.4", ["is of CUDA 12.4", "of CUDA 13.0", "CUDA_HOME="]),
+}
+
+
+@pytest.mark.parametrize("case", CUDA_CASES)
+def test_cuda_asked_for_and_impossible(tmp_path, case):
+    (version, cuda), release, parts = CUDA_CASES[case]
+    fake_utils(tmp_path)
+    (tmp_path / "torch" / "__init__.py").write_text(fake_torch(version, cuda))
+    home = fake_nvcc(tmp_path / "toolkit", release)
+    status, output = build(tmp_path, DLKIT_BUILD="cuda", CUDA_HOME=home)
+    assert status != 0
+    assert_one_sentence(output, *parts)
+
+
+def test_cuda_asked_for_without_nvcc(tmp_path):
+    fake_utils(tmp_path)
+    (tmp_path / "torch" / "__init__.py").write_text(fake_torch("2.13.0+cu130", "13.0"))
+    status, output = build(tmp_path, DLKIT_BUILD="cuda", CUDA_HOME=str(tmp_path / "nowhere"))
+    assert status != 0
+    assert_one_sentence(output, "needs nvcc", "install the CUDA 13.0 toolkit")
+
+
+def test_unknown_build_kind_and_architecture(tmp_path):
+    status, output = build(tmp_path, DLKIT_BUILD="gpu")
+    assert status != 0
+    assert_one_sentence(output, "DLKIT_BUILD=gpu is not one of auto, cpu, cuda")
+
+
+@pytest.mark.parametrize(
+    ("built", "found", "problem"),
+    [
+        (("2.13.0+cpu", None), ("2.13.0+cpu", None), None),
+        (("2.13.0+cpu", None), ("2.13.0+cu130", "13.0"), None),
+        (("2.13.0+cpu", None), ("2.12.1+cpu", None), "built against torch 2.13.0+cpu, found torch 2.12.1+cpu"),
+        (("2.13.0+cu130", "13.0"), ("2.13.0+cpu", None), "with CUDA 13.0, found torch 2.13.0+cpu with CUDA absent"),
+    ],
+)
+def test_torch_changed_under_the_library(built, found, problem):
+    message = _backends.mismatch(*built, *found)
+    assert (message is None) == (problem is None)
+    assert problem is None or (problem in message and "run: pip install" in message)
+
+
+def test_import_says_so(tmp_path):
+    """The whole package, with build facts of another torch."""
+    package = tmp_path / "dlkit"
+    shutil.copytree(ROOT / "dlkit", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_build_facts.py").write_text("TORCH_VERSION = '2.9.0+cpu'\nCUDA_VERSION = None\n")
+    for facts, text in ((True, "built against torch 2.9.0+cpu, found"), (False, "compiled part is missing")):
+        if not facts:
+            (package / "_build_facts.py").unlink()
+        done = subprocess.run(
+            [sys.executable, "-c", "import dlkit"], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode != 0 and text in last and "run: pip install" in last, done.stderr
+
+
+def run_dlkit(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "dlkit", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_info():
+    done = run_dlkit("info")
+    assert done.returncode == 0, done.stderr
+    for part in (f"torch         {torch.__version__}", "CPU kernels", "CUDA kernels", "layer_norm    cpu   C++"):
+        assert part in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("name", ["default", "avx2"])
+def test_instruction_set_can_be_lowered(name):
+    done = run_dlkit("info", DLKIT_CPU_CAPABILITY=name)
+    assert f"CPU kernels   {name} in use" in done.stdout
+
+
+def test_native_backend_leaves_everything_to_torch():
+    code = (
+        "import torch, dlkit; x = torch.randn(3, 5, requires_grad=True)\n"
+        "a, b = dlkit.functional.layer_norm(x, (5,)), torch.nn.functional.layer_norm(x, (5,))\n"
+        "assert torch.equal(a, b) and a.grad_fn.name() == b.grad_fn.name() == 'NativeLayerNormBackward0', a.grad_fn\n"
+        "y, total = dlkit.functional.add_rms_norm(x, x, (5,)); assert torch.equal(total, x + x)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "DLKIT_BACKEND": "native"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "DLKIT_BACKEND=native" in run_dlkit("info", DLKIT_BACKEND="native").stdout
+
+
+@pytest.mark.parametrize("name", ["cuda", "nonsense"])
+def test_backend_that_cannot_be(name):
+    if name == "cuda" and _backends.cuda_architectures():
+        pytest.skip("this build has CUDA kernels")
+    done = run_dlkit("info", DLKIT_BACKEND=name)
+    assert done.returncode != 0 and f"DLKIT_BACKEND={name}" in done.stderr.strip().splitlines()[-1]

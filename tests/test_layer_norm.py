@@ -1,0 +1,595 @@
+"""LayerNorm and RMSNorm: every backend against float64 with torch's own error as the yardstick, then the torch-facing side."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as native
+from support import reference
+from support.tolerance import Yardstick, max_error, ulp
+
+import dlkit
+import dlkit.functional as fused
+
+TYPES = [  # (input, parameters)
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+]
+SHAPES = [(1, 1), (3, 1), (5, 2), (2, 7), (67, 16), (9, 31), (33, 64), (17, 100), (6, 255), (130, 256), (5, 768)]
+SHAPES += [(3, 1000), (40, 1024), (2, 1025), (7, 4096), (3, 5003), (2, 9000), (1, 40000)]
+# rms, residual, weight, bias
+VARIANTS = [
+    (False, False, True, True),
+    (True, False, True, False),
+    (False, True, True, True),
+    (True, True, True, False),
+    (False, False, False, False),
+    (False, False, True, False),
+    (False, True, False, True),
+    (True, True, False, False),
+]
+CASES = [
+    pytest.param(shape, types, VARIANTS[(i + j + 3 * k) % len(VARIANTS)], id=f"{shape[0]}x{shape[1]}-{name}-v{k}")
+    for (i, shape), (j, types) in itertools.product(enumerate(SHAPES), enumerate(TYPES))
+    for k, name in ((k, f"{str(types[0])[6:]}-{str(types[1])[6:]}") for k in range(3))
+]
+
+
+def make(shape, dtype, device="cpu", scale=1.0, shift=0.0):
+    return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(dtype).to(device)
+
+
+def strided(tensor, kind):
+    """The same values, laid out in another way."""
+    rows, cols = tensor.shape
+    if kind == "row-strided":
+        return torch.cat([tensor, tensor.new_full((rows, 3), math.nan)], 1)[:, :cols]
+    if kind == "odd offset":
+        padded = tensor.new_full((rows * cols + 1,), math.nan)
+        padded[1:] = tensor.reshape(-1)
+        return padded[1:].view(rows, cols)
+    if kind == "transposed":
+        return tensor.t().contiguous().t()
+    return tensor
+
+
+def native_norm(x, residual, weight, bias, eps, rms):
+    """torch's ops on the CPU."""
+    total = x if residual is None else x + residual
+    if rms:
+        return native.rms_norm(total, total.shape[1:], weight, eps)
+    return native.layer_norm(total, total.shape[1:], weight, bias, eps)
+
+
+def native_gradients(grad_output, grad_sum, x, weight, bias, eps, rms):
+    """(grad_input, grad_weight, grad_bias) of torch's ops on the CPU, None where there is no parameter."""
+    lone_bias = weight is None and bias is not None
+    if lone_bias:
+        weight = torch.ones_like(bias)  # torch's backward refuses a lone bias of another dtype
+    sources = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    y = native_norm(sources[0], None, sources[1], sources[2], eps, rms)
+    found = iter(torch.autograd.grad(y, [t for t in sources if t is not None], grad_output))
+    grads = [None if t is None else next(found) for t in sources]
+    if grad_sum is not None:
+        grads[0] = grads[0] + grad_sum
+    return grads
+
+
+def check(backend, shape, types, variant, layout="contiguous", scale=1.0, shift=0.0, eps=1e-5):
+    """Forward and backward of `backend` on several draws against the reference; returns what the last draw gave."""
+    yardsticks = {name: Yardstick(name) for name in ("y", "grad_input", "grad_weight", "grad_bias")}
+    for _ in range(max(1, min(8, 4096 // max(1, shape[0] * shape[1])))):
+        results = check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardsticks)
+    for yardstick in yardsticks.values():
+        yardstick.check()
+    return results
+
+
+def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardsticks):
+    dtype, parameter_dtype = types
+    rms, with_residual, with_weight, with_bias = variant
+    rows, cols = shape
+    x = make(shape, dtype, scale=scale, shift=shift)
+    residual = make(shape, dtype) if with_residual else None
+    weight = make((cols,), parameter_dtype, shift=1.0) if with_weight else None
+    bias = make((cols,), parameter_dtype) if with_bias else None
+    grad_output, grad_sum = make(shape, dtype), make(shape, dtype) if with_residual else None
+
+    def place(tensor):
+        if tensor is None:
+            return None
+        tensor = tensor.to(backend.device)
+        return strided(tensor, layout) if tensor.dim() == 2 else tensor
+
+    y, total, mean, rstd = backend.op("layer_norm_forward")(
+        place(x), place(residual), 1, place(weight), place(bias), eps, rms, True
+    )
+    normalized = reference.add(x, residual) if with_residual else x
+    assert torch.equal(total.cpu(), normalized) if with_residual else total is None
+    exact_y, exact_mean, exact_rstd = reference.layer_norm_forward(normalized, weight, bias, eps, rms)
+    native_y = native_norm(x, residual, weight, bias, eps, rms)
+    yardsticks["y"].add(y, native_y, exact_y)
+    assert y.is_contiguous()
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    largest = float(normalized.double().abs().max()) if rows else 0.0
+    for ours, expected in ((rstd, exact_rstd), (mean, exact_mean)):
+        if ours is None:
+            assert rms and expected is exact_mean
+            continue
+        assert ours.dtype == accumulate and ours.shape == (rows, 1)
+        size = largest if expected is exact_mean else float(expected.max(initial=0))
+        assert max_error(ours, expected) <= 4 * ulp(size, accumulate)
+
+    mask = [True, with_weight, with_bias]
+    grads = backend.op("layer_norm_backward")(
+        place(grad_output), place(grad_sum), place(normalized), mean, rstd, place(weight), place(bias), 1, mask
+    )
+    exact_grads = reference.layer_norm_backward(grad_output, grad_sum, normalized, weight, eps, rms)
+    native_grads = native_gradients(grad_output, grad_sum, normalized, weight, bias, eps, rms)
+    names = ("grad_input", "grad_weight", "grad_bias")
+    for name, wanted, ours, theirs, expected in zip(names, mask, grads, native_grads, exact_grads, strict=True):
+        assert (ours is not None) == wanted, name
+        if wanted:
+            yardsticks[name].add(ours, theirs, expected)
+    return y, total, mean, rstd, *grads
+
+
+@pytest.mark.parametrize(("shape", "types", "variant"), CASES)
+def test_parity(backend, shape, types, variant):
+    check(backend, shape, types, variant)
+
+
+@pytest.mark.parametrize("layout", ["row-strided", "odd offset", "transposed"])
+@pytest.mark.parametrize("types", TYPES[:3] + TYPES[4:5], ids=lambda types: str(types[0])[6:])
+@pytest.mark.parametrize("shape", [(5, 16), (3, 33), (4, 1024), (2, 5000)], ids=str)
+def test_layouts(backend, shape, types, layout):
+    check(backend, shape, types, VARIANTS[2], layout)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 1000.0), (1e-3, 10.0), (100.0, 0.0), (0.0, 3.0)])
+def test_large_mean_over_small_variance(backend, scale, shift):
+    for variant in (VARIANTS[0], VARIANTS[1]):
+        check(backend, (6, 1024), TYPES[0], variant, scale=scale, shift=shift)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("cols", [48, 3000])
+def test_only_the_gradients_asked_for(backend, mask, cols):
+    op = backend.op("layer_norm_backward")
+    x, grad_output = (make((20, cols), torch.float32, backend.device) for _ in range(2))
+    weight, bias = (make((cols,), torch.float32, backend.device) for _ in range(2))
+    _, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, bias, 1e-5, False, True)
+    everything = op(grad_output, None, x, mean, rstd, weight, bias, 1, [True] * 3)
+    some = op(grad_output, None, x, mean, rstd, weight, bias, 1, list(mask))
+    for wanted, all_of_it, part in zip(mask, everything, some, strict=True):
+        assert (part is not None) == wanted
+        assert part is None or torch.equal(part, all_of_it)
+
+
+def test_more_rows_than_a_grid_dimension_holds(backend):
+    check(backend, (70_001, 8), TYPES[0], VARIANTS[0])
+
+
+def test_no_rows(backend):
+    for variant in VARIANTS:
+        y, _, _, _, grad_input, grad_weight, grad_bias = check(backend, (0, 12), TYPES[0], variant)
+        assert y.shape == grad_input.shape == (0, 12)
+        for grad in (grad_weight, grad_bias):
+            assert grad is None or torch.equal(grad.cpu(), torch.zeros(12))
+
+
+def test_same_bits_every_run(backend):
+    for shape in ((300, 96), (37, 1500)):
+        results = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            results.append(check(backend, shape, TYPES[0], VARIANTS[2]))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_row_does_not_depend_on_the_others(backend):
+    x, weight = make((50, 700), torch.float32, backend.device), make((700,), torch.float32, backend.device)
+    grad = make((50, 700), torch.float32, backend.device)
+    forward, backward = backend.op("layer_norm_forward"), backend.op("layer_norm_backward")
+    y, _, mean, rstd = forward(x, None, 1, weight, None, 1e-5, False, True)
+    dx = backward(grad, None, x, mean, rstd, weight, None, 1, [True, True, False])[0]
+    for begin, end in ((0, 1), (7, 12), (49, 50)):
+        part, _, part_mean, part_rstd = forward(x[begin:end], None, 1, weight, None, 1e-5, False, True)
+        part_dx = backward(
+            grad[begin:end], None, x[begin:end], part_mean, part_rstd, weight, None, 1, [True, True, False]
+        )[0]
+        assert torch.equal(part, y[begin:end]) and torch.equal(part_dx, dx[begin:end])
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_nan_and_infinity_spread_as_in_torch(backend, rms):
+    x = make((5, 40), torch.float32)
+    x[1, 3], x[2, 7], x[3, 9] = math.nan, math.inf, -math.inf
+    y = backend.op("layer_norm_forward")(x.to(backend.device), None, 1, None, None, 1e-5, rms, False)[0].cpu()
+    expected = native_norm(x, None, None, None, 1e-5, rms)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.allclose(y[expected.isfinite()], expected[expected.isfinite()], atol=1e-5)
+
+
+def test_thread_count_does_not_change_bits():
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            torch.manual_seed(3)
+            x = torch.randn(1003, 515, requires_grad=True)
+            layer = dlkit.nn.LayerNorm(515)
+            y = layer(x)
+            results.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), torch.randn_like(y))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_streaming_stores_write_what_plain_ones_do():
+    """Large outputs take the streaming path; its bits are those of the small path, row by row."""
+    x = torch.randn(8192, 1040)
+    whole = fused.layer_norm(x, (1040,))
+    parts = torch.cat([fused.layer_norm(part, (1040,)) for part in x.split(64)])
+    assert torch.equal(whole, parts)
+
+
+# The torch-facing side.
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def functions():
+    """(name, fused function of (x, weight, bias), torch's) for the four public ops."""
+    shape = (6,)
+
+    def add(norm):
+        def run(x, weight, bias):
+            total = x + x.flip(0)
+            return norm(total, weight, bias), total
+
+        return run
+
+    def layer(x, w, b):
+        return native.layer_norm(x, shape, w, b)
+
+    def rms(x, w, b):
+        return native.rms_norm(x, shape, w)
+
+    return {
+        "layer_norm": (lambda x, w, b: fused.layer_norm(x, shape, w, b), layer),
+        "rms_norm": (lambda x, w, b: fused.rms_norm(x, shape, w), rms),
+        "add_layer_norm": (lambda x, w, b: fused.add_layer_norm(x, x.flip(0), shape, w, b), add(layer)),
+        "add_rms_norm": (lambda x, w, b: fused.add_rms_norm(x, x.flip(0), shape, w), add(rms)),
+    }
+
+
+FUNCTIONS = functions()
+
+
+def leaves(dtype=torch.float64, device="cpu"):
+    return [make(shape, dtype, device).requires_grad_() for shape in ((3, 4, 6), (6,), (6,))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck_and_gradgradcheck(name, device):
+    inputs = leaves(device=device)
+    function = FUNCTIONS[name][0]
+    unused = 1 if "rms" in name else 0
+    inputs = inputs[: 3 - unused]
+    call = (lambda x, w: function(x, w, None)) if unused else function
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_of_any_subset(name, needs):
+    ours, theirs = ([t.detach().clone().requires_grad_(need) for t, need in zip(leaves(), needs)] for _ in range(2))
+    for a, b in zip(ours, theirs, strict=True):
+        b.data.copy_(a.data)
+    outputs = [torch.cat([t.flatten() for t in pair]) if isinstance(pair := f(*inputs), tuple) else pair.flatten()
+               for f, inputs in zip(FUNCTIONS[name], (ours, theirs), strict=True)]
+    assert outputs[0].requires_grad == outputs[1].requires_grad
+    if not outputs[0].requires_grad:
+        return
+    weights = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weights).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-12)
+
+
+def test_gradient_through_one_output_only():
+    x, residual = (make((4, 6), torch.float64).requires_grad_() for _ in range(2))
+    weight = make((6,), torch.float64).requires_grad_()
+    y, total = fused.add_layer_norm(x, residual, (6,), weight)
+    grads = torch.autograd.grad(total.sum(), (x, residual), retain_graph=True)
+    assert all(torch.equal(grad, torch.ones_like(grad)) for grad in grads)
+    assert torch.autograd.grad(total.sum(), weight, retain_graph=True, allow_unused=True) == (None,)
+    expected = torch.autograd.grad(native.layer_norm(x + residual, (6,), weight).square().sum(), (x, residual, weight))
+    found = torch.autograd.grad(y.square().sum(), (x, residual, weight))
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm"])
+def test_expanded_gradient_and_non_contiguous_gradient(function):
+    x = make((2, 5, 6), torch.float32).requires_grad_()
+    y, expected = getattr(fused, function)(x, (6,)), getattr(native, function)(x, (6,))
+    for reduce in (torch.sum, lambda t: (t.transpose(0, 2).contiguous() ** 2).sum(), lambda t: t[:, ::2, 1:].sum()):
+        ours, theirs = (torch.autograd.grad(reduce(t), x, retain_graph=True)[0] for t in (y, expected))
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 4, 5), (4, 5), (5,)], ids=str)
+@pytest.mark.parametrize("normalized_ndim", [1, 2, 3])
+def test_normalized_shapes_and_memory_formats(shape, normalized_ndim):
+    if normalized_ndim > len(shape):
+        pytest.skip("more normalized dimensions than dimensions")
+    x = make(shape, torch.float32)
+    variants = [x, x.transpose(0, -1).contiguous().transpose(0, -1), x[..., ::2].repeat_interleave(2, -1)[..., : shape[-1]]]
+    if len(shape) == 4:
+        variants.append(x.contiguous(memory_format=torch.channels_last))
+        variants.append(x[:, :, :, :1].expand(shape))
+    normalized = shape[-normalized_ndim:]
+    weight, bias = make(normalized, torch.float32), make(normalized, torch.float32)
+    for variant in variants:
+        expected = native.layer_norm(variant, normalized, weight, bias)
+        found = fused.layer_norm(variant, normalized, weight, bias)
+        assert torch.allclose(found, expected, atol=2e-6) and found.stride() == expected.stride()
+        expected = native.rms_norm(variant, normalized, weight)
+        found = fused.rms_norm(variant, normalized, weight)
+        assert torch.allclose(found, expected, atol=2e-6) and found.stride() == expected.stride()
+
+
+def test_row_strided_input_is_not_copied():
+    wide = torch.randn(512, 3 * 256)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fused.layer_norm(wide[:, 256:512], (256,))
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0)
+    assert allocated == 512 * 256 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_allocated_beyond_outputs_statistics_and_partials(dtype):
+    rows, cols = 512, 256
+    x = torch.randn(rows, cols, dtype=dtype, requires_grad=True)
+    layer = dlkit.nn.LayerNorm(cols, dtype=dtype)
+    grad = torch.randn(rows, cols, dtype=dtype)
+    inputs = [x, *layer.parameters()]
+    torch.use_deterministic_algorithms(False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(layer(x), inputs, grad)
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0)
+    element = dtype.itemsize
+    outputs, statistics = (2 * rows * cols + 2 * cols) * element, 2 * rows * 4
+    partials = 64 * 2 * cols * 4
+    assert allocated <= outputs + statistics + partials
+
+
+def test_zero_width_rows_and_scalars():
+    for function in ("layer_norm", "rms_norm"):
+        for shape in ((3, 0), (0, 0), (0, 4), (1, 1), (1,)):
+            x = torch.randn(shape, requires_grad=True)
+            ours, theirs = (getattr(module, function)(x, shape[-1:]) for module in (fused, native))
+            assert ours.shape == theirs.shape and torch.allclose(ours, theirs)
+            assert torch.autograd.grad(ours.sum(), x)[0].shape == shape
+    weight, bias = torch.ones(0, requires_grad=True), torch.ones(0, requires_grad=True)
+    fused.layer_norm(torch.randn(3, 0), (0,), weight, bias).sum().backward()
+    assert weight.grad.shape == bias.grad.shape == (0,)
+
+
+BAD_CALLS = {
+    "wrong normalized_shape": lambda f, x, w: f(x, (5,), None),
+    "empty normalized_shape": lambda f, x, w: f(x, (), None),
+    "too many dimensions": lambda f, x, w: f(x, (2, 3, 4), None),
+    "negative size": lambda f, x, w: f(x, (-1,), None),
+    "int for normalized_shape": lambda f, x, w: f(x, 4, None),
+    "float in normalized_shape": lambda f, x, w: f(x, (4.0,), None),
+    "no input": lambda f, x, w: f(None, (4,), None),
+    "list for input": lambda f, x, w: f([1.0], (4,), None),
+    "weight of another shape": lambda f, x, w: f(x, (4,), torch.ones(5)),
+    "weight of another rank": lambda f, x, w: f(x, (4,), torch.ones(1, 4)),
+    "weight on another device": lambda f, x, w: f(x, (4,), torch.ones(4, device="meta")),
+    "fp64 weight": lambda f, x, w: f(x, (4,), w.double()),
+    "bf16 weight": lambda f, x, w: f(x, (4,), w.bfloat16()),
+    "fp32 weight for fp64": lambda f, x, w: f(x.double(), (4,), w),
+    "fp16 weight for bf16": lambda f, x, w: f(x.bfloat16(), (4,), w.half()),
+    "integer input": lambda f, x, w: f(x.long(), (4,), None),
+    "bool input": lambda f, x, w: f(x.bool(), (4,), None),
+    "complex input": lambda f, x, w: f(x.to(torch.complex64), (4,), None),
+    "fp8 input": lambda f, x, w: f(x.to(torch.float8_e4m3fn), (4,), None),
+    "sparse input": lambda f, x, w: f(x.to_sparse(), (4,), None),
+    "string for eps": lambda f, x, w: f(x, (4,), None, eps="a"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm"])
+def test_bad_input_raises_what_torch_raises(function, case):
+    x, w = torch.randn(3, 4), torch.ones(4)
+
+    def outcome(module):
+        try:
+            return BAD_CALLS[case](getattr(module, function), x, w)
+        except Exception as error:
+            assert str(error).strip()
+            return error
+
+    ours, theirs = outcome(fused), outcome(native)
+    assert type(ours) is type(theirs), f"ours: {ours!r}, torch's: {theirs!r}"
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=1e-3)
+
+
+@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm"])
+def test_residual_broadcasts_and_promotes_as_addition_does(function):
+    plain = getattr(native, function.removeprefix("add_"))
+    for x, residual in (
+        (make((4, 3, 6), torch.bfloat16), make((4, 3, 6), torch.float32)),
+        (make((4, 3, 6), torch.float32), make((3, 6), torch.float32)),
+        (make((1, 6), torch.float32), make((5, 6), torch.float64)),
+    ):
+        x, residual = x.requires_grad_(), residual.requires_grad_()
+        y, total = getattr(fused, function)(x, residual, (6,))
+        assert total.dtype == (x + residual).dtype and torch.equal(total, x + residual)
+        expected = plain(x + residual, (6,))
+        assert y.dtype == expected.dtype and torch.allclose(y, expected, atol=1e-5)
+        ours, theirs = (torch.autograd.grad((t**2).sum(), (x, residual)) for t in (y, expected))
+        assert all(a.dtype == b.dtype and torch.allclose(a, b, atol=1e-2) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_opcheck(name, device):
+    x, weight, bias = leaves(torch.float32, device)
+    residual = make(x.shape, torch.float32, device).requires_grad_()
+    arguments = [x, *([residual] if name.startswith("add") else []), (6,), weight, *([] if "rms" in name else [bias])]
+    torch.library.opcheck(getattr(torch.ops.dlkit, name).default, arguments)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+def test_opcheck_of_the_kernel_ops(rms, residual):
+    x, weight, bias = (t.detach() for t in leaves(torch.float32))
+    other = make(x.shape, torch.float32) if residual else None
+    forward, backward = torch.ops.dlkit.layer_norm_forward.default, torch.ops.dlkit.layer_norm_backward.default
+    torch.library.opcheck(forward, (x, other, 1, weight, bias, 1e-5, rms, True))
+    _, _, mean, rstd = forward(x, None, 1, weight, bias, 1e-5, rms, True)
+    torch.library.opcheck(backward, (x, other, x, mean, rstd, weight, bias, 1, [True, True, not rms]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_without_graph_breaks(name, dynamic, device):
+    torch._dynamo.reset()
+    function = FUNCTIONS[name][0]
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (3, 5, 8):
+        inputs = [make(shape, torch.float32, device).requires_grad_() for shape in ((rows, 4, 6), (6,), (6,))]
+        inputs = inputs[:2] if "rms" in name else inputs
+        padded = [*inputs, None][:3]
+        results = []
+        for run in (function, compiled):
+            outputs = run(*padded)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = sum((t * torch.arange(t.numel(), device=device).view_as(t)).sum() for t in outputs)
+            results.append((*outputs, *torch.autograd.grad(loss, inputs)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inductor_runs_a_block_that_uses_it():
+    torch._dynamo.reset()
+    block = torch.nn.Sequential(torch.nn.Linear(16, 16), dlkit.nn.LayerNorm(16), torch.nn.GELU(), dlkit.nn.RMSNorm(16))
+    compiled = torch.compile(block, fullgraph=True)
+    x = torch.randn(5, 16)
+    results = []
+    for run in (block, compiled):
+        block.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in block.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def test_exports_with_a_dynamic_batch():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.add = dlkit.nn.LayerNorm(6), dlkit.nn.AddRMSNorm(6)
+
+        def forward(self, x):
+            return self.add(self.norm(x), x)
+
+    block = Block()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(block, (torch.randn(4, 6),), dynamic_shapes={"x": {0: batch}})
+    x = torch.randn(9, 6)
+    assert all(torch.equal(a, b) for a, b in zip(program.module()(x), block(x), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(program.run_decompositions().module()(x), block(x), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_behaves_as_in_torch(device, dtype):
+    x, weight = make((3, 4), dtype, device), make((4,), torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for function in ("layer_norm", "rms_norm"):
+            ours, theirs = (getattr(module, function)(x, (4,), weight) for module in (fused, native))
+            assert ours.dtype == theirs.dtype and torch.allclose(ours, theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_function_transforms(name):
+    ours, theirs = FUNCTIONS[name]
+    x, weight, bias = (t.detach() for t in leaves())
+    for transform in (
+        lambda f: torch.func.grad(lambda a: f(a, weight, bias).pow(3).sum())(x),
+        lambda f: torch.func.vmap(lambda a: f(a, weight, bias))(x),
+        lambda f: torch.func.vmap(torch.func.grad(lambda a: f(a, weight, bias).pow(3).sum()))(x),
+        lambda f: torch.func.jvp(lambda a: f(a, weight, bias), (x,), (x * 2,))[1],
+        lambda f: torch.func.hessian(lambda a: f(a, weight, bias).pow(3).sum())(x[0, 0]),
+    ):
+        assert torch.allclose(transform(ours), transform(theirs))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.sin())
+        tangents = [torch.autograd.forward_ad.unpack_dual(f(dual, weight, bias)).tangent for f in (ours, theirs)]
+    assert torch.allclose(*tangents)
+
+
+def test_inference_mode_and_no_grad():
+    x = torch.randn(4, 8)
+    layer = dlkit.nn.LayerNorm(8)
+    expected = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        y = layer(x)
+    assert torch.equal(y, expected) and not y.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_modules_are_torchs_own(kind):
+    ours, theirs = getattr(dlkit.nn, kind)(12), getattr(torch.nn, kind)(12)
+    assert isinstance(ours, getattr(torch.nn, kind)) and repr(ours) == repr(theirs)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 12)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_add_modules(kind):
+    module = getattr(dlkit.nn, f"Add{kind}")(12)
+    torch.nn.init.normal_(module.weight)
+    plain = getattr(torch.nn, kind)(12)
+    plain.load_state_dict(module.state_dict())
+    x, residual = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    y, total = module(x, residual)
+    assert torch.equal(total, x + residual) and torch.allclose(y, plain(total), atol=1e-6)
+
+
+def test_activation_checkpointing():
+    layer = dlkit.nn.LayerNorm(8)
+    x = torch.randn(4, 8, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).sin().sum(), x)[0]
+    again = torch.utils.checkpoint.checkpoint(lambda t: layer(t).sin(), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again.sum(), x)[0], plain)
+
+
+def test_changed_input_is_noticed():
+    x = torch.randn(4, 8, requires_grad=True)
+    y = x * 1
+    z = fused.layer_norm(y, (8,))
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
