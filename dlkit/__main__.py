@@ -34,7 +34,7 @@ def info() -> None:
     for name, value in rows:
         print(f"{name:<14}{value}")
     print()
-    for op in _backends.KERNEL_OPS:
+    for op in _backends.OPS:
         for device in ("cpu", "cuda"):
             backend, reason = _backends.serving(device)
             print(f"{op:<14}{device:<6}{backend:<16}{reason}")

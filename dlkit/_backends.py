@@ -7,16 +7,12 @@ they were not. DLKIT_BACKEND=cuda|triton|native forces one; native leaves every 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 BACKENDS = ("cuda", "triton", "native")
-KERNEL_OPS = {"layer_norm": ("layer_norm_forward", "layer_norm_backward")}
-
-_registrations: list[torch.library.Library] = []
+OPS = ("layer_norm",)
 
 
 def load() -> None:
@@ -35,7 +31,7 @@ def load() -> None:
     if forced == "triton" and not has_triton():
         raise ImportError("DLKIT_BACKEND=triton, but triton is not installed; run: pip install triton")
     if triton_serves_cuda():
-        _register_triton()
+        importlib.import_module("dlkit.triton").register()
 
 
 def mismatch(built_torch: str, built_cuda: str | None, torch_version: str, cuda_version: str | None) -> str | None:
@@ -96,19 +92,3 @@ def serving(device: str) -> tuple[str, str]:
     if cuda_architectures():
         return "CUDA", "DLKIT_BACKEND=cuda" if forced else "CUDA kernels were built in"
     return "native", "dlkit was built without CUDA kernels and triton is not installed"
-
-
-def _register_triton() -> None:
-    """Registers Triton's functions for CUDA tensors; triton itself is imported at the first call."""
-
-    def lazily(module: str, function: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"dlkit.triton.{module}"), function)(*args)
-
-        return call
-
-    library = torch.library.Library("dlkit", "IMPL")
-    for module, functions in KERNEL_OPS.items():
-        for function in functions:
-            library.impl(function, lazily(module, function), "CUDA")
-    _registrations.append(library)

@@ -21,7 +21,7 @@ TYPES = [  # (input, parameters)
     (torch.float16, torch.float32),
 ]
 SHAPES = [(1, 1), (3, 1), (5, 2), (2, 7), (67, 16), (9, 31), (33, 64), (17, 100), (6, 255), (130, 256), (5, 768)]
-SHAPES += [(3, 1000), (40, 1024), (2, 1025), (7, 4096), (3, 5003), (2, 9000), (1, 40000)]
+SHAPES += [(3, 1000), (40, 1024), (2, 1025), (7, 4096), (3, 5003), (2, 9000), (1, 17000)]
 # rms, residual, weight, bias
 VARIANTS = [
     (False, False, True, True),
@@ -36,7 +36,7 @@ VARIANTS = [
 CASES = [
     pytest.param(shape, types, VARIANTS[(i + j + 3 * k) % len(VARIANTS)], id=f"{shape[0]}x{shape[1]}-{name}-v{k}")
     for (i, shape), (j, types) in itertools.product(enumerate(SHAPES), enumerate(TYPES))
-    for k, name in ((k, f"{str(types[0])[6:]}-{str(types[1])[6:]}") for k in range(3))
+    for k, name in ((k, f"{str(types[0])[6:]}-{str(types[1])[6:]}") for k in range(3 if shape[1] < 4096 else 1))
 ]
 
 
@@ -83,8 +83,11 @@ def native_gradients(grad_output, grad_sum, x, weight, bias, eps, rms):
 def check(backend, shape, types, variant, layout="contiguous", scale=1.0, shift=0.0, eps=1e-5):
     """Forward and backward of `backend` on several draws against the reference; returns what the last draw gave."""
     yardsticks = {name: Yardstick(name) for name in ("y", "grad_input", "grad_weight", "grad_bias")}
-    for _ in range(max(1, min(8, 4096 // max(1, shape[0] * shape[1])))):
-        results = check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardsticks)
+    results = None
+    draws = max(1, min(32, 16384 // max(1, shape[0] * shape[1])))
+    for draw in range(3 * draws):
+        ours = backend if draw < min(draws, backend.draws) else None
+        results = check_draw(ours, shape, types, variant, layout, scale, shift, eps, yardsticks) or results
     for yardstick in yardsticks.values():
         yardstick.check()
     return results
@@ -100,6 +103,25 @@ def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardst
     bias = make((cols,), parameter_dtype) if with_bias else None
     grad_output, grad_sum = make(shape, dtype), make(shape, dtype) if with_residual else None
 
+    normalized = reference.add(x, residual) if with_residual else x
+    exact_y, exact_mean, exact_rstd = reference.layer_norm_forward(normalized, weight, bias, eps, rms)
+    exact_grads = reference.layer_norm_backward(grad_output, grad_sum, normalized, weight, eps, rms)
+    wanted = {"y": True, "grad_input": True, "grad_weight": with_weight, "grad_bias": with_bias}
+    expected = dict(zip(wanted, (exact_y, *exact_grads), strict=True))
+    theirs = (
+        native_norm(x, residual, weight, bias, eps, rms),
+        *native_gradients(grad_output, grad_sum, normalized, weight, bias, eps, rms),
+    )
+    for name, tensor in zip(wanted, theirs, strict=True):
+        if wanted[name]:
+            yardsticks[name].add_native(tensor, expected[name])
+    if cols == 1 and rows:
+        # grad_input is what rounding leaves of two equal terms: an ulp of these, rstd * weight * grad_output, is what counts.
+        terms = exact_rstd * reference.exact(grad_output) * (1 if weight is None else reference.exact(weight))
+        yardsticks["grad_input"].one_ulp = max(yardsticks["grad_input"].one_ulp, ulp(float(abs(terms).max()), dtype))
+    if backend is None:
+        return None
+
     def place(tensor):
         if tensor is None:
             return None
@@ -109,39 +131,38 @@ def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardst
     y, total, mean, rstd = backend.op("layer_norm_forward")(
         place(x), place(residual), 1, place(weight), place(bias), eps, rms, True
     )
-    normalized = reference.add(x, residual) if with_residual else x
-    assert torch.equal(total.cpu(), normalized) if with_residual else total is None
-    exact_y, exact_mean, exact_rstd = reference.layer_norm_forward(normalized, weight, bias, eps, rms)
-    native_y = native_norm(x, residual, weight, bias, eps, rms)
-    yardsticks["y"].add(y, native_y, exact_y)
     assert y.is_contiguous()
+    assert torch.equal(total.cpu(), normalized) if with_residual else total is None
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     largest = float(normalized.double().abs().max()) if rows else 0.0
-    for ours, expected in ((rstd, exact_rstd), (mean, exact_mean)):
-        if ours is None:
-            assert rms and expected is exact_mean
-            continue
-        assert ours.dtype == accumulate and ours.shape == (rows, 1)
-        size = largest if expected is exact_mean else float(expected.max(initial=0))
-        assert max_error(ours, expected) <= 4 * ulp(size, accumulate)
+    assert (mean is None) == rms
+    for statistic, exact_statistic in ((rstd, exact_rstd), *([] if rms else [(mean, exact_mean)])):
+        assert statistic.dtype == accumulate and statistic.shape == (rows, 1)
+        size = largest if statistic is mean else float(exact_statistic.max(initial=0))
+        assert max_error(statistic, exact_statistic) <= 4 * ulp(size, accumulate)
 
     mask = [True, with_weight, with_bias]
     grads = backend.op("layer_norm_backward")(
         place(grad_output), place(grad_sum), place(normalized), mean, rstd, place(weight), place(bias), 1, mask
     )
-    exact_grads = reference.layer_norm_backward(grad_output, grad_sum, normalized, weight, eps, rms)
-    native_grads = native_gradients(grad_output, grad_sum, normalized, weight, bias, eps, rms)
-    names = ("grad_input", "grad_weight", "grad_bias")
-    for name, wanted, ours, theirs, expected in zip(names, mask, grads, native_grads, exact_grads, strict=True):
-        assert (ours is not None) == wanted, name
-        if wanted:
-            yardsticks[name].add(ours, theirs, expected)
+    for name, ours, native_result in zip(wanted, (y, *grads), theirs, strict=True):
+        assert (ours is not None) == wanted[name], name
+        if wanted[name]:
+            yardsticks[name].add(ours, native_result, expected[name])
     return y, total, mean, rstd, *grads
 
 
 @pytest.mark.parametrize(("shape", "types", "variant"), CASES)
 def test_parity(backend, shape, types, variant):
     check(backend, shape, types, variant)
+
+
+@pytest.mark.parametrize("types", [TYPES[0], TYPES[1], TYPES[3]], ids=lambda types: str(types[0])[6:])
+def test_very_long_rows(backend, types):
+    if backend.name == "triton" and backend.device == "cpu":
+        pytest.skip("minutes in the interpreter; 17,000 columns take the same path there")
+    check(backend, (2, 70_000), types, VARIANTS[2])
+    check(backend, (1, 1_000_003), types, VARIANTS[1])
 
 
 @pytest.mark.parametrize("layout", ["row-strided", "odd offset", "transposed"])
@@ -168,7 +189,8 @@ def test_only_the_gradients_asked_for(backend, mask, cols):
     some = op(grad_output, None, x, mean, rstd, weight, bias, 1, list(mask))
     for wanted, all_of_it, part in zip(mask, everything, some, strict=True):
         assert (part is not None) == wanted
-        assert part is None or torch.equal(part, all_of_it)
+        if part is not None:
+            torch.testing.assert_close(part, all_of_it, rtol=1e-6, atol=1e-5)
 
 
 def test_more_rows_than_a_grid_dimension_holds(backend):
@@ -206,9 +228,10 @@ def test_a_row_does_not_depend_on_the_others(backend):
         assert torch.equal(part, y[begin:end]) and torch.equal(part_dx, dx[begin:end])
 
 
+@pytest.mark.parametrize("cols", [40, 9000])
 @pytest.mark.parametrize("rms", [False, True])
-def test_nan_and_infinity_spread_as_in_torch(backend, rms):
-    x = make((5, 40), torch.float32)
+def test_nan_and_infinity_spread_as_in_torch(backend, rms, cols):
+    x = make((5, cols), torch.float32)
     x[1, 3], x[2, 7], x[3, 9] = math.nan, math.inf, -math.inf
     y = backend.op("layer_norm_forward")(x.to(backend.device), None, 1, None, None, 1e-5, rms, False)[0].cpu()
     expected = native_norm(x, None, None, None, 1e-5, rms)

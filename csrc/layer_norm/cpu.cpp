@@ -44,43 +44,61 @@ struct Source {
   }
 };
 
+constexpr int kGroup = 4;  // rows taken together
+
 template <class T, class P, bool kAdd, bool kStream>
 void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const P* weight = static_cast<const P*>(op.weight);
   const P* bias = static_cast<const P*>(op.bias);
   const int64_t cols = op.cols;
-  for (int64_t row = begin; row < end; ++row) {
-    const Source<T, kAdd> source{static_cast<const T*>(op.x) + row * op.x_stride,
-                                 static_cast<const T*>(op.residual) + row * op.residual_stride};
-    double totals[1];
-    A mean = 0;
+  const auto source_of = [&](int64_t row) DLKIT_INLINE_LAMBDA {
+    return Source<T, kAdd>{static_cast<const T*>(op.x) + row * op.x_stride,
+                           static_cast<const T*>(op.residual) + row * op.residual_stride};
+  };
+  // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next row's.
+  const int64_t together = cols * int64_t(sizeof(T)) <= 4096 ? kGroup : 1;
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t count = min64(together, end - first);
+    // What rounding takes from the mean matters where the deviations are small beside it.
+    A mean[kGroup] = {}, mean_rest[kGroup] = {}, rstd[kGroup];
     if (!op.rms) {
-      sum_columns<A>(cols, totals,
-                     [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA { terms[0] += source(i, width); });
-      mean = A(totals[0] / double(cols));
-    }
-    sum_columns<A>(cols, totals, [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
-      const Vector<A> centred = keep(source(i, width) - mean, width);
-      terms[0] = fma(centred, centred, terms[0]);
-    });
-    const A rstd = A(1.0 / std::sqrt(totals[0] / double(cols) + op.eps));
-    if (op.mean != nullptr) static_cast<A*>(op.mean)[row] = mean;
-    if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd;
-
-    T* y = static_cast<T*>(op.y) + row * cols;
-    T* sum = static_cast<T*>(op.sum) + row * cols;
-    for_columns<A, 4>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      const Vector<A> v = source(i, width);
-      if constexpr (kAdd) write<kStream>(sum + i, v, width);
-      Vector<A> normalized = (v - mean) * rstd;
-      if (weight != nullptr) {
-        normalized = fma(normalized, load(weight + i, width), bias != nullptr ? load(bias + i, width) : Vector<A>{});
-      } else if (bias != nullptr) {
-        normalized += load(bias + i, width);
+      for (int64_t r = 0; r < count; ++r) {
+        const auto source = source_of(first + r);
+        double totals[1];
+        sum_columns<A>(cols, totals,
+                       [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA { terms[0] += source(i, width); });
+        mean[r] = A(totals[0] / double(cols));
+        mean_rest[r] = A(totals[0] / double(cols) - double(mean[r]));
+        if (op.mean != nullptr) static_cast<A*>(op.mean)[first + r] = mean[r];
       }
-      write<kStream>(y + i, normalized, width);
-    });
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const auto source = source_of(first + r);
+      double totals[1];
+      sum_columns<A>(cols, totals, [&](int64_t i, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+        const Vector<A> centred = keep(source(i, width) - mean[r] - mean_rest[r], width);
+        terms[0] = fma(centred, centred, terms[0]);
+      });
+      rstd[r] = A(1.0 / std::sqrt(totals[0] / double(cols) + op.eps));
+      if (op.rstd != nullptr) static_cast<A*>(op.rstd)[first + r] = rstd[r];
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const auto source = source_of(first + r);
+      T* y = static_cast<T*>(op.y) + (first + r) * cols;
+      T* sum = static_cast<T*>(op.sum) + (first + r) * cols;
+      for_columns<A, 4>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        const Vector<A> v = source(i, width);
+        if constexpr (kAdd) write<kStream>(sum + i, v, width);
+        Vector<A> normalized = (v - mean[r] - mean_rest[r]) * rstd[r];
+        if (weight != nullptr) {
+          normalized = fma(normalized, load(weight + i, width), bias != nullptr ? load(bias + i, width) : Vector<A>{});
+        } else if (bias != nullptr) {
+          normalized += load(bias + i, width);
+        }
+        write<kStream>(y + i, normalized, width);
+      });
+    }
   }
   if constexpr (kStream) streaming_fence();
 }
@@ -93,8 +111,6 @@ void forward_typed(const Forward& op) {
     stream ? forward_rows<T, P, kAdd, true>(op, begin, end) : forward_rows<T, P, kAdd, false>(op, begin, end);
   });
 }
-
-constexpr int kGroup = 4;
 
 // Blocks of rows, each with one partial row of each parameter gradient. A function of the shape alone.
 int64_t backward_blocks(const Backward& op) {
@@ -114,7 +130,7 @@ DLKIT_INLINE void backward_group(const Backward& op, int64_t first, accumulate_t
   const T* grad_output[kRows];
   const T* grad_sum[kRows];
   T* grad_input[kRows];
-  A mean[kRows], rstd[kRows], mean_wdy[kRows], mean_wdy_xhat[kRows];
+  A mean[kRows], rstd[kRows], mean_wdy[kRows], slope[kRows];  // slope: rstd^2 * mean(wdy * (x - mean)), rounded once
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + r;
     x[r] = static_cast<const T*>(op.x) + row * op.x_stride;
@@ -132,7 +148,7 @@ DLKIT_INLINE void backward_group(const Backward& op, int64_t first, accumulate_t
         terms[1] = fma(wdy, load(x[r] + i, width) - mean[r], terms[1]);
       });
       mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
-      mean_wdy_xhat[r] = A(totals[1] * rstd[r] / double(cols));
+      slope[r] = A(totals[1] * double(rstd[r]) * double(rstd[r]) / double(cols));
     }
   }
   for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
@@ -140,13 +156,13 @@ DLKIT_INLINE void backward_group(const Backward& op, int64_t first, accumulate_t
     if (weight != nullptr) w = load(weight + i, width);
     for (int r = 0; r < kRows; ++r) {
       const Vector<A> dy = load(grad_output[r] + i, width);
-      const Vector<A> xhat = (load(x[r] + i, width) - mean[r]) * rstd[r];
+      const Vector<A> centred = load(x[r] + i, width) - mean[r];
       if constexpr (kInput) {
-        Vector<A> dx = fma(xhat, broadcast<A>(-mean_wdy_xhat[r]), dy * w - mean_wdy[r]) * rstd[r];
+        Vector<A> dx = fma(centred, broadcast<A>(-slope[r]), dy * w - mean_wdy[r]) * rstd[r];
         if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
         write<kStream>(grad_input[r] + i, dx, width);
       }
-      if constexpr (kWeight) weight_sum = fma(dy, xhat, weight_sum);
+      if constexpr (kWeight) weight_sum = fma(dy, centred * rstd[r], weight_sum);
       if constexpr (kBias) bias_sum += dy;
     }
     if constexpr (kWeight) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);

@@ -1,23 +1,19 @@
 // LayerNorm and RMSNorm on CUDA. What each pass moves, in units of one [rows, cols] tensor:
 //
-//   forward    reads x (and residual), writes y (and sum): 2 (4), the least there is. Rows of up to 64 KB stay packed
-//   in
+//   forward    reads x (and residual), writes y (and sum): 2 (4), the least there is. Rows of up to 32 KB stay in
 //              registers between load and store, up to 227 KB in shared memory; only longer ones are read again.
 //   backward   reads x and grad_output, writes grad_input: 3, the least there is, plus cols * 4 bytes per block and
-//   parameter.
-//              Blocks stay for many rows. A thread owns the same columns in each, so grad_weight and grad_bias grow in
-//              its registers; the next row is on its way into shared memory (cp.async, no registers held) while this
-//              one reduces. The per-block sums are added up by a second kernel in a fixed order: no atomics, the same
-//              bits every run. Rows too long for that (above 16 K columns, or 227 KB for two rows of inputs) take two
-//              kernels and 5 units.
+//              parameter. Blocks stay for many rows. A thread owns the same columns in each, so grad_weight and
+//              grad_bias grow in its registers; the next row is on its way into shared memory (cp.async, which holds no
+//              registers) while this one reduces. A second kernel adds the blocks' sums up in a fixed order: no
+//              atomics, the same bits every run. Rows of more than 16 K columns (or 14.5 K in fp32, where two rows of
+//              inputs outgrow 227 KB) take a kernel for grad_input and one for the sums, and read twice: 5 units and
+//              some from L2.
 //
 // Speed needs bytes in flight: at 4.8 TB/s and some 0.8 us of latency, 29 KB for each of an H200's 132 multiprocessors.
-// Forward: 16 to 128 bytes a thread and 1024 or more threads, so 32 KB upwards. Backward: 32 bytes a pack pair, 512
-// threads with 2 to 8 packs or 1024 with 1, so 32 to 64 KB. That should reach 0.88 and 0.80 of a copy (a prediction:
-// not yet run on a GPU).
-#include <algorithm>
-#include <type_traits>
-
+// Full packs give forward 32 to 64 KB (512 to 1024 resident threads with 32 to 128 bytes each) and backward 32 to 128
+// KB (512 or 1024 threads with 64 to 256 bytes of the next row). Predicted from that: 0.88 and 0.80 of a copy. Not yet
+// run on a GPU.
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/reduce.cuh"
 #include "../common/cuda/vec.cuh"
@@ -103,8 +99,8 @@ __device__ __forceinline__ void store_statistics(const Forward& op, int64_t row,
   if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd;
 }
 
-// Threads that share a multiprocessor, so that ptxas keeps to 64, 80 or 128 registers for each. Fewer spill on some
-// architecture.
+// Threads that share a multiprocessor, so that ptxas keeps to 64, 80 or 128 registers for each. One step fewer spills
+// on sm_100 or sm_120.
 template <class T, int PackBytes, int Packs>
 constexpr int forward_resident = Packs > 4 || sizeof(T) > 4               ? 512
                                  : Packs* PackBytes > 16 * int(sizeof(T)) ? 768

@@ -6,9 +6,8 @@
 #include <ATen/ops/broadcast_tensors.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/rms_norm.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 
+#include "../common/autograd.h"
 #include "../common/op.h"
 #include "kernel.h"
 
@@ -128,7 +127,7 @@ ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& residual,
           stats && !rms ? like(stats_sizes, stats_type) : Tensor(), stats ? like(stats_sizes, stats_type) : Tensor()};
 }
 
-BackwardOutputs backward_meta(const Tensor& grad_output, const OptionalTensor&, const Tensor& input,
+BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input,
                               const OptionalTensor&, const Tensor&, const OptionalTensor& weight,
                               const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
   const auto row_sizes = input.sym_sizes().slice(input.dim() - normalized_ndim);
@@ -178,48 +177,57 @@ BackwardOutputs call_backward(const Tensor& grad_output, const OptionalTensor& g
   return op.call(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, output_mask);
 }
 
-struct LayerNormNode : torch::autograd::Function<LayerNormNode> {
-  static variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& input,
-                               const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-                               int64_t normalized_ndim, double eps, bool rms) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, sum, mean, rstd] = call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, true);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({sum.defined() ? sum : input, mean, rstd, or_undefined(weight), or_undefined(bias)});
-    ctx->saved_data["normalized_ndim"] = normalized_ndim;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["rms"] = rms;
-    ctx->saved_data["residual"] = has(residual);
-    if (sum.defined()) return {y, sum};
-    return {y};
+// A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
+struct LayerNormBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable input, mean, rstd, weight, bias;  // input: what was normalised, the sum where there is one
+  int64_t normalized_ndim = 0;
+  double eps = 0;
+  bool residual = false;
+
+  std::string name() const override { return "DlkitLayerNormBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&input, &mean, &rstd, &weight, &bias}) saved->reset_data();
   }
 
-  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &mean = saved[1], &rstd = saved[2], &weight = saved[3], &bias = saved[4];
-    const int64_t normalized_ndim = ctx->saved_data["normalized_ndim"].toInt();
-    const bool residual = ctx->saved_data["residual"].toBool();
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor x = residual ? input.unpack(getptr()) : input.unpack();
+    const Tensor w = weight.unpack(), b = bias.unpack(), saved_mean = mean.unpack();
     const Tensor& grad_output = grads[0];
     const Tensor grad_sum = residual ? grads[1] : Tensor();
-    size_t edge = 0;
-    bool input_needed = ctx->needs_input_grad(edge++);
-    if (residual) input_needed = ctx->needs_input_grad(edge++) || input_needed;
-    const bool weight_needed = weight.defined() && ctx->needs_input_grad(edge++);
-    const bool bias_needed = bias.defined() && ctx->needs_input_grad(edge++);
-    const std::array<bool, 3> mask{input_needed, weight_needed, bias_needed};
-
+    const std::array<bool, 3> mask{task_should_compute_output(0) || task_should_compute_output(1),
+                                   task_should_compute_output(2), task_should_compute_output(3)};
     BackwardOutputs result;
     if (!grad_output.defined()) {
       std::get<0>(result) = grad_sum;
     } else if (at::GradMode::is_enabled()) {
-      const auto shape = input.sym_sizes().slice(input.dim() - normalized_ndim);
-      result = differentiable_backward(grad_output, grad_sum, input, shape, weight, bias,
-                                       ctx->saved_data["eps"].toDouble(), ctx->saved_data["rms"].toBool(), mask);
+      const auto shape = x.sym_sizes().slice(x.dim() - normalized_ndim);
+      result = differentiable_backward(grad_output, grad_sum, x, shape, w, b, eps, !saved_mean.defined(), mask);
     } else {
-      result = call_backward(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, mask);
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      result = call_backward(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, normalized_ndim, mask);
     }
     const auto& [grad_input, grad_weight, grad_bias] = result;
-    return {grad_input, residual ? grad_input : Tensor(), grad_weight, grad_bias, Tensor(), Tensor(), Tensor()};
+    return {task_should_compute_output(0) ? grad_input : Tensor(), task_should_compute_output(1) ? grad_input : Tensor(),
+            grad_weight, grad_bias};
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(input, residual);
+    for (const auto* saved : {&mean, &rstd, &weight, &bias}) args.collect(*saved, false);
+    args.collect(normalized_ndim);
+    args.collect(eps);
+    args.collect(residual);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (auto* saved : {&input, &mean, &rstd, &weight, &bias}) swap.before(*saved);
+    variable_list result = apply(variable_list(grads));
+    for (auto* saved : {&input, &mean, &rstd, &weight, &bias}) swap.after(*saved);
+    return result;
   }
 
   // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
@@ -243,6 +251,32 @@ struct LayerNormNode : torch::autograd::Function<LayerNormNode> {
     return {result[0], result[1], result[2]};
   }
 };
+
+std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const OptionalTensor& residual,
+                                              int64_t normalized_ndim, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double eps, bool rms) {
+  using torch::autograd::SavedVariable;
+  const auto node = make_node<LayerNormBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight),
+                                                           or_undefined(bias)));
+  ForwardOutputs outputs;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    outputs = call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, true);
+  }
+  auto& [y, sum, mean, rstd] = outputs;
+  torch::autograd::set_history(y, node);
+  if (sum.defined()) torch::autograd::set_history(sum, node);
+  node->input = SavedVariable(sum.defined() ? sum : input, sum.defined());
+  node->mean = SavedVariable(mean, false);
+  node->rstd = SavedVariable(rstd, false);
+  node->weight = SavedVariable(or_undefined(weight), false);
+  node->bias = SavedVariable(or_undefined(bias), false);
+  node->normalized_ndim = normalized_ndim;
+  node->eps = eps;
+  node->residual = sum.defined();
+  return {std::move(y), std::move(sum)};
+}
 
 // The check that torch's op makes, in torch's exception types.
 void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
@@ -297,8 +331,7 @@ std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, cons
   check_parameter_types(name, input, weight, bias);
   const int64_t ndim = int64_t(shape.size());
   if (any_requires_grad(input, residual, weight, bias)) {
-    variable_list outputs = LayerNormNode::apply(input, residual, weight, bias, ndim, eps, rms);
-    return {std::move(outputs[0]), has(residual) ? std::move(outputs[1]) : Tensor()};
+    return forward_with_graph(input, residual, ndim, weight, bias, eps, rms);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   auto outputs = call_forward(input, residual, ndim, weight, bias, eps, rms, false);

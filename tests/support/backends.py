@@ -33,6 +33,7 @@ class Backend:
     op: Callable[[str], Callable]
     missing: str = ""  # why it cannot run here
     instruction_set: str = ""
+    draws: int = 32  # of inputs, in a parity test of small tensors: fewer where a call is slow
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -69,12 +70,16 @@ def _cuda_on_cpu() -> Backend:
         raise RuntimeError("the CUDA-on-CPU library is missing; run: python setup.py build_cuda_on_cpu")
     else:
         missing = "run: python setup.py build_cuda_on_cpu"
-    return Backend("cuda-on-cpu", "cpu", _torch_op("dlkit_cuda_on_cpu"), missing)
+    return Backend("cuda-on-cpu", "cpu", _torch_op("dlkit_cuda_on_cpu"), missing, draws=4)
 
 
 def _triton() -> Backend:
     missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
-    return Backend("triton", "cuda" if HAS_GPU else "cpu", _triton_op, missing)
+    if not missing and not HAS_GPU:
+        from support import triton_interpreter  # imports triton, so only once TRITON_INTERPRET is set
+
+        triton_interpreter.fix_bf16_rounding()
+    return Backend("triton", "cuda" if HAS_GPU else "cpu", _triton_op, missing, draws=32 if HAS_GPU else 2)
 
 
 def _cuda() -> Backend:

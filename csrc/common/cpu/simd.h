@@ -275,20 +275,23 @@ DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
 }
 
 // totals[k] = the sum over all columns of what f(column, width, terms) puts into terms[k]. Lanes past the end must be zero.
-// A lane adds up 64 terms in A before it goes into a double, so the error does not grow with the row.
+// A lane adds up 64 terms in A before it goes into a compensated double, so the error does not grow with the row.
 template <class A, int kTotals, class F>
 DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& f) {
   constexpr int kSlots = 4;
   constexpr int64_t kRun = 64 * kSlots * kLanes<A>;
+  double lost[kTotals] = {};
   for (int k = 0; k < kTotals; ++k) totals[k] = 0;
   for (int64_t begin = 0; begin < cols; begin += kRun) {
     Vector<A> sums[kSlots][kTotals] = {};
-    for_columns<A, kSlots>(begin, begin + kRun < cols ? begin + kRun : cols,
-                           [&](int64_t column, int slot, auto width) DLKIT_INLINE_LAMBDA {
-                             f(column, width, sums[slot]);
-                           });
+    for_columns<A, kSlots>(
+        begin, begin + kRun < cols ? begin + kRun : cols,
+        [&](int64_t column, int slot, auto width) DLKIT_INLINE_LAMBDA { f(column, width, sums[slot]); });
     for (int k = 0; k < kTotals; ++k) {
-      totals[k] += sum_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]));
+      const double term = sum_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])) - lost[k];
+      const double total = totals[k] + term;
+      lost[k] = total - total == 0 ? (total - totals[k]) - term : 0;  // not from infinity
+      totals[k] = total;
     }
   }
 }

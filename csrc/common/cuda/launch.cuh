@@ -31,7 +31,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   (void)stream;
   cuda_on_cpu::launch(kernel, grid, block, shared_bytes, arguments...);
 #else
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  // clang-format on
 #endif
   check(cudaGetLastError(), name);
 }

@@ -1,0 +1,85 @@
+# make demo | test | lint | format | check-cuda | sanitize | gpu | clean
+#
+# TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
+# PYTHON  an interpreter that has torch already, used as it is, without a virtual environment: make demo PYTHON=python
+SHELL := /bin/bash
+TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
+SYSTEM_PYTHON ?= python3
+VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/ready-$(TORCH)
+endif
+INSTALL = -m pip install --quiet --disable-pip-version-check
+TOOLS := setuptools>=64
+
+.PHONY: install demo test lint format check-cuda sanitize gpu clean
+
+$(VENV)/ready-%:
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(INSTALL) '$*' '$(TOOLS)'
+	touch '$@'
+
+$(CUDA_VENV)/ready-%:
+	$(SYSTEM_PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python $(INSTALL) '$*' '$(TOOLS)'
+	touch '$@'
+
+install: $(READY)
+	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[lab,test]'
+
+demo: install
+	$(PYTHON) -m dlkit lab fashion_mnist
+
+test: install
+	$(PYTHON) setup.py -q build_cuda_on_cpu
+	$(PYTHON) -m pytest -q
+
+LINT := $(VENV)/bin/python -m
+CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)
+
+lint: $(VENV)/ready-$(TORCH)
+	$(VENV)/bin/python $(INSTALL) -r lint-requirements.txt
+	$(LINT) ruff check .
+	$(LINT) ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(LINT) mypy
+
+format: $(VENV)/ready-$(TORCH)
+	$(VENV)/bin/python $(INSTALL) -r lint-requirements.txt
+	$(LINT) ruff check --fix .
+	$(LINT) ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+# The whole CUDA build with a CUDA build of torch, without a GPU: compile, link, import, and what the kernels look like.
+check-cuda: $(CUDA_VENV)/ready-$(CUDA_TORCH)
+	$(CUDA_VENV)/bin/python $(INSTALL) pytest numpy
+	DLKIT_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-lib build/check-cuda
+	cd build/check-cuda && ../../$(CUDA_VENV)/bin/python -m dlkit info
+	$(CUDA_VENV)/bin/python tests/support/check_sass.py build/check-cuda/dlkit/_C*.so
+
+# The CPU kernels and the CUDA kernels' source, both under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
+sanitize: install
+	CXXFLAGS='$(SANITIZE)' DLKIT_BUILD=cpu $(PYTHON) setup.py -q build --build-lib build/sanitize
+	CXXFLAGS='$(SANITIZE)' $(PYTHON) setup.py -q build_cuda_on_cpu --output build/sanitize/libdlkit_cuda_on_cpu.so
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=build/sanitize DLKIT_CUDA_ON_CPU_LIBRARY=build/sanitize/libdlkit_cuda_on_cpu.so \
+	$(PYTHON) -m pytest -q tests/test_layer_norm.py -k 'cpu and not triton and not compile'
+
+# On a machine with a GPU, in the environment that has its torch: build, every test, the benchmarks; downloads nothing.
+GPU_PYTHON ?= python3
+gpu:
+	DLKIT_BUILD=cuda $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -m dlkit info
+	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_surgery.py
+	$(GPU_PYTHON) -m dlkit bench layer_norm --device cuda --sweep --compile --output bench/results
+	$(GPU_PYTHON) tests/support/check_sass.py dlkit/_C*.so
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) $(CUDA_VENV) dlkit/_C*.so dlkit/_build_facts.py

@@ -1,0 +1,117 @@
+"""What a result file records of the machine and the build, and the allocator setting of a benchmark process."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_KEEP = {"mmap_max": 0, "trim_threshold": 1 << 62, "tcache_count": 0}
+
+
+def keeps_memory() -> bool:
+    """Whether this process was started by `keep_memory`."""
+    given = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    return all(f"glibc.malloc.{name}={value}" in given for name, value in _KEEP.items())
+
+
+def keep_memory() -> None:
+    """Starts this process again with a glibc that keeps freed blocks; returns where that is done or there is no glibc.
+
+    By default every block above 32 MB is mapped afresh at each call and paid for in page faults: 32,769 of them for an
+    output of 128 MB, which cost more than the work itself. The heap alone, never trimmed, does not yet help: torch asks
+    for aligned blocks, glibc cuts what it adds for the alignment off again, and as soon as its thread cache has handed
+    that scrap to someone else the freed block is too short for the next request and the heap grows instead (16,384
+    faults in 7 of 8 calls for 64 MB). Without the thread cache it is none; a small call costs 2 to 4% more,
+    for every contestant. That cache can only be turned off at the start of a process, hence not mallopt.
+    """
+    if keeps_memory() or platform.libc_ver()[0] != "glibc":
+        return
+    given = [os.environ["GLIBC_TUNABLES"]] if os.environ.get("GLIBC_TUNABLES") else []
+    os.environ["GLIBC_TUNABLES"] = ":".join(given + [f"glibc.malloc.{name}={value}" for name, value in _KEEP.items()])
+    sys.stdout.flush()
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def _first_match(path: str, pattern: str) -> str | None:
+    try:
+        match = re.search(pattern, Path(path).read_text())
+    except OSError:
+        return None
+    return match.group(1).strip() if match else None
+
+
+def _caches() -> dict[str, str]:
+    """Size of each data cache level of core 0, as the kernel writes it ("32768K")."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if (folder / "type").read_text().strip() != "Instruction":
+            found["L" + (folder / "level").read_text().strip()] = (folder / "size").read_text().strip()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout these files are tracked in, "-dirty" added where it was changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def facts(device: str) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a measurement."""
+    cpu = _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine()
+    affinity = getattr(os, "sched_getaffinity", None)
+    machine: dict[str, Any] = {
+        "cpu": cpu,
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "caches": _caches(),
+        "transparent_hugepages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dlkit": _version("dlkit"),
+        "commit": _commit(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        machine["gpu"] = properties.name
+        machine["gpu_capability"] = f"{properties.major}.{properties.minor}"
+        machine["gpu_processors"] = properties.multi_processor_count
+        machine["gpu_l2_bytes"] = properties.L2_cache_size
+        machine["cuda"] = torch.version.cuda
+        machine["triton"] = _version("triton")
+        machine["liger_kernel"] = _version("liger_kernel")
+        machine["quack"] = _version("quack-kernels")
+    return machine
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A short name for file names: the GPU, or the CPU with its thread count."""
+    name = machine.get("gpu") or f"{machine['cpu']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

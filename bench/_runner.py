@@ -1,0 +1,519 @@
+"""Measures one op: checks every contestant against a float64 reference, then times those that passed, interleaved.
+
+One process, A B C A B C, medians. A sample is a loop long enough that the timer's resolution does not matter. The floor
+is a contestant too: a copy that moves the least bytes the op must move, sampled in the same rounds, so that a noisy
+moment falls on it as on the others. On a GPU the time is the device's own, taken with events behind a short sleep
+kernel that lets the host queue every call first; the host's time per call is kept beside it, and inputs rotate through
+more memory than the L2 holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import math
+import operator
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from . import _machine, _report
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTIONS = ("forward", "backward", "forward_backward")
+
+# A contestant turns input tensors into a function and its arguments; what it returns is one tensor or a tuple of them.
+Contestant = Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `forward` runs without autograd, `backward` alone on a retained graph."""
+
+    variant: str
+    direction: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.variant}/{self.direction}/{'x'.join(map(str, self.shape))}/{self.dtype}"
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+class Inputs(NamedTuple):
+    tensors: tuple[Tensor, ...]  # what a contestant is given; gradients go to those that require one
+    grad_outputs: tuple[Tensor, ...]  # one for each output
+
+
+class Spec(Protocol):
+    """What the file of an op defines. A module is one."""
+
+    def cases(self, mode: str, device: str) -> list[Case]:
+        """`mode` is quick, default or sweep."""
+
+    def memory_cases(self, device: str) -> list[Case]:
+        """The cases whose memory is measured, in the direction forward_backward."""
+
+    def inputs(self, case: Case, device: str, generator: torch.Generator) -> Inputs:
+        """Fresh random inputs."""
+
+    def contestants(self, case: Case, device: str) -> dict[str, Contestant]:
+        """By name, "native" first; torch.compile of native is added by the runner."""
+
+    def reference(self, case: Case) -> Callable[..., Any]:
+        """The formula in plain torch, called with the input tensors in float64."""
+
+    def tolerances(self, case: Case) -> Sequence[float]:
+        """Largest error allowed, over the largest value of the reference: of each output, then of each gradient."""
+
+    def minimal_bytes(self, case: Case) -> int:
+        """The least memory traffic of one call: every input read once, every output written once."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    mode: str = "default"
+    device: str = "cpu"
+    budget_s: float = 2.0
+    min_rounds: int = 7
+    max_rounds: int = 60
+    sample_s: float = 0.002
+    warm_up_s: float = 0.05
+    compile: bool = False
+    seed: int = 0
+
+
+class Sample(NamedTuple):
+    seconds: float  # per call, on the device that computes
+    host_seconds: float  # per call, until the host is free again
+    page_faults: float  # per call
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def prepare(function: Callable[..., Any], arguments: tuple[Any, ...], inputs: Inputs, direction: str) -> Call:
+    """One call of `direction`: a callable that returns the outputs, the gradients, or both."""
+    if direction == "forward":
+        return functools.partial(function, *arguments)
+    leaves = [tensor for tensor in inputs.tensors if tensor.requires_grad]
+    if direction == "backward":
+        outputs = function(*arguments)
+        return functools.partial(torch.autograd.grad, outputs, leaves, inputs.grad_outputs, retain_graph=True)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        outputs = function(*arguments)
+        return (*_as_tuple(outputs), *torch.autograd.grad(outputs, leaves, inputs.grad_outputs))
+
+    return forward_backward
+
+
+def compiled(native: Contestant) -> Contestant:
+    """torch.compile of the native expression, static shapes. One compilation for all input sets of a case."""
+    cache: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def bind(*tensors: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        function, arguments = native(*tensors)
+        if function not in cache:
+            # Functions of torch itself are skipped by the tracer unless they are called from a frame of ours.
+            target = function if isinstance(function, torch.nn.Module) else lambda *given: function(*given)
+            cache[function] = torch.compile(target, dynamic=False)
+        return cache[function], arguments
+
+    return bind
+
+
+def expected_outputs(spec: Spec, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """What a contestant should return for `inputs`, in float64."""
+
+    def widen(tensor: Tensor) -> Tensor:
+        wide = tensor.detach().double() if tensor.is_floating_point() else tensor
+        return wide.requires_grad_(tensor.requires_grad)
+
+    exact = Inputs(tuple(map(widen, inputs.tensors)), tuple(map(widen, inputs.grad_outputs)))
+    return tuple(
+        tensor.detach() for tensor in _as_tuple(prepare(spec.reference(case), exact.tensors, exact, case.direction)())
+    )
+
+
+def errors(call: Call, expected: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
+    """Largest error of each tensor over the largest value expected; infinite for a wrong shape or dtype, or a NaN."""
+    # The allocator hands out blocks that the contestant before has just freed, its correct outputs still in them: a
+    # kernel that writes nothing would pass. So such blocks are filled with NaN first.
+    poison = [torch.full(tensor.shape, math.nan, dtype=dtype, device=tensor.device) for tensor in expected]
+    del poison
+    outputs = _as_tuple(call())
+    found = [math.inf] * max(len(expected), len(outputs))
+    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=False)):
+        if output.shape != wanted.shape or output.dtype != dtype or wanted.numel() == 0:
+            continue
+        error = ((output.detach().double() - wanted).abs().max() / wanted.abs().max()).item()
+        found[index] = math.inf if math.isnan(error) else error
+    return found
+
+
+def sample_cpu(calls: Sequence[Call], loops: int) -> Sample:
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    start = time.perf_counter()
+    for _ in range(loops):
+        for call in calls:
+            call()
+    seconds = (time.perf_counter() - start) / (loops * len(calls))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return Sample(seconds, seconds, faults / (loops * len(calls)))
+
+
+def sample_cuda(calls: Sequence[Call], loops: int, host_seconds: float) -> Sample:
+    """`host_seconds`: about how long the host takes to queue all calls; the device sleeps for that long first."""
+    cuda: Any = torch.cuda
+    begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    cuda._sleep(int(min(1.5 * host_seconds, 0.05) * 2e9))  # in clock cycles, at about 2 GHz
+    begin.record()
+    start = time.perf_counter()
+    for _ in range(loops):
+        for call in calls:
+            call()
+    host = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    count = loops * len(calls)
+    return Sample(begin.elapsed_time(end) / 1e3 / count, host / count, 0.0)
+
+
+def calibrated(calls: Sequence[Call], settings: Settings) -> Callable[[], Sample]:
+    """Warms `calls` up and returns a sampler whose loop lasts about `sample_s`."""
+    on_gpu = settings.device == "cuda"
+    host_seconds, began = math.inf, time.perf_counter()
+    passes = 0
+    while passes < 2 or time.perf_counter() - began < settings.warm_up_s:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        host_seconds = min(host_seconds, time.perf_counter() - start)
+        if on_gpu:
+            torch.cuda.synchronize()
+        passes += 1
+    loops = max(1, math.ceil(settings.sample_s / host_seconds))
+    if on_gpu:
+        # A queue holds about a thousand kernels and an unfused backward launches ten: more calls would stall the host.
+        loops = max(1, min(loops, 64 // len(calls)))
+        return functools.partial(sample_cuda, calls, loops, host_seconds * loops)
+    return functools.partial(sample_cpu, calls, loops)
+
+
+T = TypeVar("T")
+
+
+def interleave(
+    samplers: Mapping[str, Callable[[], T]], budget_s: float, min_rounds: int, max_rounds: int
+) -> dict[str, list[T]]:
+    """Samples A B C A B C until the budget is spent, at least `min_rounds` and at most `max_rounds` times each.
+
+    The first round is dropped: it only puts caches into the state that every later round finds.
+    """
+    samples: dict[str, list[T]] = {name: [] for name in samplers}
+    began = time.perf_counter()
+    for round_index in range(max_rounds + 1):
+        for name, sampler in samplers.items():
+            value = sampler()
+            if round_index > 0:
+                samples[name].append(value)
+        if round_index >= min_rounds and time.perf_counter() - began > budget_s:
+            break
+    return samples
+
+
+def copies(total_bytes: int, device: str, sets: int = 1) -> dict[str, list[Call]]:
+    """Ways to move `total_bytes` (half read, half written), the floor of a case that moves as many.
+
+    On a CPU torch's copy has no streaming stores and so reads each line it writes; the C library's memmove has them for
+    large blocks, so halves on two threads can be a third faster. The best of the two is the floor.
+    """
+    elements = max(1, total_bytes // 8)
+    sources = [torch.rand(elements, device=device) for _ in range(sets)]
+    target = torch.empty_like(sources[0])
+    ways: dict[str, list[Call]] = {"copy_": [functools.partial(target.copy_, source) for source in sources]}
+    if device == "cpu" and total_bytes >= 16 << 20:
+        threads = torch.get_num_threads()
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
+        part = math.ceil(elements / threads) * 4
+        offsets = range(0, elements * 4, part)
+
+        def memmove() -> None:
+            waiting = [
+                pool.submit(
+                    ctypes.memmove,
+                    target.data_ptr() + offset,
+                    sources[0].data_ptr() + offset,
+                    min(part, elements * 4 - offset),
+                )
+                for offset in offsets
+            ]
+            for future in waiting:
+                future.result()
+
+        ways["memmove"] = [memmove]
+    return ways
+
+
+def summary(samples: Sequence[Sample], device: str) -> dict[str, float]:
+    times = sorted(sample.seconds * 1e6 for sample in samples)
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+    figures = {"median_us": median, "min_us": times[0], "q1_us": first, "q3_us": third, "samples": len(times)}
+    if device == "cuda":
+        figures["host_us"] = statistics.median(sample.host_seconds for sample in samples) * 1e6
+    else:
+        figures["page_faults"] = statistics.median(sample.page_faults for sample in samples)
+    return figures
+
+
+def _input_sets(spec: Spec, case: Case, settings: Settings) -> list[Inputs]:
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    sets = [spec.inputs(case, settings.device, generator)]
+    if settings.device == "cuda":
+        size = sum(tensor.nbytes for group in sets[0] for tensor in group)
+        wanted = math.ceil(4 * torch.cuda.get_device_properties(0).L2_cache_size / max(size, 1))
+        sets += [spec.inputs(case, "cuda", generator) for _ in range(min(max(wanted, 2), 64) - 1)]
+    return sets
+
+
+@contextlib.contextmanager
+def _measuring(case: Case, settings: Settings) -> Iterator[None]:
+    """Autograd only where the case needs it, and no garbage collection inside a sample."""
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.set_grad_enabled(case.direction != "forward"), contextlib.ExitStack() as stack:
+            if settings.compile:
+                from torch._functorch import config
+
+                torch.compiler.reset()
+                # A compiled backward that may overwrite its saved tensors refuses a retained graph.
+                stack.enter_context(config.patch(donated_buffer=False))
+            yield
+    finally:
+        gc.enable()
+
+
+def _contestants(spec: Spec, case: Case, settings: Settings) -> dict[str, Contestant]:
+    found = spec.contestants(case, settings.device)
+    if not settings.compile:
+        return found
+    return {"native": found["native"], "compile": compiled(found["native"]), **found}
+
+
+def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
+    """Checks and times every contestant of one case. Returns its entry of the result file."""
+    results: dict[str, dict[str, Any]] = {}
+    samplers: dict[str, Callable[[], Sample]] = {}
+    least = spec.minimal_bytes(case)
+    with _measuring(case, settings):
+        sets = _input_sets(spec, case, settings)
+        with torch.enable_grad():
+            expected = expected_outputs(spec, case, sets[0])
+        allowed = spec.tolerances(case)
+        ready: dict[str, list[Call]] = {}
+        for name, contestant in _contestants(spec, case, settings).items():
+            try:
+                calls = [prepare(*contestant(*inputs.tensors), inputs, case.direction) for inputs in sets]
+                found = errors(calls[0], expected, DTYPES[case.dtype])
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                results[name] = {"status": "error", "message": f"{type(error).__name__}: {lines[0]}"}
+                continue
+            exact = len(found) == len(allowed) and all(map(operator.le, found, allowed))
+            # Native is what a user has today, so it is the baseline even where it is off: its weight gradients in bf16
+            # on a CPU are summed in bf16 and miss by 10% at 8192 rows. Everyone else has to be right.
+            status = "ok" if exact else "inexact" if name == "native" and all(map(math.isfinite, found)) else "wrong"
+            # JSON has no infinity: null stands for a shape, dtype or NaN that no number describes.
+            results[name] = {
+                "status": status,
+                "errors": [error if math.isfinite(error) else None for error in found],
+            }
+            if status != "wrong":
+                ready[name] = calls
+        del expected
+        ways = copies(least, settings.device, len(sets))
+        for name, calls in {**ready, **ways}.items():
+            samplers[name] = calibrated(calls, settings)
+        samples = interleave(samplers, settings.budget_s, settings.min_rounds, settings.max_rounds)
+
+    for name in ready:
+        results[name].update(summary(samples[name], settings.device))
+        if name != "native" and "native" in ready:
+            # What a training loop sees: the slower of host and device.
+            slower = [
+                max(mine.seconds, mine.host_seconds) > max(native.seconds, native.host_seconds)
+                for mine, native in zip(samples[name], samples["native"], strict=True)
+            ]
+            results[name]["rounds_slower_than_native"] = sum(slower) / len(slower)
+    copy_us = {name: summary(samples[name], settings.device)["median_us"] for name in ways}
+    fastest = min(copy_us, key=lambda name: copy_us[name])
+    return {
+        "id": case.id,
+        **asdict(case),
+        "bytes": least,
+        "tolerances": list(allowed),
+        "floor": {"median_us": copy_us[fastest], "by": fastest, "gb_per_s": least / copy_us[fastest] / 1e3},
+        "contestants": results,
+    }
+
+
+def copy_bandwidth(settings: Settings) -> list[dict[str, Any]]:
+    """Copy bandwidth over size: bytes read and written, and GB/s of each way (median)."""
+    rows = []
+    for exponent in (16, 20, 23, 25, 27, 28):
+        ways = copies(1 << exponent, settings.device)
+        samplers = {name: calibrated(calls, settings) for name, calls in ways.items()}
+        samples = interleave(samplers, settings.budget_s / 10, settings.min_rounds, settings.max_rounds)
+        row: dict[str, Any] = {"bytes": 1 << exponent}
+        for name, taken in samples.items():
+            row[name] = (1 << exponent) / statistics.median(sample.seconds for sample in taken) / 1e9
+        rows.append(row)
+    return rows
+
+
+def _peak_cpu(call: Call) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler logs its start and stop on stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    del kept
+    kineto = profiler.profiler
+    assert kineto is not None and kineto.kineto_results is not None
+    held = peak = 0
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _peak_cuda(call: Call) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_memory(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
+    """Peak bytes allocated by one forward and backward, outputs and gradients included, and the part beyond these."""
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    inputs = spec.inputs(case, settings.device, generator)
+    entry: dict[str, Any] = {"id": case.id, "contestants": {}}
+    with _measuring(case, settings):
+        for name, contestant in _contestants(spec, case, settings).items():
+            try:
+                call = prepare(*contestant(*inputs.tensors), inputs, "forward_backward")
+                results = {tensor.data_ptr(): tensor.nbytes for tensor in _as_tuple(call())}
+                peak = _peak_cpu(call) if settings.device == "cpu" else _peak_cuda(call)
+            except Exception as error:
+                entry["contestants"][name] = {"message": f"{type(error).__name__}: {error}"}
+                continue
+            # Two gradients may be one tensor: it counts once.
+            outputs = sum(results.values())
+            entry["contestants"][name] = {"peak_bytes": peak, "output_bytes": outputs, "beyond_bytes": peak - outputs}
+    return entry
+
+
+def load(name: str) -> Spec:
+    return cast(Spec, importlib.import_module(f".{name}", __package__))
+
+
+def run(
+    name: str, spec: Spec, settings: Settings, only: str = "", echo: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measures every case whose id contains `only`, a table line each through `echo`. Returns the file's content.
+
+    An interrupt (Ctrl-C) ends the run early; what was measured is returned.
+    """
+    cases = [case for case in spec.cases(settings.mode, settings.device) if only in case.id]
+    machine = _machine.facts(settings.device)
+    report: dict[str, Any] = {
+        "op": name,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine,
+        "settings": {**asdict(settings), "filter": only},
+        "allocator": "reuse" if _machine.keeps_memory() else "default",
+        "interrupted": False,
+        "copy_bandwidth": copy_bandwidth(settings),
+        "cases": [],
+        "memory": [],
+    }
+    names = list(dict.fromkeys(name for case in cases for name in _contestants(spec, case, settings)))
+    width = max((len(case.id) for case in cases), default=4)
+    echo(_report.heading(report))
+    echo(_report.line(_report.columns(names), width))
+    try:
+        for case in cases:
+            entry = measure(spec, case, settings)
+            report["cases"].append(entry)
+            echo(_report.line(_report.row(entry, names), width))
+        for case in spec.memory_cases(settings.device):
+            if only in case.id:
+                report["memory"].append(peak_memory(spec, case, settings))
+    except KeyboardInterrupt:
+        report["interrupted"] = True
+    echo(_report.footnotes(report))
+    return report
+
+
+def main(args: argparse.Namespace) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU here", file=sys.stderr)
+        return 2
+    if device == "cpu" and args.allocator == "reuse":
+        _machine.keep_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    budgets = {"quick": 0.05, "default": 2.0, "sweep": 1.0}
+    settings = Settings(
+        mode=args.mode,
+        device=device,
+        budget_s=args.budget or budgets[args.mode],
+        min_rounds=3 if args.mode == "quick" else 7,
+        sample_s=0.0005 if args.mode == "quick" else 0.002,
+        warm_up_s=0.0 if args.mode == "quick" else 0.05,
+        compile=args.compile,
+    )
+    report = run(args.bench_command, load(args.bench_command), settings, args.filter)
+    if not report["cases"]:
+        print(f"no case was measured (--filter {args.filter!r})", file=sys.stderr)
+        return 2
+    path: Path = args.output
+    if path.suffix != ".json":
+        parts = [report["op"], _machine.slug(report["machine"]), *([] if args.mode == "default" else [args.mode])]
+        path = path / ("-".join(parts) + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"written: {path}")
+    return int(any(entry["contestants"].get("dlkit", {}).get("status") != "ok" for entry in report["cases"]))

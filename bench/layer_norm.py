@@ -1,0 +1,214 @@
+"""What is measured of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, as functions and as modules.
+
+Least bytes of N elements: forward 2N (read x, write y), backward 3N (read grad_output and x, write grad_input), with a
+residual 4N each way (forward reads two and writes two; backward also reads the gradient that reaches the sum).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
+
+EPS = 1e-5
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+MODULES = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}  # variants that go through a module's call
+
+SMALL = ((1, 16), (4, 16), (16, 64), (128, 128), (1024, 128), (64, 1024), (512, 768), (1000, 1003))
+# Few long rows, many short ones, and the sizes of real models, up to 128 MB in fp32.
+LARGE = (
+    (2048, 768),
+    (2048, 1024),
+    (1, 1048576),
+    (131072, 16),
+    (8192, 1024),
+    (65536, 64),
+    (32768, 256),
+    (2048, 8192),
+    (8192, 4096),
+    (512, 65536),
+)
+
+
+def cases(mode: str, device: str) -> list[Case]:
+    if mode == "quick":
+        return [
+            Case("layer_norm", "forward", (16, 64), "fp32"),
+            Case("layer_norm", "backward", (128, 128), "bf16"),
+            Case("rms_norm", "backward", (16, 65), "fp32"),
+            Case("add_layer_norm", "forward_backward", (16, 64), "fp64"),
+            Case("RMSNorm", "forward_backward", (16, 64), "fp32"),
+        ]
+    both = DIRECTIONS[:2]
+    if mode == "sweep":
+        found = [
+            Case(variant, direction, shape, dtype)
+            for variant in FUNCTIONS
+            for direction in both
+            for dtype in ("fp32", "bf16", "fp16", "fp64")
+            for shape in SMALL + LARGE
+            # The residual forms share the kernels' loops, fp64 is rare: a few sizes of each will do.
+            if not (variant.startswith("add_") or dtype == "fp64") or shape in ((4, 16), (1024, 128), (8192, 1024))
+        ]
+        return found + [Case(name, "forward_backward", shape, "fp32") for name in MODULES for shape in SMALL]
+    large, largest = (8192, 1024), (8192, 4096)
+    found = [Case("layer_norm", direction, shape, "fp32") for direction in both for shape in (large, largest)]
+    found += [Case("layer_norm", direction, largest, "bf16") for direction in both]
+    found += [Case("add_layer_norm", direction, largest, "fp32") for direction in both]
+    found += [Case("rms_norm", direction, shape, "fp32") for direction in both for shape in (large, largest)]
+    found += [Case("rms_norm", direction, largest, "bf16") for direction in both]
+    found += [Case("add_rms_norm", "forward", largest, "fp32")]
+    found += [Case(name, "forward_backward", shape, "fp32") for name in MODULES for shape in ((4, 16), (128, 128))]
+    shapes = ((1, 16), (128, 128), (64, 1024), (1000, 1003), (2048, 1024))
+    found += [Case("layer_norm", direction, shape, "fp32") for direction in both for shape in shapes]
+    found += [Case("layer_norm", direction, (2048, 1024), dtype) for direction in both for dtype in ("bf16", "fp16")]
+    if device == "cuda":
+        found += [Case("layer_norm", direction, (32768, 4096), "bf16") for direction in both]
+        found += [Case("rms_norm", direction, (32768, 4096), "bf16") for direction in both]
+    return found
+
+
+def memory_cases(device: str) -> list[Case]:
+    return [Case(variant, "forward_backward", (2048, 1024), "fp32") for variant in FUNCTIONS]
+
+
+def _function(case: Case) -> str:
+    return MODULES.get(case.variant, case.variant)
+
+
+def _has_residual(case: Case) -> bool:
+    return case.variant.startswith("add_")
+
+
+def _has_bias(case: Case) -> bool:
+    return _function(case).endswith("layer_norm")
+
+
+def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype])
+
+    outputs = 2 if _has_residual(case) else 1
+    tensors = [normal(*case.shape).requires_grad_() for _ in range(outputs)]
+    tensors += [nn.Parameter(normal(case.shape[-1])) for _ in range(1 + _has_bias(case))]
+    return Inputs(tuple(tensors), tuple(normal(*case.shape) for _ in range(outputs)))
+
+
+def _functional(case: Case, function: Callable[..., Any]) -> Contestant:
+    """For a function with the signature of torch's: the tensors, then the normalized shape, the parameters and eps."""
+    leading = 2 if _has_residual(case) else 1
+    shape = case.shape[-1:]
+    return lambda *tensors: (function, (*tensors[:leading], shape, *tensors[leading:], EPS))
+
+
+def _module(case: Case, library: Any) -> Contestant:
+    def bind(x: Tensor, *parameters: Tensor) -> tuple[nn.Module, tuple[Tensor]]:
+        module = getattr(library, case.variant)(case.shape[-1], eps=EPS)
+        for name, parameter in zip(("weight", "bias"), parameters, strict=False):
+            setattr(module, name, parameter)
+        return module, (x,)
+
+    return bind
+
+
+def _add_layer_norm(x: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return nn.functional.layer_norm(total, *arguments), total
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return nn.functional.rms_norm(total, *arguments), total
+
+
+def contestants(case: Case, device: str) -> dict[str, Contestant]:
+    from dlkit import functional as dlkit_functional
+    from dlkit import nn as dlkit_nn
+
+    if case.variant in MODULES:
+        return {"native": _module(case, nn), "dlkit": _module(case, dlkit_nn)}
+    native: dict[str, Callable[..., Any]] = {
+        "layer_norm": nn.functional.layer_norm,
+        "rms_norm": nn.functional.rms_norm,
+        "add_layer_norm": _add_layer_norm,
+        "add_rms_norm": _add_rms_norm,
+    }
+    found = {
+        "native": _functional(case, native[case.variant]),
+        "dlkit": _functional(case, getattr(dlkit_functional, case.variant)),
+    }
+    if device == "cuda" and case.dtype != "fp64":
+        found.update(_peers(case))
+    return found
+
+
+def _peers(case: Case) -> dict[str, Contestant]:
+    """Installed libraries that have this function; never in place, which overwrites the gradient they are given."""
+    found: dict[str, Contestant] = {}
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import functional as liger
+
+        if case.variant == "layer_norm":
+            found["liger"] = lambda x, weight, bias: (liger.liger_layer_norm, (x, weight, bias, EPS))
+        elif case.variant == "rms_norm":
+            found["liger"] = lambda x, weight: (liger.liger_rms_norm, (x, weight, EPS, 0.0, "llama", False))
+        elif case.variant == "add_rms_norm" and hasattr(liger, "liger_fused_add_rms_norm"):
+            found["liger"] = lambda x, residual, weight: (
+                liger.liger_fused_add_rms_norm,
+                (x, residual, weight, EPS, 0.0, "llama", False),
+            )
+    if importlib.util.find_spec("quack"):
+        import quack
+
+        if case.variant == "rms_norm":
+            found["quack"] = lambda x, weight: (quack.rmsnorm, (x, weight, None, None, None, None, EPS))
+        elif case.variant == "add_rms_norm":
+            found["quack"] = lambda x, residual, weight: (
+                quack.rmsnorm,
+                (x, weight, None, residual, None, None, EPS, True),
+            )
+    return found
+
+
+def reference(case: Case) -> Callable[..., Any]:
+    def formula(x: Tensor, *others: Tensor) -> Any:
+        total = x + others[0] if _has_residual(case) else x
+        parameters = others[1:] if _has_residual(case) else others
+        centred = total - total.mean(-1, keepdim=True) if _has_bias(case) else total
+        y = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + EPS) * parameters[0]
+        if _has_bias(case):
+            y = y + parameters[1]
+        return (y, total) if _has_residual(case) else y
+
+    return formula
+
+
+def tolerances(case: Case) -> Sequence[float]:
+    # Two steps of the dtype, and a sum of n accumulated values whose rounding errors add up like a random walk.
+    dtype = DTYPES[case.dtype]
+    accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    rows, cols = case.numel // case.shape[-1], case.shape[-1]
+    over_row, over_rows = (2 * torch.finfo(dtype).eps + accumulate * count**0.5 for count in (cols, rows))
+    tensors = 2 if _has_residual(case) else 1
+    outputs = [over_row] * tensors
+    gradients = [over_row] * tensors + [over_rows] * (1 + _has_bias(case))
+    return {"forward": outputs, "backward": gradients, "forward_backward": outputs + gradients}[case.direction]
+
+
+def minimal_bytes(case: Case) -> int:
+    accumulate = 8 if case.dtype == "fp64" else 4
+    rows, cols = case.numel // case.shape[-1], case.shape[-1]
+    parameters = (1 + _has_bias(case)) * cols * case.itemsize
+    statistics = (1 + _has_bias(case)) * rows * accumulate
+    tensors = 4 if _has_residual(case) else 2
+    forward = tensors * case.numel * case.itemsize + parameters
+    # Reads weight and the statistics, writes a gradient for each parameter.
+    backward = (4 if _has_residual(case) else 3) * case.numel * case.itemsize
+    backward += cols * case.itemsize + parameters + statistics
+    both = forward + statistics + backward
+    return {"forward": forward, "backward": backward, "forward_backward": both}[case.direction]

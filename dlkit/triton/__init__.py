@@ -1,0 +1,25 @@
+"""The Triton backend: each op's kernels in a file of its own, under the names and signatures of the C++ ops.
+
+Needs triton, so dlkit imports it only where triton is wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import layer_norm
+
+FUNCTIONS = {**layer_norm.FUNCTIONS}
+
+_libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
+
+
+def register(library_name: str = "dlkit", dispatch_key: str = "CUDA") -> None:
+    """Makes the Triton functions the implementation of ``torch.ops.<library_name>.*`` for ``dispatch_key``.
+
+    The ops themselves must be defined already. Call it once per key.
+    """
+    library = torch.library.Library(library_name, "IMPL", dispatch_key)
+    for name, function in FUNCTIONS.items():
+        library.impl(name, function)
+    _libraries.append(library)

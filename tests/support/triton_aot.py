@@ -1,0 +1,198 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads registers, spills and access widths.
+
+The public functions are called on CPU tensors with every launch turned into Triton's own warm-up, under a driver that
+only names the architecture: so signatures, constants, alignment hints and warps are exactly those a GPU would get.
+`python tests/support/triton_aot.py [80 90 ...]` prints the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One compiled kernel: the call that led to it and what its machine code holds."""
+
+    capability: int
+    kernel: str
+    case: str
+    dtype: str
+    vectorised: bool  # whether the case's rows keep 16-byte alignment, so that wide accesses are due
+    warps: int
+    registers: int
+    shared: int  # bytes
+    spills: int  # loads and stores of local memory in the code, plus the stack frame's bytes
+    wide_loads: int  # 128-bit loads from global memory
+    wide_stores: int
+    barriers: int
+
+
+def compile_all(capability: int, timeout: float = 1200) -> list[Result]:
+    """Every case for compute capability ``capability`` (80, 90, ...), compiled in a process of its own.
+
+    That process is free of TRITON_INTERPRET and of the driver that a GPU in this machine would bring.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--json", str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    if done.returncode != 0:
+        raise RuntimeError(f"compiling for sm_{capability} failed:\n{done.stderr[-4000:]}")
+    return [Result(**row) for row in json.loads(done.stdout)]
+
+
+def _load(name: str) -> ModuleType:
+    """A Triton file by its path: the extension around it need not be built."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "dlkit" / "triton" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _layer_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """(case, whether wide accesses are due, the call). Widths: short, one register row, the widest ones, looped."""
+    import torch
+
+    op = _load("layer_norm")
+    dtype = getattr(torch, dtype_name)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def forward(cols: int, rms: bool, residual: bool, affine: bool = True, parameter: torch.dtype = dtype) -> None:
+        x = torch.zeros(2, cols, dtype=dtype)
+        weight = torch.zeros(cols, dtype=parameter) if affine else None
+        op.layer_norm_forward(x, x if residual else None, 1, weight, None if rms else weight, 1e-5, rms, True)
+
+    def backward(
+        cols: int, rms: bool, grad_sum: bool, mask: tuple[bool, ...] = (True,) * 3, parameter: torch.dtype = dtype
+    ) -> None:
+        x = torch.zeros(2, cols, dtype=dtype)
+        statistic = torch.zeros(2, 1, dtype=accumulate)
+        weight = torch.zeros(cols, dtype=parameter)
+        mean, bias = (None, None) if rms else (statistic, weight)
+        op.layer_norm_backward(x, x if grad_sum else None, x, mean, statistic, weight, bias, 1, list(mask))
+
+    for cols in (64, 256, 1000, 1024, 4096, 8192, 16384, 65536):
+        if cols % (16 // dtype.itemsize) == 0:
+            yield f"forward {cols}", True, partial(forward, cols, False, False)
+            yield f"backward {cols}", True, partial(backward, cols, False, False)
+    for cols in (64, 1024, 8192, 16384, 65536):
+        yield f"add forward {cols}", True, partial(forward, cols, False, True)
+        yield f"add backward {cols}", True, partial(backward, cols, False, True)
+    for cols in (33, 257, 1001, 4001, 8001, 40001):
+        yield f"add forward {cols}", False, partial(forward, cols, False, True)
+        yield f"add backward {cols}", False, partial(backward, cols, False, True)
+    yield "add rms forward 4096", True, partial(forward, 4096, True, True)
+    yield "add rms backward 4096", True, partial(backward, 4096, True, True)
+    yield "forward 1024 without weight", True, partial(forward, 1024, False, False, affine=False)
+    yield "backward 1024 frozen weight", True, partial(backward, 1024, False, False, (True, False, False))
+    yield "backward 1024 weight only", True, partial(backward, 1024, False, False, (False, True, False))
+    if dtype.itemsize == 2:
+        yield "forward 8192 fp32 weight", True, partial(forward, 8192, False, False, parameter=torch.float32)
+        yield "backward 8192 fp32 weight", True, partial(backward, 8192, False, False, parameter=torch.float32)
+
+
+CASES = (_layer_norm_cases,)
+
+
+def _compile_here(capability: int) -> list[Result]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Named:
+        """What a launch asks of a driver before it has a kernel."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(Named())
+    JITFunction.run = warm_up
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    results, seen = [], set()
+    for cases in CASES:
+        for dtype in DTYPES:
+            for case, vectorised, call in cases(dtype):
+                compiled.clear()
+                call()
+                for kernel in compiled:
+                    if kernel.hash in seen:
+                        continue
+                    seen.add(kernel.hash)
+                    facts = _read(kernel.asm["cubin"], tools)
+                    facts |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
+                    results.append(Result(capability, kernel.metadata.name, case, dtype, vectorised, **facts))
+    return results
+
+
+def _read(cubin: bytes, tools: Path) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def show(option: str) -> str:
+            command = [str(tools / "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = show("-res-usage"), show("-sass")
+
+    def resource(name: str) -> int:
+        found = re.search(rf"\b{name}:(\d+)", usage)
+        assert found is not None, usage
+        return int(found[1])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    return {
+        "registers": resource("REG"),
+        "spills": count(r"\b(?:LDL|STL)\b") + resource("STACK"),
+        "wide_loads": count(r"\bLDG(?:STS)?\.E\.[\w.]*128\b"),
+        "wide_stores": count(r"\bSTG\.E\.[\w.]*128\b"),
+        "barriers": count(r"\bBAR\.SYNC"),
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--json"]:
+        print(json.dumps([dataclasses.asdict(result) for result in _compile_here(int(sys.argv[2]))]))
+        return
+    for capability in map(int, sys.argv[1:] or ["80", "90"]):
+        print(f"{'sm':3} {'kernel':20} {'case':29} {'dtype':9} warps  regs  shared  spills  ld128  st128  barriers")
+        for r in compile_all(capability):
+            print(
+                f"{r.capability:3} {r.kernel:20} {r.case:29} {r.dtype:9} {r.warps:5} {r.registers:5} {r.shared:7}"
+                f" {r.spills:7} {r.wide_loads:6} {r.wide_stores:6} {r.barriers:9}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Triton's interpreter with the right bf16 rounding.
+
+Up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull request
+11897); NaN may come out as infinity. torch's own conversion takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def fix_bf16_rounding() -> None:
+    """Replaces the interpreter's conversions between fp32 and bf16 in this process. Harmless to call twice."""
+    original = getattr(interpreter._convert_float, "original", interpreter._convert_float)
+
+    def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            values = torch.from_numpy(np.array(data, dtype=np.float32))
+            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (np.asarray(data).astype(np.uint32) << 16).view(np.uint32)
+        return original(data, source, target, rounding_mode)
+
+    convert.original = original  # type: ignore[attr-defined]
+    interpreter._convert_float = convert
