@@ -1,18 +1,25 @@
 #include "cache.h"
 
-#include <unistd.h>
+#include <algorithm>
+#include <fstream>
 
 namespace dlkit {
+namespace {
+
+// Of the last-level cache that one core sees. Not sysconf: on some virtual machines it names ten times that.
+int64_t last_level_cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t size = 0;
+  char unit = 0;
+  if (!(file >> size)) return int64_t(32) << 20;
+  file >> unit;
+  return unit == 'K' ? size << 10 : unit == 'M' ? size << 20 : size;
+}
+
+}  // namespace
 
 int64_t streaming_threshold_bytes() {
-  static const int64_t threshold = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const int64_t last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    const int64_t last_level = 0;
-#endif
-    return last_level > 0 ? last_level / 2 : int64_t(16) << 20;
-  }();
+  static const int64_t threshold = std::clamp(last_level_cache_bytes() / 2, int64_t(8) << 20, int64_t(64) << 20);
   return threshold;
 }
 

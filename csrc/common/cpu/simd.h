@@ -21,11 +21,14 @@
 #define DLKIT_VECTOR_BYTES 16
 #endif
 #define DLKIT_INLINE static inline __attribute__((always_inline))
+#define DLKIT_INLINE_MEMBER inline __attribute__((always_inline))
 #define DLKIT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dlkit::DLKIT_ISA {
 
 constexpr int64_t kVectorBytes = DLKIT_VECTOR_BYTES;
+
+constexpr int kSlots = 4;  // independent vectors in flight in a loop over columns: as many as the latency of an addition
 
 template <class A>
 constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
@@ -95,10 +98,19 @@ DLKIT_INLINE VectorF32 unpack(VectorU16 packed, Float16) {
 DLKIT_INLINE VectorF32 pack(VectorF32 v, float) { return v; }
 DLKIT_INLINE VectorF64 pack(VectorF64 v, double) { return v; }
 DLKIT_INLINE VectorU16 pack(VectorF32 v, BFloat16) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __m512i half = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1)),
+                                        _mm512_set1_epi32(0x7fff));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), is_nan, _mm512_set1_epi32(0x7fc00000));
+  return (VectorU16)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#else
   const VectorU32 bits = (VectorU32)v;
   const VectorU32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const VectorU32 is_nan = (VectorU32)(v != v);
   return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), VectorU16);
+#endif
 }
 DLKIT_INLINE VectorU16 pack(VectorF32 v, Float16) {
 #if defined(__AVX512F__)
@@ -261,6 +273,13 @@ DLKIT_INLINE double sum_lanes(VectorF32 v) {
   return sum_lanes(__builtin_convertvector(halves[0], VectorF64) + __builtin_convertvector(halves[1], VectorF64));
 }
 
+// Asks for kElements elements from p on, each cache line once, into the second-level cache.
+template <int64_t kElements, class T>
+DLKIT_INLINE void prefetch(const T* p) {
+#pragma GCC unroll 8
+  for (int64_t line = 0; line < kElements; line += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + line, 0, 2);
+}
+
 // Calls f(column, slot, width) for every vector of a row: kUnroll independent slots in the main loop, slot 0 after it.
 template <class A, int kUnroll, class F>
 DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
@@ -274,11 +293,10 @@ DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
   if (column < end) f(column, 0, First{end - column});
 }
 
-// totals[k] = the sum over all columns of what f(column, width, terms) puts into terms[k]. Lanes past the end must be zero.
+// totals[k] = the sum over all columns of what f(column, slot, width, terms) puts into terms[k]. Lanes past the end must be zero.
 // A lane adds up 64 terms in A before it goes into a compensated double, so the error does not grow with the row.
 template <class A, int kTotals, class F>
 DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& f) {
-  constexpr int kSlots = 4;
   constexpr int64_t kRun = 64 * kSlots * kLanes<A>;
   double lost[kTotals] = {};
   for (int k = 0; k < kTotals; ++k) totals[k] = 0;
@@ -286,7 +304,7 @@ DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& 
     Vector<A> sums[kSlots][kTotals] = {};
     for_columns<A, kSlots>(
         begin, begin + kRun < cols ? begin + kRun : cols,
-        [&](int64_t column, int slot, auto width) DLKIT_INLINE_LAMBDA { f(column, width, sums[slot]); });
+        [&](int64_t column, int slot, auto width) DLKIT_INLINE_LAMBDA { f(column, slot, width, sums[slot]); });
     for (int k = 0; k < kTotals; ++k) {
       const double term = sum_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])) - lost[k];
       const double total = totals[k] + term;
