@@ -89,7 +89,7 @@ def check(backend, shape, types, variant, layout="contiguous", scale=1.0, shift=
         ours = backend if draw < min(draws, backend.draws) else None
         results = check_draw(ours, shape, types, variant, layout, scale, shift, eps, yardsticks) or results
     for yardstick in yardsticks.values():
-        yardstick.check()
+        yardstick.check(backend.ulps)
     return results
 
 

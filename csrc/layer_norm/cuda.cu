@@ -68,25 +68,50 @@ __device__ __forceinline__ accumulate_t<T> pack_sum(const Pack<PackBytes>& pack)
   return sum;
 }
 
-template <class T, int PackBytes>
-__device__ __forceinline__ accumulate_t<T> pack_squares(const Pack<PackBytes>& pack, accumulate_t<T> mean) {
-  accumulate_t<T> values[PackBytes / sizeof(T)], sum = 0;
+// Adds a pack's squared deviations from `mean` to sums[0] and, where T is fine enough for the mean's own rounding to show in
+// small deviations from a large mean, the deviations themselves to sums[1].
+template <class T, int PackBytes, int Count>
+__device__ __forceinline__ void add_deviations(const Pack<PackBytes>& pack, accumulate_t<T> mean,
+                                               accumulate_t<T> (&sums)[Count]) {
+  accumulate_t<T> values[PackBytes / sizeof(T)];
   widen<T, PackBytes>(pack, values);
 #pragma unroll
-  for (accumulate_t<T> value : values) sum += (value - mean) * (value - mean);
-  return sum;
+  for (accumulate_t<T> value : values) {
+    const accumulate_t<T> deviation = value - mean;
+    sums[0] += deviation * deviation;
+    if constexpr (Count == 2) sums[1] += deviation;
+  }
+}
+
+template <class T>
+constexpr int deviation_sums = std::is_same_v<T, accumulate_t<T>> ? 2 : 1;
+
+template <class A>
+struct Statistics {
+  A mean, rest, rstd;  // rest: what rounding took from the mean
+};
+
+template <class A, int Count>
+__device__ __forceinline__ Statistics<A> statistics_of(const Forward& op, A mean, const A (&deviations)[Count]) {
+  A rest = 0;
+  if constexpr (Count == 2) rest = op.rms ? A(0) : deviations[1] / A(op.cols);
+  return {mean, rest, A(1) / sqrt(deviations[0] / A(op.cols) - rest * rest + A(op.eps))};
 }
 
 template <class T, int PackBytes>
 __device__ __forceinline__ Pack<PackBytes> normalize(const Forward& op, const Pack<PackBytes>& pack, int64_t column,
-                                                     accumulate_t<T> mean, accumulate_t<T> rstd) {
+                                                     const Statistics<accumulate_t<T>>& statistics) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
   A values[width], weight[width], bias[width];
   widen<T, PackBytes>(pack, values);
   load_parameter<T>(op.weight, op.parameter_dtype, column, A(1), weight);
 #pragma unroll
-  for (int k = 0; k < width; ++k) values[k] = (values[k] - mean) * rstd * weight[k];
+  for (int k = 0; k < width; ++k) {
+    values[k] -= statistics.mean;
+    if constexpr (deviation_sums<T> == 2) values[k] -= statistics.rest;
+    values[k] = values[k] * statistics.rstd * weight[k];
+  }
   load_parameter<T>(op.bias, op.parameter_dtype, column, A(0), bias);
 #pragma unroll
   for (int k = 0; k < width; ++k) values[k] += bias[k];
@@ -111,7 +136,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, (forward_resident<T, PackBy
                                                          threads_of<Lanes>) forward_rows(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
-  __shared__ A exchange[2][threads / 32][1];
+  __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
   const int lane = threadIdx.x % Lanes;
   for (int64_t first = int64_t(blockIdx.x) * rows_per_block; first < op.rows;
        first += int64_t(gridDim.x) * rows_per_block) {
@@ -146,23 +171,23 @@ __global__ void __launch_bounds__(threads_of<Lanes>, (forward_resident<T, PackBy
       for (int i = 0; i < Packs; ++i) {
         if (lane + i * Lanes < packs) sum[0] += pack_sum<T, PackBytes>(values[i]);
       }
-      group_sum<Lanes>(sum, exchange[0]);
+      group_sum<Lanes>(sum, exchange);
       mean = sum[0] / A(op.cols);
     }
-    A squares[1] = {0};
+    A deviations[deviation_sums<T>] = {0};
 #pragma unroll
     for (int i = 0; i < Packs; ++i) {
-      if (lane + i * Lanes < packs) squares[0] += pack_squares<T, PackBytes>(values[i], mean);
+      if (lane + i * Lanes < packs) add_deviations<T, PackBytes>(values[i], mean, deviations);
     }
-    group_sum<Lanes>(squares, exchange[1]);
-    const A rstd = A(1) / sqrt(squares[0] / A(op.cols) + A(op.eps));
-    if (lane == 0 && packs > 0) store_statistics(op, row, mean, rstd);
+    group_sum<Lanes>(deviations, deviation_exchange);
+    const Statistics<A> statistics = statistics_of(op, mean, deviations);
+    if (lane == 0 && packs > 0) store_statistics(op, row, mean, statistics.rstd);
 #pragma unroll
     for (int i = 0; i < Packs; ++i) {
       const int at = lane + i * Lanes;
       if (at >= packs) continue;
       store<PackBytes>(static_cast<T*>(op.y) + row * op.cols + at * width,
-                       normalize<T, PackBytes>(op, values[i], at * width, mean, rstd));
+                       normalize<T, PackBytes>(op, values[i], at * width, statistics));
     }
     if (Lanes > 32) __syncthreads();  // before the next row's exchange
   }
@@ -175,14 +200,15 @@ template <class T, int PackBytes>
 __global__ void __launch_bounds__(long_threads, 2) forward_long(const Forward op, bool cached) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), batch = 4;
-  __shared__ A exchange[2][long_threads / 32][1];
+  constexpr int run = 32;  // packs that a thread sums by themselves: with all in one sum the error grows with the row
+  __shared__ A exchange[long_threads / 32][1], deviation_exchange[long_threads / 32][deviation_sums<T>];
   unsigned char* cache = dynamic_shared();
   const int64_t packs = op.cols / width;
   for (int64_t row = blockIdx.x; row < op.rows; row += gridDim.x) {
     const T* x = row_of<T>(op.x, row, op.x_stride);
     T* sum_row = op.residual != nullptr ? static_cast<T*>(op.sum) + row * op.cols : nullptr;
-    A sum[1] = {0};
-    for (int64_t start = threadIdx.x; start < packs; start += batch * long_threads) {
+    A sum[1] = {0}, run_sum = 0;
+    for (int64_t start = threadIdx.x, step = 1; start < packs; start += batch * long_threads, ++step) {
       Pack<PackBytes> values[batch];
 #pragma unroll
       for (int i = 0; i < batch; ++i) {
@@ -199,9 +225,14 @@ __global__ void __launch_bounds__(long_threads, 2) forward_long(const Forward op
           store<PackBytes>(sum_row + at * width, values[i]);
         }
         if (cached) store<PackBytes>(cache + at * PackBytes, values[i]);
-        sum[0] += pack_sum<T, PackBytes>(values[i]);
+        run_sum += pack_sum<T, PackBytes>(values[i]);
+      }
+      if (step % (run / batch) == 0) {
+        sum[0] += run_sum;
+        run_sum = 0;
       }
     }
+    sum[0] += run_sum;
     // A thread reads back only what it wrote or read itself, so this needs no barrier.
     const T* source = sum_row != nullptr ? sum_row : x;
     const auto again = [&](int64_t at) {
@@ -209,21 +240,26 @@ __global__ void __launch_bounds__(long_threads, 2) forward_long(const Forward op
     };
     A mean = 0;
     if (!op.rms) {
-      group_sum<long_threads>(sum, exchange[0]);
+      group_sum<long_threads>(sum, exchange);
       mean = sum[0] / A(op.cols);
     }
-    A squares[1] = {0};
+    A deviations[deviation_sums<T>] = {0};
+    for (int64_t start = threadIdx.x; start < packs; start += run * long_threads) {
+      A part[deviation_sums<T>] = {0};
 #pragma unroll 4
-    for (int64_t at = threadIdx.x; at < packs; at += long_threads) {
-      squares[0] += pack_squares<T, PackBytes>(again(at), mean);
+      for (int64_t at = start; at < packs && at < start + run * long_threads; at += long_threads) {
+        add_deviations<T, PackBytes>(again(at), mean, part);
+      }
+#pragma unroll
+      for (int i = 0; i < deviation_sums<T>; ++i) deviations[i] += part[i];
     }
-    group_sum<long_threads>(squares, exchange[1]);
-    const A rstd = A(1) / sqrt(squares[0] / A(op.cols) + A(op.eps));
-    if (threadIdx.x == 0) store_statistics(op, row, mean, rstd);
+    group_sum<long_threads>(deviations, deviation_exchange);
+    const Statistics<A> statistics = statistics_of(op, mean, deviations);
+    if (threadIdx.x == 0) store_statistics(op, row, mean, statistics.rstd);
 #pragma unroll 4
     for (int64_t at = threadIdx.x; at < packs; at += long_threads) {
       store<PackBytes>(static_cast<T*>(op.y) + row * op.cols + at * width,
-                       normalize<T, PackBytes>(op, again(at), at * width, mean, rstd));
+                       normalize<T, PackBytes>(op, again(at), at * width, statistics));
     }
     __syncthreads();  // before the next row's exchange
   }

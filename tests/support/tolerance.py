@@ -42,6 +42,6 @@ class Yardstick:
     def add_native(self, native: Tensor, expected: np.ndarray) -> None:
         self.allowed = max(self.allowed, max_error(native, expected))
 
-    def check(self) -> None:
-        allowed = self.allowed + self.one_ulp
-        assert self.ours <= allowed, f"{self.name}: error {self.ours:.3g}; torch's own and one ulp are {allowed:.3g}"
+    def check(self, ulps: int) -> None:
+        allowed = self.allowed + ulps * self.one_ulp
+        assert self.ours <= allowed, f"{self.name}: error {self.ours:.3g}; torch's own and {ulps} ulp are {allowed:.3g}"

@@ -1,6 +1,9 @@
-"""Triton's interpreter with the right bf16 rounding.
+"""Triton's interpreter with the right bf16 rounding, and with sums in the order a GPU takes.
 
-Up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull request
+tl.sum: NumPy adds up a leading axis one after the other, so that a sum of n terms in fp32 loses n/2 ulps; on a GPU halves
+are added to halves, and so they are here.
+
+bf16: up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull request
 11897); NaN may come out as infinity. torch's own conversion takes its place.
 """
 
@@ -28,3 +31,21 @@ def fix_bf16_rounding() -> None:
 
     convert.original = original  # type: ignore[attr-defined]
     interpreter._convert_float = convert
+
+
+def sum_by_halves() -> None:
+    """Replaces the interpreter's tl.sum along an axis of a power of two in this process."""
+
+    def tree_sum(self: Any, value: Any) -> Any:
+        data = value.handle.data
+        axis = self.axis
+        if axis is None:
+            data, axis = data.reshape(-1), 0
+        data = np.moveaxis(data, axis, 0)
+        while len(data) > 1:
+            half = len(data) // 2
+            data = data[:half] + data[half:]
+        data = np.moveaxis(data, 0, axis)
+        return self.to_tensor(data if self.keep_dims else np.squeeze(data, axis), value.dtype)
+
+    interpreter.ReduceOps.sum = tree_sum
