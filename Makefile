@@ -57,11 +57,14 @@ format: $(VENV)/ready-$(TORCH)
 	$(VENV)/bin/clang-format -i $(CPP)
 
 # The whole CUDA build with a CUDA build of torch, without a GPU: compile, link, import, and what the kernels look like.
+CUDA_ARCHS ?= 8.0;9.0;10.0;12.0+PTX
+CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 check-cuda: $(CUDA_VENV)/ready-$(CUDA_TORCH)
-	$(CUDA_VENV)/bin/python $(INSTALL) pytest numpy
-	DLKIT_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-lib build/check-cuda
-	cd build/check-cuda && ../../$(CUDA_VENV)/bin/python -m dlkit info
-	$(CUDA_VENV)/bin/python tests/support/check_sass.py build/check-cuda/dlkit/_C*.so
+	DLKIT_BUILD=cuda TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHS)' $(CUDA_PYTHON) setup.py -q build --build-lib build/check-cuda
+	cd build/check-cuda && $(CUDA_PYTHON) -m dlkit info
+	$(CUDA_PYTHON) tests/support/check_sass.py build/check-cuda/dlkit/_C*.so --quiet \
+	  --arch $$(echo '$(CUDA_ARCHS)' | sed 's/+PTX//; s/[.]//g; s/;/\n/g' | sed 's/^/sm_/') \
+	  --ptx $$(echo '$(CUDA_ARCHS)' | tr ';' '\n' | sed -n 's/[.]//; s/+PTX//p')
 
 # The CPU kernels and the CUDA kernels' source, both under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
@@ -79,7 +82,7 @@ gpu:
 	$(GPU_PYTHON) -m dlkit info
 	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_surgery.py
 	$(GPU_PYTHON) -m dlkit bench layer_norm --device cuda --sweep --compile --output bench/results
-	$(GPU_PYTHON) tests/support/check_sass.py dlkit/_C*.so
+	$(GPU_PYTHON) -m dlkit bench plot bench/results/layer_norm-*-sweep.json
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) $(CUDA_VENV) dlkit/_C*.so dlkit/_build_facts.py

@@ -1,7 +1,7 @@
 """Builds dlkit._C against the installed torch. Metadata is in pyproject.toml; what to build follows from csrc/ itself.
 
 DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS are honoured.
-Every csrc/*/cpu.cpp is compiled once per instruction set and the best is chosen at run time; torch is imported only when
+Every csrc/*/cpu.cpp is compiled once per instruction set, the best is chosen at run time; torch is imported only when
 something is compiled, so that metadata and the sdist need none.
 """
 
@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -59,7 +60,9 @@ def find_cuda_home() -> Path | None:
 
 
 def nvcc_version(cuda_home: Path) -> str:
-    output = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     match = re.search(r"release (\d+\.\d+)", output)
     return match.group(1) if match else "unknown"
 
@@ -79,7 +82,9 @@ def choose_cuda(torch) -> Path | None:
         cause = "DLKIT_BUILD=cuda needs nvcc, and none is on PATH, in $CUDA_HOME or in /usr/local/cuda"
         remedy = f"install the CUDA {torch.version.cuda} toolkit or run: DLKIT_BUILD=cpu {INSTALL}"
     elif nvcc_version(home).split(".")[0] != torch.version.cuda.split(".")[0]:
-        cause = f"nvcc in {home} is of CUDA {nvcc_version(home)}, torch {torch.__version__} of CUDA {torch.version.cuda}"
+        cause = (
+            f"nvcc in {home} is of CUDA {nvcc_version(home)}, torch {torch.__version__} of CUDA {torch.version.cuda}"
+        )
         remedy = f"run: CUDA_HOME=<CUDA {torch.version.cuda} toolkit> {INSTALL}"
     else:
         return home
@@ -97,7 +102,9 @@ def cuda_architectures() -> list[str]:
     architectures = [part for part in re.split(r"[;,\s]+", text) if part]
     for part in architectures:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", part):
-            stop(f"TORCH_CUDA_ARCH_LIST has {part!r}, expected entries like 9.0 or 9.0+PTX", f"run: unset it; {INSTALL}")
+            stop(
+                f"TORCH_CUDA_ARCH_LIST has {part!r}, expected entries like 9.0 or 9.0+PTX", f"run: unset it; {INSTALL}"
+            )
     return architectures
 
 
@@ -161,7 +168,9 @@ class Build:
 
         # The slowest first, so that none of them is left alone at the end.
         order = ("cuda", "baseline", "avx512", "avx2", "op")
-        rank = {item: next((i for i, part in enumerate(order) if part in item.name), len(order)) for item in self.commands}
+        rank = {
+            item: next((i for i, part in enumerate(order) if part in item.name), len(order)) for item in self.commands
+        }
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
             try:
@@ -209,9 +218,12 @@ class BuildExtension(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name))
         build.link(output)
-        facts = {"TORCH_VERSION": build.torch.__version__, "CUDA_VERSION": build.torch.version.cuda if cuda_home else None}
+        facts = {
+            "TORCH_VERSION": build.torch.__version__,
+            "CUDA_VERSION": build.torch.version.cuda if cuda_home else None,
+        }
         lines = ["# What dlkit._C was built against; written by setup.py."]
-        lines += [f"{name}: str | None = {value!r}" for name, value in facts.items()]
+        lines += [f"{name} = {value!r}" for name, value in facts.items()]
         output.with_name("_build_facts.py").write_text("\n".join(lines) + "\n")
 
     def copy_extensions_to_source(self) -> None:
@@ -226,7 +238,7 @@ class BuildCudaOnCpu(Command):
     """For the tests: every op once more, as dlkit_cuda_on_cpu::*, with the CUDA kernels run by the host's compiler."""
 
     description = "build the CUDA kernels for the CPU, for tests without a GPU"
-    user_options = [("output=", None, "the library to write")]
+    user_options: ClassVar = [("output=", None, "the library to write")]
 
     def initialize_options(self) -> None:
         self.output = "build/cuda_on_cpu/libdlkit_cuda_on_cpu.so"

@@ -24,7 +24,8 @@ PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString
 
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: default, avx2 or avx512."},
-    {"set_cpu_capability", set_cpu_capability, METH_O, "Lowers the instruction set in use to the named one. For tests."},
+    {"set_cpu_capability", set_cpu_capability, METH_O,
+     "Lowers the instruction set in use to the named one. For tests."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,
      "The CUDA architectures built in, as in TORCH_CUDA_ARCH_LIST; empty in a build without CUDA."},
     {nullptr, nullptr, 0, nullptr}};

@@ -1,7 +1,7 @@
 """Fused normalization for PyTorch: drop-in layers that are faster, use less memory and give the same results.
 
-    import dlkit
-    model = dlkit.replace(model)   # every torch.nn layer that has a fused twin becomes it, in place
+import dlkit
+model = dlkit.replace(model)   # every torch.nn layer that has a fused twin becomes it, in place
 """
 
 from dlkit import _backends

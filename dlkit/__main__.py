@@ -16,13 +16,15 @@ def info() -> None:
     import torch
 
     import dlkit
-    from dlkit import _backends, _build_facts
+    from dlkit import _backends
+
+    facts = importlib.import_module("dlkit._build_facts")
 
     cuda = ", ".join(_backends.cuda_architectures()) or "none"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    built = f"torch {_build_facts.TORCH_VERSION}"
-    if _build_facts.CUDA_VERSION:
-        built += f", CUDA {_build_facts.CUDA_VERSION}"
+    built = f"torch {facts.TORCH_VERSION}"
+    if facts.CUDA_VERSION:
+        built += f", CUDA {facts.CUDA_VERSION}"
     rows = [
         ("dlkit", f"{dlkit.__version__}, built against {built}"),
         ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'absent'}, GPU: {gpu}"),

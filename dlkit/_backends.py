@@ -18,16 +18,18 @@ OPS = ("layer_norm",)
 def load() -> None:
     """Imports dlkit._C, which registers the ops, then Triton's kernels where they are to serve CUDA tensors."""
     try:
-        from dlkit import _build_facts
+        facts = importlib.import_module("dlkit._build_facts")
     except ImportError:
         raise ImportError(f"dlkit's compiled part is missing; in dlkit's source folder run: {REBUILD}") from None
-    problem = mismatch(_build_facts.TORCH_VERSION, _build_facts.CUDA_VERSION, torch.__version__, torch.version.cuda)
+    problem = mismatch(facts.TORCH_VERSION, facts.CUDA_VERSION, torch.__version__, torch.version.cuda)
     if problem:
         raise ImportError(problem)
     importlib.import_module("dlkit._C")
     forced = forced_backend()
     if forced == "cuda" and not cuda_architectures():
-        raise ImportError(f"DLKIT_BACKEND=cuda, but dlkit was built without CUDA kernels; run: DLKIT_BUILD=cuda {REBUILD}")
+        raise ImportError(
+            f"DLKIT_BACKEND=cuda, but dlkit was built without CUDA kernels; run: DLKIT_BUILD=cuda {REBUILD}"
+        )
     if forced == "triton" and not has_triton():
         raise ImportError("DLKIT_BACKEND=triton, but triton is not installed; run: pip install triton")
     if triton_serves_cuda():

@@ -19,7 +19,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Layer normalization over the last ``len(normalized_shape)`` dimensions, as :func:`torch.nn.functional.layer_norm`.
+    """Layer normalization over the last dimensions, as :func:`torch.nn.functional.layer_norm`.
 
     ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias``, with the biased variance of each row.
 
@@ -118,7 +118,9 @@ def _raise(name: str, error: RuntimeError, normalized_shape: Any, eps: Any, **te
     if not isinstance(normalized_shape, (list, tuple)) or any(
         not isinstance(size, (int, torch.SymInt)) for size in normalized_shape
     ):
-        raise TypeError(f"{name}(): expected normalized_shape to be a tuple of ints, got {normalized_shape!r}") from None
+        raise TypeError(
+            f"{name}(): expected normalized_shape to be a tuple of ints, got {normalized_shape!r}"
+        ) from None
     if not (eps is None or isinstance(eps, (float, int, torch.SymFloat))):
         raise TypeError(f"{name}(): expected eps to be a float, got {type(eps).__name__}") from None
     raise error

@@ -1,11 +1,10 @@
-"""Fresh memory is NaN in every test, so that an element a kernel did not write cannot pass; inputs differ between tests."""
+"""Fresh memory is NaN in every test: an element a kernel did not write cannot pass. Inputs differ between tests."""
 
 import os
 import zlib
 
 import pytest
 import torch
-
 from support import backends
 
 

@@ -70,7 +70,11 @@ def test_with_an_old_torch(tmp_path):
 
 
 CUDA_CASES = {
-    "torch without CUDA": (("2.13.0+cpu", None), "13.0", ["needs a CUDA build of torch, found 2.13.0+cpu", "DLKIT_BUILD=cpu"]),
+    "torch without CUDA": (
+        ("2.13.0+cpu", None),
+        "13.0",
+        ["needs a CUDA build of torch, found 2.13.0+cpu", "DLKIT_BUILD=cpu"],
+    ),
     "nvcc of another major": (("2.13.0+cu130", "13.0"), "12.4", ["is of CUDA 12.4", "of CUDA 13.0", "CUDA_HOME="]),
 }
 

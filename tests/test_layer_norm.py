@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: every backend against float64 with torch's own error as the yardstick, then the torch-facing side."""
+"""LayerNorm and RMSNorm: each backend against exact results, by the yardstick of torch, then the torch-facing side."""
 
 import itertools
 import math
@@ -116,7 +116,7 @@ def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardst
         if wanted[name]:
             yardsticks[name].add_native(tensor, expected[name])
     if cols == 1 and rows:
-        # grad_input is what rounding leaves of two equal terms: an ulp of these, rstd * weight * grad_output, is what counts.
+        # grad_input is what rounding leaves of two equal terms: an ulp of these, rstd * weight * grad_output, counts.
         terms = exact_rstd * reference.exact(grad_output) * (1 if weight is None else reference.exact(weight))
         yardsticks["grad_input"].one_ulp = max(yardsticks["grad_input"].one_ulp, ulp(float(abs(terms).max()), dtype))
     if backend is None:
@@ -316,11 +316,15 @@ def test_gradcheck_and_gradgradcheck(name, device):
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_of_any_subset(name, needs):
-    ours, theirs = ([t.detach().clone().requires_grad_(need) for t, need in zip(leaves(), needs)] for _ in range(2))
+    ours, theirs = (
+        [t.detach().clone().requires_grad_(need) for t, need in zip(leaves(), needs, strict=True)] for _ in range(2)
+    )
     for a, b in zip(ours, theirs, strict=True):
         b.data.copy_(a.data)
-    outputs = [torch.cat([t.flatten() for t in pair]) if isinstance(pair := f(*inputs), tuple) else pair.flatten()
-               for f, inputs in zip(FUNCTIONS[name], (ours, theirs), strict=True)]
+    outputs = [
+        torch.cat([t.flatten() for t in pair]) if isinstance(pair := f(*inputs), tuple) else pair.flatten()
+        for f, inputs in zip(FUNCTIONS[name], (ours, theirs), strict=True)
+    ]
     assert outputs[0].requires_grad == outputs[1].requires_grad
     if not outputs[0].requires_grad:
         return
@@ -359,7 +363,11 @@ def test_normalized_shapes_and_memory_formats(shape, normalized_ndim):
     if normalized_ndim > len(shape):
         pytest.skip("more normalized dimensions than dimensions")
     x = make(shape, torch.float32)
-    variants = [x, x.transpose(0, -1).contiguous().transpose(0, -1), x[..., ::2].repeat_interleave(2, -1)[..., : shape[-1]]]
+    variants = [
+        x,
+        x.transpose(0, -1).contiguous().transpose(0, -1),
+        x[..., ::2].repeat_interleave(2, -1)[..., : shape[-1]],
+    ]
     if len(shape) == 4:
         variants.append(x.contiguous(memory_format=torch.channels_last))
         variants.append(x[:, :, :, :1].expand(shape))

@@ -45,7 +45,11 @@ def test_report_names_what_was_changed_and_what_was_left():
     net, report = model(), []
     net[2][0].forward = net[2][0].forward
     dlkit.replace(net, report=report)
-    assert [(change.name, change.before is change.after) for change in report] == [("1", False), ("2.0", True), ("2.1", True)]
+    assert [(change.name, change.before is change.after) for change in report] == [
+        ("1", False),
+        ("2.0", True),
+        ("2.1", True),
+    ]
     assert str(report[0]) == (
         "1: torch.nn.modules.normalization.LayerNorm, now dlkit.nn.layer_norm.LayerNorm: has a fused twin"
     )
@@ -63,7 +67,11 @@ def test_every_twin_is_a_subclass_with_the_same_attributes(original):
     assert twin is layer and type(layer) is TWINS[original] and isinstance(layer, original)
     assert dict(vars(layer)) == attributes and repr(layer) == text
     assert issubclass(TWINS[original], original) and set(vars(TWINS[original])) - {"__module__", "__doc__"} <= {
-        "forward", "__annotations__", "__static_attributes__", "__firstlineno__", "__parameters__"
+        "forward",
+        "__annotations__",
+        "__static_attributes__",
+        "__firstlineno__",
+        "__parameters__",
     }
 
 

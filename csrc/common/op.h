@@ -1,4 +1,5 @@
-// What every op.cpp shares: the library's name, dtypes and row layouts of tensors, and running a kernel on a tensor's device.
+// What every op.cpp shares: the library's name, dtypes and row layouts of tensors, and running a kernel on a tensor's
+// device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -62,8 +63,8 @@ inline void* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
-// A tensor seen as rows of adjacent elements at one distance: the last `row_ndim` dimensions are a row. Copies only where
-// the strides do not allow that. Undefined stays undefined.
+// A tensor seen as rows of adjacent elements at one distance: the last `row_ndim` dimensions are a row. Copies only
+// where the strides do not allow that. Undefined stays undefined.
 struct Rows {
   at::Tensor tensor;
   int64_t stride = 0;

@@ -1,6 +1,7 @@
 // The scalar types every kernel shares: bf16 and fp16 as bits, their conversions, and the accumulation type of each.
-// Header-only and free of torch, so that kernels compile in seconds. Every function has internal linkage: this header is
-// compiled with AVX-512 flags in one object and without in another, and a shared inline copy would leak one into the other.
+// Header-only and free of torch, so that kernels compile in seconds. Every function has internal linkage: this header
+// is compiled with AVX-512 flags in one object and without in another, and a shared inline copy would leak one into the
+// other.
 #pragma once
 
 #include <cstdint>

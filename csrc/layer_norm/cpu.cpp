@@ -1,9 +1,9 @@
 // LayerNorm and RMSNorm on the CPU.
 //
-// Forward: a row is read from memory once, then twice more from the first-level caches (mean, squared deviations, output);
-// the output goes past the caches when it is larger than them. Bytes moved: x and y, each once.
-// Backward: rows go in groups of kGroup; each row's two sums first, then, column by column over the whole group, grad_input
-// and the parameter gradients, so that weight and the running parameter gradients are touched once a group, not once a row.
+// Forward: a row is read from memory once, then twice more from the first-level caches (mean, squared deviations,
+// output); the output goes past the caches when it is larger than them. Bytes moved: x and y, each once. Backward: rows
+// go in groups of kGroup; each row's two sums first, then, column by column over the whole group, grad_input and the
+// parameter gradients, so that weight and the running parameter gradients are touched once a group, not once a row.
 // Bytes moved: grad_output, x and grad_input, each once, and one partial row a block of rows, summed in a fixed order.
 #include <cmath>
 
@@ -37,27 +37,36 @@ bool should_stream(const void* output, int64_t rows, int64_t cols) {
   return rows * row_bytes >= streaming_threshold_bytes() && row_bytes % 64 == 0 && uintptr_t(output) % 64 == 0;
 }
 
-constexpr int kGroup = 4;            // rows taken together
-constexpr int64_t kScratch = 16384;  // columns up to which a row, or a parameter, is kept in fp32 beside the caches' copy
+constexpr int kGroup = 4;  // rows taken together
+constexpr int64_t kScratch =
+    16384;  // columns up to which a row, or a parameter, is kept in fp32 beside the caches' copy
 
-// What is normalised: x, or x + residual rounded to T. With kKeep the first reading leaves it widened in `kept`.
-template <class T, bool kAdd, bool kKeep>
+// What is normalised: x, or x + residual rounded to T. The first reading writes the sum out and, with kKeep, leaves the
+// row widened in `kept`: two output streams in two passes are faster than both in the last one.
+template <class T, bool kAdd, bool kStream, bool kKeep>
 struct Row {
   using A = accumulate_t<T>;
   const T* x;
   const T* residual;
+  T* sum;
   A* kept;
   template <class Width>
+  DLKIT_INLINE_MEMBER Vector<A> read(int64_t column, Width width) const {
+    const Vector<A> v = load(x + column, width);
+    if constexpr (kAdd) return round_to<T>(v + load(residual + column, width));
+    return v;
+  }
+  template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> first(int64_t column, Width width) const {
-    Vector<A> v = load(x + column, width);
-    if constexpr (kAdd) v = round_to<T>(v + load(residual + column, width));
+    const Vector<A> v = read(column, width);
+    if constexpr (kAdd) write<kStream>(sum + column, v, width);
     if constexpr (kKeep) store(kept + column, v, All{});
     return v;
   }
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> again(int64_t column, Width width) const {
     if constexpr (kKeep) return load(kept + column, All{});
-    return first(column, width);
+    return read(column, width);
   }
   // Half of what one step of kSlots vectors covers: two passes over a row fetch all of the next. 9.4 -> 6.5 ms for
   // 8192x4096 fp32, where a copy takes 5.9; asking twice for a line costs all of that again.
@@ -90,20 +99,22 @@ struct Parameter {
 template <class T, class P, bool kAdd, bool kStream, bool kKeep>
 void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
-  using RowT = Row<T, kAdd, kKeep && (kAdd || !std::is_same_v<A, T>)>;
+  using RowT = Row<T, kAdd, kStream, kKeep && (kAdd || !std::is_same_v<A, T>)>;
   const int64_t cols = op.cols;
   const Parameter<A, P, kKeep> weights(op.weight, cols), biases(op.bias, cols);
   const auto *weight = weights.data, *bias = biases.data;
   alignas(64) A kept[kKeep ? kScratch + kLanes<A> : 1];
   // What rounding takes from the mean matters where the deviations are small beside it and T is fine enough to tell.
   constexpr bool kFine = std::is_same_v<A, T>;
-  // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next row's.
+  // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next
+  // row's.
   const int64_t together = cols <= 1024 ? kGroup : 1;
   const bool far = is_far<T>(op.rows, cols);
   const int64_t pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   const auto row_of = [&](int64_t row) DLKIT_INLINE_LAMBDA {
     return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
-                static_cast<const T*>(op.residual) + row * op.residual_stride, kept + row % together * pitch};
+                static_cast<const T*>(op.residual) + row * op.residual_stride, static_cast<T*>(op.sum) + row * cols,
+                kept + row % together * pitch};
   };
   for (int64_t first = begin; first < end; first += together) {
     const int64_t last = min64(first + together, end);
@@ -112,8 +123,9 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
       for (int64_t row = first; row < last; ++row) {
         const RowT x = row_of(row);
         double totals[1];
-        sum_columns<A>(cols, totals,
-                       [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA { terms[0] += x.first(i, width); });
+        sum_columns<A>(cols, totals, [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+          terms[0] += x.first(i, width);
+        });
         mean[row - first] = A(totals[0] / double(cols));
         if (kFine) mean_rest[row - first] = A(totals[0] / double(cols) - double(mean[row - first]));
         if (op.mean != nullptr) static_cast<A*>(op.mean)[row] = mean[row - first];
@@ -146,11 +158,9 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
       const Vector<A> centre = broadcast<A>(mean[row - first]), rest = broadcast<A>(mean_rest[row - first]);
       const Vector<A> scale = broadcast<A>(rstd[row - first]);
       T* y = static_cast<T*>(op.y) + row * cols;
-      T* sum = static_cast<T*>(op.sum) + row * cols;
       for_columns<A, kSlots>(0, cols, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
         if (far && slot == 0) next.fetch_half(cols / 2 + i / 2);
         Vector<A> v = x.again(i, width);
-        if constexpr (kAdd) write<kStream>(sum + i, v, width);
         v -= centre;
         if constexpr (kFine) v -= rest;
         v *= scale;
@@ -171,9 +181,8 @@ void forward_typed(const Forward& op) {
   const int64_t grain = max64(1, kGrain / op.cols);
   const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (!kAdd || uintptr_t(op.sum) % 64 == 0);
   const auto run = [&](auto streaming, auto keeping) {
-    parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
-      forward_rows<T, P, kAdd, streaming, keeping>(op, begin, end);
-    });
+    parallel_for(op.rows, grain,
+                 [&](int64_t begin, int64_t end) { forward_rows<T, P, kAdd, streaming, keeping>(op, begin, end); });
   };
   constexpr bool kNothingToKeep = !kAdd && std::is_same_v<T, accumulate_t<T>>;
   if (kNothingToKeep || op.cols <= kScratch) {
@@ -264,7 +273,8 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, accumulate_t<
   using Element = typename decltype(weight)::Element;
   int64_t row = begin;
   for (; row + kGroup <= end; row += kGroup) {
-    backward_group<T, Element, kGroup, kInput, kWeight, kBias, kStream>(op, weight.data, row, end, weight_sums, bias_sums);
+    backward_group<T, Element, kGroup, kInput, kWeight, kBias, kStream>(op, weight.data, row, end, weight_sums,
+                                                                        bias_sums);
   }
   for (; row < end; ++row) {
     backward_group<T, Element, 1, kInput, kWeight, kBias, kStream>(op, weight.data, row, end, weight_sums, bias_sums);

@@ -68,8 +68,8 @@ __device__ __forceinline__ accumulate_t<T> pack_sum(const Pack<PackBytes>& pack)
   return sum;
 }
 
-// Adds a pack's squared deviations from `mean` to sums[0] and, where T is fine enough for the mean's own rounding to show in
-// small deviations from a large mean, the deviations themselves to sums[1].
+// Adds a pack's squared deviations from `mean` to sums[0] and, where T is fine enough for the mean's own rounding to
+// show in small deviations from a large mean, the deviations themselves to sums[1].
 template <class T, int PackBytes, int Count>
 __device__ __forceinline__ void add_deviations(const Pack<PackBytes>& pack, accumulate_t<T> mean,
                                                accumulate_t<T> (&sums)[Count]) {

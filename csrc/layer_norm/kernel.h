@@ -9,10 +9,10 @@
 //   grad_input = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + grad_sum      (no mean(wdy) for RMSNorm)
 //   grad_weight = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
 //
-// Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that the
-// element type itself has. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype is F64).
-// `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then that input
-// counts as absent and that output is not computed. rows may be 0; cols is at least 1.
+// Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that
+// the element type itself has. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype
+// is F64). `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then
+// that input counts as absent and that output is not computed. rows may be 0; cols is at least 1.
 #pragma once
 
 #include "../common/scalar.h"

@@ -1,6 +1,8 @@
 // LayerNorm and RMSNorm as torch ops. The public four check their arguments, then call layer_norm_forward, through an
 // autograd node where a gradient is asked for; layer_norm_backward is an op of its own, so that compilers see both.
 // Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
+#include "../common/op.h"
+
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/broadcast_tensors.h>
@@ -8,7 +10,6 @@
 #include <ATen/ops/rms_norm.h>
 
 #include "../common/autograd.h"
-#include "../common/op.h"
 #include "kernel.h"
 
 namespace dlkit::layer_norm {
@@ -17,8 +18,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::variable_list;
-using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;   // y, sum, mean, rstd
-using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;          // grad_input, grad_weight, grad_bias
+using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, sum, mean, rstd
+using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;         // grad_input, grad_weight, grad_bias
 
 bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
@@ -77,10 +78,10 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int6
   }
   const auto [rows, cols] = shape_of(input, normalized_ndim);
   if (rows > 0) {
-    run(Device(input), Forward{x.data(), added.data(), data_or_null(w), data_or_null(b), y.mutable_data_ptr(),
-                               mutable_data_or_null(sum), mutable_data_or_null(mean), mutable_data_or_null(rstd), rows,
-                               cols, x.stride, added.stride, eps, dtype_of(input.scalar_type()),
-                               dtype_of(parameter_type(input, weight, bias)), rms});
+    run(Device(input),
+        Forward{x.data(), added.data(), data_or_null(w), data_or_null(b), y.mutable_data_ptr(),
+                mutable_data_or_null(sum), mutable_data_or_null(mean), mutable_data_or_null(rstd), rows, cols, x.stride,
+                added.stride, eps, dtype_of(input.scalar_type()), dtype_of(parameter_type(input, weight, bias)), rms});
   }
   return {std::move(y), std::move(sum), std::move(mean), std::move(rstd)};
 }
@@ -101,9 +102,23 @@ BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_s
   if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
   if (output_mask[1]) grad_weight = at::empty(row_sizes, input.options().dtype(parameter));
   if (output_mask[2]) grad_bias = at::empty(row_sizes, input.options().dtype(parameter));
-  Backward op{dy.data(), ds.data(), x.data(), data_or_null(mean), rstd.const_data_ptr(), data_or_null(w),
-              mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight), mutable_data_or_null(grad_bias),
-              nullptr, rows, cols, dy.stride, ds.stride, x.stride, dtype_of(input.scalar_type()), dtype_of(parameter),
+  Backward op{dy.data(),
+              ds.data(),
+              x.data(),
+              data_or_null(mean),
+              rstd.const_data_ptr(),
+              data_or_null(w),
+              mutable_data_or_null(grad_input),
+              mutable_data_or_null(grad_weight),
+              mutable_data_or_null(grad_bias),
+              nullptr,
+              rows,
+              cols,
+              dy.stride,
+              ds.stride,
+              x.stride,
+              dtype_of(input.scalar_type()),
+              dtype_of(parameter),
               !has(mean)};
   if (cols > 0) {
     const int64_t bytes = partials_bytes(device, op);
@@ -127,9 +142,9 @@ ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& residual,
           stats && !rms ? like(stats_sizes, stats_type) : Tensor(), stats ? like(stats_sizes, stats_type) : Tensor()};
 }
 
-BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input,
-                              const OptionalTensor&, const Tensor&, const OptionalTensor& weight,
-                              const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
+BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input, const OptionalTensor&,
+                              const Tensor&, const OptionalTensor& weight, const OptionalTensor& bias,
+                              int64_t normalized_ndim, std::array<bool, 3> output_mask) {
   const auto row_sizes = input.sym_sizes().slice(input.dim() - normalized_ndim);
   const auto options = input.options().dtype(parameter_type(input, weight, bias));
   return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(),
@@ -151,7 +166,8 @@ std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& res
   return {y.to(x.scalar_type()), x};
 }
 
-// Where only torch's own ops will do: types and devices without a kernel, torch.func transforms, forward-mode derivatives.
+// Where only torch's own ops will do: types and devices without a kernel, torch.func transforms, forward-mode
+// derivatives.
 bool needs_native(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                   const OptionalTensor& bias) {
   static const auto op = find_op<ForwardOutputs(const Tensor&, const OptionalTensor&, int64_t, const OptionalTensor&,
@@ -179,7 +195,8 @@ BackwardOutputs call_backward(const Tensor& grad_output, const OptionalTensor& g
 
 // A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
 struct LayerNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, mean, rstd, weight, bias;  // input: what was normalised, the sum where there is one
+  torch::autograd::SavedVariable input, mean, rstd, weight,
+      bias;  // input: what was normalised, the sum where there is one
   int64_t normalized_ndim = 0;
   double eps = 0;
   bool residual = false;
@@ -210,8 +227,8 @@ struct LayerNormBackward : torch::autograd::Node {
       result = call_backward(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, normalized_ndim, mask);
     }
     const auto& [grad_input, grad_weight, grad_bias] = result;
-    return {task_should_compute_output(0) ? grad_input : Tensor(), task_should_compute_output(1) ? grad_input : Tensor(),
-            grad_weight, grad_bias};
+    return {task_should_compute_output(0) ? grad_input : Tensor(),
+            task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
@@ -257,8 +274,8 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
                                               const OptionalTensor& bias, double eps, bool rms) {
   using torch::autograd::SavedVariable;
   const auto node = make_node<LayerNormBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight),
-                                                           or_undefined(bias)));
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
   ForwardOutputs outputs;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -312,8 +329,8 @@ void check_parameter_types(const char* name, const Tensor& input, const Optional
   };
   check("weight", weight);
   check("bias", bias);
-  TORCH_CHECK(!has(weight) || !has(bias) || weight->scalar_type() == bias->scalar_type(), name,
-              "(): expected bias of ", weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
+  TORCH_CHECK(!has(weight) || !has(bias) || weight->scalar_type() == bias->scalar_type(), name, "(): expected bias of ",
+              weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
 }
 
 bool any_requires_grad(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
@@ -389,7 +406,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& resid
                    true);
 }
 
-// Autocast on CUDA runs torch's layer_norm and rms_norm in fp32 and leaves the addition as it is; on the CPU it does nothing.
+// Autocast on CUDA runs torch's layer_norm and rms_norm in fp32 and leaves the addition as it is; on the CPU it does
+// nothing.
 Tensor to_fp32(const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); }
 OptionalTensor to_fp32(const OptionalTensor& tensor) {
   return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA);
@@ -440,18 +458,28 @@ void implement_public(torch::Library& m) {
 
 DLKIT_DEFINE_OPS(m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def("layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05)"
-        " -> Tensor", tags);
+  m.def(
+      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05)"
+      " -> Tensor",
+      tags);
   m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor", tags);
-  m.def("add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
-        " Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)", tags);
-  m.def("add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
-        " float? eps=None) -> (Tensor, Tensor)", tags);
-  m.def("layer_norm_forward(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? bias,"
-        " float eps, bool rms, bool stats) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)", tags);
-  m.def("layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
-        " Tensor? weight, Tensor? bias, int normalized_ndim, bool[3] output_mask)"
-        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)", tags);
+  m.def(
+      "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
+      " Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
+      " float? eps=None) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "layer_norm_forward(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? bias,"
+      " float eps, bool rms, bool stats) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+      tags);
+  m.def(
+      "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
+      " Tensor? weight, Tensor? bias, int normalized_ndim, bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      tags);
 }
 
 #if defined(DLKIT_CUDA_ON_CPU)

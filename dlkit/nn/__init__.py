@@ -1,4 +1,4 @@
-"""Subclasses of torch.nn modules with fused kernels: same arguments, parameters and state_dict; forward() alone differs."""
+"""torch.nn modules on fused kernels: same arguments, parameters and state_dict; only forward() differs."""
 
 from dlkit.nn.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 

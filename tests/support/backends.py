@@ -52,7 +52,9 @@ def _torch_op(library: str) -> Callable[[str], Callable]:
 
 
 def _triton_op(name: str) -> Callable:
-    return getattr(importlib.import_module(f"dlkit.triton.{name.removesuffix('_forward').removesuffix('_backward')}"), name)
+    return getattr(
+        importlib.import_module(f"dlkit.triton.{name.removesuffix('_forward').removesuffix('_backward')}"), name
+    )
 
 
 def _cpu(instruction_set: str) -> Backend:
@@ -83,7 +85,7 @@ def _triton() -> Backend:
         triton_interpreter.sum_by_halves()
     if HAS_GPU:
         return Backend("triton", "cuda", _triton_op, missing)
-    # The interpreter has no fused multiply-add, which every device has: products that a kernel sums are rounded once more.
+    # The interpreter has no fused multiply-add, as every device does: products in a sum are rounded once more.
     return Backend("triton", "cpu", _triton_op, missing, draws=2, ulps=2)
 
 

@@ -1,10 +1,10 @@
 """Triton's interpreter with the right bf16 rounding, and with sums in the order a GPU takes.
 
-tl.sum: NumPy adds up a leading axis one after the other, so that a sum of n terms in fp32 loses n/2 ulps; on a GPU halves
+tl.sum: NumPy adds up a leading axis in sequence, so that a sum of n terms in fp32 loses n/2 ulps; on a GPU halves
 are added to halves, and so they are here.
 
-bf16: up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull request
-11897); NaN may come out as infinity. torch's own conversion takes its place.
+bf16: up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull
+request 11897); NaN may come out as infinity. torch's own conversion takes its place.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 // torch's own thread pool, reached through its C interface, so that kernels know no torch and no second OpenMP runtime
-// spins beside torch's. Loops are cut into chunks of `grain` or more; which thread runs which chunk never changes a result.
+// spins beside torch's. Loops are cut into chunks of `grain` or more; which thread runs which chunk never changes a
+// result.
 #pragma once
 
 #include <cstdint>

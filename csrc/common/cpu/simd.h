@@ -1,7 +1,7 @@
-// SIMD for every CPU kernel: GCC/Clang vector types, so one source serves SSE2/NEON (4 floats), AVX2 (8) and AVX-512 (16),
-// plus what those types cannot say: 16-bit loads and stores, partial vectors, streaming stores.
-// A Vector<A> holds kLanes<A> accumulation values (A is float or double); loads widen and stores narrow in registers.
-// Everything lives in the instruction set's own namespace and is inlined: nothing leaks between objects.
+// SIMD for every CPU kernel: GCC/Clang vector types, so one source serves SSE2/NEON (4 floats), AVX2 (8) and AVX-512
+// (16), plus what those types cannot say: 16-bit loads and stores, partial vectors, streaming stores. A Vector<A> holds
+// kLanes<A> accumulation values (A is float or double); loads widen and stores narrow in registers. Everything lives in
+// the instruction set's own namespace and is inlined: nothing leaks between objects.
 #pragma once
 
 #if defined(__x86_64__)
@@ -28,7 +28,8 @@ namespace dlkit::DLKIT_ISA {
 
 constexpr int64_t kVectorBytes = DLKIT_VECTOR_BYTES;
 
-constexpr int kSlots = 4;  // independent vectors in flight in a loop over columns: as many as the latency of an addition
+constexpr int kSlots =
+    4;  // independent vectors in flight in a loop over columns: as many as the latency of an addition
 
 template <class A>
 constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
@@ -100,8 +101,8 @@ DLKIT_INLINE VectorF64 pack(VectorF64 v, double) { return v; }
 DLKIT_INLINE VectorU16 pack(VectorF32 v, BFloat16) {
 #if defined(__AVX512F__)
   const __m512i bits = (__m512i)v;
-  const __m512i half = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1)),
-                                        _mm512_set1_epi32(0x7fff));
+  const __m512i half =
+      _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
   const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
   const __m512i rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), is_nan, _mm512_set1_epi32(0x7fc00000));
   return (VectorU16)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
@@ -130,7 +131,8 @@ DLKIT_INLINE Vector<accumulate_t<T>> round_to(Vector<accumulate_t<T>> v) {
   return unpack(pack(v, T()), T());
 }
 
-// A store past the caches, for outputs larger than them: p is aligned to the bytes written, and streaming_fence() follows.
+// A store past the caches, for outputs larger than them: p is aligned to the bytes written, and streaming_fence()
+// follows.
 template <class T>
 DLKIT_INLINE void stream(T* p, Vector<accumulate_t<T>> v) {
   const auto packed = pack(v, T());
@@ -229,8 +231,8 @@ DLKIT_INLINE V keep(V v, First width) {
   return v;
 }
 
-// a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off): it
-// rounds the same product differently in two places, and x - x is then not 0.
+// a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off):
+// it rounds the same product differently in two places, and x - x is then not 0.
 DLKIT_INLINE VectorF32 fma(VectorF32 a, VectorF32 b, VectorF32 c) {
 #if defined(__AVX512F__)
   return (VectorF32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -293,8 +295,9 @@ DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
   if (column < end) f(column, 0, First{end - column});
 }
 
-// totals[k] = the sum over all columns of what f(column, slot, width, terms) puts into terms[k]. Lanes past the end must be zero.
-// A lane adds up 64 terms in A before it goes into a compensated double, so the error does not grow with the row.
+// totals[k] = the sum over all columns of what f(column, slot, width, terms) puts into terms[k]. Lanes past the end
+// must be zero. A lane adds up 64 terms in A before it goes into a compensated double, so the error does not grow with
+// the row.
 template <class A, int kTotals, class F>
 DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& f) {
   constexpr int64_t kRun = 64 * kSlots * kLanes<A>;
@@ -302,9 +305,9 @@ DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& 
   for (int k = 0; k < kTotals; ++k) totals[k] = 0;
   for (int64_t begin = 0; begin < cols; begin += kRun) {
     Vector<A> sums[kSlots][kTotals] = {};
-    for_columns<A, kSlots>(
-        begin, begin + kRun < cols ? begin + kRun : cols,
-        [&](int64_t column, int slot, auto width) DLKIT_INLINE_LAMBDA { f(column, slot, width, sums[slot]); });
+    for_columns<A, kSlots>(begin, begin + kRun < cols ? begin + kRun : cols,
+                           [&](int64_t column, int slot, auto width)
+                               DLKIT_INLINE_LAMBDA { f(column, slot, width, sums[slot]); });
     for (int k = 0; k < kTotals; ++k) {
       const double term = sum_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])) - lost[k];
       const double total = totals[k] + term;

@@ -186,8 +186,7 @@ __attribute__((noinline))
 #else
 __attribute__((noipa))
 #endif
-inline void
-swap_stacks(void** save, void* load) {
+inline void swap_stacks(void** save, void* load) {
   asm volatile(
       "leaq -128(%%rsp), %%rsp\n"  // past the red zone
       "pushq %%rbp\n"
