@@ -92,7 +92,7 @@ def facts(device: str) -> dict[str, Any]:
         "simd": torch.backends.cpu.get_cpu_capability(),
         "caches": _caches(),
         "transparent_hugepages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dlkit": _version("dlkit"),

@@ -1,0 +1,24 @@
+"""Triton's kernels compiled for GPUs that need not be there: no spills, wide accesses where the addresses allow them."""
+
+import importlib.util
+import os
+
+import pytest
+from support import triton_aot
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_spills_and_with_wide_accesses(capability):
+    if capability != 90 and not os.environ.get("CI"):
+        pytest.skip("a minute more; CI compiles for both")
+    results = triton_aot.compile_all(capability)
+    assert len(results) > 100
+    for result in results:
+        if not result.vectorised or result.dtype == "float64":
+            continue  # odd widths and fp64 may hold a few bytes on the stack; they are no fast paths
+        assert result.spills == 0, result
+        if result.kernel != "_sum_partials":
+            assert result.wide_loads > 0, result
+            assert result.wide_stores > 0 or "backward_columns" in result.kernel, result
