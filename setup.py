@@ -56,7 +56,10 @@ def find_cuda_home() -> Path | None:
     set_by_user = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = str(Path(nvcc).resolve().parent.parent) if nvcc else None
     candidates = [set_by_user] if set_by_user else [on_path, "/usr/local/cuda"]
-    return next((Path(path) for path in candidates if path and (Path(path) / "bin" / "nvcc").exists()), None)
+    # The headers too: an nvcc on PATH may be a wrapper that lies elsewhere.
+    needed = ("bin/nvcc", "include/cuda_runtime.h")
+    found = (Path(path) for path in candidates if path and all((Path(path) / part).exists() for part in needed))
+    return next(found, None)
 
 
 def nvcc_version(cuda_home: Path) -> str:

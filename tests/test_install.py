@@ -46,6 +46,8 @@ def fake_nvcc(folder, release):
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
     nvcc.chmod(0o755)
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").touch()
     return str(folder)
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels compiled for GPUs that need not be there: no spills, wide accesses where the addresses allow them."""
+"""Triton's kernels compiled for GPUs that need not be there: no spills, wide accesses where addresses allow them."""
 
 import importlib.util
 import os
