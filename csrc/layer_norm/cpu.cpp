@@ -37,9 +37,8 @@ bool should_stream(const void* output, int64_t rows, int64_t cols) {
   return rows * row_bytes >= streaming_threshold_bytes() && row_bytes % 64 == 0 && uintptr_t(output) % 64 == 0;
 }
 
-constexpr int kGroup = 4;  // rows taken together
-constexpr int64_t kScratch =
-    16384;  // columns up to which a row, or a parameter, is kept in fp32 beside the caches' copy
+constexpr int kGroup = 4;            // rows taken together
+constexpr int64_t kScratch = 16384;  // columns up to which a row, or a parameter, is kept widened on the stack
 
 // What is normalised: x, or x + residual rounded to T. The first reading writes the sum out and, with kKeep, leaves the
 // row widened in `kept`: two output streams in two passes are faster than both in the last one.
