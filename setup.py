@@ -15,12 +15,15 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
+MINIMUM_SETUPTOOLS = (70, 1)  # the first that makes wheels on its own
 MINIMUM_TORCH = (2, 10)
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 CUDA_ARCHITECTURE_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
@@ -37,12 +40,25 @@ def stop(cause: str, remedy: str) -> None:
     sys.exit(f"\ndlkit: {cause}; {remedy}\n")
 
 
+def version_tuple(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.match(r"\d+\.\d+", version).group().split("."))
+
+
+def check_setuptools() -> None:
+    if version_tuple(setuptools.__version__) < MINIMUM_SETUPTOOLS and find_spec("wheel") is None:
+        needed = ".".join(map(str, MINIMUM_SETUPTOOLS))
+        stop(
+            f"setuptools {setuptools.__version__} cannot make a wheel, {needed} or newer is needed",
+            f"run: pip install --upgrade 'setuptools>={needed}' && {INSTALL}",
+        )
+
+
 def import_torch():
     try:
         import torch
     except ImportError:
         stop("torch is not installed in the environment that builds dlkit", f"run: pip install torch && {INSTALL}")
-    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MINIMUM_TORCH:
+    if version_tuple(torch.__version__) < MINIMUM_TORCH:
         needed = ".".join(map(str, MINIMUM_TORCH))
         stop(
             f"torch {torch.__version__} is too old, {needed} or newer is needed",
@@ -266,6 +282,7 @@ def sources() -> list[str]:
     return sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
 
 
+check_setuptools()
 setup(
     ext_modules=[Extension("dlkit._C", sources())],
     cmdclass={"build_ext": BuildExtension, "build_cuda_on_cpu": BuildCudaOnCpu},

@@ -71,6 +71,19 @@ def test_with_an_old_torch(tmp_path):
     assert_one_sentence(output, "torch 2.9.1+cpu is too old, 2.10 or newer", "pip install --upgrade 'torch>=2.10'")
 
 
+def test_with_an_old_setuptools(tmp_path):
+    command = tmp_path / "setuptools" / "command"
+    command.mkdir(parents=True)
+    (command / "__init__.py").touch()
+    (command / "build_ext.py").write_text("build_ext = object")
+    (tmp_path / "setuptools" / "__init__.py").write_text(
+        "import sys; sys.modules['wheel'] = None; __version__ = '65.5.0'; Command = Extension = setup = object"
+    )
+    status, output = build(tmp_path)
+    assert status != 0
+    assert_one_sentence(output, "setuptools 65.5.0 cannot make a wheel", "pip install --upgrade 'setuptools>=70.1'")
+
+
 CUDA_CASES = {
     "torch without CUDA": (
         ("2.13.0+cpu", None),

@@ -24,6 +24,12 @@ constexpr int64_t kGrain = 16 * 1024;  // elements a task: below this a second t
 int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The element at an offset of an array that may be absent.
+template <class T, class Pointer>
+T* at(Pointer* array, int64_t offset) {
+  return array == nullptr ? nullptr : static_cast<T*>(array) + offset;
+}
+
 // Whether the input is likely to come from beyond the second-level cache, so that fetching rows ahead pays.
 template <class T>
 bool is_far(int64_t rows, int64_t cols) {
@@ -111,9 +117,8 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   const bool far = is_far<T>(op.rows, cols);
   const int64_t pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   const auto row_of = [&](int64_t row) DLKIT_INLINE_LAMBDA {
-    return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
-                static_cast<const T*>(op.residual) + row * op.residual_stride, static_cast<T*>(op.sum) + row * cols,
-                kept + row % together * pitch};
+    return RowT{static_cast<const T*>(op.x) + row * op.x_stride, at<const T>(op.residual, row * op.residual_stride),
+                at<T>(op.sum, row * cols), kept + row % together * pitch};
   };
   for (int64_t first = begin; first < end; first += together) {
     const int64_t last = min64(first + together, end);
@@ -215,8 +220,8 @@ DLKIT_INLINE void backward_group(const Backward& op, const P* weight, int64_t fi
     next_x[r] = all_x + next * op.x_stride;
     grad_output[r] = all_grad_output + row * op.grad_output_stride;
     next_grad_output[r] = all_grad_output + next * op.grad_output_stride;
-    grad_sum[r] = static_cast<const T*>(op.grad_sum) + row * op.grad_sum_stride;
-    grad_input[r] = static_cast<T*>(op.grad_input) + row * cols;
+    grad_sum[r] = at<const T>(op.grad_sum, row * op.grad_sum_stride);
+    grad_input[r] = at<T>(op.grad_input, row * cols);
     mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
     rstd[r] = static_cast<const A*>(op.rstd)[row];
   }
