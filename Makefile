@@ -38,7 +38,7 @@ demo: install
 
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n auto
 
 LINT := $(VENV)/bin/python -m
 CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)
@@ -74,15 +74,17 @@ sanitize: install
 	CXXFLAGS='$(SANITIZE)' $(PYTHON) setup.py -q build_cuda_on_cpu --output build/sanitize/libdlkit_cuda_on_cpu.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH=build/sanitize DLKIT_CUDA_ON_CPU_LIBRARY=build/sanitize/libdlkit_cuda_on_cpu.so \
-	$(PYTHON) -m pytest -q tests/test_layer_norm.py -k 'cpu and not triton and not compile and not (very_long and cuda)'
+	$(PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build, every test, the benchmarks; downloads nothing.
 GPU_PYTHON ?= python3
 gpu:
 	DLKIT_BUILD=cuda $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m dlkit info
-	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_surgery.py
-	$(GPU_PYTHON) -m dlkit bench layer_norm --device cuda --sweep --compile --output bench/results
+	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py tests/test_surgery.py
+	for op in layer_norm batch_norm group_norm; do \
+	  $(GPU_PYTHON) -m dlkit bench $$op --device cuda --compile --output bench/results || exit 1; done
+	$(GPU_PYTHON) -m dlkit bench layer_norm --device cuda --sweep --output bench/results
 	$(GPU_PYTHON) -m dlkit bench plot bench/results/layer_norm-*-sweep.json
 
 clean:

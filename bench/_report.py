@@ -6,6 +6,7 @@ so: "slower" where it was in at least three quarters of the rounds, "~" where th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,43 +111,64 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> Path:
-    """Writes a PNG: ratio to native over the size of the input, one panel per direction. Needs matplotlib."""
+    """Writes a PNG: ratio to native over the size of the input. Needs matplotlib.
+
+    A panel per direction and layout; a colour per variant, a line style per dtype.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import lines, pyplot, ticker
 
     itemsize = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    styles: dict[str, Any] = {"fp32": "-", "bf16": "--", "fp16": ":", "fp64": "-."}
+    series: dict[tuple[str, str], dict[tuple[str, str], list[tuple[float, float]]]] = {}
     for entry in report["cases"]:
         times = [entry["contestants"].get(name, {}).get("median_us") for name in ("native", SUBJECT)]
         if not all(times):
             continue
-        size = itemsize[entry["dtype"]]
-        for extent in entry["shape"]:
-            size *= extent
-        series = panels.setdefault(entry["direction"], {}).setdefault(f"{entry['variant']} {entry['dtype']}", [])
-        series.append((size, times[0] / times[1]))
+        size = itemsize[entry["dtype"]] * math.prod(entry["shape"])
+        panel = series.setdefault((entry.get("layout", ""), entry["direction"]), {})
+        panel.setdefault((entry["variant"], entry["dtype"]), []).append((size, times[0] / times[1]))
+    # Forward and backward of one layout side by side, the cases of both together last.
+    layouts = list(dict.fromkeys(layout for layout, _ in series))
+    panels = sorted(series, key=lambda key: (key[1] == "forward_backward", layouts.index(key[0])))
+    drawn = list(dict.fromkeys(key for panel in series.values() for key in panel))
+    variants = list(dict.fromkeys(variant for variant, _ in drawn))
+    colors = {variant: f"C{index % 10}" for index, variant in enumerate(variants)}
+
+    columns = 2 if len(panels) > 3 else max(len(panels), 1)
+    rows = math.ceil(len(panels) / columns) or 1
+    size_of_figure = (4.8 * columns + 1.6, 3.2 * rows + 1)
     figure, axes = pyplot.subplots(
-        1, max(len(panels), 1), figsize=(5.5 * max(len(panels), 1), 4), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=size_of_figure, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, (direction, lines) in zip(axes[0], panels.items(), strict=False):
-        for label, points in lines.items():
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (layout, direction) in zip(axes.flat, panels, strict=False):
+        for (variant, dtype), points in series[layout, direction].items():
             # Several shapes may have one size: a dot each, the line along the lowest.
             lowest = dict(sorted(points, reverse=True))
-            (drawn,) = axis.plot(*zip(*sorted(lowest.items()), strict=True), linewidth=1, label=label)
-            axis.plot(*zip(*points, strict=True), "o", markersize=3, color=drawn.get_color())
+            axis.plot(*zip(*sorted(lowest.items()), strict=True), styles[dtype], linewidth=1, color=colors[variant])
+            axis.plot(*zip(*points, strict=True), "o", markersize=3, color=colors[variant])
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=direction.replace("_", " + "), xlabel="input size", yscale="log")
+        title = direction.replace("_", " + ")
+        axis.set(title=f"{title}, {layout}" if layout else title, yscale="log")
         axis.set_xscale("log", base=2)
+        axis.tick_params(labelbottom=True)
         axis.xaxis.set_major_locator(ticker.LogLocator(2, numticks=9))
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.xaxis.set_major_formatter(lambda value, _: _size(value))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if value in (0.5, 2, 3, 5) else "")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}x" if value in (0.5, 1.5, 2, 3, 5) else "")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("native time / dlkit time")
+    figure.supxlabel("input size", fontsize=10)
+    figure.supylabel("native time / dlkit time", fontsize=10)
+    # One legend for all panels: what is in one of them is not always in the next.
+    handles = [lines.Line2D([], [], color=colors[variant], label=variant) for variant in variants]
+    dtypes = [dtype for dtype in styles if any(dtype == other for _, other in drawn)]
+    handles += [lines.Line2D([], [], color="gray", linestyle=styles[dtype], label=dtype) for dtype in dtypes]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
     figure.suptitle(heading(report).splitlines()[0], fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

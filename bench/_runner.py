@@ -51,10 +51,18 @@ class Case:
     direction: str
     shape: tuple[int, ...]
     dtype: str
+    layout: str = ""  # contiguous or channels_last where the op knows both; part of the id
 
     @property
     def id(self) -> str:
-        return f"{self.variant}/{self.direction}/{'x'.join(map(str, self.shape))}/{self.dtype}"
+        parts = (self.variant, self.direction, "x".join(map(str, self.shape)), self.dtype, self.layout)
+        return "/".join(filter(None, parts))
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        if self.layout != "channels_last":
+            return torch.contiguous_format
+        return torch.channels_last if len(self.shape) == 4 else torch.channels_last_3d
 
     @property
     def numel(self) -> int:
@@ -162,15 +170,25 @@ def expected_outputs(spec: Spec, case: Case, inputs: Inputs) -> tuple[Tensor, ..
     )
 
 
-def errors(call: Call, expected: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
+def expected_dtypes(inputs: Inputs, direction: str) -> list[torch.dtype]:
+    """Those of the outputs, then of the gradients: a gradient has the dtype of its tensor."""
+    outputs = [tensor.dtype for tensor in inputs.grad_outputs]
+    gradients = [tensor.dtype for tensor in inputs.tensors if tensor.requires_grad]
+    return {"forward": outputs, "backward": gradients, "forward_backward": outputs + gradients}[direction]
+
+
+def errors(call: Call, expected: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[float]:
     """Largest error of each tensor over the largest value expected; infinite for a wrong shape or dtype, or a NaN."""
     # The allocator hands out blocks that the contestant before has just freed, its correct outputs still in them: a
     # kernel that writes nothing would pass. So such blocks are filled with NaN first.
-    poison = [torch.full(tensor.shape, math.nan, dtype=dtype, device=tensor.device) for tensor in expected]
+    poison = [
+        torch.full(tensor.shape, math.nan, dtype=dtype, device=tensor.device)
+        for tensor, dtype in zip(expected, dtypes, strict=True)
+    ]
     del poison
     outputs = _as_tuple(call())
     found = [math.inf] * max(len(expected), len(outputs))
-    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=False)):
+    for index, (output, wanted, dtype) in enumerate(zip(outputs, expected, dtypes, strict=False)):
         if output.shape != wanted.shape or output.dtype != dtype or wanted.numel() == 0:
             continue
         error = ((output.detach().double() - wanted).abs().max() / wanted.abs().max()).item()
@@ -337,12 +355,13 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
         sets = _input_sets(spec, case, settings)
         with torch.enable_grad():
             expected = expected_outputs(spec, case, sets[0])
+        dtypes = expected_dtypes(sets[0], case.direction)
         allowed = spec.tolerances(case)
         ready: dict[str, list[Call]] = {}
         for name, contestant in _contestants(spec, case, settings).items():
             try:
                 calls = [prepare(*contestant(*inputs.tensors), inputs, case.direction) for inputs in sets]
-                found = errors(calls[0], expected, DTYPES[case.dtype])
+                found = errors(calls[0], expected, dtypes)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
                 results[name] = {"status": "error", "message": f"{type(error).__name__}: {lines[0]}"}

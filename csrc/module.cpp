@@ -15,7 +15,7 @@ PyObject* set_cpu_capability(PyObject*, PyObject* name) {
   const char* text = PyUnicode_AsUTF8(name);
   if (text == nullptr) return nullptr;
   if (!dlkit::set_cpu_capability(text)) {
-    return PyErr_Format(PyExc_ValueError, "expected default, avx2 or avx512, got %s", text);
+    return PyErr_Format(PyExc_ValueError, "expected default, avx2, avx512 or avx512_bf16, got %s", text);
   }
   Py_RETURN_NONE;
 }
@@ -23,7 +23,8 @@ PyObject* set_cpu_capability(PyObject*, PyObject* name) {
 PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString(DLKIT_CUDA_ARCHITECTURES); }
 
 PyMethodDef methods[] = {
-    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: default, avx2 or avx512."},
+    {"cpu_capability", cpu_capability, METH_NOARGS,
+     "The instruction set in use: default, avx2, avx512 or avx512_bf16."},
     {"set_cpu_capability", set_cpu_capability, METH_O,
      "Lowers the instruction set in use to the named one. For tests."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,

@@ -1,4 +1,4 @@
-"""Fused normalization for PyTorch: drop-in layers that are faster, use less memory and give the same results.
+"""Fused normalization layers for PyTorch: drop-in layers that are faster, use less memory and give the same results.
 
 import dlkit
 model = dlkit.replace(model)   # every torch.nn layer that has a fused twin becomes it, in place
@@ -9,7 +9,8 @@ from dlkit import _backends
 _backends.load()
 
 from dlkit import functional, nn  # noqa: E402  (the ops exist only once the library is loaded)
+from dlkit.fusion import fuse  # noqa: E402
 from dlkit.surgery import Change, replace, restore  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Change", "__version__", "functional", "nn", "replace", "restore"]
+__all__ = ["Change", "__version__", "functional", "fuse", "nn", "replace", "restore"]

@@ -12,7 +12,7 @@ import torch
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 BACKENDS = ("cuda", "triton", "native")
-OPS = ("layer_norm",)
+OPS = ("layer_norm", "batch_norm", "group_norm")
 
 
 def load() -> None:
@@ -63,7 +63,7 @@ def cuda_architectures() -> list[str]:
 
 
 def cpu_capability() -> str:
-    """The instruction set of the CPU kernels in use: default, avx2 or avx512."""
+    """The instruction set of the CPU kernels in use: default, avx2, avx512 or avx512_bf16."""
     return importlib.import_module("dlkit._C").cpu_capability()
 
 

@@ -10,6 +10,9 @@ _layer_norm = torch.ops.dlkit.layer_norm.default
 _rms_norm = torch.ops.dlkit.rms_norm.default
 _add_layer_norm = torch.ops.dlkit.add_layer_norm.default
 _add_rms_norm = torch.ops.dlkit.add_rms_norm.default
+_batch_norm = torch.ops.dlkit.batch_norm.default
+_group_norm = torch.ops.dlkit.group_norm.default
+_instance_norm = torch.ops.dlkit.instance_norm.default
 
 
 def layer_norm(
@@ -107,6 +110,102 @@ def add_rms_norm(
         return _add_rms_norm(input, residual, normalized_shape, weight, eps)
     except RuntimeError as error:
         _raise("add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalization of each channel over the batch, as :func:`torch.nn.functional.batch_norm`.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the batch's mean and biased variance in training, and
+    the running ones else.
+
+    Args:
+        input: ``[N, C, *]`` of 2 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last; each is
+            computed in its own layout, others are copied first.
+        running_mean, running_var: ``[C]``, any floating dtype, or both None. In training they move towards the batch's
+            mean and unbiased variance by ``momentum``, which lies between 0 and 1.
+        weight, bias: ``[C]``, in the input's dtype or fp32, or None.
+
+    Returns:
+        The input's shape, dtype and memory format. An empty batch gives an empty result and leaves the running
+        statistics as they are, as torch does.
+
+    Raises:
+        ValueError: one value per channel in training, momentum out of range, only one running statistic;
+        RuntimeError: a shape, dtype or device does not fit; NotImplementedError: input is not of a floating type.
+        Running statistics are untouched then.
+
+    Source: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_.
+    """
+    return _batch_norm(input, running_mean, running_var, weight, bias, None, None, training, momentum, eps, False)
+
+
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``relu(batch_norm(input) + residual)`` in one pass; see :func:`batch_norm`.
+
+    ``residual`` broadcasts and promotes as in an addition; the fast case is the input's shape and dtype. Backward finds
+    the ReLU's mask again from ``input``, or from the result where there is a residual: nothing else is kept.
+    """
+    return _batch_norm(input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, True)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Group normalization of each sample, as :func:`torch.nn.functional.group_norm`.
+
+    Args:
+        input: ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
+        num_groups: into how many groups of adjacent channels C is divided.
+        weight, bias: ``[C]``, in the input's dtype or fp32, or None.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: one value per group, or ``num_groups`` below 1; RuntimeError: a shape, dtype or device does not fit.
+
+    Source: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
+    """
+    return _group_norm(input, num_groups, weight, bias, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalization of each channel of each sample, as :func:`torch.nn.functional.instance_norm`.
+
+    Arguments and errors are those of :func:`batch_norm`; running statistics move towards the mean over the batch of
+    each sample's statistics. A channels_last input gives a channels_last result, where torch makes it contiguous.
+
+    Source: `Instance Normalization <https://arxiv.org/abs/1607.08022>`_.
+    """
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def _raise(name: str, error: RuntimeError, normalized_shape: Any, eps: Any, **tensors: Any) -> NoReturn:

@@ -6,15 +6,28 @@ Parameters, buffers, hooks, the training flag and state_dict stay what and where
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
 import dlkit.nn
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: dlkit.nn.LayerNorm,
     torch.nn.RMSNorm: dlkit.nn.RMSNorm,
+    torch.nn.BatchNorm1d: dlkit.nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: dlkit.nn.BatchNorm2d,
+    torch.nn.BatchNorm3d: dlkit.nn.BatchNorm3d,
+    torch.nn.SyncBatchNorm: dlkit.nn.SyncBatchNorm,
+    torch.nn.GroupNorm: dlkit.nn.GroupNorm,
+    torch.nn.InstanceNorm1d: dlkit.nn.InstanceNorm1d,
+    torch.nn.InstanceNorm2d: dlkit.nn.InstanceNorm2d,
+    torch.nn.InstanceNorm3d: dlkit.nn.InstanceNorm3d,
 }
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def label(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Change(NamedTuple):
@@ -26,9 +39,6 @@ class Change(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        def label(cls: type) -> str:
-            return f"{cls.__module__}.{cls.__qualname__}"
-
         outcome = "left as it is" if self.before is self.after else f"now {label(self.after)}"
         return f"{self.name or '(the model itself)'}: {label(self.before)}, {outcome}: {self.reason}"
 
@@ -61,17 +71,27 @@ def _change(
     changes = []
     for name, module in model.named_modules():
         before = type(module)
-        related = next((cls for cls in table if isinstance(module, cls)), None)
-        if related is None or before in table.values():
+        # An uninitialised layer is of a class of its own until it has seen an input.
+        nominal = getattr(before, "cls_to_become", None) or before
+        related = next((cls for cls in table if issubclass(nominal, cls)), None)
+        if related is None or (table is TWINS and issubclass(before, tuple(TWINS.values()))):
             continue
-        if before is not related:
-            left = f"it is a subclass of {related.__module__}.{related.__qualname__}, which may do something else"
-            changes.append(Change(name, before, before, left))
-        elif "forward" in vars(module):
-            changes.append(Change(name, before, before, "its forward was replaced on the instance"))
-        else:
+        why = why_not_plain(module, related)
+        if not why:
             module.__class__ = table[before]
-            changes.append(Change(name, before, table[before], reason))
+        changes.append(Change(name, before, type(module), why or reason))
     if report is not None:
         report.extend(changes)
     return model
+
+
+def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> str:
+    """Why ``module`` may not be taken for a layer of class ``related``; empty if it may."""
+    cls = type(module)
+    if isinstance(module, LazyModuleMixin):
+        return "it is not initialised: it can be replaced once it has seen an input"
+    if issubclass(cls, (dlkit.nn.batch_norm._BatchNormReLU, dlkit.nn.SyncBatchNormReLU)):
+        return "it does the work of the ReLU behind it too, which cannot be put back"
+    if cls is not related:
+        return f"it is a subclass of {label(related)}, which may do something else"
+    return "its forward was replaced on the instance" if "forward" in vars(module) else ""

@@ -8,6 +8,10 @@ import torch
 from support import backends
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes share the cores
+
+
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(True)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dlkit.bench import _machine, _report, _runner, layer_norm
+from dlkit.bench import _machine, _report, _runner, batch_norm, group_norm, layer_norm
 from dlkit.bench._runner import Case, Inputs, Settings
 
 from dlkit import bench
@@ -52,31 +52,36 @@ def parsed(*arguments):
     return parser.parse_args(arguments)
 
 
-def test_quick_mode_end_to_end(tmp_path):
-    command = [sys.executable, "-m", "dlkit", "bench", "layer_norm", "--quick", "--device", "cpu", "--output", tmp_path]
+@pytest.mark.parametrize("name", bench.specs())
+def test_quick_mode_end_to_end(tmp_path, name):
+    spec = _runner.load(name)
+    command = [sys.executable, "-m", "dlkit", "bench", name, "--quick", "--device", "cpu", "--output", tmp_path]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (path,) = tmp_path.glob("layer_norm-*-quick.json")
+    (path,) = tmp_path.glob(f"{name}-*-quick.json")
     report = json.loads(path.read_text())
     assert f"written: {path}" in finished.stdout
-    assert report["op"] == "layer_norm" and not report["interrupted"]
+    assert report["op"] == name and not report["interrupted"]
     assert report["allocator"] == ("reuse" if platform.libc_ver()[0] == "glibc" else "default")
     facts = {"cpu", "cores", "threads", "simd", "caches", "load_average", "torch", "dlkit", "python", "commit"}
     assert facts <= report["machine"].keys()
     assert all(row["copy_"] > 0 for row in report["copy_bandwidth"])
-    assert [entry["id"] for entry in report["cases"]] == [case.id for case in layer_norm.cases("quick", "cpu")]
+    assert [entry["id"] for entry in report["cases"]] == [case.id for case in spec.cases("quick", "cpu")]
     for entry in report["cases"]:
         assert entry["bytes"] > 0 and entry["floor"]["median_us"] > 0
         assert entry["id"] in finished.stdout
-        for name in ("native", "dlkit"):
-            found = entry["contestants"][name]
-            assert found["status"] == "ok", (entry["id"], found)
+        for contestant in ("native", "dlkit"):
+            found = entry["contestants"][contestant]
+            # Native's sums in bf16 are off by more on one thread than on two.
+            assert found["status"] in ("ok", "inexact" if contestant == "native" else "ok"), (entry["id"], found)
             assert 0 < found["min_us"] <= found["q1_us"] <= found["median_us"] <= found["q3_us"]
             assert len(found["errors"]) == len(entry["tolerances"])
-    assert {entry["id"] for entry in report["memory"]} == {case.id for case in layer_norm.memory_cases("cpu")}
+    cases = {case.id: case for case in spec.memory_cases("cpu")}
+    assert [entry["id"] for entry in report["memory"]] == list(cases)
     for entry in report["memory"]:
+        case = cases[entry["id"]]
         found = entry["contestants"]["native"]
-        assert found["peak_bytes"] >= found["output_bytes"] >= 2 * 2048 * 1024 * 4
+        assert found["peak_bytes"] >= found["output_bytes"] >= 2 * case.numel * case.itemsize
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,16 @@ def test_wrong_gradient_is_shown_and_not_timed():
 
     assert measured("backward", dlkit=native)["contestants"]["dlkit"]["status"] == "ok"
     assert measured("backward", dlkit=WrongGradient.apply)["contestants"]["dlkit"]["status"] == "wrong"
+
+
+def test_gradient_has_the_dtype_of_its_tensor():
+    x, weight = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True), torch.ones(3, requires_grad=True)
+    inputs = Inputs((x, weight, torch.ones(3)), (torch.ones_like(x),))
+    both = _runner.expected_dtypes(inputs, "forward_backward")
+    assert both == [torch.bfloat16, torch.bfloat16, torch.float32]
+    expected = (torch.ones(3, dtype=torch.float64),)
+    assert _runner.errors(lambda: torch.ones(3), expected, both[2:]) == [0.0]
+    assert _runner.errors(lambda: torch.ones(3).bfloat16(), expected, both[2:]) == [math.inf]
 
 
 def test_failing_contestant_does_not_stop_the_others():
@@ -222,13 +237,22 @@ def test_plot_of_a_file(tmp_path):
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_of_layouts(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = result_file(tmp_path)
+    report = json.loads(path.read_text())
+    forward, backward = report["cases"]
+    report["cases"] = [forward | {"layout": layout} for layout in ("contiguous", "channels_last")] + [backward]
+    assert _report.plot(report, tmp_path / "layouts.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_unreadable_file_is_one_sentence(tmp_path, capsys):
     assert bench.main(parsed("table", str(tmp_path / "absent.json"))) == 1
     assert capsys.readouterr().out.startswith(f"cannot read {tmp_path / 'absent.json'}: ")
 
 
 def test_every_spec_is_a_command():
-    assert "layer_norm" in bench.specs()
+    assert {"batch_norm", "group_norm", "layer_norm"} <= set(bench.specs())
     for name in bench.specs():
         assert parsed(name, "--sweep").mode == "sweep"
         spec = _runner.load(name)
@@ -249,6 +273,62 @@ def test_spec_counts_bytes_and_outputs():
         case = Case(variant, direction, (4, 8), "fp32")
         assert layer_norm.minimal_bytes(case) == expected, case.id
         assert len(layer_norm.tolerances(case)) == count, case.id
+
+
+def test_batch_norm_spec_counts_bytes_and_outputs():
+    # 4 x 8 x 2 x 2 bf16: 256 bytes a tensor, 32 a parameter or statistic, which are fp32.
+    for variant, direction, expected, count in [
+        ("batch_norm", "forward", 2 * 256 + 6 * 32, 1),
+        ("batch_norm_relu", "forward", 2 * 256 + 6 * 32, 1),
+        ("batch_norm_add_relu", "forward", 3 * 256 + 6 * 32, 1),
+        ("batch_norm_eval", "forward", 2 * 256 + 4 * 32, 1),
+        ("batch_norm", "backward", 3 * 256 + 5 * 32, 3),
+        ("batch_norm_relu", "backward", 3 * 256 + 6 * 32, 3),
+        ("batch_norm_add_relu", "backward", 5 * 256 + 5 * 32, 4),
+        ("BatchNorm1d", "forward_backward", 5 * 256 + (6 + 2 + 5) * 32, 4),
+    ]:
+        case = Case(variant, direction, (4, 8, 2, 2), "bf16", "channels_last")
+        assert batch_norm.minimal_bytes(case) == expected, case.id
+        assert len(batch_norm.tolerances(case)) == count, case.id
+
+
+def test_group_norm_spec_counts_bytes_and_outputs():
+    # 2 x 64 x 3 fp32: 1536 bytes a tensor, 256 a parameter, 2 x 2 x 32 x 4 of statistics (2 x 2 x 64 x 4 by instance).
+    for variant, direction, expected, count in [
+        ("group_norm", "forward", 2 * 1536 + 2 * 256, 1),
+        ("group_norm", "backward", 3 * 1536 + 3 * 256 + 512, 3),
+        ("instance_norm", "backward", 3 * 1536 + 3 * 256 + 1024, 3),
+        ("GroupNorm", "forward_backward", 5 * 1536 + 5 * 256 + 2 * 512, 4),
+    ]:
+        case = Case(variant, direction, (2, 64, 3), "fp32")
+        assert group_norm.minimal_bytes(case) == expected, case.id
+        assert len(group_norm.tolerances(case)) == count, case.id
+
+
+@pytest.mark.parametrize("spec", [batch_norm, group_norm])
+def test_layout_is_in_the_name_and_in_the_inputs(spec):
+    generator = torch.Generator().manual_seed(0)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for case in spec.cases("sweep", "cpu"):
+        images = len(case.shape) > 3
+        assert case.id.rsplit("/", 1)[-1] in (("contiguous", "channels_last") if images else (case.dtype,))
+        if case.numel > 1 << 16:
+            continue
+        inputs = spec.inputs(case, "cpu", generator)
+        for tensor in (*inputs.tensors, *inputs.grad_outputs):
+            if tensor.shape == case.shape:
+                wanted = formats[len(case.shape)] if case.layout == "channels_last" else torch.contiguous_format
+                assert tensor.is_contiguous(memory_format=wanted), case.id
+
+
+@pytest.mark.parametrize("variant", ["batch_norm_relu", "batch_norm_add_relu"])
+def test_no_gradient_where_rounding_decides_the_mask(variant):
+    case = Case(variant, "backward", (64, 4, 8, 8), "bf16", "contiguous")
+    inputs = batch_norm.inputs(case, "cpu", torch.Generator().manual_seed(0))
+    y = batch_norm.reference(case)(*(tensor.detach().double() for tensor in inputs.tensors))
+    (grad_output,) = inputs.grad_outputs
+    assert (grad_output[(y > 0) & (y < 0.05)] == 0).all()
+    assert (grad_output[y > 0.1] != 0).float().mean() > 0.99
 
 
 def test_slug_and_settings_are_plain():

@@ -56,6 +56,46 @@ inline DType dtype_of(at::ScalarType type) {
 
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
+
+// The type of a norm's weight and bias.
+inline at::ScalarType parameter_type(const at::Tensor& input, const OptionalTensor& weight,
+                                     const OptionalTensor& bias) {
+  return has(weight) ? weight->scalar_type() : has(bias) ? bias->scalar_type() : input.scalar_type();
+}
+
+// What the kernels take: parameters in the input's type or fp32, both in one.
+inline void check_parameter_types(const char* name, const at::Tensor& input, const OptionalTensor& weight,
+                                  const OptionalTensor& bias) {
+  const at::ScalarType type = input.scalar_type();
+  const auto check = [&](const char* argument, const OptionalTensor& p) {
+    if (!has(p)) return;
+    const at::ScalarType got = p->scalar_type();
+    TORCH_CHECK(got == type || (got == at::kFloat && type != at::kDouble), name, "(): expected ", argument, " of ",
+                type, type == at::kDouble || type == at::kFloat ? "" : " or Float", " (input is ", type, "), got ",
+                got);
+  };
+  check("weight", weight);
+  check("bias", bias);
+  TORCH_CHECK(!has(weight) || !has(bias) || weight->scalar_type() == bias->scalar_type(), name, "(): expected bias of ",
+              weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
+}
+
+// f(x, weight, bias) by torch's own ops, which refuse fp32 parameters with 16-bit input on some devices: all three in
+// the accumulation type where they differ, the result in x's type.
+template <class F>
+at::Tensor in_one_type(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const F& f) {
+  const auto same = [&](const OptionalTensor& p) { return !has(p) || p->scalar_type() == input.scalar_type(); };
+  const bool mixed = is_supported(input.scalar_type()) && !(same(weight) && same(bias));
+  const at::ScalarType type = mixed ? accumulate_type(input.scalar_type()) : input.scalar_type();
+  const auto convert = [&](const OptionalTensor& p) { return has(p) ? OptionalTensor(p->to(type)) : std::nullopt; };
+  return f(input.to(type), convert(weight), convert(bias)).to(input.scalar_type());
+}
+
 inline const void* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
 }

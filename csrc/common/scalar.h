@@ -93,6 +93,12 @@ DLKIT_HOST_DEVICE Float16 narrow(float value, Float16) {
 #endif
 }
 
+// The largest value that narrow() makes 0: half of the smallest subnormal.
+DLKIT_HOST_DEVICE float rounds_to_zero(float) { return 0; }
+DLKIT_HOST_DEVICE double rounds_to_zero(double) { return 0; }
+DLKIT_HOST_DEVICE float rounds_to_zero(BFloat16) { return bit_cast<float>(uint32_t(1) << 15); }   // 2^-134
+DLKIT_HOST_DEVICE float rounds_to_zero(Float16) { return bit_cast<float>(uint32_t(102) << 23); }  // 2^-25
+
 template <class T>
 DLKIT_HOST_DEVICE T narrow(accumulate_t<T> value) {
   return narrow(value, T());

@@ -19,17 +19,6 @@ namespace {
 
 using namespace dlkit::DLKIT_ISA;
 
-constexpr int64_t kGrain = 16 * 1024;  // elements a task: below this a second thread costs more than it saves
-
-int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The element at an offset of an array that may be absent.
-template <class T, class Pointer>
-T* at(Pointer* array, int64_t offset) {
-  return array == nullptr ? nullptr : static_cast<T*>(array) + offset;
-}
-
 // Whether the input is likely to come from beyond the second-level cache, so that fetching rows ahead pays.
 template <class T>
 bool is_far(int64_t rows, int64_t cols) {

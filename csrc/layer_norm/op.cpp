@@ -16,20 +16,11 @@ namespace dlkit::layer_norm {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::variable_list;
 using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, sum, mean, rstd
 using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;         // grad_input, grad_weight, grad_bias
 
-bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
-Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
-
 Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return has(tensor) ? tensor->contiguous() : Tensor(); }
-
-at::ScalarType parameter_type(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
-  return has(weight) ? weight->scalar_type() : has(bias) ? bias->scalar_type() : input.scalar_type();
-}
 
 // [..., normalized dims] -> [..., 1, ...]: the shape of mean and rstd.
 template <class Sizes>
@@ -156,14 +147,10 @@ BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor
 std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& residual, c10::SymIntArrayRef shape,
                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
   const Tensor x = has(residual) ? input + *residual : input;
-  const auto same = [&](const OptionalTensor& p) { return !has(p) || p->scalar_type() == x.scalar_type(); };
-  // torch refuses fp32 parameters with 16-bit input on some devices: compute in the accumulation type then.
-  const bool mixed = is_supported(x.scalar_type()) && !(same(weight) && same(bias));
-  const at::ScalarType type = mixed ? accumulate_type(x.scalar_type()) : x.scalar_type();
-  const auto convert = [&](const OptionalTensor& p) { return has(p) ? OptionalTensor(p->to(type)) : std::nullopt; };
-  const Tensor y = rms ? at::rms_norm_symint(x.to(type), shape, convert(weight), eps)
-                       : at::layer_norm_symint(x.to(type), shape, convert(weight), convert(bias), eps);
-  return {y.to(x.scalar_type()), x};
+  const Tensor y = in_one_type(x, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+    return rms ? at::rms_norm_symint(t, shape, w, eps) : at::layer_norm_symint(t, shape, w, b, eps);
+  });
+  return {y, x};
 }
 
 // Where only torch's own ops will do: types and devices without a kernel, torch.func transforms, forward-mode
@@ -316,21 +303,6 @@ void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef 
   };
   check_parameter("weight", weight);
   check_parameter("bias", bias);
-}
-
-void check_parameter_types(const char* name, const Tensor& input, const OptionalTensor& weight,
-                           const OptionalTensor& bias) {
-  const at::ScalarType type = input.scalar_type();
-  const auto check = [&](const char* argument, const OptionalTensor& p) {
-    if (!has(p)) return;
-    const at::ScalarType got = p->scalar_type();
-    TORCH_CHECK(got == type || (got == at::kFloat && type != at::kDouble), name, "(): expected ", argument, " of ",
-                type, type == at::kDouble ? "" : " or Float", " (input is ", type, "), got ", got);
-  };
-  check("weight", weight);
-  check("bias", bias);
-  TORCH_CHECK(!has(weight) || !has(bias) || weight->scalar_type() == bias->scalar_type(), name, "(): expected bias of ",
-              weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
 }
 
 bool any_requires_grad(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 
 RECIPES = ("fashion_mnist",)
+MODELS = ("mlp", "transformer", "batch_norm_mlp", "residual_cnn")  # as in models.py
 
 # What the optional extra dlkit[lab] installs: import name -> package name.
 PACKAGES = {"matplotlib": "matplotlib", "numpy": "numpy", "pooch": "pooch", "sklearn": "scikit-learn", "tqdm": "tqdm"}
@@ -24,7 +25,7 @@ def _positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--data", metavar="DIR", help="folder with the data set's files (default: search, see README)")
-    parser.add_argument("--model", choices=("mlp", "transformer", "both"), default="both")
+    parser.add_argument("--model", choices=(*MODELS, "all"), default="all")
     parser.add_argument("--epochs", type=_positive, metavar="N", help="default: set per model to fit in 3 minutes")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="default: set per model")
     parser.add_argument("--limit", type=_positive, metavar="N", help="training images to use; default: set per model")

@@ -10,6 +10,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,16 @@ import dlkit
 from dlkit.lab.data import Dataset
 
 WARM_UP_STEPS = 10
+
+# Makes the twin: turns a model of torch.nn's layers into one of dlkit's, in place or not.
+Rewrite = Callable[[nn.Module], nn.Module]
+
+
+def replace_and_fuse(model: nn.Module) -> nn.Module:
+    return dlkit.fuse(dlkit.replace(model))
+
+
+FUSED = (dlkit.nn.BatchNormReLU1d, dlkit.nn.BatchNormReLU2d)
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,14 @@ class Contestant:
 
 @dataclass
 class Result:
-    """What the comparison of one model found. Losses are the training loss of every step, in nats."""
+    """What the comparison of one model found. Losses are the training loss of every step, in nats.
+
+    `layers` of the twin are dlkit's, `fused` of these do the work of those behind them too.
+    """
 
     model: str
     layers: int
+    fused: int
     schedule: Schedule
     torch_accuracy: float
     dlkit_accuracy: float
@@ -103,14 +118,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(name: str, model: nn.Module, data: Dataset, schedule: Schedule, seed: int) -> Result:
-    """Trains `model` and its copy with dlkit's layers on `data`, which is on the device to use."""
+def compare(
+    name: str, model: nn.Module, data: Dataset, schedule: Schedule, seed: int, rewrite: Rewrite = dlkit.replace
+) -> Result:
+    """Trains `model` and its copy with dlkit's layers, made by `rewrite`, on `data`, which is on the device to use."""
     device = data.train_images.device
-    report: list[dlkit.Change] = []
-    twin = dlkit.replace(copy.deepcopy(model), report=report)
-    layers = sum(change.before is not change.after for change in report)
-    if layers == 0:
-        raise RuntimeError(f"dlkit.replace() changed no layer of the {name}: there is nothing to compare")
+    twin = rewrite(copy.deepcopy(model))
+    layers = [module for module in twin.modules() if type(module).__module__.startswith("dlkit.nn")]
+    if not layers:
+        raise RuntimeError(f"{rewrite.__name__}() changed no layer of the {name}: there is nothing to compare")
 
     # The data and the batches come from a generator of their own, so that they are the same for every model and device.
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +137,7 @@ def compare(name: str, model: nn.Module, data: Dataset, schedule: Schedule, seed
     torchs, dlkits = (Contestant(each.to(device), schedule, steps) for each in (model, twin))
 
     seconds_between_lines = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=steps, desc=f"{name:<11}", unit="step", mininterval=seconds_between_lines) as progress:
+    with tqdm(total=steps, desc=f"{name:<14}", unit="step", mininterval=seconds_between_lines) as progress:
         for _ in range(schedule.epochs):
             order = chosen[torch.randperm(len(chosen), generator=generator)].to(device)
             for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
@@ -136,7 +152,8 @@ def compare(name: str, model: nn.Module, data: Dataset, schedule: Schedule, seed
 
     return Result(
         name,
-        layers,
+        len(layers),
+        sum(isinstance(layer, FUSED) for layer in layers),
         schedule,
         torch_accuracy,
         dlkit_accuracy,

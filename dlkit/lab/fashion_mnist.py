@@ -1,7 +1,8 @@
-"""The recipe `fashion_mnist`: an MLP and a small transformer, each with torch.nn's LayerNorm and with dlkit's.
+"""The recipe `fashion_mnist`: two models with LayerNorm and two with BatchNorm, on torch.nn's layers and on dlkit's.
 
-The schedules are the shortest that give a sensible accuracy (MLP 89 %, transformer 84 %), so that all of it takes one
-to two minutes on two cores. The transformer costs 3 ms an image there, which is why it sees only part of the data.
+The schedules are the shortest that give a sensible accuracy (MLPs 89 %, CNN 85 %, transformer 83 %), so that all of it
+stays under three minutes on two cores. The transformer costs 3 ms an image there and the CNN 1, which is why they see
+only part of the data.
 """
 
 import argparse
@@ -10,17 +11,30 @@ from pathlib import Path
 
 import torch
 
+import dlkit
 from dlkit.lab import report
-from dlkit.lab.compare import Schedule, compare
+from dlkit.lab.compare import Rewrite, Schedule, compare, replace_and_fuse
 from dlkit.lab.data import DataError, Dataset, load
 from dlkit.lab.models import MODELS
 
 # (data set, model) -> schedule. Digits are 1,437 images of 8x8, so they need more epochs and get them cheaply.
 SCHEDULES = {
     ("Fashion-MNIST", "mlp"): Schedule(images=60_000, epochs=3, batch_size=128),
-    ("Fashion-MNIST", "transformer"): Schedule(images=3_072, epochs=3, batch_size=32),
+    ("Fashion-MNIST", "transformer"): Schedule(images=2_560, epochs=3, batch_size=32),
+    ("Fashion-MNIST", "batch_norm_mlp"): Schedule(images=60_000, epochs=3, batch_size=128),
+    ("Fashion-MNIST", "residual_cnn"): Schedule(images=10_000, epochs=2, batch_size=32, lr=3e-3),
     ("digits", "mlp"): Schedule(images=1_437, epochs=20, batch_size=32),
     ("digits", "transformer"): Schedule(images=1_437, epochs=8, batch_size=32),
+    ("digits", "batch_norm_mlp"): Schedule(images=1_437, epochs=20, batch_size=32),
+    ("digits", "residual_cnn"): Schedule(images=1_437, epochs=6, batch_size=32, lr=3e-3),
+}
+
+# model -> how its twin is made. Only BatchNorm is fused with what follows it.
+REWRITES: dict[str, Rewrite] = {
+    "mlp": dlkit.replace,
+    "transformer": dlkit.replace,
+    "batch_norm_mlp": replace_and_fuse,
+    "residual_cnn": replace_and_fuse,
 }
 
 
@@ -44,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
 
     overrides = {"images": args.limit, "epochs": args.epochs, "batch_size": args.batch_size}
     results = []
-    for name in MODELS if args.model == "both" else [args.model]:
+    for name in MODELS if args.model == "all" else [args.model]:
         schedule = replace(SCHEDULES[data.name, name], **{key: value for key, value in overrides.items() if value})
         torch.manual_seed(args.seed)
         model = MODELS[name](data.image_size, data.classes)
-        results.append(compare(name, model, data, schedule, args.seed))
+        results.append(compare(name, model, data, schedule, args.seed, REWRITES[name]))
 
     print(f"\n{report.table(results)}\n\n{report.caption(data, results)}\n")
     stem = output / data.name.lower().replace("-", "_")

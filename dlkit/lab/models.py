@@ -1,8 +1,8 @@
 """The models of the recipes, in plain torch.nn as a user writes them: nothing here knows dlkit.
 
-Both use LayerNorm in one of its two usual places: after a linear layer, and before each half of a transformer
-block. The block is written out because torch.nn.TransformerEncoderLayer has a fused inference path that never calls its
-LayerNorm modules.
+Each norm stands where it usually does: LayerNorm after a linear layer and before each half of a transformer block,
+BatchNorm between a linear layer or a convolution and its ReLU. The transformer block is written out because
+torch.nn.TransformerEncoderLayer has a fused inference path that never calls its LayerNorm modules.
 """
 
 from collections.abc import Callable
@@ -66,5 +66,61 @@ class RowTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x)).flatten(1))
 
 
+def batch_norm_mlp(image_size: tuple[int, int], classes: int) -> nn.Module:
+    """Linear layers 784-256-128-64-10, for 28x28 images of 10 classes, BatchNorm and ReLU after each hidden one."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    features = image_size[0] * image_size[1]
+    for width in (256, 128, 64):
+        layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+class ResidualBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); the shortcut is x itself where its shape allows."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = None
+        if (inputs, stride) != (width, 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        x += identity
+        return self.relu(x)
+
+
+class ResidualCnn(nn.Module):
+    """A stem, three stages of one residual block, the mean over space. Images [batch, height, width] to logits."""
+
+    def __init__(self, image_size: tuple[int, int], classes: int, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.stages = nn.Sequential(
+            ResidualBlock(width, width, stride=1),
+            ResidualBlock(width, 2 * width, stride=2),
+            ResidualBlock(2 * width, 4 * width, stride=2),
+        )
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(images.unsqueeze(1))).mean((2, 3)))
+
+
 # name -> (image_size, classes) -> model
-MODELS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {"mlp": mlp, "transformer": RowTransformer}
+MODELS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {
+    "mlp": mlp,
+    "transformer": RowTransformer,
+    "batch_norm_mlp": batch_norm_mlp,
+    "residual_cnn": ResidualCnn,
+}

@@ -1,6 +1,6 @@
 """The backends that the parity tests run over, behind one call: backend.op("layer_norm_forward")(*arguments).
 
-cpu-default, cpu-avx2, cpu-avx512   the C++ kernels, by instruction set
+cpu-default, cpu-avx2, cpu-avx512, cpu-avx512_bf16   the C++ kernels, by instruction set
 cuda-on-cpu                         the CUDA kernels' own source on fibers (python setup.py build_cuda_on_cpu)
 triton                              Triton's kernels: its interpreter on CPU tensors, or a GPU where there is one
 cuda                                the compiled CUDA kernels, on a GPU
@@ -52,9 +52,7 @@ def _torch_op(library: str) -> Callable[[str], Callable]:
 
 
 def _triton_op(name: str) -> Callable:
-    return getattr(
-        importlib.import_module(f"dlkit.triton.{name.removesuffix('_forward').removesuffix('_backward')}"), name
-    )
+    return importlib.import_module("dlkit.triton").FUNCTIONS[name]
 
 
 def _cpu(instruction_set: str) -> Backend:
@@ -95,6 +93,6 @@ def _cuda() -> Backend:
 
 
 _native_set = _capability.cpu_capability()
-_sets = ("default", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("default",)
+_sets = ("default", "avx2", "avx512", "avx512_bf16") if platform.machine() in ("x86_64", "AMD64") else ("default",)
 ALL = [*(_cpu(name) for name in _sets), _cuda_on_cpu(), _triton(), _cuda()]
 _capability.set_cpu_capability(_native_set)

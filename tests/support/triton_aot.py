@@ -107,7 +107,43 @@ def _layer_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
         yield "backward 8192 fp32 weight", True, partial(backward, 8192, False, False, parameter=torch.float32)
 
 
-CASES = (_layer_norm_cases,)
+def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Views with many columns and with one (channels_last), wide and not; of the variants those with most registers."""
+    import torch
+
+    op = _load("batch_norm")
+    dtype = getattr(torch, dtype_name)
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def both(
+        *shape: int, last: bool = False, groups: int = 0, training: bool = True, relu: bool = False, add: bool = False
+    ) -> None:
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(shape, dtype=dtype, memory_format=layout)
+        weight = torch.ones(shape[1], dtype=parameter)
+        tracked = torch.zeros((), dtype=torch.int64)
+        running = (None, None, None) if groups else (weight, weight, tracked)
+        residual = x if add else None
+        y, mean, rstd = op.batch_norm_forward(x, residual, weight, weight, *running, groups, training, 0.1, 1e-5, relu)
+        mask = [True, add, True, True]
+        op.batch_norm_backward(x, x, y if add else None, weight, weight, mean, rstd, groups, training, relu, mask)
+
+    yield "add relu 32x64x56x56", True, partial(both, 32, 64, 56, 56, relu=True, add=True)
+    if dtype == torch.float64:
+        return
+    yield "add relu 32x64x56x56 last", True, partial(both, 32, 64, 56, 56, last=True, relu=True, add=True)
+    if dtype == torch.float16:
+        return
+    yield "relu 64x256x7x7", False, partial(both, 64, 256, 7, 7, relu=True)
+    yield "group_norm 8x256x28x28", True, partial(both, 8, 256, 28, 28, groups=32)
+    if dtype == torch.float32:
+        yield "evaluation 32x64x56x56", True, partial(both, 32, 64, 56, 56, training=False, relu=True)
+
+
+CASES = (
+    _layer_norm_cases,
+    _batch_norm_cases,
+)
 
 
 def _compile_here(capability: int) -> list[Result]:

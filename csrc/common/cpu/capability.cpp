@@ -9,7 +9,7 @@
 namespace dlkit {
 namespace {
 
-const char* const kNames[] = {"default", "avx2", "avx512"};
+const char* const kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
 CpuCapability detect() {
 #if defined(__x86_64__)
@@ -17,6 +17,7 @@ CpuCapability detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuCapability::Avx512Bf16;
   return avx512 ? CpuCapability::Avx512 : avx2 ? CpuCapability::Avx2 : CpuCapability::Baseline;
 #else
   return CpuCapability::Baseline;
@@ -24,7 +25,7 @@ CpuCapability detect() {
 }
 
 int index_of(const char* name) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) return i;
   }
   return -1;
@@ -35,7 +36,9 @@ CpuCapability choose() {
   if (wanted == nullptr || *wanted == '\0') return detect();
   const int index = index_of(wanted);
   if (index >= 0) return std::min(detect(), static_cast<CpuCapability>(index));
-  std::fprintf(stderr, "dlkit: DLKIT_CPU_CAPABILITY=%s is not one of default, avx2, avx512; it is ignored\n", wanted);
+  std::fprintf(stderr,
+               "dlkit: DLKIT_CPU_CAPABILITY=%s is not one of default, avx2, avx512, avx512_bf16; it is ignored\n",
+               wanted);
   return detect();
 }
 

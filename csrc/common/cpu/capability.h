@@ -4,9 +4,9 @@
 
 namespace dlkit {
 
-enum class CpuCapability { Baseline, Avx2, Avx512 };
+enum class CpuCapability { Baseline, Avx2, Avx512, Avx512Bf16 };
 
-// The best the processor has, lowered by DLKIT_CPU_CAPABILITY=default|avx2|avx512, which is read once.
+// The best the processor has, lowered by DLKIT_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16, which is read once.
 CpuCapability cpu_capability();
 const char* cpu_capability_name();
 
@@ -31,8 +31,13 @@ bool set_cpu_capability(const char* name);
   namespace avx512 {                              \
   void function(const Argument&);                 \
   }                                               \
+  namespace avx512_bf16 {                         \
+  void function(const Argument&);                 \
+  }                                               \
   void name(const Argument& op) {                 \
     switch (cpu_capability()) {                   \
+      case CpuCapability::Avx512Bf16:             \
+        return avx512_bf16::function(op);         \
       case CpuCapability::Avx512:                 \
         return avx512::function(op);              \
       case CpuCapability::Avx2:                   \

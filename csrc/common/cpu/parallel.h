@@ -9,6 +9,8 @@
 
 namespace dlkit {
 
+constexpr int64_t kGrain = 16 * 1024;  // elements a task: below this a second thread costs more than it saves
+
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_for_raw(int64_t count, int64_t grain, ParallelBody body, void* context);
 

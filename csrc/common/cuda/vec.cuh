@@ -70,6 +70,16 @@ __device__ __forceinline__ void store(void* address, Pack<Bytes> pack) {
   *static_cast<Pack<Bytes>*>(address) = pack;
 }
 
+// The first to leave L2: what is written once and not read soon makes room for what is read again.
+template <int Bytes>
+__device__ __forceinline__ void store_once(void* address, Pack<Bytes> pack) {
+#if defined(DLKIT_CUDA_ON_CPU)
+  store<Bytes>(address, pack);
+#else
+  __stcs(static_cast<Pack<Bytes>*>(address), pack);
+#endif
+}
+
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   if constexpr (Bytes < 4) {

@@ -1,0 +1,703 @@
+// batch_norm (with a residual add and a ReLU behind it), group_norm and instance_norm as torch ops. The public three
+// check their arguments, then call batch_norm_forward, through an autograd node where a gradient is asked for; the
+// other internal ops are its backward and the halves of both, for statistics that several processes share. Forward-mode
+// derivatives, torch.func transforms and double backward go through differentiable torch formulas.
+#include "../common/op.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/group_norm.h>
+#include <ATen/ops/instance_norm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "../common/autograd.h"
+#include "kernel.h"
+
+namespace dlkit::batch_norm {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor>;  // y, mean, rstd
+using BackwardOutputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor>;  // grad_input, grad_residual, grad_weight, grad_bias
+
+// The type of the parameters, and both in it and without gaps.
+struct Parameters {
+  at::ScalarType type;
+  Tensor weight, bias;
+  Parameters(const Tensor& input, const OptionalTensor& w, const OptionalTensor& b)
+      : type(parameter_type(input, w, b)), weight(ready(w)), bias(ready(b)) {}
+  Tensor ready(const OptionalTensor& p) const { return has(p) ? p->to(type).contiguous() : Tensor(); }
+};
+
+// x in one of the two layouts that the kernels know, and what they call its sizes.
+struct Layout {
+  at::MemoryFormat format;
+  Tensor x;
+  Shape shape;
+  Layout(const Tensor& input, int64_t groups) : format(input.suggest_memory_format()), x(like(input)) {
+    const int64_t batch = input.size(0), channels = input.size(1);
+    const int64_t space = channels > 0 && batch > 0 ? input.numel() / (batch * channels) : 0;
+    // Where both layouts are the same memory, the one whose inner loops are long.
+    const bool last = space == 1 || (format != at::MemoryFormat::Contiguous && channels > 1);
+    shape = {batch, channels, space, groups, last};
+  }
+  Tensor like(const Tensor& tensor) const { return tensor.defined() ? tensor.contiguous(format) : tensor; }
+  Tensor like(const OptionalTensor& tensor) const { return like(or_undefined(tensor)); }
+  Tensor empty() const { return at::empty(x.sizes(), x.options(), format); }
+};
+
+#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
+void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
+void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
+int64_t workspace_bytes(const CudaDevice&, const Forward& op) { return forward_workspace_cuda(op); }
+int64_t workspace_bytes(const CudaDevice&, const Backward& op) { return backward_workspace_cuda(op); }
+#endif
+#if !defined(DLKIT_CUDA_ON_CPU)
+void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
+void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
+int64_t workspace_bytes(const CpuDevice&, const Forward& op) { return forward_workspace_cpu(op); }
+int64_t workspace_bytes(const CpuDevice&, const Backward& op) { return backward_workspace_cpu(op); }
+#endif
+
+template <class Device, class Op>
+void run_with_workspace(const Tensor& input, Op& op) {
+  const Device device(input);
+  const int64_t bytes = workspace_bytes(device, op);
+  Tensor workspace;
+  if (bytes > 0)
+    workspace = at::empty({bytes}, input.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  op.workspace = mutable_data_or_null(workspace);
+  run(device, op);
+}
+
+at::TensorOptions accumulate_options(const Tensor& input) {
+  return input.options().dtype(accumulate_type(input.scalar_type()));
+}
+
+auto statistics_sizes(const auto& sizes, int64_t groups) {
+  auto result = sizes.slice(0, groups > 0 ? 2 : 1).vec();
+  if (groups > 0) {
+    result[1] = groups;
+  } else {
+    result[0] = sizes[1];
+  }
+  return result;
+}
+
+template <class Device>
+ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, int64_t groups,
+                       bool training, double momentum, double eps, bool relu) {
+  const Layout layout(input, groups);
+  const Parameters parameters(input, weight, bias);
+  const Tensor added = layout.like(residual);
+  const Tensor old_mean = has(running_mean) ? running_mean->contiguous() : Tensor();
+  const Tensor old_var = has(running_var) ? running_var->contiguous() : Tensor();
+  Tensor y = layout.empty();
+  Tensor mean = at::empty(statistics_sizes(input.sizes(), groups), accumulate_options(input));
+  Tensor rstd = at::empty_like(mean);
+  const DType type = dtype_of(input.scalar_type());
+  Forward op{layout.x.const_data_ptr(),
+             data_or_null(added),
+             data_or_null(parameters.weight),
+             data_or_null(parameters.bias),
+             y.mutable_data_ptr(),
+             mean.mutable_data_ptr(),
+             rstd.mutable_data_ptr(),
+             nullptr,
+             mutable_data_or_null(old_mean),
+             mutable_data_or_null(old_var),
+             has(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr,
+             nullptr,
+             layout.shape,
+             momentum,
+             eps,
+             training ? Statistics::Compute : Statistics::Running,
+             type,
+             dtype_of(parameters.type),
+             old_mean.defined() ? dtype_of(old_mean.scalar_type()) : type,
+             relu};
+  run_with_workspace<Device>(input, op);
+  if (training && has(running_mean) && !running_mean->is_contiguous()) running_mean->copy_(old_mean);
+  if (training && has(running_var) && !running_var->is_contiguous()) running_var->copy_(old_var);
+  return {std::move(y), std::move(mean), std::move(rstd)};
+}
+
+Backward backward_arguments(const Layout& layout, const Tensor& grad_output, const Tensor& y,
+                            const Parameters& parameters, const Tensor& mean, const Tensor& rstd, bool relu) {
+  Backward op{};
+  op.grad_output = grad_output.const_data_ptr();
+  op.x = layout.x.const_data_ptr();
+  op.y = data_or_null(y);
+  op.weight = data_or_null(parameters.weight);
+  op.bias = data_or_null(parameters.bias);
+  op.mean = mean.const_data_ptr();
+  op.rstd = rstd.const_data_ptr();
+  op.shape = layout.shape;
+  const auto& shape = layout.shape;
+  op.count =
+      double(shape.space) * (shape.groups == 0 ? double(shape.batch) : double(shape.channels) / double(shape.groups));
+  op.dtype = dtype_of(layout.x.scalar_type());
+  op.parameter_dtype = dtype_of(parameters.type);
+  op.relu = relu;
+  return op;
+}
+
+template <class Device>
+BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
+                         const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                         const Tensor& rstd, int64_t groups, bool training, bool relu,
+                         std::array<bool, 4> output_mask) {
+  const Layout layout(input, groups);
+  const Parameters parameters(input, weight, bias);
+  const Tensor dy = layout.like(grad_output), saved_y = layout.like(y);
+  const auto parameter_options = accumulate_options(input).dtype(parameters.type);
+  Tensor grad_input, grad_residual, grad_weight, grad_bias;
+  if (output_mask[0]) grad_input = layout.empty();
+  if (output_mask[1]) grad_residual = layout.empty();
+  if (output_mask[2]) grad_weight = at::empty({input.size(1)}, parameter_options);
+  if (output_mask[3]) grad_bias = at::empty({input.size(1)}, parameter_options);
+  Backward op = backward_arguments(layout, dy, saved_y, parameters, mean, rstd, relu);
+  op.grad_input = mutable_data_or_null(grad_input);
+  op.grad_residual = mutable_data_or_null(grad_residual);
+  op.grad_weight = mutable_data_or_null(grad_weight);
+  op.grad_bias = mutable_data_or_null(grad_bias);
+  op.statistics_given = !training;
+  run_with_workspace<Device>(input, op);
+  return {std::move(grad_input), std::move(grad_residual), std::move(grad_weight), std::move(grad_bias)};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t groups) {
+  const Layout layout(input, groups);
+  Tensor mean = at::empty(statistics_sizes(input.sizes(), groups), accumulate_options(input));
+  Tensor rstd = at::empty_like(mean), var = at::empty_like(mean);
+  Forward op{};
+  op.x = layout.x.const_data_ptr();
+  op.mean = mean.mutable_data_ptr();
+  op.rstd = rstd.mutable_data_ptr();
+  op.var = var.mutable_data_ptr();
+  op.shape = layout.shape;
+  op.dtype = op.parameter_dtype = op.running_dtype = dtype_of(input.scalar_type());
+  run_with_workspace<Device>(input, op);
+  return {std::move(mean), std::move(var)};
+}
+
+template <class Device>
+Tensor apply(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+             const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool relu) {
+  const Layout layout(input, 0);
+  const Parameters parameters(input, weight, bias);
+  const Tensor added = layout.like(residual), m = mean.contiguous(), r = rstd.contiguous();
+  Tensor y = layout.empty();
+  Forward op{};
+  op.x = layout.x.const_data_ptr();
+  op.residual = data_or_null(added);
+  op.weight = data_or_null(parameters.weight);
+  op.bias = data_or_null(parameters.bias);
+  op.y = y.mutable_data_ptr();
+  op.mean = m.mutable_data_ptr();
+  op.rstd = r.mutable_data_ptr();
+  op.shape = layout.shape;
+  op.statistics = Statistics::Given;
+  op.dtype = op.running_dtype = dtype_of(input.scalar_type());
+  op.parameter_dtype = dtype_of(parameters.type);
+  op.relu = relu;
+  run_with_workspace<Device>(input, op);
+  return y;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& grad_output, const Tensor& input,
+                                                 const OptionalTensor& y, const OptionalTensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                                 bool relu, std::array<bool, 2> output_mask) {
+  const Layout layout(input, 0);
+  const Parameters parameters(input, weight, bias);
+  const Tensor dy = layout.like(grad_output), saved_y = layout.like(y), m = mean.contiguous(), r = rstd.contiguous();
+  Tensor sums = at::empty({2, input.size(1)}, accumulate_options(input)), grad_weight, grad_bias;
+  if (output_mask[0]) grad_weight = at::empty({input.size(1)}, accumulate_options(input).dtype(parameters.type));
+  if (output_mask[1]) grad_bias = at::empty({input.size(1)}, accumulate_options(input).dtype(parameters.type));
+  Backward op = backward_arguments(layout, dy, saved_y, parameters, m, r, relu);
+  op.grad_weight = mutable_data_or_null(grad_weight);
+  op.grad_bias = mutable_data_or_null(grad_bias);
+  op.sums = sums.mutable_data_ptr();
+  run_with_workspace<Device>(input, op);
+  return {std::move(sums), std::move(grad_weight), std::move(grad_bias)};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> backward_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
+                                          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                                          const Tensor& rstd, const Tensor& sums, bool relu,
+                                          std::array<bool, 2> output_mask) {
+  const Layout layout(input, 0);
+  const Parameters parameters(input, weight, bias);
+  const Tensor dy = layout.like(grad_output), saved_y = layout.like(y), m = mean.contiguous(), r = rstd.contiguous();
+  const Tensor given = sums.contiguous();
+  Tensor grad_input, grad_residual;
+  if (output_mask[0]) grad_input = layout.empty();
+  if (output_mask[1]) grad_residual = layout.empty();
+  Backward op = backward_arguments(layout, dy, saved_y, parameters, m, r, relu);
+  op.grad_input = mutable_data_or_null(grad_input);
+  op.grad_residual = mutable_data_or_null(grad_residual);
+  op.sums = given.mutable_data_ptr();
+  op.sums_given = true;
+  op.count = 1;  // the sums are means already
+  run_with_workspace<Device>(input, op);
+  return {std::move(grad_input), std::move(grad_residual)};
+}
+
+// Shapes, layouts and dtypes of the above, for tracing.
+Tensor like_input_meta(const Tensor& input) {
+  return at::empty_symint(input.sym_sizes(), input.options(), input.suggest_memory_format());
+}
+
+Tensor channels_meta(const Tensor& input, at::ScalarType type) {
+  return at::empty_symint({input.sym_size(1)}, input.options().dtype(type));
+}
+
+ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t groups, bool,
+                            double, double, bool) {
+  const auto like = [&] {
+    return at::empty_symint(statistics_sizes(input.sym_sizes(), groups), accumulate_options(input));
+  };
+  return {like_input_meta(input), like(), like()};
+}
+
+BackwardOutputs backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const Tensor&, const Tensor&, int64_t, bool, bool,
+                              std::array<bool, 4> output_mask) {
+  const at::ScalarType type = parameter_type(input, weight, bias);
+  return {output_mask[0] ? like_input_meta(input) : Tensor(), output_mask[1] ? like_input_meta(input) : Tensor(),
+          output_mask[2] ? channels_meta(input, type) : Tensor(),
+          output_mask[3] ? channels_meta(input, type) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> statistics_meta(const Tensor& input, int64_t groups) {
+  const auto like = [&] {
+    return at::empty_symint(statistics_sizes(input.sym_sizes(), groups), accumulate_options(input));
+  };
+  return {like(), like()};
+}
+
+Tensor apply_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                  const Tensor&, const Tensor&, bool) {
+  return like_input_meta(input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_sums_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      const Tensor&, const Tensor&, bool,
+                                                      std::array<bool, 2> output_mask) {
+  const at::ScalarType type = parameter_type(input, weight, bias);
+  return {at::empty_symint({2, input.sym_size(1)}, accumulate_options(input)),
+          output_mask[0] ? channels_meta(input, type) : Tensor(),
+          output_mask[1] ? channels_meta(input, type) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> backward_apply_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
+                                               const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                               const Tensor&, const Tensor&, bool, std::array<bool, 2> output_mask) {
+  return {output_mask[0] ? like_input_meta(input) : Tensor(), output_mask[1] ? like_input_meta(input) : Tensor()};
+}
+
+// What one call computes, beside its tensors.
+struct Options {
+  int64_t groups = 0;  // 0: batch_norm
+  bool training = true, relu = false;
+  double eps = 1e-5;
+};
+
+// x normalized by torch's own differentiable ops, where the statistics are x's own.
+Tensor native_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const Options& options) {
+  if (options.groups == 0) return at::batch_norm(input, weight, bias, {}, {}, true, 0, options.eps, true);
+  return at::group_norm(input, options.groups, weight, bias, options.eps, true);
+}
+
+ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                            int64_t groups, bool training, double momentum, double eps, bool relu) {
+  static const auto op = find_op<decltype(call_forward)>("batch_norm_forward");
+  return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, groups, training,
+                 momentum, eps, relu);
+}
+
+BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
+                              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                              const Tensor& rstd, int64_t groups, bool training, bool relu,
+                              std::array<bool, 4> output_mask) {
+  static const auto op = find_op<decltype(call_backward)>("batch_norm_backward");
+  return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
+}
+
+// Where only torch's own ops will do: types and devices without a kernel, nothing to normalize, torch.func transforms,
+// forward-mode derivatives.
+bool needs_native(const Tensor& input, std::initializer_list<OptionalTensor> others) {
+  static const auto op = find_op<decltype(call_forward)>("batch_norm_forward");
+  bool tangent = input._fw_grad(0).defined();
+  for (const OptionalTensor& t : others) tangent = tangent || (has(t) && t->_fw_grad(0).defined());
+  return tangent || !is_supported(input.scalar_type()) || input.layout() != at::kStrided ||
+         !op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device())) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         TORCH_GUARD_SIZE_OBLIVIOUS(input.sym_numel().sym_eq(0));
+}
+
+struct BatchNormBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable input, y, weight, bias, mean,
+      rstd;  // y only where the mask does not follow from input
+  Options options;
+  bool residual = false;
+
+  std::string name() const override { return "DlkitBatchNormBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor& grad_output = grads[0];
+    if (!grad_output.defined()) return variable_list(4);
+    const Tensor x = input.unpack(), w = weight.unpack(), b = bias.unpack();
+    const Tensor result = residual && options.relu ? y.unpack(getptr()) : Tensor();
+    const std::array<bool, 4> mask{task_should_compute_output(0), task_should_compute_output(1) && options.relu,
+                                   task_should_compute_output(2), task_should_compute_output(3)};
+    BackwardOutputs found;
+    if (at::GradMode::is_enabled()) {
+      found = differentiable_backward(grad_output, x, result, w, b, mean.unpack(), rstd.unpack(), mask);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      found = call_backward(grad_output, x, result, w, b, mean.unpack(), rstd.unpack(), options.groups,
+                            options.training, options.relu, mask);
+    }
+    auto& [grad_input, grad_residual, grad_weight, grad_bias] = found;
+    // Without a ReLU the residual's gradient is what came.
+    if (task_should_compute_output(1) && !options.relu) grad_residual = grad_output;
+    return {grad_input, grad_residual, grad_weight, grad_bias};
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(y, residual && options.relu);
+    for (const auto* saved : {&input, &weight, &bias, &mean, &rstd}) args.collect(*saved, false);
+    args.collect(options.groups);
+    args.collect(options.training);
+    args.collect(options.relu);
+    args.collect(options.eps);
+    args.collect(residual);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) swap.before(*saved);
+    variable_list result = apply(variable_list(grads));
+    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) swap.after(*saved);
+    return result;
+  }
+
+  // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
+  BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& x, const Tensor& result,
+                                          const Tensor& w, const Tensor& b, const Tensor& m, const Tensor& r,
+                                          std::array<bool, 4> mask) {
+    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
+    const std::array<Tensor, 3> sources{alias(x), alias(w), alias(b)};
+    const Tensor z =
+        in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
+          if (options.training) return native_norm(t, p, q, options);
+          std::vector<int64_t> along(t.dim(), 1);
+          along[1] = -1;
+          Tensor scaled = (t - m.view(along)) * r.view(along);
+          if (has(p)) scaled = scaled * p->view(along);
+          return has(q) ? scaled + q->view(along) : scaled;
+        });
+    const Tensor g = options.relu ? grad_output * ((result.defined() ? result : z.detach()) > 0) : grad_output;
+    variable_list wanted;
+    const std::array<bool, 3> wants{mask[0], mask[2], mask[3]};
+    for (int i = 0; i < 3; ++i) {
+      if (wants[i]) wanted.push_back(sources[i]);
+    }
+    std::array<Tensor, 3> grads;
+    if (!wanted.empty()) {
+      const variable_list found = torch::autograd::grad({z}, wanted, {g}, true, true, true);
+      for (int i = 0, next = 0; i < 3; ++i) {
+        if (wants[i]) grads[i] = found[next++];
+      }
+    }
+    return {grads[0], mask[1] ? g : Tensor(), grads[1], grads[2]};
+  }
+};
+
+bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const OptionalTensor& t : tensors) {
+    if (has(t) && t->requires_grad()) return true;
+  }
+  return false;
+}
+
+// The kernel, behind an autograd node where a gradient is asked for. Also gives the statistics. As with torch's op, the
+// update of running statistics leaves their version as it is.
+ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, double momentum,
+                         const Options& options) {
+  const auto call = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, options.groups,
+                        options.training, momentum, options.eps, options.relu);
+  };
+  ForwardOutputs outputs;
+  if (any_requires_grad({input, residual, weight, bias})) {
+    using torch::autograd::SavedVariable;
+    const auto node = make_node<BatchNormBackward>();
+    node->set_next_edges(
+        torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
+    outputs = call();
+    const auto& [y, mean, rstd] = outputs;
+    torch::autograd::set_history(y, node);
+    node->input = SavedVariable(input, false);
+    if (has(residual) && options.relu) node->y = SavedVariable(y, true);
+    node->weight = SavedVariable(or_undefined(weight), false);
+    node->bias = SavedVariable(or_undefined(bias), false);
+    node->mean = SavedVariable(mean, false);
+    node->rstd = SavedVariable(rstd, false);
+    node->options = options;
+    node->residual = has(residual);
+  } else {
+    outputs = call();
+  }
+  return outputs;
+}
+
+// The checks that torch's ops make, in torch's exception types, before anything is written.
+void check_vector(const char* name, const char* argument, const Tensor& input, const OptionalTensor& p) {
+  if (!has(p)) return;
+  TORCH_CHECK(p->dim() == 1 && p->sym_size(0) == input.sym_size(1), name, "(): expected ", argument, " of shape [",
+              input.sym_size(1), "] (the channels of input ", input.sym_sizes(), "), got ", p->sym_sizes());
+  TORCH_CHECK(p->device() == input.device(), name, "(): expected ", argument, " on ", input.device(),
+              " (the device of input), got ", p->device());
+}
+
+void check_running(const char* name, const Tensor& input, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, bool needed) {
+  TORCH_CHECK_VALUE(has(running_mean) == has(running_var), name,
+                    "(): expected running_mean and running_var to be both given or both None, got only ",
+                    has(running_mean) ? "running_mean" : "running_var");
+  TORCH_CHECK(!needed || has(running_mean), name, "(): expected running_mean and running_var in evaluation, got None");
+  check_vector(name, "running_mean", input, running_mean);
+  check_vector(name, "running_var", input, running_var);
+  if (!has(running_mean)) return;
+  const at::ScalarType type = running_mean->scalar_type();
+  TORCH_CHECK(!is_supported(input.scalar_type()) || (is_supported(type) && running_var->scalar_type() == type), name,
+              "(): expected running_mean and running_var of one floating type, got ", type, " and ",
+              running_var->scalar_type());
+}
+
+void check_momentum(const char* name, double momentum) {
+  TORCH_CHECK_VALUE(momentum >= 0 && momentum <= 1, name, "(): expected momentum between 0 and 1, got ", momentum);
+}
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  bool relu) {
+  constexpr const char* name = "batch_norm";
+  TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
+              input.sym_sizes());
+  check_running(name, input, running_mean, running_var, !training);
+  check_vector(name, "weight", input, weight);
+  check_vector(name, "bias", input, bias);
+  if (training) {
+    TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS((input.sym_numel() / input.sym_size(1).max(1)).sym_ne(1)), name,
+                      "(): expected more than 1 value per channel when training, got input of shape ",
+                      input.sym_sizes());
+    if (momentum.has_value()) check_momentum(name, *momentum);
+    TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked) || !has(running_mean), name,
+                      "(): expected momentum to be a float where there is no num_batches_tracked, got None");
+  }
+  const bool fallback = needs_native(input, {residual, weight, bias});
+  if (!fallback) check_parameter_types(name, input, weight, bias);
+  // x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
+  const bool apart = has(residual) && (residual->scalar_type() != input.scalar_type() ||
+                                       !residual->sym_sizes().equals(input.sym_sizes()));
+  if (fallback) {
+    double factor = momentum.value_or(0);
+    if (training && has(num_batches_tracked)) {
+      num_batches_tracked->add_(1);
+      if (!momentum.has_value()) factor = 1 / num_batches_tracked->item<double>();
+    }
+    const Tensor y = in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+      return at::batch_norm(t, w, b, running_mean, running_var, training, factor, eps, true);
+    });
+    const Tensor z = has(residual) ? y + *residual : y;
+    return relu ? at::relu(z) : z;
+  }
+  const Options options{0, training, relu && !apart, eps};
+  const Tensor y =
+      std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean, running_var,
+                            training ? num_batches_tracked : std::nullopt, momentum.value_or(-1), options));
+  if (!apart) return y;
+  return relu ? at::relu(y + *residual) : y + *residual;
+}
+
+Tensor group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+                  double eps) {
+  constexpr const char* name = "group_norm";
+  TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
+              input.sym_sizes());
+  TORCH_CHECK_VALUE(num_groups > 0, name, "(): expected num_groups greater than 0, got ", num_groups);
+  TORCH_CHECK(input.sym_size(1) % num_groups == 0, name,
+              "(): expected channels divisible by num_groups, got input of shape ", input.sym_sizes(),
+              " and num_groups ", num_groups);
+  TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(input.sym_numel().sym_ne(num_groups)), name,
+                    "(): expected more than 1 value per group, got input of shape ", input.sym_sizes(),
+                    " and num_groups ", num_groups);
+  check_vector(name, "weight", input, weight);
+  check_vector(name, "bias", input, bias);
+  if (needs_native(input, {weight, bias})) {
+    return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+      return at::group_norm(t, num_groups, w, b, eps, true);
+    });
+  }
+  check_parameter_types(name, input, weight, bias);
+  return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, Options{num_groups, true, false, eps}));
+}
+
+Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                     const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats, double momentum,
+                     double eps) {
+  constexpr const char* name = "instance_norm";
+  TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
+              input.sym_sizes());
+  check_running(name, input, running_mean, running_var, !use_input_stats);
+  if (!use_input_stats)
+    return batch_norm(input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
+  check_vector(name, "weight", input, weight);
+  check_vector(name, "bias", input, bias);
+  const c10::SymInt space = input.sym_numel() / (input.sym_size(0) * input.sym_size(1)).max(1);
+  TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(space.sym_ne(1)), name,
+                    "(): expected more than 1 spatial element, got input of shape ", input.sym_sizes());
+  if (has(running_mean)) check_momentum(name, momentum);
+  if (needs_native(input, {weight, bias})) {
+    return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+      return at::instance_norm(t, w, b, running_mean, running_var, true, momentum, eps, true);
+    });
+  }
+  check_parameter_types(name, input, weight, bias);
+  const int64_t channels = input.sym_size(1).guard_int(__FILE__, __LINE__);
+  const auto [y, mean, rstd] = normalize(input, {}, weight, bias, {}, {}, {}, 0, Options{channels, true, false, eps});
+  if (has(running_mean)) {
+    // The mean over the batch of what each sample alone would leave.
+    const at::NoGradGuard no_grad;
+    const double count = double(input.numel()) / double(mean.numel());
+    const Tensor var = (rstd.to(at::kDouble).pow(-2) - eps).clamp_min(0) * (count / (count - 1));
+    const auto update = [&](const Tensor& running, const Tensor& found) {
+      running.mul_(1 - momentum).add_(found.mean(0).to(running.scalar_type()), momentum);
+    };
+    update(*running_mean, mean);
+    update(*running_var, var);
+  }
+  return y;
+}
+
+// Autocast on CUDA runs torch's group_norm in fp32; batch_norm and instance_norm keep the type that comes.
+Tensor group_norm_autocast(const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
+  const auto to_fp32 = [](const auto& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); };
+  return find_op<decltype(group_norm)>("group_norm")
+      .call(to_fp32(input), num_groups, to_fp32(weight), to_fp32(bias), eps);
+}
+
+template <class Device>
+void implement_kernels(torch::Library& m) {
+  m.impl("batch_norm_forward", forward<Device>);
+  m.impl("batch_norm_backward", backward<Device>);
+  m.impl("batch_norm_statistics", statistics<Device>);
+  m.impl("batch_norm_apply", apply<Device>);
+  m.impl("batch_norm_backward_sums", backward_sums<Device>);
+  m.impl("batch_norm_backward_apply", backward_apply<Device>);
+}
+
+void implement_public(torch::Library& m) {
+  m.impl("batch_norm", batch_norm);
+  m.impl("group_norm", group_norm);
+  m.impl("instance_norm", instance_norm);
+}
+
+}  // namespace
+}  // namespace dlkit::batch_norm
+
+DLKIT_DEFINE_OPS(m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,"
+      " Tensor? residual, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool relu)"
+      " -> Tensor",
+      tags);
+  m.def("group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", tags);
+  m.def(
+      "instance_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,"
+      " bool use_input_stats, float momentum, float eps) -> Tensor",
+      tags);
+  m.def(
+      "batch_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+      " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int groups, bool training, float momentum, float eps,"
+      " bool relu) -> (Tensor y, Tensor mean, Tensor rstd)",
+      tags);
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean,"
+      " Tensor rstd, int groups, bool training, bool relu, bool[4] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+  m.def("batch_norm_statistics(Tensor input, int groups) -> (Tensor mean, Tensor var)", tags);
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+      " bool relu) -> Tensor",
+      tags);
+  m.def(
+      "batch_norm_backward_sums(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean,"
+      " Tensor rstd, bool relu, bool[2] output_mask) -> (Tensor sums, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+  m.def(
+      "batch_norm_backward_apply(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor "
+      "mean,"
+      " Tensor rstd, Tensor sums, bool relu, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_residual)",
+      tags);
+}
+
+#if defined(DLKIT_CUDA_ON_CPU)
+DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::batch_norm::implement_kernels<dlkit::CudaDevice>(m); }
+#else
+DLKIT_IMPLEMENT_OPS(CPU, m) {
+  if (dlkit::cpu_kernels_wanted()) dlkit::batch_norm::implement_kernels<dlkit::CpuDevice>(m);
+}
+#if defined(DLKIT_WITH_CUDA)
+DLKIT_IMPLEMENT_OPS(CUDA, m) {
+  if (dlkit::cuda_kernels_wanted()) dlkit::batch_norm::implement_kernels<dlkit::CudaDevice>(m);
+}
+#endif
+#endif
+
+DLKIT_IMPLEMENT_OPS(Meta, m) {
+  m.impl("batch_norm_forward", dlkit::batch_norm::forward_meta);
+  m.impl("batch_norm_backward", dlkit::batch_norm::backward_meta);
+  m.impl("batch_norm_statistics", dlkit::batch_norm::statistics_meta);
+  m.impl("batch_norm_apply", dlkit::batch_norm::apply_meta);
+  m.impl("batch_norm_backward_sums", dlkit::batch_norm::backward_sums_meta);
+  m.impl("batch_norm_backward_apply", dlkit::batch_norm::backward_apply_meta);
+}
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::batch_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::batch_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::batch_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) { m.impl("group_norm", dlkit::batch_norm::group_norm_autocast); }

@@ -1,0 +1,86 @@
+"""BatchNorm, alone and with the residual add and the ReLU that follow it."""
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from dlkit import functional as F
+
+_TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
+
+
+def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What every BatchNorm layer computes, in training and in evaluation."""
+    layer._check_input_dim(input)
+    training = layer.training
+    running_mean = running_var = num_batches_tracked = None
+    if layer.track_running_stats or not training:
+        running_mean, running_var = layer.running_mean, layer.running_var
+        if training:
+            num_batches_tracked = layer.num_batches_tracked
+    momentum = layer.momentum
+    if momentum is None and num_batches_tracked is None:
+        momentum = 0.0  # as torch: without a count of batches there is no cumulative average
+    use_batch = training or (running_mean is None and running_var is None)
+    return F._batch_norm(
+        input,
+        running_mean,
+        running_var,
+        layer.weight,
+        layer.bias,
+        residual,
+        num_batches_tracked,
+        use_batch,
+        momentum,
+        layer.eps,
+        relu,
+    )
+
+
+torch.fx.wrap("normalize")  # one node in a graph, as torch's own layers are
+
+
+class _BatchNorm(_TorchBatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return normalize(self, input, None, False)
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
+
+
+class _BatchNormReLU(_BatchNorm):
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return normalize(self, input, residual, True)
+
+
+class BatchNormReLU1d(_BatchNormReLU, BatchNorm1d):
+    """``relu(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm1d`'s; see
+    :func:`dlkit.functional.batch_norm_relu`.
+    """
+
+
+class BatchNormReLU2d(_BatchNormReLU, BatchNorm2d):
+    """``relu(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm2d`'s; see
+    :func:`dlkit.functional.batch_norm_relu`.
+    """
+
+
+class BatchNormReLU3d(_BatchNormReLU, BatchNorm3d):
+    """``relu(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s; see
+    :func:`dlkit.functional.batch_norm_relu`.
+    """

@@ -1,0 +1,49 @@
+"""GroupNorm and InstanceNorm."""
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from dlkit import functional as F
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    """:class:`torch.nn.GroupNorm` on fused kernels; see :func:`dlkit.functional.group_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+_TorchInstanceNorm = torch.nn.modules.instancenorm._InstanceNorm
+
+
+def normalize_instances(layer: _TorchInstanceNorm, input: Tensor) -> Tensor:
+    """torch's checks; an unbatched input becomes a batch of one; then ``layer._apply_instance_norm``."""
+    return _TorchInstanceNorm.forward(layer, input)
+
+
+torch.fx.wrap("normalize_instances")  # one node in a graph, as torch's own layers are
+
+
+class _InstanceNorm(_TorchInstanceNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return normalize_instances(self, input)
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        use_input_stats = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return F.instance_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, use_input_stats, momentum, self.eps
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+    """:class:`torch.nn.InstanceNorm1d` on fused kernels; see :func:`dlkit.functional.instance_norm`."""
+
+
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d` on fused kernels; see :func:`dlkit.functional.instance_norm`."""
+
+
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+    """:class:`torch.nn.InstanceNorm3d` on fused kernels; see :func:`dlkit.functional.instance_norm`."""

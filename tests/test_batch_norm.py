@@ -1,0 +1,620 @@
+"""batch_norm, group_norm and instance_norm: each backend against exact results by the yardstick of torch, then the
+torch-facing side."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as native
+from support.reference import exact
+from support.tolerance import Yardstick, max_error, ulp
+from torch import Tensor
+
+import dlkit
+import dlkit.functional as fused
+
+TYPES = [  # (input, parameters)
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+]
+SHAPES = [
+    (2, 1),
+    (3, 5),
+    (128, 17),
+    (300, 64),
+    (2, 3, 1),
+    (3, 20, 7),
+    (2, 1, 40),
+    (5, 64, 3, 3),
+    (4, 16, 7, 9),
+    (2, 3, 33, 31),
+]
+SHAPES += [(2, 130, 5, 4), (1, 2, 70, 70), (2, 5, 2, 3, 4), (1, 24, 200)]
+EPS = 1e-5
+
+
+def make(shape, dtype, scale=1.0, shift=0.0) -> Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(dtype)
+
+
+def lay_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The same values in the wanted layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
+    laid_out = torch.empty_like(tensor, memory_format=wanted)
+    return laid_out.copy_(tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of call. `groups` 0 is batch_norm; `training` false takes the running statistics."""
+
+    groups: int = 0
+    training: bool = True
+    relu: bool = False
+    residual: bool = False
+    affine: bool = True
+
+    def native(self, x, residual, weight, bias, running_mean, running_var):
+        """torch's ops on the CPU."""
+        if self.groups:
+            y = native.group_norm(x, self.groups, weight, bias, EPS)
+        else:
+            y = native.batch_norm(x, running_mean, running_var, weight, bias, self.training, 0.3, EPS)
+        if residual is not None:
+            y = y + residual
+        return native.relu(y) if self.relu else y
+
+
+def reference_forward(case: Case, x: Tensor, residual, weight, bias, running_mean, running_var):
+    """(y, mean, rstd) by kernel.h's formulas; y before its ReLU, so that the tests know where rounding decides it."""
+    wide = exact(x)
+    channels = (1, -1, *[1] * (x.dim() - 2))
+    if case.groups:
+        folded = wide.reshape(x.shape[0], case.groups, -1)
+        mean, var = folded.mean(2), folded.var(2)
+        full = [
+            np.repeat(s, x.shape[1] // case.groups, axis=1).reshape(*x.shape[:2], *channels[2:]) for s in (mean, var)
+        ]
+    elif case.training:
+        mean, var = (getattr(wide, name)(tuple(i for i in range(x.dim()) if i != 1)) for name in ("mean", "var"))
+        full = [s.reshape(channels) for s in (mean, var)]
+    else:
+        mean, var = exact(running_mean), exact(running_var)
+        full = [s.reshape(channels) for s in (mean, var)]
+    y = (wide - full[0]) / np.sqrt(full[1] + EPS)
+    if weight is not None:
+        y = y * exact(weight).reshape(channels) + exact(bias).reshape(channels)
+    if residual is not None:
+        y = y + exact(residual)
+    return y, mean, 1 / np.sqrt(var + EPS), var
+
+
+def reference_backward(case: Case, grad_output: np.ndarray, x: Tensor, weight, mean, rstd):
+    """(grad_input, grad_weight, grad_bias) of what lies before the residual and the ReLU."""
+    channels = (1, -1, *[1] * (x.dim() - 2))
+    others = tuple(i for i in range(x.dim()) if i != 1)
+    if case.groups:
+        repeat = x.shape[1] // case.groups
+        mean, rstd = (np.repeat(s, repeat, axis=1).reshape(*x.shape[:2], *channels[2:]) for s in (mean, rstd))
+    else:
+        mean, rstd = mean.reshape(channels), rstd.reshape(channels)
+    xhat = (exact(x) - mean) * rstd
+    grad_weight, grad_bias = (grad_output * xhat).sum(others), grad_output.sum(others)
+    wg = grad_output if weight is None else grad_output * exact(weight).reshape(channels)
+    if not case.training:
+        return rstd * wg, grad_weight, grad_bias
+
+    def average(t):
+        if not case.groups:
+            return t.mean(others, keepdims=True)
+        means = t.reshape(x.shape[0], case.groups, -1).mean(2)
+        return np.repeat(means, x.shape[1] // case.groups, axis=1).reshape(*x.shape[:2], *channels[2:])
+
+    return rstd * (wg - average(wg) - xhat * average(wg * xhat)), grad_weight, grad_bias
+
+
+def undecided(case: Case, z: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Where z is so near 0 that rounding decides what the ReLU does."""
+    return np.abs(z) < 64 * torch.finfo(dtype).eps if case.relu else np.zeros(z.shape, bool)
+
+
+def check(backend, shape, types, case: Case, channels_last: bool, scale=1.0, shift=0.0):
+    names = ("y", "running_mean", "running_var", "grad_input", "grad_residual", "grad_weight", "grad_bias")
+    yardsticks = {name: Yardstick(name) for name in names}
+    draws = max(1, min(16, 8192 // math.prod(shape)))
+    for draw in range(30 * draws):
+        if draw >= 3 * draws and all(yardstick.holds(backend.ulps) for yardstick in yardsticks.values()):
+            break
+        ours = backend if draw < min(draws, backend.draws) else None
+        check_draw(ours, shape, types, case, channels_last, scale, shift, yardsticks)
+    for yardstick in yardsticks.values():
+        assert yardstick.holds(backend.ulps), yardstick
+
+
+def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, yardsticks):
+    dtype, parameter_dtype = types
+    channels = shape[1]
+    x = lay_out(make(shape, dtype, scale, shift), channels_last)
+    residual = lay_out(make(shape, dtype), channels_last) if case.residual else None
+    weight = make((channels,), parameter_dtype, shift=1.0) if case.affine else None
+    bias = make((channels,), parameter_dtype) if case.affine else None
+    grad_output = lay_out(make(shape, dtype), channels_last)
+    running = [make((channels,), parameter_dtype), make((channels,), parameter_dtype).abs() + 0.5]
+    if case.groups:
+        running = [None, None]
+
+    z, mean, rstd, var = reference_forward(case, x, residual, weight, bias, *running)
+    # Where rounding decides what the ReLU does no gradient comes, so that all agree on the mask.
+    grad_output[torch.from_numpy(undecided(case, z, dtype))] = 0
+    masked = exact(grad_output) * ((z > 0) if case.relu else 1)
+    grads = reference_backward(case, masked, x, weight, mean, rstd)
+    expected = {"y": np.maximum(z, 0) if case.relu else z, "grad_input": grads[0]}
+    if case.residual:
+        expected["grad_residual"] = masked
+    if case.affine:
+        expected |= {"grad_weight": grads[1], "grad_bias": grads[2]}
+    if case.training and not case.groups:
+        count = x.numel() // channels
+        expected["running_mean"] = 0.7 * exact(running[0]) + 0.3 * mean
+        expected["running_var"] = 0.7 * exact(running[1]) + 0.3 * var * count / (count - 1)
+
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, residual, weight, bias)]
+    their_running = [None if t is None else t.clone() for t in running]
+    theirs = {"y": case.native(*leaves, *their_running)}
+    found = iter(torch.autograd.grad(theirs["y"], [t for t in leaves if t is not None], grad_output))
+    for name, leaf in zip(("grad_input", "grad_residual", "grad_weight", "grad_bias"), leaves, strict=True):
+        if leaf is not None:
+            theirs[name] = next(found)
+    theirs |= {"running_mean": their_running[0], "running_var": their_running[1]}
+    for name in expected:
+        yardsticks[name].add_native(theirs[name], expected[name])
+    if backend is None:
+        return
+
+    place = [None if t is None else t.to(backend.device) for t in (x, residual, weight, bias, *running)]
+    x_, residual_, weight_, bias_, mean_, var_ = place
+    momentum, tracked = 0.3, None
+    y, saved_mean, saved_rstd = backend.op("batch_norm_forward")(
+        x_, residual_, weight_, bias_, mean_, var_, tracked, case.groups, case.training, momentum, EPS, case.relu
+    )
+    ours = {"y": y, "running_mean": mean_, "running_var": var_}
+    assert y.stride() == theirs["y"].stride()
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    for statistic, wanted in ((saved_mean, mean), (saved_rstd, rstd)):
+        assert statistic.dtype == accumulate and tuple(statistic.shape) == wanted.shape
+        size = float(np.abs(exact(x)).max()) if statistic is saved_mean else float(wanted.max())
+        assert max_error(statistic, wanted) <= 4 * ulp(size, accumulate)
+    mask = [True, case.residual, case.affine, case.affine]
+    found = backend.op("batch_norm_backward")(
+        grad_output.to(backend.device), x_, y if case.relu and case.residual else None, weight_, bias_,
+        saved_mean, saved_rstd, case.groups, case.training, case.relu, mask,
+    )  # fmt: skip
+    for name, grad, wanted in zip(
+        ("grad_input", "grad_residual", "grad_weight", "grad_bias"), found, mask, strict=True
+    ):
+        assert (grad is not None) == wanted
+        ours[name] = grad
+    for name in expected:
+        yardsticks[name].add(ours[name], theirs[name], expected[name])
+
+
+BATCH_CASES = [
+    Case(),
+    Case(relu=True),
+    Case(relu=True, residual=True),
+    Case(training=False),
+    Case(training=False, relu=True, residual=True),
+    Case(affine=False),
+    Case(relu=True, affine=False),
+    Case(residual=True),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "types", "case"),
+    [
+        pytest.param(
+            shape, types, BATCH_CASES[(i + j + 3 * k) % len(BATCH_CASES)], id=f"{'x'.join(map(str, shape))}-{j}-{k}"
+        )
+        for (i, shape), (j, types) in itertools.product(enumerate(SHAPES), enumerate(TYPES))
+        for k in range(2)
+    ],
+)
+def test_batch_norm(backend, shape, types, case, channels_last):
+    if channels_last and len(shape) < 4:
+        pytest.skip("one layout")
+    check(backend, shape, types, case, channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("types", TYPES, ids=[f"{str(a)[6:]}-{str(b)[6:]}" for a, b in TYPES])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((3, 6), 2), ((2, 20, 7), 5), ((3, 32, 5, 5), 32), ((2, 64, 4, 6), 1), ((3, 12, 3, 3), 4), ((2, 4, 2, 3, 4), 2)]
+    + [((2, 2, 61, 67), 1), ((20, 3, 6), 3)],
+)
+def test_group_norm(backend, shape, groups, types, channels_last):
+    if channels_last and len(shape) < 4:
+        pytest.skip("one layout")
+    check(backend, shape, types, Case(groups=groups, affine=sum(shape) % 2 == 0), channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_large_mean(backend, channels_last):
+    """A mean a thousand deviations away: the statistics must not cancel."""
+    check(backend, (4, 5, 9, 11), TYPES[0], Case(), channels_last, scale=1.0, shift=1000.0)
+    check(backend, (4, 6, 9, 11), TYPES[0], Case(groups=2), channels_last, scale=1.0, shift=1000.0)
+
+
+def test_first_values_far_off(backend):
+    """The first rows say nothing about the rest: deviations from them would be large."""
+    x = make((64, 3, 8, 8), torch.float32)
+    x[:1] += 1e4
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        laid_out = x.contiguous(memory_format=memory_format).to(backend.device)
+        mean, var = backend.op("batch_norm_statistics")(laid_out, 0)
+        wanted = exact(x).transpose(1, 0, 2, 3).reshape(3, -1)
+        assert np.abs(exact(mean) / wanted.mean(1) - 1).max() < 1e-6
+        assert np.abs(exact(var) / wanted.var(1) - 1).max() < 1e-6
+
+
+def test_cumulative_average(backend):
+    tracked = torch.tensor(4, device=backend.device)
+    x = make((6, 5), torch.float32).to(backend.device)
+    mean, var = torch.ones(5, device=backend.device), torch.ones(5, device=backend.device)
+    backend.op("batch_norm_forward")(x, None, None, None, mean, var, tracked, 0, True, -1.0, EPS, False)
+    assert tracked.item() == 5
+    torch.testing.assert_close(mean, 0.8 + 0.2 * x.mean(0))
+    torch.testing.assert_close(var, 0.8 + 0.2 * x.var(0))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_shared_statistics(backend, channels_last, relu):
+    """The halves that synchronised statistics are made of give, put together, what the whole op gives."""
+    formats = torch.channels_last if channels_last else torch.contiguous_format
+    x, residual, grad = (
+        make((4, 6, 5, 3), torch.float32).contiguous(memory_format=formats).to(backend.device) for _ in "abc"
+    )
+    weight, bias = make((6,), torch.float32).to(backend.device), make((6,), torch.float32).to(backend.device)
+    y, mean, rstd = backend.op("batch_norm_forward")(
+        x, residual, weight, bias, None, None, None, 0, True, 0.1, EPS, relu
+    )
+    found_mean, var = backend.op("batch_norm_statistics")(x, 0)
+    torch.testing.assert_close(found_mean, mean)
+    torch.testing.assert_close((var + EPS).rsqrt(), rstd)
+    again = backend.op("batch_norm_apply")(x, residual, weight, bias, mean, rstd, relu)
+    assert torch.equal(again, y)
+    saved = y if relu else None
+    wanted = backend.op("batch_norm_backward")(grad, x, saved, weight, bias, mean, rstd, 0, True, relu, [True] * 4)
+    sums, grad_weight, grad_bias = backend.op("batch_norm_backward_sums")(
+        grad, x, saved, weight, bias, mean, rstd, relu, [True, True]
+    )
+    grad_input, grad_residual = backend.op("batch_norm_backward_apply")(
+        grad, x, saved, weight, bias, mean, rstd, sums / 60, relu, [True, True]
+    )
+    for one, other in zip((grad_input, grad_residual, grad_weight, grad_bias), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("where", ["one value", "infinity"])
+def test_nan_spreads_as_in_torch(backend, where):
+    x = make((4, 3, 5, 5), torch.float32)
+    x[1, 1, 2, 2] = math.nan if where == "one value" else math.inf
+    running = [torch.zeros(3), torch.ones(3)]
+    theirs = [t.clone() for t in running]
+    wanted = native.batch_norm(x, *theirs, training=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours = [t.clone().to(backend.device) for t in running]
+        y, _, _ = backend.op("batch_norm_forward")(
+            x.contiguous(memory_format=memory_format).to(backend.device),
+            None,
+            None,
+            None,
+            *ours,
+            None,
+            0,
+            True,
+            0.1,
+            EPS,
+            True,
+        )
+        assert torch.equal(torch.isnan(y.cpu()), torch.isnan(wanted))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.cpu(), other, equal_nan=True)
+
+
+# The torch-facing side.
+
+
+def both_layouts(x: Tensor) -> list[Tensor]:
+    return [x, x.contiguous(memory_format=torch.channels_last)] if x.dim() == 4 else [x]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_change_no_bit(threads):
+    before = torch.get_num_threads()
+    for shape, memory_format in itertools.product(
+        [(3, 70, 40, 40), (2, 3, 150, 150)], [torch.contiguous_format, torch.channels_last]
+    ):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(shape, generator=generator).contiguous(memory_format=memory_format).requires_grad_()
+        weight = torch.randn(shape[1], generator=generator, requires_grad=True)
+        results = []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            try:
+                y = fused.batch_norm_relu(x, None, None, weight, training=True)
+                z = fused.group_norm(x, shape[1], weight)
+                results.append([y, z, *torch.autograd.grad((y * z).sum(), (x, weight))])
+            finally:
+                torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradients_of_gradients(training, relu, with_residual):
+    for x in both_layouts(torch.randn(3, 2, 4, 3, dtype=torch.float64)):
+        x.requires_grad_()
+        weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in "ab")
+        residual = torch.randn(3, 2, 4, 3, dtype=torch.float64, requires_grad=True) if with_residual else None
+        running = (torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+
+        def call(x, weight, bias, residual=None):
+            function = fused.batch_norm_relu if relu else fused.batch_norm
+            extra = {"residual": residual} if relu else {}
+            y = function(x, running[0].clone(), running[1].clone(), weight, bias, training, **extra)  # noqa: B023
+            return y if relu or residual is None else y + residual
+
+        inputs = (x, weight, bias) + ((residual,) if with_residual else ())
+        assert torch.autograd.gradcheck(call, inputs)
+        assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_gradients_of_gradients_in_groups():
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    for call in (
+        lambda *t: fused.group_norm(t[0], 2, *t[1:]),
+        lambda *t: fused.instance_norm(t[0], None, None, *t[1:]),
+    ):
+        assert torch.autograd.gradcheck(call, (x, weight, bias))
+        assert torch.autograd.gradgradcheck(call, (x, weight, bias))
+
+
+@pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
+def test_subsets_that_require_gradients(frozen):
+    x, weight, bias = (
+        t.requires_grad_(not f)
+        for t, f in zip((torch.randn(4, 3, 5), torch.randn(3), torch.randn(3)), frozen, strict=True)
+    )
+    y = fused.batch_norm(x, None, None, weight, bias, True)
+    wanted = native.batch_norm(x, None, None, weight, bias, True)
+    assert y.requires_grad == wanted.requires_grad == (not all(frozen))
+    leaves = [t for t in (x, weight, bias) if t.requires_grad]
+    if leaves:
+        grad = torch.randn_like(y)
+        for a, b in zip(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def normal(*shape):
+    return torch.randn(shape)
+
+
+ZERO, ONE = torch.zeros(3), torch.ones(3)
+OPCHECK = {
+    "batch_norm": (normal(4, 3, 5), ZERO, ONE, normal(3), normal(3), None, None, True, 0.1, EPS, True),
+    "group_norm": (normal(4, 6, 5), 2, normal(6), normal(6), EPS),
+    "instance_norm": (normal(4, 6, 5), None, None, normal(6), normal(6), True, 0.1, EPS),
+    "batch_norm_forward": (
+        normal(4, 3, 5), None, normal(3), None, ZERO, ONE, torch.tensor(1), 0, True, 0.1, EPS, False,
+    ),
+    "batch_norm_backward": (
+        normal(4, 3, 5), normal(4, 3, 5), None, normal(3), ZERO, ZERO, ONE, 0, True, True, [True, False, True, True]
+    ),
+    "batch_norm_statistics": (normal(4, 6, 5), 2),
+    "batch_norm_apply": (normal(4, 3, 5), None, normal(3), None, ZERO, ONE, True),
+    "batch_norm_backward_sums": (normal(4, 3, 5), normal(4, 3, 5), None, None, None, ZERO, ONE, False, [True, False]),
+    "batch_norm_backward_apply": (
+        normal(4, 3, 5), normal(4, 3, 5), None, None, None, ZERO, ONE, torch.zeros(2, 3), False, [True, False],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in OPCHECK[name]]
+    if name in ("batch_norm", "group_norm", "instance_norm"):
+        arguments[0].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.dlkit, name).default, tuple(arguments))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), dlkit.nn.BatchNormReLU2d(8), torch.nn.Conv2d(8, 8, 3), dlkit.nn.GroupNorm(2, 8),
+        dlkit.nn.BatchNorm2d(8, momentum=None),
+    )  # fmt: skip
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (9, 11):
+        x = torch.randn(2, 3, size, size)
+        model.load_state_dict(state := {key: value.clone() for key, value in model.state_dict().items()})
+        wanted = model(x)
+        wanted_grads = torch.autograd.grad(wanted.sin().sum(), list(model.parameters()))
+        wanted_state = {key: value.clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(state)
+        found = compiled(x)
+        torch.testing.assert_close(found, wanted)
+        for a, b in zip(torch.autograd.grad(found.sin().sum(), list(model.parameters())), wanted_grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, wanted_state[key], msg=key)
+
+
+def test_export():
+    layer = dlkit.nn.BatchNorm2d(4).eval()
+    x = torch.randn(2, 4, 3, 3)
+    exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+def test_func_transforms():
+    weight, bias = torch.randn(4), torch.randn(4)
+    x = torch.randn(5, 3, 4, 6)
+    for ours, theirs in (
+        (lambda t: fused.group_norm(t, 2, weight, bias), lambda t: native.group_norm(t, 2, weight, bias)),
+        (
+            lambda t: fused.batch_norm(t, None, None, weight, bias, True),
+            lambda t: native.batch_norm(t, None, None, weight, bias, True),
+        ),
+    ):
+        torch.testing.assert_close(torch.func.vmap(ours)(x), torch.func.vmap(theirs)(x), atol=1e-5, rtol=1e-5)
+        _, tangent = torch.func.jvp(ours, (x[0],), (x[1],))
+        torch.testing.assert_close(tangent, torch.func.jvp(theirs, (x[0],), (x[1],))[1], atol=1e-5, rtol=1e-5)
+
+
+LAYERS = {
+    "BatchNorm1d": [((8, 5), {}), ((4, 5, 7), {"affine": False}), ((3, 5, 4), {"track_running_stats": False})],
+    "BatchNorm2d": [((4, 5, 3, 6), {"momentum": None}), ((4, 5, 3, 6), {"momentum": 0.25, "eps": 1e-3})],
+    "BatchNorm3d": [((2, 5, 3, 2, 4), {})],
+    "InstanceNorm1d": [((3, 5, 7), {}), ((5, 7), {"affine": True})],
+    "InstanceNorm2d": [((3, 5, 4, 7), {"affine": True, "track_running_stats": True})],
+    "InstanceNorm3d": [((3, 5, 4, 2, 3), {"track_running_stats": True, "momentum": 0.3})],
+}
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), [(n, s, o) for n, cases in LAYERS.items() for s, o in cases])
+def test_layers_train_and_evaluate_as_torchs(name, shape, options):
+    theirs = getattr(torch.nn, name)(5, **options)
+    ours = getattr(dlkit.nn, name)(5, **options)
+    ours.load_state_dict(theirs.state_dict())
+    for training in (True, True, False, True, False):
+        ours.train(training), theirs.train(training)
+        for x in both_layouts(torch.randn(shape) * 3 + 1):
+            inputs = [x.clone().requires_grad_() for _ in "ab"]
+            results = [layer(t) for layer, t in zip((ours, theirs), inputs, strict=True)]
+            grad = torch.randn_like(results[0])
+            for result in results:
+                result.backward(grad)
+            torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-5, rtol=1e-5)
+            if not name.startswith("Instance"):  # torch's InstanceNorm makes channels_last contiguous, ours keeps it
+                assert results[0].stride() == results[1].stride()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], atol=1e-5, rtol=1e-5)
+
+
+def test_half_layers():
+    """Running statistics and parameters in the input's type, as module.half() makes them."""
+    for dtype in (torch.float16, torch.bfloat16):
+        theirs, ours = torch.nn.BatchNorm2d(6).to(dtype), dlkit.nn.BatchNorm2d(6).to(dtype)
+        x = (torch.randn(4, 6, 5, 5) * 2 + 1).to(dtype)
+        step = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours(x), theirs(x), atol=step, rtol=step)
+        torch.testing.assert_close(ours.running_var, theirs.running_var, atol=step, rtol=step)
+
+
+def bad_batch_norm(x, running_mean, running_var, *others):
+    return lambda functional: functional.batch_norm(x, running_mean, running_var, *others, training=True)
+
+
+FOUR = (torch.zeros(4), torch.ones(4))
+BAD = {
+    "one value": (bad_batch_norm(normal(1, 4), *FOUR), ValueError),
+    "channels": (bad_batch_norm(normal(3, 4), torch.zeros(5), torch.ones(5)), RuntimeError),
+    "weight": (bad_batch_norm(normal(3, 4), *FOUR, torch.ones(5)), RuntimeError),
+    "one statistic": (bad_batch_norm(normal(3, 4), FOUR[0], None), ValueError),
+    "integers": (bad_batch_norm(torch.ones(3, 4, dtype=torch.int64), *FOUR), NotImplementedError),
+    "rank": (lambda f: f.batch_norm(torch.randn(3), torch.zeros(3), torch.ones(3)), RuntimeError),
+    "no statistics": (lambda f: f.batch_norm(torch.randn(3, 4), None, None), RuntimeError),
+    "one value a group": (lambda f: f.group_norm(torch.randn(1, 4), 4), ValueError),
+    "groups": (lambda f: f.group_norm(torch.randn(3, 4), 3), RuntimeError),
+    "group weight": (lambda f: f.group_norm(torch.randn(3, 4), 2, torch.ones(3)), RuntimeError),
+    "group rank": (lambda f: f.group_norm(torch.randn(3), 3), RuntimeError),
+    "one spatial value": (lambda f: f.instance_norm(torch.randn(3, 4, 1)), ValueError),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error = BAD[name]
+    with pytest.raises(error):
+        call(native)
+    with pytest.raises(error):
+        call(fused)
+
+
+def test_bad_input_leaves_statistics():
+    """An error is raised before running statistics move; the message says what was wrong."""
+    x, running = torch.randn(3, 4), (torch.full((4,), 7.0), torch.full((4,), 9.0))
+    tracked = torch.tensor(3)
+    calls = {
+        "momentum between 0 and 1, got 1.5": lambda: fused.batch_norm(x, *running, training=True, momentum=1.5),
+        "weight of shape": lambda: fused.batch_norm(x, *running, torch.ones(5), training=True),
+        "expected weight of Float": lambda: fused.batch_norm(x, *running, torch.ones(4).bfloat16(), training=True),
+        "more than 1 value": lambda: fused._batch_norm(
+            x[:1], *running, None, None, None, tracked, True, 0.1, EPS, False
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            call()
+    assert running[0].eq(7).all() and running[1].eq(9).all() and tracked.item() == 3
+
+
+def test_empty_batch_as_torch():
+    for shape in ((0, 4, 3, 3), (2, 4, 0, 3)):
+        theirs, ours = torch.nn.BatchNorm2d(4), dlkit.nn.BatchNorm2d(4)
+        x = torch.randn(shape, requires_grad=True)
+        y, wanted = ours(x), theirs(x)
+        assert y.shape == wanted.shape
+        y.sum().backward()
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value), key
+
+
+def test_residual_broadcasts_and_promotes():
+    x, residual = torch.randn(2, 3, 4, 4), torch.randn(3, 1, 1, dtype=torch.float64)
+    y = fused.batch_norm_relu(x, None, None, training=True, residual=residual)
+    wanted = native.relu(native.batch_norm(x, None, None, training=True) + residual)
+    torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_other_strides():
+    x = torch.randn(4, 6, 5, 7)
+    for strided in (x[:, ::2], x[..., ::2], x.transpose(2, 3), x.permute(1, 0, 2, 3), x[:1, :3].expand(4, -1, -1, -1)):
+        torch.testing.assert_close(
+            fused.batch_norm(strided, None, None, training=True), native.batch_norm(strided, None, None, training=True),
+            atol=1e-5, rtol=1e-5,
+        )  # fmt: skip
+        gradient = torch.randn(1).expand(strided.shape)
+        leaf = strided.detach().requires_grad_()
+        ours, theirs = (f.batch_norm(leaf, None, None, training=True) for f in (fused, native))
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, leaf, gradient), torch.autograd.grad(theirs, leaf, gradient), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_nothing_but_x_is_kept():
+    """Without a residual the ReLU's mask comes from x: y is not saved."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        x = torch.randn(4, 3, 8, 8, requires_grad=True)
+        y = fused.batch_norm_relu(x, None, None, training=True)
+    large = {t.data_ptr() for t in kept if t.numel() == x.numel()}
+    assert y.grad_fn is not None and large <= {x.data_ptr()}

@@ -1,0 +1,687 @@
+"""fuse(): what is fused and what is left, and that results, checkpoints, copies and compiled code stay the same."""
+
+import contextlib
+import copy
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dlkit
+
+
+class BasicBlock(nn.Module):
+    """As torchvision writes it."""
+
+    def __init__(self, inputs, channels, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride != 1 or inputs != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class Bottleneck(nn.Module):
+    """As papers' code writes it: functional ReLU, an add that is not in place, the shortcut last."""
+
+    def __init__(self, inputs, channels, stride=1):
+        super().__init__()
+        outputs = 2 * channels
+        self.conv1 = nn.Conv2d(inputs, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.project = stride != 1 or inputs != outputs
+        if self.project:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut_bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = torch.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out = out + (self.shortcut_bn(self.shortcut(x)) if self.project else x)
+        return F.relu(out, inplace=True)
+
+
+class ResNet(nn.Module):
+    def __init__(self, block=BasicBlock, outputs=8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(block(8, 8), block(outputs, 8))
+        self.layer2 = nn.Sequential(block(outputs, 16, 2), block(2 * outputs, 16))
+        self.fc = nn.Linear(2 * outputs, 10)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer2(self.layer1(x))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def sequential():
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)), nn.ReLU()
+    )
+
+
+MODELS = {
+    "sequential": (sequential, (6, 12), 1),
+    "basic": (ResNet, (4, 3, 12, 12), 9),
+    "bottleneck": (lambda: ResNet(Bottleneck, 16), (4, 3, 12, 12), 13),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    make, shape, fused = MODELS[request.param]
+    return randomised(make().double()), torch.randn(shape, dtype=torch.float64), fused
+
+
+def randomised(model):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    return model
+
+
+def fused_layers(model):
+    kinds = (dlkit.nn.BatchNormReLU1d, dlkit.nn.BatchNormReLU2d, dlkit.nn.BatchNormReLU3d, dlkit.nn.SyncBatchNormReLU)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def assert_same_results(model, fused, x):
+    """Outputs, gradients and buffers over training steps, then evaluation with and without gradients."""
+    for training in (True, True, False):
+        results = []
+        for net in (model.train(training), fused.train(training)):
+            net.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = net(leaf)
+            (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+            results.append([y, leaf.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+        torch.testing.assert_close(results[1], results[0])
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_results_gradients_buffers_and_checkpoints_stay_the_same(case):
+    model, x, count = case
+    fused = copy.deepcopy(model)
+    assert dlkit.fuse(fused) is fused
+    assert len(fused_layers(fused)) == count
+    assert_same_results(model, fused, x)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    other = randomised(copy.deepcopy(model))
+    fused.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fused(x), other(x))
+    model.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(model(x), fused(x))
+
+
+def test_residual_and_relu_are_gone_from_the_blocks():
+    model = dlkit.fuse(ResNet())
+    dlkit.replace(model.layer2[0].downsample)
+    calls = []
+    with counting(calls):
+        model(torch.randn(2, 3, 8, 8))
+    assert not [name for name in calls if "relu" in name or "add" in name.lower()]
+    block = model.layer2[0]
+    assert (
+        isinstance(block, BasicBlock) and type(block).__name__ == "BasicBlock" and repr(block).startswith("BasicBlock(")
+    )
+    assert type(block.downsample[1]) is dlkit.nn.BatchNorm2d and type(block.relu) is nn.ReLU
+    assert type(model.layer1[1]) is not type(block)  # with a downsampling and without
+    assert type(model.layer1[1]) is type(model.layer2[1]) is type(model.layer1[0])
+
+
+@contextlib.contextmanager
+def counting(calls):
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(getattr(func, "__name__", str(func)))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        yield
+
+
+def test_report_names_what_was_fused_and_what_was_left():
+    model, report = ResNet(), []
+    dlkit.fuse(model, report=report)
+    lines = {change.name: str(change) for change in report}
+    assert len(lines) == len(report)
+    assert lines["layer2.0.bn2"] == (
+        "layer2.0.bn2: torch.nn.modules.batchnorm.BatchNorm2d, now dlkit.nn.batch_norm.BatchNormReLU2d: "
+        "takes in the add and the ReLU after it in forward() of test_fuse.BasicBlock"
+    )
+    assert (
+        "takes in the ReLU after it" in lines["bn1"]
+        and "left as it is: no ReLU follows" in lines["layer2.0.downsample.1"]
+    )
+    assert "its forward() leaves adds and ReLUs to the fused layers" in lines["layer1.0"]
+    assert list(lines) == [name for name, _ in model.named_modules() if name in lines]
+    again: list = []
+    classes = [type(module) for module in model.modules()]
+    dlkit.fuse(model, report=again)
+    assert [change.name for change in again] == ["layer2.0.downsample.1"]
+    assert [type(module) for module in model.modules()] == classes
+
+
+class Layers(nn.Sequential):
+    """As torchvision's Conv2dNormActivation: another name, the same forward()."""
+
+
+def test_sequential_keeps_its_places():
+    model, report = sequential(), []
+    dlkit.fuse(model, report=report)
+    assert type(model[1]) is dlkit.nn.BatchNormReLU1d and type(model[2]) is nn.Identity and type(model[4]) is nn.ReLU
+    assert [(change.name, change.before is change.after) for change in report] == [
+        ("1", False),
+        ("2", False),
+        ("3.1", True),
+    ]
+    assert type(dlkit.fuse(nn.BatchNorm2d(3))) is nn.BatchNorm2d
+    assert fused_layers(dlkit.fuse(Layers(nn.BatchNorm1d(3), nn.ReLU()))) == ["0"]
+    shared = nn.ReLU()
+    net = nn.Sequential(nn.BatchNorm1d(3), shared, nn.Linear(3, 3), shared)
+    dlkit.fuse(net)
+    assert type(net[1]) is nn.Identity and net[3] is shared
+
+
+def test_copies_and_pickles_are_models_of_their_own(case):
+    model, x, _ = case
+    dlkit.fuse(model.eval())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model)), torch.load(file, weights_only=False)]
+    expected = model(x)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    for clone in copies:
+        assert [type(a) for a in clone.modules()] == [type(a) for a in model.modules()]
+        torch.testing.assert_close(clone(x), expected)
+        clone.train()(x).sum().backward()
+
+
+def test_a_pickle_loads_in_another_process(tmp_path):
+    model = dlkit.fuse(ResNet().eval())
+    x = torch.randn(2, 3, 8, 8)
+    torch.save((model, x, model(x)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "model, x, y = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(x), y)\n"
+    )
+    here = os.path.dirname(__file__)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], cwd=here, check=True, timeout=120)
+
+
+def test_compiles_without_breaks():
+    model = dlkit.fuse(ResNet())
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        model.train(training), twin.train(training)
+        y = compiled(x)
+        torch.testing.assert_close(y, twin(x))
+        y.sum().backward()
+    torch.testing.assert_close(list(model.buffers()), list(twin.buffers()))
+
+
+def test_hooks_of_blocks_and_of_other_layers_are_kept():
+    model, calls = ResNet(), []
+    model.layer1[0].register_forward_hook(lambda *_: calls.append("block"))
+    model.layer1[0].conv2.register_forward_hook(lambda *_: calls.append("conv"))
+    model.layer2[0].downsample.register_forward_hook(lambda *_: calls.append("downsample"))
+    dlkit.fuse(model)(torch.randn(2, 3, 8, 8))
+    assert calls == ["conv", "block", "downsample"]
+
+
+class Block(nn.Module):
+    """One BatchNorm; the subclasses differ in what they do around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu, self.conv = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)
+        self.rate, self.kept, self.options = 0.0, None, {"act": True}
+
+    def __init_subclass__(cls, reason=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if reason:
+            LEFT[cls] = reason
+
+
+LEFT: dict = {}
+
+
+class UsedTwice(Block, reason="is used by something else"):
+    def forward(self, x):
+        out = self.bn(x)
+        return self.relu(out) + out
+
+
+class CalledTwice(Block, reason="calls it 2 times"):
+    def forward(self, x):
+        return self.relu(self.bn(self.relu(self.bn(x))))
+
+
+class NeverCalled(Block, reason="calls it 0 times"):
+    def forward(self, x):
+        return self.relu(x)
+
+
+class OtherActivation(Block, reason="no ReLU follows it"):
+    def forward(self, x):
+        return F.gelu(self.bn(x))
+
+
+class AddOnly(Block, reason="an add follows it, and no ReLU"):
+    def forward(self, x):
+        return (self.bn(x) + x) * 2
+
+
+class AddNumber(Block, reason="not the sum of two tensors"):
+    def forward(self, x):
+        return self.relu(self.bn(x) + 1)
+
+
+class AddScaled(Block, reason="not the sum of two tensors"):
+    def forward(self, x):
+        return self.relu(torch.add(self.bn(x), x, alpha=2))
+
+
+class AddItself(Block, reason="added to itself"):
+    def forward(self, x):
+        out = self.bn(x)
+        return self.relu(out + out)
+
+
+class AddIntoOther(Block, reason="added to another tensor in place"):
+    def forward(self, x):
+        other = self.conv(x)
+        seen = other
+        other += self.bn(x)
+        return self.relu(other) + seen
+
+
+class InputUsedBetween(Block, reason="its input is used between"):
+    def forward(self, x):
+        y = self.conv(x)
+        out = self.bn(y)
+        return self.relu(out + y.mul_(2))
+
+
+class DependsOnTraining(Block, reason="depends on training"):
+    def forward(self, x):
+        out = self.relu(self.bn(x))
+        return out * 2 if self.training else out
+
+
+class PassesTraining(Block, reason="depends on training"):
+    def forward(self, x):
+        return F.dropout(self.relu(self.bn(x)), 0.0, self.training)
+
+
+class DependsOnGradMode(Block, reason="depends on training"):
+    def forward(self, x):
+        out = self.relu(self.bn(x))
+        return out * 2 if torch.is_grad_enabled() else out
+
+
+class DependsOnValues(Block, reason="control flow"):
+    def forward(self, x):
+        return self.relu(self.bn(x)) if x.sum() > 0 else x
+
+
+class DependsOnShape(Block, reason="control flow"):
+    def forward(self, x):
+        return self.relu(self.bn(x)) if x.shape[0] > 1 else x
+
+
+class DependsOnType(Block, reason="asks for the type"):
+    def forward(self, x):
+        return self.relu(self.bn(torch.cat(x) if isinstance(x, (list, tuple)) else x))
+
+
+class OptionalArgument(Block, reason="optional arguments"):
+    def forward(self, x, scale=None):
+        out = self.relu(self.bn(x))
+        return out if scale is None else out * scale
+
+
+class ManyArguments(Block, reason="optional arguments"):
+    def forward(self, *xs):
+        return self.relu(self.bn(xs[0]))
+
+
+class DrawsInPython(Block, reason="draws random numbers"):
+    def forward(self, x):
+        return x if random.random() < 0.5 else self.relu(self.bn(x))
+
+
+class DrawsTensor(Block, reason="calls rand on no input"):
+    def forward(self, x):
+        return self.relu(self.bn(x)) * torch.rand(1)
+
+
+class MakesTensor(Block, reason="calls tensor on no input"):
+    def forward(self, x):
+        return self.relu(self.bn(x)) * torch.tensor(2.0)
+
+
+class SwitchesGradients(Block, reason="_set_grad_enabled"):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.conv(x)
+        return self.relu(self.bn(x))
+
+
+class Checkpoints(Block, reason="saved tensors"):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(lambda x: self.relu(self.bn(x)), x, use_reentrant=False)
+
+
+class CheckpointsReentrantly(Block, reason="torch.fx cannot trace"):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(lambda x: self.relu(self.bn(x)), x, use_reentrant=True)
+
+
+class SetsAttribute(Block, reason="sets the attribute kept"):
+    def forward(self, x):
+        self.kept = self.relu(self.bn(x))
+        return self.kept
+
+
+class ReadsDictionary(Block, reason="reads the attribute options"):
+    def forward(self, x):
+        return self.relu(self.bn(x)) if self.options["act"] else self.bn(x)
+
+
+class Broken(Block, reason="ZeroDivisionError"):
+    def forward(self, x):
+        return self.relu(self.bn(x)) * (1 // 0)
+
+
+@pytest.mark.parametrize("cls", LEFT, ids=lambda cls: cls.__name__)
+def test_what_a_rewrite_would_change_is_left(cls):
+    block, report = cls(), []
+    before, python_state, torch_state = dict(vars(block)), random.getstate(), torch.get_rng_state()
+    for training in (True, False):
+        block.train(training)
+        dlkit.fuse(block, report=report)
+        assert type(block) is cls and type(block.bn) is nn.BatchNorm2d and block.training is training
+    assert LEFT[cls] in report[0].reason and report[0].name == "bn" and len(report) == 2
+    assert list(vars(block)) == list(before) and block.kept is None
+    assert random.getstate() == python_state and torch.equal(torch.get_rng_state(), torch_state)
+
+
+class Variants(Block):
+    """Everything here is fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(6))
+        self.register_buffer("shift", torch.ones(4, 1, 1))
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+        self.act = F.relu
+
+    def helper(self, x, i):
+        return self.act(self.norms[i](x))
+
+    def forward(self, x):
+        a = self.helper(x, 0)
+        b = self.conv(x).add_(self.norms[1](a)).relu()  # left: an in-place add into the convolution's result
+        c = self.norms[2](a).add_(b).relu_()
+        d = torch.add(x * self.scale, self.norms[3](c)).relu()
+        e = self.norms[4](d)
+        e += self.shift
+        e = F.relu_(e)
+        f = torch.relu(self.norms[5](e * 1) + e)
+        return {"out": f, "sizes": (x.size(0), x.shape[-1])}
+
+
+def test_the_ways_to_write_it():
+    model = randomised(Variants().double())
+    fused = dlkit.fuse(copy.deepcopy(model))
+    assert fused_layers(fused) == ["norms.0", "norms.2", "norms.3", "norms.4", "norms.5"]
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    for training in (True, False):
+        expected, found = model.train(training)(x), fused.train(training)(x)
+        torch.testing.assert_close(found["out"], expected["out"])
+        assert found["sizes"] == expected["sizes"] == (3, 5)
+    assert_same_results(nn.Sequential(model, Out()), nn.Sequential(fused, Out()), x)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        clone = pickle.loads(pickle.dumps(fused, protocol))
+        assert type(clone) is type(fused)
+        torch.testing.assert_close(clone(x)["out"], fused(x)["out"])
+
+
+class Out(nn.Module):
+    def forward(self, x):
+        return x["out"]
+
+
+@pytest.mark.parametrize("first, second", [("bn", "other"), ("other", "bn")])
+def test_of_two_terms_the_first_is_fused(first, second):
+    class Sum(Block):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            a = getattr(self, first)(self.conv(x))
+            return self.relu(a + getattr(self, second)(x))
+
+    model, report = Sum(), []
+    expected = copy.deepcopy(model)
+    dlkit.fuse(model, report=report)
+    assert fused_layers(model) == [first]
+    assert "done by another layer" in next(change.reason for change in report if change.name == second)
+    assert_same_results(expected, model, torch.randn(2, 4, 3, 3))
+
+
+class Rated(Block):
+    def forward(self, x):
+        out = self.relu(self.bn(x))
+        return out * self.rate if self.rate > 0 else out
+
+
+def test_an_attribute_that_changed_after_fusing_raises():
+    model = dlkit.fuse(Rated())
+    x = torch.randn(2, 4, 3, 3)
+    model(x)
+    model.rate = 0.5
+    with pytest.raises(
+        RuntimeError, match=r"Rated\.rate was 0\.0 when dlkit\.fuse\(\) rewrote forward\(\), and is 0\.5"
+    ):
+        model(x)
+    clone = pickle.loads(pickle.dumps(model))
+    with pytest.raises(RuntimeError, match="set it before fusing"):
+        clone(x)
+
+
+def test_an_in_place_add_of_a_wider_residual_keeps_the_type():
+    class Wide(Block):
+        def forward(self, x, wide):
+            out = self.bn(x)
+            out += wide
+            return self.relu(out)
+
+    model = Wide()
+    fused = dlkit.fuse(copy.deepcopy(model))
+    assert fused_layers(fused) == ["bn"]
+    x, wide = torch.randn(2, 4, 3, 3).bfloat16(), torch.randn(2, 4, 3, 3)
+    expected = model(x, wide)
+    assert fused(x, wide).dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(fused(x, wide), expected)
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def replaced_forward():
+    layer = nn.BatchNorm2d(4)
+    layer.forward = layer.forward
+    return layer
+
+
+def hooked(register, cls=nn.BatchNorm2d):
+    layer = cls(4)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+UNUSUAL = {
+    "subclass": (lambda: OwnBatchNorm(4), "subclass of torch.nn"),
+    "replaced": (replaced_forward, "replaced on the instance"),
+    "lazy": (nn.LazyBatchNorm2d, "not initialised"),
+    "hook": (lambda: hooked("register_forward_hook"), "hooks"),
+    "pre_hook": (lambda: hooked("register_forward_pre_hook"), "hooks"),
+    "backward_hook": (lambda: hooked("register_full_backward_hook"), "hooks"),
+    "parametrized": (
+        lambda: nn.utils.parametrize.register_parametrization(nn.BatchNorm2d(4), "weight", nn.Identity()),
+        "subclass of torch.nn",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, reason", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_layers_are_left(make, reason):
+    for wrap in (lambda layer: nn.Sequential(layer, nn.ReLU()), Plain):
+        layer, report = make(), []
+        model, cls = wrap(layer), type(layer)
+        dlkit.fuse(model, report=report)
+        assert type(layer) is cls and reason in report[0].reason and len(report) == 1
+        assert not any(
+            isinstance(module, nn.Identity) and "parametrizations" not in n for n, module in model.named_modules()
+        )
+
+
+class Plain(nn.Module):
+    def __init__(self, bn=None, relu=None):
+        super().__init__()
+        self.bn, self.relu = bn or nn.BatchNorm2d(4), relu or nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(x))
+
+
+def test_shared_layers_and_unusual_relus_are_left():
+    shared = nn.BatchNorm2d(4)
+    pair = nn.Sequential(Plain(shared), Plain(shared))
+    block = Plain()
+    twice = nn.Sequential(block, block)
+    hooked_relu = hooked("register_forward_hook", lambda _: nn.ReLU())
+    report: list = []
+    for model in (pair, nn.Sequential(nn.BatchNorm2d(4), hooked_relu), Plain(relu=hooked_relu), Plain(relu=nn.ReLU6())):
+        dlkit.fuse(model, report=report)
+        assert not fused_layers(model)
+    assert "registered in several places" in report[0].reason
+    assert "the ReLU after it is left: it has hooks" in report[-3].reason
+    dlkit.fuse(twice)  # one block in two places has its layers once
+    assert fused_layers(twice) == ["0.bn"]
+    x = torch.randn(2, 4, 3, 3)
+    assert twice(x).shape == x.shape
+
+
+def test_owners_that_are_not_plain_modules_are_left():
+    replaced = Plain()
+    replaced.forward = replaced.forward
+    report: list = []
+    for model in (replaced, nn.ModuleList([nn.BatchNorm2d(4), nn.ReLU()]), torch.fx.symbolic_trace(Plain())):
+        dlkit.fuse(model, report=report)
+        assert not fused_layers(model)
+    assert [("replaced" in c.reason, "from outside" in c.reason) for c in report] == [(True, False)] + 2 * [
+        (False, True)
+    ]
+
+
+def test_dlkit_layers_and_synchronised_ones_are_fused_too():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.SyncBatchNorm(4), nn.ReLU(), nn.SyncBatchNorm(4), nn.ReLU())
+    dlkit.replace(model[:4])
+    dlkit.fuse(model)
+    kinds = [dlkit.nn.BatchNormReLU1d, dlkit.nn.SyncBatchNormReLU, dlkit.nn.SyncBatchNormReLU]
+    assert [type(layer) for layer in model[::2]] == kinds
+    x = torch.randn(5, 4)
+    assert (model(x) >= 0).all() and (model.eval()(x) >= 0).all()
+    report: list = []
+    dlkit.replace(model, report=report)
+    assert not report
+    dlkit.restore(model, report=report)
+    assert [type(layer) for layer in model[::2]] == kinds
+    assert all("cannot be put back" in change.reason for change in report) and len(report) == 3
+
+
+def test_a_model_in_parts_that_cannot_be_traced():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.block = nn.BatchNorm2d(4), Plain()
+
+        def forward(self, x):
+            return F.relu(self.bn(self.block(x))) if x.mean() > 0 else x
+
+    model, report = Root(), []
+    dlkit.fuse(model, report=report)
+    assert fused_layers(model) == ["block.bn"] and type(model) is Root
+    left = next(change for change in report if change.name == "bn")
+    assert "torch.fx cannot trace forward() of" in left.reason and "TraceError" in left.reason
+
+
+def test_a_fused_module_is_fused_further():
+    model = ResNet().layer2[0]
+    handle = model.bn1.register_forward_hook(lambda *_: None)
+    expected = copy.deepcopy(model)
+    assert fused_layers(dlkit.fuse(model)) == ["bn2"]
+    handle.remove()
+    assert fused_layers(dlkit.fuse(model)) == ["bn1", "bn2"]
+    assert type(model).__mro__[1] is BasicBlock
+    assert_same_results(expected, copy.deepcopy(model), torch.randn(2, 8, 6, 6))
+
+
+def test_fused_models_are_traced_themselves():
+    model = dlkit.fuse(ResNet()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    norms = dlkit.replace(nn.Sequential(nn.InstanceNorm2d(3), nn.GroupNorm(1, 3), nn.BatchNorm2d(3)))
+    torch.testing.assert_close(torch.fx.symbolic_trace(norms)(x), norms(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x))
