@@ -7,7 +7,6 @@ import pytest
 import torch
 from support import backends
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
