@@ -596,6 +596,16 @@ struct Scratch {
   }
 };
 
+// Asks for the same columns of the next rows, each cache line once. Several rows at a time are more than the
+// processor's own prefetching follows: 3.9 -> 2.5 ms for 64x256x28x28 bf16.
+template <int kCount, class T>
+DLKIT_INLINE void fetch_rows_ahead(const T* rows, int64_t i, int64_t cols) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T)), kStep = kLanes<accumulate_t<T>>;
+  if (kCount == 1 || (kStep < kLine && i % kLine != 0)) return;
+  repeat(std::integral_constant<int, kCount>(),
+         [&](int r) DLKIT_INLINE_LAMBDA { prefetch<(kStep > kLine ? kStep : kLine)>(rows + (kCount + r) * cols + i); });
+}
+
 // Adds [cols] sums kept in A to ones kept in double.
 template <class A>
 void add_to(double* totals, A* sums, int64_t cols) {
@@ -641,6 +651,7 @@ struct ForwardChannelsLast {
         for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
           const V centre = load(own.centre + i, All{});
           // First among themselves: a quarter of the additions to what has grown large.
+          fetch_rows_ahead<together()>(x + row * cols, i, cols);
           V sum = {}, squares = {};
           repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
             const V d = keep(load(x + (row + r) * cols + i, width) - centre, width);
@@ -726,6 +737,8 @@ struct ForwardChannelsLast {
     for_rows_backwards<T>(begin, end, cols, [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
       for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         const Channel<V> c = own.forward_channel(i);
+        fetch_rows_ahead<together()>(x + row * cols, i, cols);
+        if constexpr (kResidual) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
         repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
           const int64_t where = (row + r) * cols + i;
           write<kStream>(y + where, forward_value<T, kResidual, kRelu>(x, residual, where, width, c), width);
@@ -791,6 +804,9 @@ struct BackwardChannelsLast {
       for_rows(first, min64(end, first + kRunRows), [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
         for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
           const Channel<V> c = own.forward_channel(i);
+          fetch_rows_ahead<together()>(x + row * cols, i, cols);
+          fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
+          if constexpr (kMask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
           V g_sum = {}, gx_sum = {};
           repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
             const int64_t where = (row + r) * cols + i;
@@ -862,6 +878,9 @@ struct BackwardChannelsLast {
     for_rows_backwards<T>(begin, end, cols, [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
       for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         const Channel<V> c = own.channel(i);
+        fetch_rows_ahead<together()>(x + row * cols, i, cols);
+        fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
+        if constexpr (kMask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
         repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
           const int64_t where = (row + r) * cols + i;
           const V centred = load(x + where, width) - c.mean;

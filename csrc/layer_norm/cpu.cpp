@@ -100,6 +100,9 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   alignas(64) A kept[kKeep ? kScratch + kLanes<A> : 1];
   // What rounding takes from the mean matters where the deviations are small beside it and T is fine enough to tell.
   constexpr bool kFine = std::is_same_v<A, T>;
+  // Of LayerNorm's three passes the first two fetch the next row for 16-bit types, which leaves the last to the stores:
+  // 5.4 -> 4.4 ms for 8192x4096 bf16. fp32 is 4 % slower so, with a residual too: the last two do it there.
+  constexpr bool kFetchEarly = !kAdd && !std::is_same_v<A, T>;
   // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next
   // row's.
   const int64_t together = cols <= 1024 ? kGroup : 1;
@@ -114,9 +117,10 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
     A mean[kGroup] = {}, mean_rest[kGroup] = {}, rstd[kGroup];
     if (!op.rms) {
       for (int64_t row = first; row < last; ++row) {
-        const RowT x = row_of(row);
+        const RowT x = row_of(row), next = row_of(min64(row + together, end - 1));
         double totals[1];
-        sum_columns<A>(cols, totals, [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+        sum_columns<A>(cols, totals, [&](int64_t i, int slot, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+          if (kFetchEarly && far && slot == 0) next.fetch_half(i / 2);
           terms[0] += x.first(i, width);
         });
         mean[row - first] = A(totals[0] / double(cols));
@@ -136,7 +140,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
         });
       } else {
         sum_columns<A>(cols, totals, [&](int64_t i, int slot, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
-          if (far && slot == 0) next.fetch_half(i / 2);
+          if (far && slot == 0) next.fetch_half((kFetchEarly ? cols / 2 : 0) + i / 2);
           Vector<A> v = x.again(i, width) - centre;
           if constexpr (kFine) v -= rest;
           v = keep(v, width);
@@ -152,7 +156,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
       const Vector<A> scale = broadcast<A>(rstd[row - first]);
       T* y = static_cast<T*>(op.y) + row * cols;
       for_columns<A, kSlots>(0, cols, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
-        if (far && slot == 0) next.fetch_half(cols / 2 + i / 2);
+        if (far && slot == 0 && (op.rms || !kFetchEarly)) next.fetch_half(cols / 2 + i / 2);
         Vector<A> v = x.again(i, width);
         v -= centre;
         if constexpr (kFine) v -= rest;
