@@ -238,8 +238,9 @@ DLKIT_INLINE V keep(V v, All) {
 }
 template <class V>
 DLKIT_INLINE V keep(V v, First width) {
-  for (int64_t i = width.count; i < int64_t(sizeof(V) / sizeof(v[0])); ++i) v[i] = 0;
-  return v;
+  decltype(v < v) lane;
+  for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) lane[i] = i;  // a constant
+  return lane < decltype(lane[0] + 0)(width.count) ? v : V{};
 }
 
 // a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off):
