@@ -38,7 +38,7 @@ demo: install
 
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
-	$(PYTHON) -m pytest -q -n auto
+	$(PYTHON) -m pytest -q -n auto --dist worksteal
 
 LINT := $(VENV)/bin/python -m
 CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)

@@ -11,6 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that the processes finish together."""
+    items.sort(key=lambda item: "test_triton_aot" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(True)
