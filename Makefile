@@ -72,9 +72,13 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 sanitize: install
 	CXXFLAGS='$(SANITIZE)' DLKIT_BUILD=cpu $(PYTHON) setup.py -q build --build-lib build/sanitize
 	CXXFLAGS='$(SANITIZE)' $(PYTHON) setup.py -q build_cuda_on_cpu --output build/sanitize/libdlkit_cuda_on_cpu.so
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONPATH=build/sanitize DLKIT_CUDA_ON_CPU_LIBRARY=build/sanitize/libdlkit_cuda_on_cpu.so \
-	$(PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py -k 'cpu and not triton and not compile and not (very_long and cuda)'
+	cd build/sanitize && python="$$(cd ../.. && realpath -s "$$(command -v $(PYTHON))")" && \
+	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYTHONPATH=. \
+	  ASAN_OPTIONS=detect_leaks=0 DLKIT_CUDA_ON_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdlkit_cuda_on_cpu.so && \
+	"$$python" -c 'import dlkit._C as library; assert "build/sanitize" in library.__file__, library.__file__' && \
+	"$$python" -m pytest -q -n auto -c ../../pyproject.toml --rootdir ../.. \
+	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py \
+	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build, every test, the benchmarks; downloads nothing.
 GPU_PYTHON ?= python3
