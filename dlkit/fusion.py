@@ -372,7 +372,7 @@ def _in_place(function: Any) -> Callable[..., torch.fx.Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in (
+for _name in [
     "add",
     "and",
     "floordiv",
@@ -386,7 +386,7 @@ for _name in (
     "sub",
     "truediv",
     "xor",
-):
+]:
     setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
@@ -483,9 +483,8 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Pickles a module of a derived class as one of its original class with the source of its forward()."""
     original = self._dlkit_fused[0]
     function, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))
-    if arguments == (type(self),) and "_dlkit_fused" in vars(
-        type(self)
-    ):  # as object pickles; not a class of yet another
+    # As object pickles; and not a class derived from this one.
+    if arguments == (type(self),) and "_dlkit_fused" in vars(type(self)):
         function, arguments = _new, self._dlkit_fused
     return function, arguments, *rest
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as native
+from support.inputs import TYPES, make
 from support.reference import exact
 from support.tolerance import Yardstick, max_error, ulp
 from torch import Tensor
@@ -16,14 +17,6 @@ from torch import Tensor
 import dlkit
 import dlkit.functional as fused
 
-TYPES = [  # (input, parameters)
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float16, torch.float16),
-]
 SHAPES = [
     (2, 1),
     (3, 5),
@@ -38,10 +31,6 @@ SHAPES = [
 ]
 SHAPES += [(2, 130, 5, 4), (1, 2, 70, 70), (2, 5, 2, 3, 4), (1, 24, 200)]
 EPS = 1e-5
-
-
-def make(shape, dtype, scale=1.0, shift=0.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(dtype)
 
 
 def lay_out(tensor: Tensor, channels_last: bool) -> Tensor:

@@ -7,19 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as native
 from support import reference
+from support.inputs import TYPES, make
 from support.tolerance import Yardstick, max_error, ulp
 
 import dlkit
 import dlkit.functional as fused
 
-TYPES = [  # (input, parameters)
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float16, torch.float32),
-]
 SHAPES = [(1, 1), (3, 1), (5, 2), (2, 7), (67, 16), (9, 31), (33, 64), (17, 100), (6, 255), (130, 256), (5, 768)]
 SHAPES += [(3, 1000), (40, 1024), (2, 1025), (7, 4096), (3, 5003), (2, 9000), (1, 17000)]
 # rms, residual, weight, bias
@@ -38,10 +31,6 @@ CASES = [
     for (i, shape), (j, types) in itertools.product(enumerate(SHAPES), enumerate(TYPES))
     for k, name in ((k, f"{str(types[0])[6:]}-{str(types[1])[6:]}") for k in range(3 if shape[1] < 4096 else 1))
 ]
-
-
-def make(shape, dtype, device="cpu", scale=1.0, shift=0.0):
-    return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(dtype).to(device)
 
 
 def strided(tensor, kind):

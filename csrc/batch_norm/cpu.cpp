@@ -53,7 +53,6 @@ Plan plan(const Shape& shape) {
 template <class Side>
 void run(const Side& side, const Plan& plan, bool reduce, bool apply) {
   const auto [units, parts, unit_elements] = plan;
-  if (!reduce && apply && side.apply_in_memory_order()) return;
   if (parts == 1) {
     return parallel_for(units, max64(1, kGrain / unit_elements), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -76,39 +75,19 @@ void run(const Side& side, const Plan& plan, bool reduce, bool apply) {
   }
 }
 
-template <class F>
-void with_type(DType type, const F& f) {
-  with_types(type, type, [&](auto t, auto) { f(t); });
-}
-
 // Elements of a small array whose type is known at run time.
 double read(const void* array, DType type, int64_t i) {
-  switch (type) {
-    case DType::F64:
-      return static_cast<const double*>(array)[i];
-    case DType::BF16:
-      return widen(static_cast<const BFloat16*>(array)[i]);
-    case DType::F16:
-      return widen(static_cast<const Float16*>(array)[i]);
-    default:
-      return static_cast<const float*>(array)[i];
-  }
+  double value = 0;
+  with_type(type, [&](auto t) { value = widen(static_cast<const decltype(t)*>(array)[i]); });
+  return value;
 }
 void write_one(void* array, DType type, int64_t i, double value) {
-  switch (type) {
-    case DType::F64:
-      static_cast<double*>(array)[i] = value;
-      return;
-    case DType::BF16:
-      static_cast<BFloat16*>(array)[i] = narrow<BFloat16>(float(value));
-      return;
-    case DType::F16:
-      static_cast<Float16*>(array)[i] = narrow<Float16>(float(value));
-      return;
-    default:
-      static_cast<float*>(array)[i] = float(value);
-  }
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    static_cast<T*>(array)[i] = narrow<T>(accumulate_t<T>(value));
+  });
 }
+
 // All of a small array, widened; `otherwise` where there is none.
 template <class A>
 void read_all(const void* array, DType type, A otherwise, int64_t count, A* output) {
@@ -125,23 +104,19 @@ A read_or(const void* array, DType type, int64_t i, double otherwise) {
   return A(array == nullptr ? otherwise : read(array, type, i));
 }
 
-// Mean and sum of squared deviations of what was added so far; V is double or a vector of them, one a channel.
-template <class V>
+// Mean and sum of squared deviations of what was added so far.
 struct Moments {
-  double count = 0;
-  V mean = {}, m2 = {};
+  double count = 0, mean = 0, m2 = 0;
   // n elements whose deviations from `centre` add up to `sum`, their squares to `squares`.
-  DLKIT_INLINE_MEMBER void add(double n, V centre, V sum, V squares) {
-    merge(n, centre + sum / n, squares - sum * sum / n);
-  }
-  DLKIT_INLINE_MEMBER void merge(double n, V other_mean, V other_m2) {
+  void add(double n, double centre, double sum, double squares) { merge(n, centre + sum / n, squares - sum * sum / n); }
+  void merge(double n, double other_mean, double other_m2) {
     const double total = count + n;
-    other_m2 = other_m2 < 0 ? V{} : other_m2;  // what rounding can leave; a NaN stays
+    other_m2 = other_m2 < 0 ? 0 : other_m2;  // what rounding can leave; a NaN stays
     if (count == 0) {
       mean = other_mean;
       m2 = other_m2;
     } else {
-      const V delta = other_mean - mean;
+      const double delta = other_mean - mean;
       m2 += other_m2 + delta * delta * (count * n / total);
       mean = (mean * count + other_mean * n) / total;  // not by delta: an infinity is to stay one
     }
@@ -289,15 +264,15 @@ struct ForwardContiguous {
   using V = Vector<A>;
   const Forward& op;
   double factor;
-  Moments<double>* moments;  // [units, parts]
+  Moments* moments;  // [units, parts]
 
-  Moments<double>* moments_of(int64_t unit, int64_t part, int64_t parts) const { return moments + unit * parts + part; }
+  Moments* moments_of(int64_t unit, int64_t part, int64_t parts) const { return moments + unit * parts + part; }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
     Group group = group_of(op.shape, unit);
     if (group.pitch == group.length) group = {group.base, 1, 0, group.slices * group.length, 0, false};
     const T* const x = static_cast<const T*>(op.x) + group.base;
-    Moments<double> found;
+    Moments found;
     V sums[kSlots] = {}, squares[kSlots] = {};
     double centre = 0;
     int64_t pending = 0, run = 0;
@@ -343,9 +318,9 @@ struct ForwardContiguous {
 
   void finish(int64_t unit, int64_t parts) const {
     if (op.statistics != Statistics::Compute) return finish_given_group<A>(op, unit);
-    Moments<double> all;
+    Moments all;
     for (int64_t part = 0; part < parts; ++part) {
-      const Moments<double>& some = *moments_of(unit, part, parts);
+      const Moments& some = *moments_of(unit, part, parts);
       if (some.count > 0) all.merge(some.count, some.mean, some.m2);
     }
     finish_group<A>(op, unit, all.mean, all.m2, all.count, factor);
@@ -382,7 +357,7 @@ struct ForwardContiguous {
   }
 
   // Where nothing is to be found first: all slices as they lie in memory.
-  bool apply_in_memory_order() const {
+  void apply_in_memory_order() const {
     const auto [units, parts, unit_elements] = plan(op.shape);
     for (int64_t unit = 0; unit < units; ++unit) finish(unit, parts);
     with_flags(
@@ -398,7 +373,6 @@ struct ForwardContiguous {
                        });
         },
         op.residual != nullptr, op.relu, should_stream<T>(op.shape, op.shape.space));
-    return true;
   }
 };
 
@@ -424,8 +398,6 @@ struct BackwardContiguous {
   using V = Vector<A>;
   const Backward& op;
   Sums* sums;  // [units, parts, slices] with group_norm, else [units, parts]
-
-  bool apply_in_memory_order() const { return false; }
 
   bool streams() const { return are_aligned_alike(op) && should_stream<T>(op.shape, op.shape.space); }
   int64_t sums_a_part() const { return op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1; }
@@ -661,7 +633,6 @@ struct ForwardChannelsLast {
   double factor;
   Matrix matrix;
 
-  bool apply_in_memory_order() const { return false; }
   Scratch<A> scratch(int64_t unit, int64_t part, int64_t parts) const {
     return {op.workspace, unit * parts + part, matrix.pitch};
   }
@@ -731,7 +702,7 @@ struct ForwardChannelsLast {
       const Scratch<A> some = scratch(unit, part, parts);
       const int64_t begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
       for (int64_t i = 0; i < matrix.cols; ++i) {
-        Moments<double> moments{double(begin), all.first[i], all.second[i]};
+        Moments moments{double(begin), all.first[i], all.second[i]};
         moments.merge(double(end - begin), some.first[i], some.second[i]);
         all.first[i] = moments.mean;
         all.second[i] = moments.m2;
@@ -797,7 +768,6 @@ struct BackwardChannelsLast {
   const Backward& op;
   Matrix matrix;
 
-  bool apply_in_memory_order() const { return false; }
   Scratch<A> scratch(int64_t unit, int64_t part, int64_t parts) const {
     return {op.workspace, unit * parts + part, matrix.pitch};
   }
@@ -946,12 +916,6 @@ void finish_parameters(const Backward& op, const F& sums_of) {
   });
 }
 
-template <class A>
-int64_t scratch_bytes(const Shape& shape) {
-  const Plan p = plan(shape);
-  return p.units * p.parts * Scratch<A>::bytes(Matrix(shape).pitch);
-}
-
 }  // namespace
 
 void forward(const Forward& op) {
@@ -963,7 +927,8 @@ void forward(const Forward& op) {
     if (op.shape.channels_last) {
       run(ForwardChannelsLast<T>{op, factor, Matrix(op.shape)}, p, compute, op.y != nullptr);
     } else {
-      run(ForwardContiguous<T>{op, factor, static_cast<Moments<double>*>(op.workspace)}, p, compute, op.y != nullptr);
+      const ForwardContiguous<T> side{op, factor, static_cast<Moments*>(op.workspace)};
+      !compute&& op.y != nullptr ? side.apply_in_memory_order() : run(side, p, compute, op.y != nullptr);
     }
   });
   if (compute && op.num_batches_tracked != nullptr) ++*op.num_batches_tracked;
@@ -999,18 +964,20 @@ void backward(const Backward& op) {
 }
 
 #if defined(DLKIT_ISA_IS_BASELINE)
+static int64_t scratch_bytes(const Shape& shape, DType type) {
+  const Plan p = plan(shape);
+  const int64_t pitch = Matrix(shape).pitch;
+  return p.units * p.parts * (type == DType::F64 ? Scratch<double>::bytes(pitch) : Scratch<float>::bytes(pitch));
+}
+
 int64_t forward_bytes(const Forward& op) {
-  if (op.shape.channels_last) {
-    return op.dtype == DType::F64 ? scratch_bytes<double>(op.shape) : scratch_bytes<float>(op.shape);
-  }
+  if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
   const Plan p = plan(op.shape);
-  return op.statistics == Statistics::Compute ? p.units * p.parts * int64_t(sizeof(Moments<double>)) : 0;
+  return op.statistics == Statistics::Compute ? p.units * p.parts * int64_t(sizeof(Moments)) : 0;
 }
 
 int64_t backward_bytes(const Backward& op) {
-  if (op.shape.channels_last) {
-    return op.dtype == DType::F64 ? scratch_bytes<double>(op.shape) : scratch_bytes<float>(op.shape);
-  }
+  if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
   const Plan p = plan(op.shape);
   const int64_t sums = op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1;
   return p.units * p.parts * sums * int64_t(sizeof(Sums));

@@ -22,6 +22,7 @@
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/reduce.cuh"
 #include "../common/cuda/vec.cuh"
+#include "../common/dispatch.h"
 #include "kernel.h"
 
 namespace dlkit::batch_norm {
@@ -288,20 +289,6 @@ __device__ __forceinline__ void store_one(void* to, DType dtype, int64_t index, 
     case DType::F16:
       static_cast<Float16*>(to)[index] = dlkit::narrow<Float16>(float(value));
       return;
-  }
-}
-
-// Weight or bias, which are of T or float.
-template <class T, class A, int Count>
-__device__ __forceinline__ void load_parameter(const void* parameter, DType dtype, int64_t channel, A absent,
-                                               A (&values)[Count]) {
-  if (parameter == nullptr) {
-#pragma unroll
-    for (int k = 0; k < Count; ++k) values[k] = absent;
-  } else if (dtype == DType::F32) {
-    load_values(static_cast<const float*>(parameter) + channel, values);
-  } else {
-    load_values(static_cast<const T*>(parameter) + channel, values);
   }
 }
 
@@ -1023,7 +1010,7 @@ void with_types(const Op& op, const F& f) {
   const auto with_layout = [&](auto type, auto pack_bytes) {
     channels_last ? f(type, pack_bytes, std::true_type()) : f(type, pack_bytes, std::false_type());
   };
-  const auto with = [&](auto type) {
+  with_type(op.dtype, [&](auto type) {
     constexpr int element = sizeof(type);
     const bool whole = (channels_last ? op.shape.channels : op.shape.space) * element % 16 == 0;
     if (whole && wide(op, channels_last)) {
@@ -1031,17 +1018,7 @@ void with_types(const Op& op, const F& f) {
     } else {
       with_layout(type, std::integral_constant<int, element>());
     }
-  };
-  switch (op.dtype) {
-    case DType::F32:
-      return with(float());
-    case DType::F64:
-      return with(double());
-    case DType::BF16:
-      return with(BFloat16());
-    case DType::F16:
-      return with(Float16());
-  }
+  });
 }
 
 // How an op runs: a pure function of the op and the device, because the caller allocates the workspace by it.

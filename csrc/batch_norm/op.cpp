@@ -323,13 +323,23 @@ Tensor native_norm(const Tensor& input, const OptionalTensor& weight, const Opti
   return at::group_norm(input, options.groups, weight, bias, options.eps, true);
 }
 
+const auto& forward_op() {
+  static const auto op = find_op<decltype(forward_meta)>("batch_norm_forward");
+  return op;
+}
+
+// No kernel for it, or nothing to normalize.
+template <class... Optionals>
+bool is_for_torch(const Tensor& input, const Optionals&... others) {
+  return needs_native(forward_op(), input, others...) || TORCH_GUARD_SIZE_OBLIVIOUS(input.sym_numel().sym_eq(0));
+}
+
 ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& running_mean,
                             const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                             int64_t groups, bool training, double momentum, double eps, bool relu) {
-  static const auto op = find_op<decltype(call_forward)>("batch_norm_forward");
-  return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, groups, training,
-                 momentum, eps, relu);
+  return forward_op().call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, groups,
+                           training, momentum, eps, relu);
 }
 
 BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
@@ -338,18 +348,6 @@ BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, co
                               std::array<bool, 4> output_mask) {
   static const auto op = find_op<decltype(call_backward)>("batch_norm_backward");
   return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
-}
-
-// Where only torch's own ops will do: types and devices without a kernel, nothing to normalize, torch.func transforms,
-// forward-mode derivatives.
-bool needs_native(const Tensor& input, std::initializer_list<OptionalTensor> others) {
-  static const auto op = find_op<decltype(call_forward)>("batch_norm_forward");
-  bool tangent = input._fw_grad(0).defined();
-  for (const OptionalTensor& t : others) tangent = tangent || (has(t) && t->_fw_grad(0).defined());
-  return tangent || !is_supported(input.scalar_type()) || input.layout() != at::kStrided ||
-         !op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device())) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         TORCH_GUARD_SIZE_OBLIVIOUS(input.sym_numel().sym_eq(0));
 }
 
 struct BatchNormBackward : torch::autograd::Node {
@@ -421,29 +419,10 @@ struct BatchNormBackward : torch::autograd::Node {
           return has(q) ? scaled + q->view(along) : scaled;
         });
     const Tensor g = options.relu ? grad_output * ((result.defined() ? result : z.detach()) > 0) : grad_output;
-    variable_list wanted;
-    const std::array<bool, 3> wants{mask[0], mask[2], mask[3]};
-    for (int i = 0; i < 3; ++i) {
-      if (wants[i]) wanted.push_back(sources[i]);
-    }
-    std::array<Tensor, 3> grads;
-    if (!wanted.empty()) {
-      const variable_list found = torch::autograd::grad({z}, wanted, {g}, true, true, true);
-      for (int i = 0, next = 0; i < 3; ++i) {
-        if (wants[i]) grads[i] = found[next++];
-      }
-    }
+    const std::array<Tensor, 3> grads = differentiable_gradients(z, g, sources, {mask[0], mask[2], mask[3]});
     return {grads[0], mask[1] ? g : Tensor(), grads[1], grads[2]};
   }
 };
-
-bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const OptionalTensor& t : tensors) {
-    if (has(t) && t->requires_grad()) return true;
-  }
-  return false;
-}
 
 // The kernel, behind an autograd node where a gradient is asked for. Also gives the statistics. As with torch's op, the
 // update of running statistics leaves their version as it is.
@@ -457,7 +436,7 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
                         options.training, momentum, options.eps, options.relu);
   };
   ForwardOutputs outputs;
-  if (any_requires_grad({input, residual, weight, bias})) {
+  if (any_requires_grad(input, residual, weight, bias)) {
     using torch::autograd::SavedVariable;
     const auto node = make_node<BatchNormBackward>();
     node->set_next_edges(
@@ -525,7 +504,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const
     TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked) || !has(running_mean), name,
                       "(): expected momentum to be a float where there is no num_batches_tracked, got None");
   }
-  const bool fallback = needs_native(input, {residual, weight, bias});
+  const bool fallback = is_for_torch(input, residual, weight, bias);
   if (!fallback) check_parameter_types(name, input, weight, bias);
   // x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
   const bool apart = has(residual) && (residual->scalar_type() != input.scalar_type() ||
@@ -564,7 +543,7 @@ Tensor group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor&
                     " and num_groups ", num_groups);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
-  if (needs_native(input, {weight, bias})) {
+  if (is_for_torch(input, weight, bias)) {
     return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::group_norm(t, num_groups, w, b, eps, true);
     });
@@ -588,7 +567,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
   TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(space.sym_ne(1)), name,
                     "(): expected more than 1 spatial element, got input of shape ", input.sym_sizes());
   if (has(running_mean)) check_momentum(name, momentum);
-  if (needs_native(input, {weight, bias})) {
+  if (is_for_torch(input, weight, bias)) {
     return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::instance_norm(t, w, b, running_mean, running_var, true, momentum, eps, true);
     });

@@ -7,20 +7,30 @@
 
 namespace dlkit {
 
+// Calls f(T()).
+template <class F>
+static void with_type(DType type, const F& f) {
+  switch (type) {
+    case DType::F32:
+      return f(float());
+    case DType::F64:
+      return f(double());
+    case DType::BF16:
+      return f(BFloat16());
+    case DType::F16:
+      return f(Float16());
+  }
+}
+
 // Calls f(T(), P()): T the data's type, P the parameters' type, which is T or float.
 template <class F>
 static void with_types(DType data, DType parameters, const F& f) {
-  const bool same = data == parameters;
-  switch (data) {
-    case DType::F32:
-      return f(float(), float());
-    case DType::F64:
-      return f(double(), double());
-    case DType::BF16:
-      return same ? f(BFloat16(), BFloat16()) : f(BFloat16(), float());
-    case DType::F16:
-      return same ? f(Float16(), Float16()) : f(Float16(), float());
-  }
+  with_type(data, [&](auto type) {
+    if constexpr (sizeof(type) == 2) {
+      if (data != parameters) return f(type, float());
+    }
+    f(type, type);
+  });
 }
 
 // Calls f with one std::bool_constant a flag.

@@ -17,6 +17,7 @@
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/reduce.cuh"
 #include "../common/cuda/vec.cuh"
+#include "../common/dispatch.h"
 #include "kernel.h"
 
 namespace dlkit::layer_norm {
@@ -33,19 +34,6 @@ constexpr int threads_of = Lanes > 256 ? Lanes : 256;
 template <class T>
 __device__ __forceinline__ const T* row_of(const void* tensor, int64_t row, int64_t stride) {
   return static_cast<const T*>(tensor) + row * stride;
-}
-
-template <class T, class A, int Count>
-__device__ __forceinline__ void load_parameter(const void* parameter, DType dtype, int64_t column, A absent,
-                                               A (&values)[Count]) {
-  if (parameter == nullptr) {
-#pragma unroll
-    for (int k = 0; k < Count; ++k) values[k] = absent;
-  } else if (dtype == DType::F32) {
-    load_values(static_cast<const float*>(parameter) + column, values);
-  } else {
-    load_values(static_cast<const T*>(parameter) + column, values);
-  }
 }
 
 // x + residual, rounded to T.
@@ -574,24 +562,14 @@ bool wide(const Backward& op, int64_t element) {
 // Calls f(T(), std::integral_constant<int, PackBytes>()).
 template <class Op, class F>
 void with_types(const Op& op, const F& f) {
-  const auto with = [&](auto type) {
+  with_type(op.dtype, [&](auto type) {
     constexpr int element = sizeof(type);
     if (wide(op, element)) {
       f(type, std::integral_constant<int, 16>());
     } else {
       f(type, std::integral_constant<int, element>());
     }
-  };
-  switch (op.dtype) {
-    case DType::F32:
-      return with(float());
-    case DType::F64:
-      return with(double());
-    case DType::BF16:
-      return with(BFloat16());
-    case DType::F16:
-      return with(Float16());
-  }
+  });
 }
 
 template <class T, int PackBytes>

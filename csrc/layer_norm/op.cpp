@@ -153,24 +153,15 @@ std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& res
   return {y, x};
 }
 
-// Where only torch's own ops will do: types and devices without a kernel, torch.func transforms, forward-mode
-// derivatives.
-bool needs_native(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
-                  const OptionalTensor& bias) {
-  static const auto op = find_op<ForwardOutputs(const Tensor&, const OptionalTensor&, int64_t, const OptionalTensor&,
-                                                const OptionalTensor&, double, bool, bool)>("layer_norm_forward");
-  const auto has_tangent = [](const OptionalTensor& t) { return has(t) && t->_fw_grad(0).defined(); };
-  return !is_supported(input.scalar_type()) || input.layout() != at::kStrided ||
-         !op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device())) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         input._fw_grad(0).defined() || has_tangent(residual) || has_tangent(weight) || has_tangent(bias);
+const auto& forward_op() {
+  static const auto op = find_op<decltype(forward_meta)>("layer_norm_forward");
+  return op;
 }
 
 ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
                             const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
                             bool stats) {
-  static const auto op = find_op<decltype(call_forward)>("layer_norm_forward");
-  return op.call(input, residual, normalized_ndim, weight, bias, eps, rms, stats);
+  return forward_op().call(input, residual, normalized_ndim, weight, bias, eps, rms, stats);
 }
 
 BackwardOutputs call_backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
@@ -242,15 +233,7 @@ struct LayerNormBackward : torch::autograd::Node {
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
     const std::array<Tensor, 3> sources{alias(input), alias(weight), alias(bias)};
     const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
-    variable_list wanted;
-    for (int i = 0; i < 3; ++i) {
-      if (mask[i]) wanted.push_back(sources[i]);
-    }
-    variable_list found = torch::autograd::grad({y}, wanted, {grad_output}, true, true, true);
-    std::array<Tensor, 3> result;
-    for (int i = 0, next = 0; i < 3; ++i) {
-      if (mask[i]) result[i] = found[next++];
-    }
+    std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask);
     if (mask[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
     return {result[0], result[1], result[2]};
   }
@@ -305,18 +288,12 @@ void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef 
   check_parameter("bias", bias);
 }
 
-bool any_requires_grad(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
-                       const OptionalTensor& bias) {
-  const auto required = [](const OptionalTensor& t) { return has(t) && t->requires_grad(); };
-  return at::GradMode::is_enabled() &&
-         (input.requires_grad() || required(residual) || required(weight) || required(bias));
-}
-
 std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, const OptionalTensor& residual,
                                      c10::SymIntArrayRef shape, const OptionalTensor& weight,
                                      const OptionalTensor& bias, double eps, bool rms) {
   check_arguments(name, input, shape, weight, bias, rms);
-  if (needs_native(input, residual, weight, bias)) return native(input, residual, shape, weight, bias, eps, rms);
+  if (needs_native(forward_op(), input, residual, weight, bias))
+    return native(input, residual, shape, weight, bias, eps, rms);
   check_parameter_types(name, input, weight, bias);
   const int64_t ndim = int64_t(shape.size());
   if (any_requires_grad(input, residual, weight, bias)) {

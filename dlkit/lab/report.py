@@ -82,11 +82,7 @@ def caption(data: Dataset, results: Sequence[Result]) -> str:
         f"Step time: median after {WARM_UP_STEPS} steps; the two take turns on the same batches.",
     ]
     if any(result.fused for result in results):
-        # Seen on Fashion-MNIST: 0.04 (batch_norm_mlp) and 0.12 (residual_cnn) for torch.nn against itself.
-        lines.append(
-            "Through BatchNorm a rounding grows from step to step: "
-            "torch.nn's own losses move as far where its first weights differ by 1e-7."
-        )
+        lines.append("Through BatchNorm a difference of rounding grows from step to step.")
     return "\n".join(lines)
 
 

@@ -24,19 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import TRITON_TYPE, accumulate_type, inverse_root
+
 # The innermost extent (columns, or channels where there is one column) reaches the kernels in units of VEC elements:
 # that tells the compiler which vector loads are safe.
 _SIZES = ["rows", "channels", "columns", "channel_blocks", "column_blocks", "row_pieces", "piece_rows"]
 _COUNTS = ["groups", "group_channels", "group_blocks", "statistics", "lines", "outer_lines", "entries", "divisor"]
 _jit = triton.jit(do_not_specialize=[*_SIZES, *_COUNTS])
-
-
-@triton.jit
-def _inverse_root(variance):
-    if variance.dtype == tl.float64:
-        return 1.0 / tl.sqrt(variance)
-    else:
-        return tl.div_rn(1.0, tl.sqrt_rn(variance))
 
 
 @triton.jit
@@ -203,7 +197,7 @@ def _merge_statistics(
     valid = group < groups
     _store(mean + statistic, center, valid)
     if rstd is not None:
-        _store(rstd + statistic, _inverse_root(variance + EPS), valid)
+        _store(rstd + statistic, inverse_root(variance + EPS), valid)
     if var is not None:
         _store(var + statistic, variance, valid)
     if CUMULATIVE:
@@ -236,7 +230,7 @@ def _apply(
     statistic = outer * groups + channel // group_channels
     if running_mean is not None:
         center = tl.load(running_mean + statistic, mask=valid, other=0.0).to(ACC)
-        scale = _inverse_root(tl.load(running_var + statistic, mask=valid, other=0.0).to(ACC) + EPS)
+        scale = inverse_root(tl.load(running_var + statistic, mask=valid, other=0.0).to(ACC) + EPS)
         tl.store(mean + statistic, center, mask=valid & (line == 0))
         tl.store(rstd + statistic, scale, mask=valid & (line == 0))
     else:
@@ -382,7 +376,6 @@ _SAMPLE_PROGRAMS = 64  # that read a sample's pieces in group_norm: its bits do 
 _ROWS_WIDE, _ROWS_NARROW = 16, 64  # least rows of a tile with several columns, with one
 _MERGE_TILE, _MERGE_ENTRIES = 2048, 512
 _WARPS = 8  # 16 values a thread
-_TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _like(input: Tensor, other: Tensor) -> Tensor:
@@ -412,7 +405,7 @@ class _View:
         self.group_channels = self.channels // self.groups
         self.statistics = self.outer * self.groups
         self.group_count = self.rows * self.columns * self.group_channels  # elements that share a mean
-        self.accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        self.accumulate = accumulate_type(dtype)
 
         # Elements of an access, 16 bytes at most, that the innermost extent allows in every row.
         self.vector = math.gcd(self.channels if self.columns == 1 else self.columns, 16 // dtype.itemsize)
@@ -442,7 +435,7 @@ class _View:
         kernel[(self.outer * row_pieces * self.channel_blocks * self.column_blocks,)](
             *arguments, self.rows, self.channels // channel_vec, self.columns // column_vec,
             self.channel_blocks, self.column_blocks, row_pieces, piece_rows, **more,
-            ACC=_TRITON_TYPE[self.accumulate], VEC=self.vector, ROWS=self.tile_rows, CHANNELS=self.tile_channels,
+            ACC=TRITON_TYPE[self.accumulate], VEC=self.vector, ROWS=self.tile_rows, CHANNELS=self.tile_channels,
             BLOCK=self.tile_columns, OFFSET=tl.int32 if narrow else tl.int64, num_warps=_WARPS,
         )  # fmt: skip
 

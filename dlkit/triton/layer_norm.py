@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import TRITON_TYPE, accumulate_type, inverse_root
+
 # Widths and strides reach the kernels in units of VEC elements. That tells the compiler which vector loads are safe
 # (Triton itself looks for multiples of 16 only; 1000 columns allow 16-byte loads too), and one binary serves all sizes.
 _SIZES = ["rows", "groups", "x_stride", "residual_stride", "grad_output_stride", "grad_sum_stride", "chunks", "cols"]
@@ -44,14 +46,6 @@ def _divide(numerator, denominator):
         return numerator / denominator
     else:
         return tl.div_rn(numerator, denominator)
-
-
-@triton.jit
-def _inverse_root(variance):
-    if variance.dtype == tl.float64:
-        return 1.0 / tl.sqrt(variance)
-    else:
-        return tl.div_rn(1.0, tl.sqrt_rn(variance))
 
 
 @triton.jit
@@ -93,7 +87,7 @@ def _forward_rows(
         value = tl.where(inside, value - rest, 0.0)
     else:
         variance = _divide(tl.sum(value * value, 1, keep_dims=True), count)
-    scale = _inverse_root(variance + EPS)
+    scale = inverse_root(variance + EPS)
     if rstd is not None:
         tl.store(rstd + row, scale, mask=row < rows)
 
@@ -148,7 +142,7 @@ def _forward_long_rows(
         variance = _divide(tl.sum(deviation + shift * shift * lane_count, 0), count)
         if mean is not None:
             tl.store(mean + row, row_average)
-    scale = _inverse_root(variance + EPS)
+    scale = inverse_root(variance + EPS)
     if rstd is not None:
         tl.store(rstd + row, scale)
 
@@ -349,7 +343,6 @@ _LOOP_BLOCK = 16 << 10
 _LOOP_WARPS = 8
 _COLUMN_BLOCK = 128  # columns
 _PARTIALS_TILE = 64, 32  # rows, columns
-_TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _budget(size: int, vec: int) -> int:
@@ -373,10 +366,6 @@ def _backward_stages(tile_rows: int) -> int:
     With several rows a tile it would be 170 registers instead of 120, and one program an SM instead of two.
     """
     return 2 if tile_rows == 1 else 1
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _as_rows(tensor: Tensor, normalized_ndim: int) -> tuple[Tensor, int]:
@@ -438,7 +427,7 @@ def layer_norm_forward(
     """
     lead = input.dim() - normalized_ndim
     rows, cols = math.prod(input.shape[:lead]), math.prod(input.shape[lead:])
-    accumulate = _accumulate(input.dtype)
+    accumulate = accumulate_type(input.dtype)
     stats_shape = (*input.shape[:lead], *[1] * normalized_ndim)
     y = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     sum = torch.empty_like(y) if residual is not None else None
@@ -454,7 +443,7 @@ def layer_norm_forward(
     vec = _vector(input.dtype, cols, x_stride, residual_stride)
     tensors = (input, residual, weight, bias, y, sum, mean, rstd)
     sizes = (cols // vec, x_stride // vec, residual_stride // vec)
-    constants: dict[str, Any] = {"EPS": eps, "RMS": rms, "ACC": _TRITON_TYPE[accumulate], "VEC": vec}
+    constants: dict[str, Any] = {"EPS": eps, "RMS": rms, "ACC": TRITON_TYPE[accumulate], "VEC": vec}
     block = triton.next_power_of_2(cols)
     row_bytes = block * accumulate.itemsize
     with torch.cuda.device_of(input):
@@ -490,7 +479,7 @@ def layer_norm_backward(
     """
     lead = input.dim() - normalized_ndim
     rows, cols = math.prod(input.shape[:lead]), math.prod(input.shape[lead:])
-    accumulate = _accumulate(input.dtype)
+    accumulate = accumulate_type(input.dtype)
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if output_mask[0] else None
     allocate = torch.empty if rows else torch.zeros
     grad_weight, grad_bias = (
@@ -511,7 +500,7 @@ def layer_norm_backward(
     vec = _vector(input.dtype, cols, x_stride, grad_output_stride, grad_sum_stride)
     groups = cols // vec
     strides = (grad_output_stride // vec, grad_sum_stride // vec, x_stride // vec)
-    constants: dict[str, Any] = {"ACC": _TRITON_TYPE[accumulate], "VEC": vec}
+    constants: dict[str, Any] = {"ACC": TRITON_TYPE[accumulate], "VEC": vec}
     block = triton.next_power_of_2(cols)
     row_bytes = block * accumulate.itemsize
     parameters = grad_weight is not None or grad_bias is not None

@@ -8,6 +8,7 @@ only names the architecture: so signatures, constants, alignment hints and warps
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -57,12 +58,14 @@ def compile_all(capability: int, timeout: float = 1200) -> list[Result]:
 
 
 def _load(name: str) -> ModuleType:
-    """A Triton file by its path: the extension around it need not be built."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "dlkit" / "triton" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of dlkit.triton, which is loaded by its path: the extension around it need not be built."""
+    package = "dlkit_triton"
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_file_location(package, ROOT / "dlkit" / "triton" / "__init__.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.{name}")
 
 
 def _layer_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:

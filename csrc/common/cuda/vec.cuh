@@ -182,4 +182,18 @@ __device__ __forceinline__ void store_values(A* to, const A* values) {
   }
 }
 
+// Weight or bias, which are of T or float, from one column or channel on; `absent` where there is none.
+template <class T, class A, int Count>
+__device__ __forceinline__ void load_parameter(const void* parameter, DType dtype, int64_t first, A absent,
+                                               A (&values)[Count]) {
+  if (parameter == nullptr) {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) values[k] = absent;
+  } else if (dtype == DType::F32) {
+    load_values(static_cast<const float*>(parameter) + first, values);
+  } else {
+    load_values(static_cast<const T*>(parameter) + first, values);
+  }
+}
+
 }  // namespace dlkit::cuda

@@ -1,0 +1,22 @@
+"""What the kernels of every op share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulate_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which statistics and sums of ``dtype`` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def inverse_root(variance):
+    if variance.dtype == tl.float64:
+        return 1.0 / tl.sqrt(variance)
+    else:
+        return tl.div_rn(1.0, tl.sqrt_rn(variance))
