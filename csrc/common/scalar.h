@@ -19,6 +19,8 @@ namespace dlkit {
 
 enum class DType : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
+DLKIT_HOST_DEVICE int64_t size_of(DType type) { return type == DType::F64 ? 8 : type == DType::F32 ? 4 : 2; }
+
 struct alignas(2) BFloat16 {
   uint16_t bits;
 };

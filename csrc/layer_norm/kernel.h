@@ -10,7 +10,8 @@
 //   grad_weight = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
 //
 // Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that
-// the element type itself has. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype
+// the element type itself has. weight, bias and their gradients are [period, cols]: row r takes row r % period, which is
+// how group_norm's groups are rows; rows is a multiple of period, and on CUDA period is 1. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype
 // is F64). `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then
 // that input counts as absent and that output is not computed. rows may be 0; cols is at least 1.
 #pragma once
@@ -22,8 +23,8 @@ namespace dlkit::layer_norm {
 struct Forward {
   const void* x;
   const void* residual;  // or null
-  const void* weight;    // [cols] or null
-  const void* bias;      // [cols] or null
+  const void* weight;    // [period, cols] or null
+  const void* bias;      // [period, cols] or null
   void* y;
   void* sum;   // null exactly where residual is
   void* mean;  // [rows] of accumulate, or null
@@ -34,6 +35,7 @@ struct Forward {
   DType dtype;            // of x, residual, y and sum
   DType parameter_dtype;  // of weight and bias: dtype or F32
   bool rms;
+  int64_t period = 1;
 };
 
 struct Backward {
@@ -42,16 +44,17 @@ struct Backward {
   const void* x;         // what was normalised: `sum` where there was a residual
   const void* mean;      // [rows] of accumulate; null for RMSNorm
   const void* rstd;      // [rows] of accumulate
-  const void* weight;    // [cols] or null
+  const void* weight;    // [period, cols] or null
   void* grad_input;      // or null
-  void* grad_weight;     // [cols] of parameter_dtype, or null
-  void* grad_bias;       // [cols] of parameter_dtype, or null
+  void* grad_weight;     // [period, cols] of parameter_dtype, or null
+  void* grad_bias;       // [period, cols] of parameter_dtype, or null
   void* partials;        // backward_partials_*() bytes, 64-byte aligned; null where that is 0
   int64_t rows, cols;
   int64_t grad_output_stride, grad_sum_stride, x_stride;
   DType dtype;            // of grad_output, grad_sum, x and grad_input
   DType parameter_dtype;  // of weight, grad_weight and grad_bias: dtype or F32
   bool rms;
+  int64_t period = 1;
 };
 
 void forward_cpu(const Forward& op);
