@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from dlkit import random
+
 _layer_norm = torch.ops.dlkit.layer_norm.default
 _rms_norm = torch.ops.dlkit.rms_norm.default
 _add_layer_norm = torch.ops.dlkit.add_layer_norm.default
@@ -13,6 +15,8 @@ _add_rms_norm = torch.ops.dlkit.add_rms_norm.default
 _batch_norm = torch.ops.dlkit.batch_norm.default
 _group_norm = torch.ops.dlkit.group_norm.default
 _instance_norm = torch.ops.dlkit.instance_norm.default
+_dropout = torch.ops.dlkit.dropout.default
+_dropout_ = torch.ops.dlkit.dropout_.default
 
 
 def layer_norm(
@@ -206,6 +210,88 @@ def instance_norm(
     Source: `Instance Normalization <https://arxiv.org/abs/1607.08022>`_.
     """
     return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+Generator = torch.Generator | random.Philox
+
+
+def dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout, as :func:`torch.nn.functional.dropout`: each element becomes 0 with probability ``p``, the others grow
+    by ``1 / (1 - p)``.
+
+    No mask is stored: backward draws it again from the seed and the offset that forward took from the generator. Which
+    elements are dropped depends on these and on the logical index of the element alone, not on the device, the number
+    of threads or the memory format. What is dropped is 0 even if it was NaN or infinite.
+
+    Args:
+        input: any shape and strides, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
+        p: exact to 2^-32. 0 gives the input itself, 1 gives zeros; neither draws anything.
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: a :class:`torch.Generator` of the input's device or a :class:`dlkit.random.Philox`; None stands for
+            the stream of :func:`dlkit.random.use`, or torch's default generator of the device.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: p is not between 0 and 1; RuntimeError: p is NaN, the generator is of another device, or ``inplace``
+        on a leaf that requires grad; TypeError: an argument is of the wrong Python type. The generator is untouched
+        then.
+
+    Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_; the stream is written down in ``csrc/common/philox.h``.
+    """
+    return _drop("dropout", input, p, training, inplace, generator)
+
+
+def _drop(
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: Generator | None,
+    mask_ndim: int = -1,
+    alpha: bool = False,
+) -> Tensor:
+    """Every variant of dropout. The mask has the input's first ``mask_ndim`` dimensions, all of them if -1."""
+    check_probability(name, p)
+    if not training or p == 0:
+        return input
+    generator, stream = split_generator(name, generator)
+    try:
+        if inplace:
+            _dropout_(input, p, mask_ndim, alpha, generator=generator, stream=stream)
+            return input
+        return _dropout(input, p, mask_ndim, alpha, generator=generator, stream=stream)
+    except RuntimeError:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{name}(): expected input to be a Tensor, got {type(input).__name__}") from None
+        raise
+
+
+def check_probability(name: str, p: Any) -> None:
+    if not isinstance(p, (float, int, torch.SymFloat)):
+        raise TypeError(f"{name}(): expected p to be a float, got {type(p).__name__}")
+    if p < 0 or p > 1:
+        raise ValueError(f"{name}(): expected p between 0 and 1, got {p}")
+
+
+def split_generator(name: str, generator: Generator | None) -> tuple[torch.Generator | None, Tensor | None]:
+    """(generator, stream) as the ops take them: the one a torch.Generator, the other a Philox stream's state."""
+    if generator is None:
+        default = random.default()
+        return None, None if default is None else default._state
+    if isinstance(generator, random.Philox):
+        return None, generator._state
+    if isinstance(generator, torch.Generator):
+        return generator, None
+    raise TypeError(
+        f"{name}(): expected generator to be a torch.Generator or a dlkit.random.Philox, got {type(generator).__name__}"
+    )
 
 
 def _raise(name: str, error: RuntimeError, normalized_shape: Any, eps: Any, **tensors: Any) -> NoReturn:

@@ -21,6 +21,7 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.InstanceNorm1d: dlkit.nn.InstanceNorm1d,
     torch.nn.InstanceNorm2d: dlkit.nn.InstanceNorm2d,
     torch.nn.InstanceNorm3d: dlkit.nn.InstanceNorm3d,
+    torch.nn.Dropout: dlkit.nn.Dropout,
 }
 
 Model = TypeVar("Model", bound=torch.nn.Module)

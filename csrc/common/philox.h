@@ -1,0 +1,97 @@
+// The one random stream: which elements dropout drops, the same on every device, for any threads, grid, vector width
+// and strides. Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by a seed,
+// counted by the element's logical (contiguous-order) index i:
+//
+//   key      seed, 64 bits: low word, high word
+//   counter  offset / 4, 64 bits: low word, high word; then the block's number i / 8, 64 bits: low word, high word
+//   lane     j = i % 8: the j-th 16 bits of the block's 128, low halves first
+//   p        T = round(p * 2^32). Element i is dropped if its 16 bits are below T / 2^16; where they equal it, a second
+//            16 bits decide: the same lane of the block with offset / 4 + 1, dropped if below T % 2^16
+//
+// So p is exact to 2^-32 and eight elements cost one block, nearly always: 16 bits an element halve the arithmetic of a
+// word an element (times in csrc/dropout/cpu.cpp). The counter's words hold what torch's own CUDA kernels put there
+// (offset in front, subsequence behind), and a call moves the generator's offset on by kDrawn: it shares no word with
+// any call before or after it, torch's included. tests/test_dropout.py has the published vectors.
+#pragma once
+
+#include "scalar.h"
+
+namespace dlkit {
+
+constexpr uint64_t kDrawn = 8;  // words that one call takes of a lane's sequence: two blocks of four
+constexpr int kBlockElements = 8;
+constexpr uint32_t kPhiloxMultiply0 = 0xd2511f53, kPhiloxMultiply1 = 0xcd9e8d57;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9e3779b9, kPhiloxKeyStep1 = 0xbb67ae85;
+
+struct PhiloxState {
+  uint64_t seed, offset;
+};
+
+// Where a kernel finds them: in memory, the offset as *offset_at + offset, or here where the pointers are null.
+struct PhiloxSource {
+  const int64_t* seed_at;
+  const int64_t* offset_at;
+  uint64_t seed, offset;
+};
+
+DLKIT_HOST_DEVICE PhiloxState read(const PhiloxSource& source) {
+  if (source.seed_at == nullptr) return {source.seed, source.offset};
+  return {uint64_t(*source.seed_at), uint64_t(*source.offset_at) + source.offset};
+}
+
+struct PhiloxBlock {
+  uint32_t words[4];
+};
+
+DLKIT_HOST_DEVICE PhiloxBlock philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+  uint32_t c0 = uint32_t(counter_low), c1 = uint32_t(counter_low >> 32);
+  uint32_t c2 = uint32_t(counter_high), c3 = uint32_t(counter_high >> 32);
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t(kPhiloxMultiply0) * c0, product1 = uint64_t(kPhiloxMultiply1) * c2;
+    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
+    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
+    c1 = uint32_t(product1);
+    c3 = uint32_t(product0);
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The 16 bits of a lane.
+DLKIT_HOST_DEVICE uint32_t lane_bits(const PhiloxBlock& block, int lane) {
+  return block.words[lane / 2] >> (lane % 2 * 16) & 0xffff;
+}
+
+// T of above, from 0 to 2^32.
+DLKIT_HOST_DEVICE uint64_t drop_threshold(double p) { return uint64_t(p * 4294967296.0 + 0.5); }
+
+// Bit j is set if element 8 * block + j is kept. The definition; vectors in cpu/philox.h and threads in cuda follow it.
+DLKIT_HOST_DEVICE uint32_t keep_block(const PhiloxState& state, uint64_t threshold, uint64_t block) {
+  const uint32_t high = uint32_t(threshold >> 16), low = uint32_t(threshold & 0xffff);
+  const PhiloxBlock first = philox(state.seed, state.offset / 4, block);
+  uint32_t kept = 0, ties = 0;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int lane = 0; lane < kBlockElements; ++lane) {
+    kept |= uint32_t(lane_bits(first, lane) >= high) << lane;
+    ties |= uint32_t(lane_bits(first, lane) == high) << lane;
+  }
+  if (ties != 0) {
+    const PhiloxBlock second = philox(state.seed, state.offset / 4 + 1, block);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int lane = 0; lane < kBlockElements; ++lane) {
+      if (lane_bits(second, lane) < low) kept &= ~(ties & 1u << lane);
+    }
+  }
+  return kept;
+}
+
+}  // namespace dlkit
