@@ -39,6 +39,15 @@ DLKIT_HOST_DEVICE PhiloxState read(const PhiloxSource& source) {
   return {uint64_t(*source.seed_at), uint64_t(*source.offset_at) + source.offset};
 }
 
+// A dropout as a part of another op: keep ? x * scale : 0.
+struct FusedDropout {
+  PhiloxSource source{};
+  int64_t* state = nullptr;  // [2]: receives what was read from source; or null
+  uint64_t threshold = 0;
+  double scale = 1;
+  bool active = false;
+};
+
 struct PhiloxBlock {
   uint32_t words[4];
 };

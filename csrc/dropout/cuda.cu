@@ -50,14 +50,32 @@ __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uin
   return narrow<T, PackBytes>(values);
 }
 
+// And behind a residual add: one rounding.
+template <class T, int PackBytes>
+__device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uint32_t keep,
+                                                const Constants<T>& constants, const Pack<PackBytes>& residual) {
+  constexpr int width = PackBytes / sizeof(T);
+  accumulate_t<T> values[width], added[width];
+  widen<T, PackBytes>(pack, values);
+  widen<T, PackBytes>(residual, added);
+#pragma unroll
+  for (int k = 0; k < width; ++k) values[k] = keep >> k & 1 ? values[k] * constants.scale + added[k] : added[k];
+  return narrow<T, PackBytes>(values);
+}
+
+// On a multiprocessor, so that ptxas keeps to 48, 64, or 128 registers for what holds twice as many packs.
+template <class T, bool Residual>
+constexpr int resident_blocks = sizeof(T) > 4 ? (Residual ? 2 : 4) : (Residual ? 4 : 5);
+
 // A warp's tile is 32 blocks, Packs packs a lane.
-template <class T, int PackBytes, int Tiles>
-__global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 5) drop_elements(const Dropout op) {
+template <class T, int PackBytes, int Tiles, bool Residual>
+__global__ void __launch_bounds__(threads, resident_blocks<T, Residual>) drop_elements(const Dropout op) {
   constexpr int width = PackBytes / sizeof(T), packs = kBlockElements / width;
   const PhiloxState state = begin(op);
   const Constants<T> constants(op);
   const int lane = threadIdx.x % 32;
   const T* x = static_cast<const T*>(op.x);
+  const T* residual = static_cast<const T*>(op.residual);
   T* y = static_cast<T*>(op.y);
   const int64_t whole = op.numel / width;
   const int64_t step = int64_t(gridDim.x) * warps * Tiles;
@@ -72,6 +90,17 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 5) drop_elements
         if (at < whole) values[tile][k] = load_once<PackBytes>(x + at * width);
       }
     }
+    [[maybe_unused]] Pack<PackBytes> added[Tiles][packs];
+    if constexpr (Residual) {
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+        for (int k = 0; k < packs; ++k) {
+          const int64_t at = ((first + tile) * packs + k) * 32 + lane;
+          if (at < whole) added[tile][k] = load_once<PackBytes>(residual + at * width);
+        }
+      }
+    }
     uint32_t own[Tiles];
     keep_bits(state, op.threshold, uint64_t(first * 32 + lane), 32, own);
 #pragma unroll
@@ -83,14 +112,22 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 5) drop_elements
         if constexpr (packs > 1) {
           keep = __shfl_sync(0xffffffff, keep, (k * 32 + lane) / packs) >> lane % packs * width;
         }
-        if (at < whole) store<PackBytes>(y + at * width, drop<T, PackBytes>(values[tile][k], keep, constants));
+        if (at >= whole) continue;
+        if constexpr (Residual) {
+          values[tile][k] = drop<T, PackBytes>(values[tile][k], keep, constants, added[tile][k]);
+        } else {
+          values[tile][k] = drop<T, PackBytes>(values[tile][k], keep, constants);
+        }
+        store<PackBytes>(y + at * width, values[tile][k]);
       }
     }
   }
   if (blockIdx.x == 0 && threadIdx.x < op.numel - whole * width) {  // less than a pack is left
     const int64_t i = whole * width + threadIdx.x;
     const uint32_t keep = keep_bits(state, op.threshold, uint64_t(i / kBlockElements)) >> i % kBlockElements;
-    y[i] = dlkit::narrow<T>(constants.apply(dlkit::widen(x[i]), keep & 1));
+    accumulate_t<T> value = constants.apply(dlkit::widen(x[i]), keep & 1);
+    if constexpr (Residual) value += dlkit::widen(residual[i]);
+    y[i] = dlkit::narrow<T>(value);
   }
 }
 
@@ -132,8 +169,12 @@ void run(const Dropout& op, void* stream) {
   constexpr int width = PackBytes / sizeof(T);
   if (op.inner == 1) {
     constexpr int tiles = PackBytes == 16 && sizeof(T) == 2 ? 2 : 1;
-    launch("dropout drop_elements", drop_elements<T, PackBytes, tiles>,
-           grid_of(divide_up(op.numel, int64_t(threads) * kBlockElements * tiles)), threads, 0, stream, op);
+    const unsigned grid = grid_of(divide_up(op.numel, int64_t(threads) * kBlockElements * tiles));
+    if (op.residual != nullptr) {
+      launch("dropout drop_elements", drop_elements<T, PackBytes, tiles, true>, grid, threads, 0, stream, op);
+    } else {
+      launch("dropout drop_elements", drop_elements<T, PackBytes, tiles, false>, grid, threads, 0, stream, op);
+    }
   } else {
     const int64_t packs = op.inner / width, parts = divide_up(packs, part_packs);
     int lanes = 32;
@@ -149,7 +190,8 @@ void dropout_cuda(const Dropout& op, void* stream) {
   if (op.numel == 0) return;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool wide = aligned(op.x) && aligned(op.y) && (op.inner == 1 || op.inner * int64_t(sizeof(T)) % 16 == 0);
+    const bool wide = aligned(op.x) && aligned(op.residual) && aligned(op.y) &&
+                      (op.inner == 1 || op.inner * int64_t(sizeof(T)) % 16 == 0);
     if (wide) {
       run<T, 16>(op, stream);
     } else {

@@ -2,14 +2,15 @@
 //
 //   m = i / inner                             i: the element's logical index; inner: adjacent elements with one fate
 //   y = keep(m) ? x * scale + shift : dropped
+//   y = (keep(m) ? x * scale : 0) + residual      with a residual: inner 1, shift and dropped 0; rounded once
 //
 // keep() is the stream of common/philox.h. Plain dropout: inner 1, scale 1 / (1 - p), the rest 0; whole channels or
 // samples: inner their size; alpha dropout: shift and dropped such that mean and variance stay. What is dropped is
 // never multiplied: NaN and infinity do not pass. Linear in x, so backward is the same function of grad_output, with
 // shift and dropped 0 and the state that forward drew, which is all that is kept. Bytes moved: x and y, each once.
 //
-// x and y are contiguous, of any alignment that the element type has; y may be x. numel may be 0. Arithmetic is fp32
-// (fp64 where dtype is F64).
+// x, residual and y are contiguous, of any alignment that the element type has; y may be x. numel may be 0. Arithmetic
+// is fp32 (fp64 where dtype is F64).
 #pragma once
 
 #include "../common/philox.h"
@@ -18,6 +19,7 @@ namespace dlkit::dropout {
 
 struct Dropout {
   const void* x;
+  const void* residual;  // or null
   void* y;
   int64_t numel;
   int64_t inner;  // at least 1

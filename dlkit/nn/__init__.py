@@ -8,7 +8,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
-from dlkit.nn.dropout import Dropout
+from dlkit.nn.dropout import Dropout, DropoutAdd, DropoutAddLayerNorm, DropoutAddRMSNorm
 from dlkit.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from dlkit.nn.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from dlkit.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormReLU
@@ -23,6 +23,9 @@ __all__ = [
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "Dropout",
+    "DropoutAdd",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
