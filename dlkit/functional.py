@@ -256,7 +256,7 @@ def dropout_add(
     """``dropout(input) + residual`` in one pass over memory; see :func:`dropout`.
 
     ``input`` and ``residual`` broadcast and promote as in an addition; the fast case is equal shapes and dtypes, where
-    the result is rounded once. Backward hands ``residual`` the output's gradient and draws the mask for ``input`` again.
+    the result is rounded once. Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
     """
     check_probability("dropout_add", p)
     if not training or p == 0:
