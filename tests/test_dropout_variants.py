@@ -165,6 +165,20 @@ def test_bad_input_raises_and_warns_what_torch_does(variant):
         assert outcomes[0] == outcomes[1], case
 
 
+def test_every_backend_draws_alike(backend):
+    """From the same generator the same state, and nothing for p = 1 or an empty input."""
+    if backend.device != "cpu":
+        pytest.skip("another generator")
+    op = backend.op("dropout_forward")
+    states = []
+    for function in (op, torch.ops.dlkit.dropout_forward.default):
+        generator = torch.Generator().manual_seed(7)
+        for count, p in ((0, 0.5), (3, 1.0), (3, 0.5), (3, 0.5)):
+            states.append(function(torch.ones(count), p, 1, 1.0, 0.0, 0.0, generator)[1])
+    states = torch.stack(states).view(2, 4, 2)
+    assert torch.equal(*states) and not states[0, :2].any() and states[0, 2, 0] != states[0, 3, 0]
+
+
 # DropBlock: the paper's definition, step by step.
 
 
