@@ -165,6 +165,27 @@ def test_bad_input_raises_and_warns_what_torch_does(variant):
         assert outcomes[0] == outcomes[1], case
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 16, 60, 300])
+def test_channels_that_take_turns(backend, channels):
+    """channels_last without a copy: samples that begin anywhere in a block, widths with and without whole vectors."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ((5, channels, 4, 7), (3, channels, 2, 3, 3)):
+            rank = torch.channels_last if len(layout) == 4 else torch.channels_last_3d
+            x = torch.randn(layout, dtype=dtype).to(memory_format=rank).to(backend.device)
+            x[0, 0] = math.nan
+            state = torch.tensor([3, 0], device=backend.device)
+            inner = math.prod(layout[2:])
+            for constants in ((1.25, 0.0, 0.0), (0.5, -0.25, 2.0)):
+                y = backend.op("dropout_apply")(x, state, P, inner, *constants)
+                wanted = backend.op("dropout_apply")(x.contiguous(), state, P, inner, *constants)
+                assert y.stride() == x.stride()
+                torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+                # Whole samples: the order within one does not matter.
+                y = backend.op("dropout_apply")(x, state, P, inner * channels, *constants)
+                wanted = backend.op("dropout_apply")(x.contiguous(), state, P, inner * channels, *constants)
+                torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_every_backend_draws_alike(backend):
     """From the same generator the same state, and nothing for p = 1 or an empty input."""
     if backend.device != "cpu":
