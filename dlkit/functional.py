@@ -1,5 +1,6 @@
 """The names and signatures of torch.nn.functional, and the fused operations beside them."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -333,6 +334,151 @@ def dropout_add_rms_norm(
     return (y, total) if prenorm else y
 
 
+def dropout1d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout1d`; the rest is as :func:`dropout`.
+
+    ``input``: ``[N, C, L]``, or ``[C, L]`` for one sample; RuntimeError for other shapes. The mask goes by the logical
+    index of the channel, ``n * C + c``.
+    """
+    check_probability("dropout1d", p)
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"dropout1d(): expected input of 2 or 3 dimensions, got shape {list(input.shape)}")
+    return _drop("dropout1d", input, p, training, inplace, generator, input.dim() - 1)
+
+
+def dropout2d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout2d`; the rest is as :func:`dropout`.
+
+    ``input``: ``[N, C, H, W]``, contiguous or channels_last. Other shapes warn, as in torch; ``[N, C, *]`` is meant
+    then. The mask goes by the logical index of the channel, ``n * C + c``.
+    """
+    check_probability("dropout2d", p)
+    if input.dim() != 4:
+        _warn("dropout2d", "[N, C, H, W]", "[N, C, *]", input)
+    return _drop("dropout2d", input, p, training, inplace, generator, 2)
+
+
+def dropout3d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout3d`; the rest is as :func:`dropout`.
+
+    ``input``: ``[N, C, D, H, W]``, or ``[C, D, H, W]`` for one sample. Other shapes warn, as in torch; ``[C, *]`` is
+    meant then. The mask goes by the logical index of the channel, ``n * C + c``.
+    """
+    check_probability("dropout3d", p)
+    if input.dim() not in (4, 5):
+        _warn("dropout3d", "[N, C, D, H, W] or [C, D, H, W]", "[C, *]", input)
+    return _drop("dropout3d", input, p, training, inplace, generator, 2 if input.dim() == 5 else 1)
+
+
+def alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout that keeps zero mean and unit variance, as :func:`torch.nn.functional.alpha_dropout`.
+
+    What is dropped becomes SELU's lower bound, -1.7581, then ``y = a * x + b`` for all, with
+    ``a = 1 / sqrt((1 - p) * (1 + p * 1.7581**2))`` and ``b = 1.7581 * a * p``. The rest is as :func:`dropout`.
+
+    Source: `Self-Normalizing Neural Networks <https://arxiv.org/abs/1706.02515>`_.
+    """
+    return _drop("alpha_dropout", input, p, training, inplace, generator, alpha=True)
+
+
+def feature_alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """:func:`alpha_dropout` of whole channels of ``[N, C, *]``, as :func:`torch.nn.functional.feature_alpha_dropout`.
+
+    RuntimeError for fewer than 2 dimensions. The mask goes by the logical index of the channel, ``n * C + c``.
+    """
+    return _drop("feature_alpha_dropout", input, p, training, inplace, generator, 2, alpha=True)
+
+
+def drop_path(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Stochastic depth: dropout of whole samples of ``[N, *]``, the others grow by ``1 / (1 - p)``.
+
+    Meant for the branch of a residual block: ``x + drop_path(branch(x))``. RuntimeError for an input without
+    dimensions; the rest is as :func:`dropout`.
+
+    Source: `Deep Networks with Stochastic Depth <https://arxiv.org/abs/1603.09382>`_.
+    """
+    return _drop("drop_path", input, p, training, inplace, generator, 1)
+
+
+def dropblock2d(
+    input: Tensor,
+    p: float,
+    block_size: int,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """DropBlock: squares of ``block_size`` in each channel become 0, the rest grows so that the mean stays.
+
+    Squares start at seeds, drawn wherever a whole square fits, with probability
+    ``p / block_size**2 * H * W / ((H - block_size + 1) * (W - block_size + 1))``, so that about ``p`` of all elements
+    are dropped (fewer where squares overlap). What is kept is multiplied by ``numel / kept``, counted over the whole
+    tensor.
+
+    Args:
+        input: ``[N, C, H, W]``, floating.
+        p: the share to drop.
+        block_size: the side of a square; the smaller of H and W where it is larger than that.
+        training, inplace, generator: as in :func:`dropout`; seeds come from its stream, by their logical index in
+            ``[N, C, H - block_size + 1, W - block_size + 1]``.
+
+    Returns:
+        The input's shape, dtype and memory format. Backward keeps a byte an element.
+
+    Raises:
+        ValueError: p is not between 0 and 1, block_size is below 1, or the shape is another; the rest is as
+        :func:`dropout`.
+
+    Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
+    """
+    check_probability("dropblock2d", p)
+    if input.dim() != 4:
+        raise ValueError(f"dropblock2d(): expected input [N, C, H, W], got shape {list(input.shape)}")
+    if block_size < 1:
+        raise ValueError(f"dropblock2d(): expected block_size of at least 1, got {block_size}")
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    dropped = _blocks("dropblock2d", input, p, block_size, generator)
+    scale = dropped.numel() / (dropped.numel() - dropped.sum()).clamp(min=1)
+    scaled = input.mul_(scale) if inplace else input * scale
+    return scaled.masked_fill_(dropped, 0)
+
+
+@torch.no_grad()
+def _blocks(name: str, input: Tensor, p: float, block_size: int, generator: Generator | None) -> Tensor:
+    """DropBlock's mask, True where an element is dropped."""
+    height, width = input.shape[2:]
+    size = min(block_size, height, width)
+    rows, columns = height - size + 1, width - size + 1
+    seeds = input.new_ones((*input.shape[:2], rows, columns), dtype=torch.float32)
+    seeds = _drop(name, seeds, p / size**2 * height * width / (rows * columns), True, True, generator)
+    mask = torch.zeros_like(input, dtype=torch.bool)
+    mask[:, :, :rows, :columns] = seeds == 0
+    # Along one side, then the other, each in steps that double: 6 passes over bytes for a square of 7.
+    for dim in (2, 3):
+        reach = 1
+        while reach < size:
+            step = min(reach, size - reach)
+            grown = mask.clone()
+            rest = input.shape[dim] - step
+            grown.narrow(dim, step, rest).logical_or_(mask.narrow(dim, 0, rest))
+            mask, reach = grown, reach + step
+    return mask
+
+
 def _drop(
     name: str,
     input: Tensor,
@@ -362,6 +508,14 @@ def check_tensors(name: str, **tensors: Any) -> None:
     for argument, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
+
+
+def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:
+    warnings.warn(
+        f"{name}(): expected input {expected}, got shape {list(input.shape)}, which is taken for {taken} and may become"
+        " an error",
+        stacklevel=3,
+    )
 
 
 def check_probability(name: str, p: Any) -> None:

@@ -1,6 +1,8 @@
 // Dropout on the CPU. Philox runs ahead by one step (256 elements with AVX-512) into a few bytes of keep bits, which
 // select among as many elements; outputs larger than the caches go past them. Bytes moved: x and y, each once; where
 // whole channels or samples are dropped, of x only what is kept.
+#include <memory>
+
 #include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
 #include "../common/cpu/philox.h"
@@ -65,9 +67,39 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
   if constexpr (kStream) streaming_fence();
 }
 
+// `period` elements take turns: rows of as many, in each of which they have the same bits, drawn once for a sample.
+template <class T, Form kForm, bool kStream>
+void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const Constants<T> constants(op);
+  const T* x = static_cast<const T*>(op.x);
+  T* y = static_cast<T*>(op.y);
+  const std::unique_ptr<uint8_t[]> bits(new uint8_t[op.period / 8 + 2 + kKeepStep + kSlack]);
+  for (int64_t sample = begin / op.inner; sample * op.inner < end; ++sample) {
+    const int64_t mask = sample * op.period, lane = mask % kBlockElements;
+    keep_bits(state, op.threshold, mask / kBlockElements, (lane + op.period + 7) / kBlockElements, bits.get());
+    const int64_t last = min64(end, (sample + 1) * op.inner);
+    int64_t i = max64(begin, sample * op.inner);
+    while (i < last) {
+      const int64_t column = i % op.period, columns = min64(op.period, column + last - i);
+      const int64_t row = i - column;
+      for_columns<A, 1>(column, columns, [&](int64_t c, int, auto width) DLKIT_INLINE_LAMBDA {
+        const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + row + c, width));
+        write<kStream>(
+            y + row + c,
+            select<A>(lanes_at<A>(bits.get(), lane + c), kept, kForm == kAffine ? constants.dropped : Vector<A>{}),
+            width);
+      });
+      i = row + columns;
+    }
+  }
+  if constexpr (kStream) streaming_fence();
+}
+
 // `inner` adjacent elements share a bit.
 template <class T, Form kForm, bool kStream>
 void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
+  if (op.period > 1) return drop_periods<T, kForm, kStream>(op, state, begin, end);
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -96,7 +128,7 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
 // Streaming needs whole aligned vectors at the start of every chunk of the loop and of every run.
 bool should_stream(const Dropout& op, int64_t element) {
   return op.numel * element >= streaming_threshold_bytes() && uintptr_t(op.y) % 64 == 0 &&
-         (op.inner == 1 || op.inner * element % 64 == 0);
+         (op.inner == 1 || (op.period > 1 ? op.period : op.inner) * element % 64 == 0);
 }
 
 }  // namespace

@@ -157,6 +157,37 @@ __global__ void __launch_bounds__(threads) drop_runs(const Dropout op, int64_t p
   }
 }
 
+// `period` elements take turns (channels_last): a thread has the same pack of them in several rows of a sample, and
+// draws for it once. Neighbouring threads have neighbouring packs.
+constexpr int part_rows = 16;
+
+template <class T, int PackBytes>
+__global__ void __launch_bounds__(threads) drop_periods(const Dropout op, int64_t parts) {
+  constexpr int width = PackBytes / sizeof(T);
+  const PhiloxState state = begin(op);
+  const Constants<T> constants(op);
+  const int64_t packs = op.period / width, rows = op.inner / op.period, items = op.numel / op.inner * parts * packs;
+  for (int64_t item = int64_t(blockIdx.x) * threads + threadIdx.x; item < items; item += int64_t(gridDim.x) * threads) {
+    const int64_t others = item / packs, column = (item - others * packs) * width;
+    const int64_t sample = others / parts, part = others - sample * parts;
+    const int64_t mask = sample * op.period + column;
+    const int lane = int(mask % kBlockElements);
+    uint32_t keep = keep_block(state, op.threshold, uint64_t(mask / kBlockElements)) >> lane;
+    if (lane + width > kBlockElements) {
+      keep |= keep_block(state, op.threshold, uint64_t(mask / kBlockElements + 1)) << (kBlockElements - lane);
+    }
+    keep &= (1u << width) - 1;
+    const int64_t last = (part + 1) * part_rows, end = last < rows ? last : rows;
+#pragma unroll 4
+    for (int64_t row = part * part_rows; row < end; ++row) {
+      const int64_t at = sample * op.inner + row * op.period + column;
+      Pack<PackBytes> values{};
+      if (keep != 0) values = load_once<PackBytes>(static_cast<const T*>(op.x) + at);
+      store<PackBytes>(static_cast<T*>(op.y) + at, drop<T, PackBytes>(values, keep, constants));
+    }
+  }
+}
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -175,6 +206,11 @@ void run(const Dropout& op, void* stream) {
     } else {
       launch("dropout drop_elements", drop_elements<T, PackBytes, tiles, false>, grid, threads, 0, stream, op);
     }
+  } else if (op.period > 1) {
+    const int64_t parts = divide_up(op.inner / op.period, part_rows);
+    launch("dropout drop_periods", drop_periods<T, PackBytes>,
+           grid_of(divide_up(op.numel / op.inner * parts * (op.period / width), threads)), threads, 0, stream, op,
+           parts);
   } else {
     const int64_t packs = op.inner / width, parts = divide_up(packs, part_packs);
     int lanes = 32;
@@ -190,8 +226,9 @@ void dropout_cuda(const Dropout& op, void* stream) {
   if (op.numel == 0) return;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const int64_t run_elements = op.period > 1 ? op.period : op.inner;
     const bool wide = aligned(op.x) && aligned(op.residual) && aligned(op.y) &&
-                      (op.inner == 1 || op.inner * int64_t(sizeof(T)) % 16 == 0);
+                      (op.inner == 1 || run_elements * int64_t(sizeof(T)) % 16 == 0);
     if (wide) {
       run<T, 16>(op, stream);
     } else {

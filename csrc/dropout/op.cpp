@@ -44,15 +44,54 @@ struct Form {
   double scale, shift, dropped;
 };
 
-// The kernels take contiguous memory, in which the logical order is that of addresses; other layouts go through it.
+// Whether memory as it lies can be given to the kernels, and as which inner and period of kernel.h.
+struct Layout {
+  bool direct;
+  int64_t inner, period;
+};
+
+// inner > 1 leaves the order free in which the elements of a channel or sample lie, and channels may be innermost.
+Layout layout_of(const Tensor& x, int64_t inner) {
+  if (x.is_contiguous()) return {true, inner, 1};
+  if (inner == 1 || !x.is_non_overlapping_and_dense()) return {false, inner, 1};
+  int64_t dim = x.dim(), elements = 1;
+  while (dim > 0 && (elements < inner || x.size(dim - 1) == 1)) elements *= x.size(--dim);
+  if (elements != inner || dim == 0) return {false, inner, 1};
+  const auto in_order = [&](int64_t dims, int64_t stride) {
+    for (int64_t d = dims - 1; d >= 0; stride *= x.size(d--)) {
+      if (x.size(d) != 1 && x.stride(d) != stride) return false;
+    }
+    return true;
+  };
+  if (in_order(dim, inner)) return {true, inner, 1};
+  const int64_t period = x.size(dim - 1);
+  if (x.stride(dim - 1) == 1 && in_order(dim - 1, inner * period)) return {true, inner * period, period};
+  return {false, inner, 1};
+}
+
+// Other layouts go through contiguous memory, in which the logical order is that of addresses.
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
          const PhiloxSource& source, int64_t* state) {
-  const Tensor x = input.contiguous(), added = residual.defined() ? residual.contiguous() : residual;
-  const Tensor y = output.is_contiguous() ? output : at::empty(input.sizes(), input.options());
-  run(device, Dropout{x.const_data_ptr(), added.defined() ? added.const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                      x.numel(), form.inner, source, state, drop_threshold(form.p), form.scale, form.shift,
-                      form.dropped, dtype_of(input.scalar_type())});
+  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1} : layout_of(input, form.inner);
+  const bool fits = layout.direct && output.strides() == input.strides();
+  const Tensor x = layout.direct ? input : input.contiguous();
+  const Tensor added = residual.defined() ? residual.contiguous() : residual;
+  const Tensor y = fits || (!layout.direct && output.is_contiguous()) ? output : at::empty_like(x);
+  Dropout op{x.const_data_ptr(),
+             added.defined() ? added.const_data_ptr() : nullptr,
+             y.mutable_data_ptr(),
+             x.numel(),
+             layout.inner,
+             source,
+             state,
+             drop_threshold(form.p),
+             form.scale,
+             form.shift,
+             form.dropped,
+             dtype_of(input.scalar_type())};
+  op.period = layout.period;
+  run(device, op);
   if (!y.is_same(output)) output.copy_(y);
 }
 
