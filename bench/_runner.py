@@ -41,6 +41,7 @@ DIRECTIONS = ("forward", "backward", "forward_backward")
 # A contestant turns input tensors into a function and its arguments; what it returns is one tensor or a tuple of them.
 Contestant = Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]
 Call = Callable[[], Any]
+Settle = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,9 @@ def expected_dtypes(inputs: Inputs, direction: str) -> list[torch.dtype]:
     return {"forward": outputs, "backward": gradients, "forward_backward": outputs + gradients}[direction]
 
 
-def errors(call: Call, expected: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[float]:
+def errors(
+    call: Call, expected: Sequence[Tensor], dtypes: Sequence[torch.dtype], settle: Settle | None = None
+) -> list[float]:
     """Largest error of each tensor over the largest value expected; infinite for a wrong shape or dtype, or a NaN."""
     # The allocator hands out blocks that the contestant before has just freed, its correct outputs still in them: a
     # kernel that writes nothing would pass. So such blocks are filled with NaN first.
@@ -187,6 +190,8 @@ def errors(call: Call, expected: Sequence[Tensor], dtypes: Sequence[torch.dtype]
     ]
     del poison
     outputs = _as_tuple(call())
+    if settle is not None:
+        outputs = settle(outputs)
     found = [math.inf] * max(len(expected), len(outputs))
     for index, (output, wanted, dtype) in enumerate(zip(outputs, expected, dtypes, strict=False)):
         if output.shape != wanted.shape or output.dtype != dtype or wanted.numel() == 0:
@@ -357,11 +362,13 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
             expected = expected_outputs(spec, case, sets[0])
         dtypes = expected_dtypes(sets[0], case.direction)
         allowed = spec.tolerances(case)
+        # The spec of a random op has settled(case, inputs): it puts the values of the reference where chance decides.
+        settle = spec.settled(case, sets[0]) if hasattr(spec, "settled") else None
         ready: dict[str, list[Call]] = {}
         for name, contestant in _contestants(spec, case, settings).items():
             try:
                 calls = [prepare(*contestant(*inputs.tensors), inputs, case.direction) for inputs in sets]
-                found = errors(calls[0], expected, dtypes)
+                found = errors(calls[0], expected, dtypes, settle)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
                 results[name] = {"status": "error", "message": f"{type(error).__name__}: {lines[0]}"}

@@ -8,9 +8,9 @@ from dlkit import _backends
 
 _backends.load()
 
-from dlkit import functional, nn  # noqa: E402  (the ops exist only once the library is loaded)
+from dlkit import functional, nn, random  # noqa: E402  (the ops exist only once the library is loaded)
 from dlkit.fusion import fuse  # noqa: E402
 from dlkit.surgery import Change, replace, restore  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Change", "__version__", "functional", "fuse", "nn", "replace", "restore"]
+__all__ = ["Change", "__version__", "functional", "fuse", "nn", "random", "replace", "restore"]

@@ -1,10 +1,13 @@
 """The names and signatures of torch.nn.functional, and the fused operations beside them."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from dlkit import random
 
 _layer_norm = torch.ops.dlkit.layer_norm.default
 _rms_norm = torch.ops.dlkit.rms_norm.default
@@ -13,6 +16,11 @@ _add_rms_norm = torch.ops.dlkit.add_rms_norm.default
 _batch_norm = torch.ops.dlkit.batch_norm.default
 _group_norm = torch.ops.dlkit.group_norm.default
 _instance_norm = torch.ops.dlkit.instance_norm.default
+_dropout = torch.ops.dlkit.dropout.default
+_dropout_ = torch.ops.dlkit.dropout_.default
+_dropout_add = torch.ops.dlkit.dropout_add.default
+_dropout_add_layer_norm = torch.ops.dlkit.dropout_add_layer_norm.default
+_dropout_add_rms_norm = torch.ops.dlkit.dropout_add_rms_norm.default
 
 
 def layer_norm(
@@ -206,6 +214,329 @@ def instance_norm(
     Source: `Instance Normalization <https://arxiv.org/abs/1607.08022>`_.
     """
     return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+Generator = torch.Generator | random.Philox
+
+
+def dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout, as :func:`torch.nn.functional.dropout`: each element becomes 0 with probability ``p``, the others grow
+    by ``1 / (1 - p)``.
+
+    No mask is stored: backward draws it again from the seed and the offset that forward took from the generator. Which
+    elements are dropped depends on these and on the logical index of the element alone, not on the device, the number
+    of threads or the memory format. What is dropped is 0 even if it was NaN or infinite.
+
+    Args:
+        input: any shape and strides, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
+        p: exact to 2^-32. 0 gives the input itself, 1 gives zeros; neither draws anything.
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: a :class:`torch.Generator` of the input's device or a :class:`dlkit.random.Philox`; None stands for
+            the stream of :func:`dlkit.random.use`, or torch's default generator of the device.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: p is not between 0 and 1; RuntimeError: p is NaN, the generator is of another device, or ``inplace``
+        on a leaf that requires grad; TypeError: an argument is of the wrong Python type. The generator is untouched
+        then.
+
+    Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_; the stream is written down in ``csrc/common/philox.h``.
+    """
+    return _drop("dropout", input, p, training, inplace, generator)
+
+
+def dropout_add(
+    input: Tensor, residual: Tensor, p: float = 0.5, training: bool = True, *, generator: Generator | None = None
+) -> Tensor:
+    """``dropout(input) + residual`` in one pass over memory; see :func:`dropout`.
+
+    ``input`` and ``residual`` broadcast and promote as in an addition; the fast case is equal shapes and dtypes, where
+    the result is rounded once. Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
+    """
+    check_probability("dropout_add", p)
+    if not training or p == 0:
+        return input + residual
+    generator, stream = split_generator("dropout_add", generator)
+    try:
+        return _dropout_add(input, residual, p, generator=generator, stream=stream)
+    except RuntimeError:
+        check_tensors("dropout_add", input=input, residual=residual)
+        raise
+
+
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    eps: float = 1e-5,
+    training: bool = True,
+    prenorm: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Any:
+    """``sum = dropout(input) + residual`` and ``layer_norm(sum)`` in one pass over memory.
+
+    Returns:
+        ``y``, or ``(y, sum)`` if ``prenorm``, for blocks that add further to the sum. Gradients flow through both;
+        backward reads what it needs once and draws the mask again.
+
+    The mask is that of :func:`dropout` for the same generator. See :func:`dropout`, :func:`add_layer_norm` and
+    :func:`layer_norm` for the arguments and errors.
+    """
+    check_probability("dropout_add_layer_norm", p)
+    if not training or p == 0:
+        y, total = add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        return (y, total) if prenorm else y
+    own, stream = split_generator("dropout_add_layer_norm", generator)
+    try:
+        y, total = _dropout_add_layer_norm(
+            input, residual, normalized_shape, p, weight, bias, eps, generator=own, stream=stream
+        )
+    except RuntimeError as error:
+        tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
+        _raise("dropout_add_layer_norm", error, normalized_shape, eps, **tensors)
+    return (y, total) if prenorm else y
+
+
+def dropout_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    p: float = 0.5,
+    eps: float | None = None,
+    training: bool = True,
+    prenorm: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Any:
+    """``sum = dropout(input) + residual`` and ``rms_norm(sum)`` in one pass; see :func:`dropout_add_layer_norm`."""
+    check_probability("dropout_add_rms_norm", p)
+    if not training or p == 0:
+        y, total = add_rms_norm(input, residual, normalized_shape, weight, eps)
+        return (y, total) if prenorm else y
+    own, stream = split_generator("dropout_add_rms_norm", generator)
+    try:
+        y, total = _dropout_add_rms_norm(
+            input, residual, normalized_shape, p, weight, eps, generator=own, stream=stream
+        )
+    except RuntimeError as error:
+        _raise("dropout_add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
+    return (y, total) if prenorm else y
+
+
+def dropout1d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout1d`; the rest is as :func:`dropout`.
+
+    ``input``: ``[N, C, L]``, or ``[C, L]`` for one sample; RuntimeError for other shapes. The mask goes by the logical
+    index of the channel, ``n * C + c``.
+    """
+    check_probability("dropout1d", p)
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"dropout1d(): expected input of 2 or 3 dimensions, got shape {list(input.shape)}")
+    return _drop("dropout1d", input, p, training, inplace, generator, input.dim() - 1)
+
+
+def dropout2d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout2d`; the rest is as :func:`dropout`.
+
+    ``input``: ``[N, C, H, W]``, contiguous or channels_last. Other shapes warn, as in torch; ``[N, C, *]`` is meant
+    then. The mask goes by the logical index of the channel, ``n * C + c``.
+    """
+    check_probability("dropout2d", p)
+    if input.dim() != 4:
+        _warn("dropout2d", "[N, C, H, W]", "[N, C, *]", input)
+    return _drop("dropout2d", input, p, training, inplace, generator, 2)
+
+
+def dropout3d(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout3d`; the rest is as :func:`dropout`.
+
+    ``input``: ``[N, C, D, H, W]``, or ``[C, D, H, W]`` for one sample. Other shapes warn, as in torch; ``[C, *]`` is
+    meant then. The mask goes by the logical index of the channel, ``n * C + c``.
+    """
+    check_probability("dropout3d", p)
+    if input.dim() not in (4, 5):
+        _warn("dropout3d", "[N, C, D, H, W] or [C, D, H, W]", "[C, *]", input)
+    return _drop("dropout3d", input, p, training, inplace, generator, 2 if input.dim() == 5 else 1)
+
+
+def alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Dropout that keeps zero mean and unit variance, as :func:`torch.nn.functional.alpha_dropout`.
+
+    What is dropped becomes SELU's lower bound, -1.7581, then ``y = a * x + b`` for all, with
+    ``a = 1 / sqrt((1 - p) * (1 + p * 1.7581**2))`` and ``b = 1.7581 * a * p``. The rest is as :func:`dropout`.
+
+    Source: `Self-Normalizing Neural Networks <https://arxiv.org/abs/1706.02515>`_.
+    """
+    return _drop("alpha_dropout", input, p, training, inplace, generator, alpha=True)
+
+
+def feature_alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """:func:`alpha_dropout` of whole channels of ``[N, C, *]``, as :func:`torch.nn.functional.feature_alpha_dropout`.
+
+    RuntimeError for fewer than 2 dimensions. The mask goes by the logical index of the channel, ``n * C + c``.
+    """
+    return _drop("feature_alpha_dropout", input, p, training, inplace, generator, 2, alpha=True)
+
+
+def drop_path(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
+) -> Tensor:
+    """Stochastic depth: dropout of whole samples of ``[N, *]``, the others grow by ``1 / (1 - p)``.
+
+    Meant for the branch of a residual block: ``x + drop_path(branch(x))``. RuntimeError for an input without
+    dimensions; the rest is as :func:`dropout`.
+
+    Source: `Deep Networks with Stochastic Depth <https://arxiv.org/abs/1603.09382>`_.
+    """
+    return _drop("drop_path", input, p, training, inplace, generator, 1)
+
+
+def dropblock2d(
+    input: Tensor,
+    p: float,
+    block_size: int,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """DropBlock: squares of ``block_size`` in each channel become 0, the rest grows so that the mean stays.
+
+    Squares start at seeds, drawn wherever a whole square fits, with probability
+    ``p / block_size**2 * H * W / ((H - block_size + 1) * (W - block_size + 1))``, so that about ``p`` of all elements
+    are dropped (fewer where squares overlap). What is kept is multiplied by ``numel / kept``, counted over the whole
+    tensor.
+
+    Args:
+        input: ``[N, C, H, W]``, floating.
+        p: the share to drop.
+        block_size: the side of a square; the smaller of H and W where it is larger than that.
+        training, inplace, generator: as in :func:`dropout`; seeds come from its stream, by their logical index in
+            ``[N, C, H - block_size + 1, W - block_size + 1]``.
+
+    Returns:
+        The input's shape, dtype and memory format. Backward keeps a byte an element.
+
+    Raises:
+        ValueError: p is not between 0 and 1, block_size is below 1, or the shape is another; the rest is as
+        :func:`dropout`.
+
+    Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
+    """
+    check_probability("dropblock2d", p)
+    if input.dim() != 4:
+        raise ValueError(f"dropblock2d(): expected input [N, C, H, W], got shape {list(input.shape)}")
+    if block_size < 1:
+        raise ValueError(f"dropblock2d(): expected block_size of at least 1, got {block_size}")
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    dropped = _blocks("dropblock2d", input, p, block_size, generator)
+    scale = dropped.numel() / (dropped.numel() - dropped.sum()).clamp(min=1)
+    scaled = input.mul_(scale) if inplace else input * scale
+    return scaled.masked_fill_(dropped, 0)
+
+
+@torch.no_grad()
+def _blocks(name: str, input: Tensor, p: float, block_size: int, generator: Generator | None) -> Tensor:
+    """DropBlock's mask, True where an element is dropped."""
+    height, width = input.shape[2:]
+    size = min(block_size, height, width)
+    rows, columns = height - size + 1, width - size + 1
+    seeds = input.new_ones((*input.shape[:2], rows, columns), dtype=torch.float32)
+    seeds = _drop(name, seeds, p / size**2 * height * width / (rows * columns), True, True, generator)
+    mask = torch.zeros_like(input, dtype=torch.bool)
+    mask[:, :, :rows, :columns] = seeds == 0
+    # Along one side, then the other, each in steps that double: 6 passes over bytes for a square of 7.
+    for dim in (2, 3):
+        reach = 1
+        while reach < size:
+            step = min(reach, size - reach)
+            grown = mask.clone()
+            rest = input.shape[dim] - step
+            grown.narrow(dim, step, rest).logical_or_(mask.narrow(dim, 0, rest))
+            mask, reach = grown, reach + step
+    return mask
+
+
+def _drop(
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: Generator | None,
+    mask_ndim: int = -1,
+    alpha: bool = False,
+) -> Tensor:
+    """Every variant of dropout. The mask has the input's first ``mask_ndim`` dimensions, all of them if -1."""
+    check_probability(name, p)
+    if not training or p == 0:
+        return input
+    generator, stream = split_generator(name, generator)
+    try:
+        if inplace:
+            _dropout_(input, p, mask_ndim, alpha, generator=generator, stream=stream)
+            return input
+        return _dropout(input, p, mask_ndim, alpha, generator=generator, stream=stream)
+    except RuntimeError:
+        check_tensors(name, input=input)
+        raise
+
+
+def check_tensors(name: str, **tensors: Any) -> None:
+    for argument, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
+
+
+def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:
+    warnings.warn(
+        f"{name}(): expected input {expected}, got shape {list(input.shape)}, which is taken for {taken} and may become"
+        " an error",
+        stacklevel=3,
+    )
+
+
+def check_probability(name: str, p: Any) -> None:
+    if not isinstance(p, (float, int, torch.SymFloat)):
+        raise TypeError(f"{name}(): expected p to be a float, got {type(p).__name__}")
+    if p < 0 or p > 1:
+        raise ValueError(f"{name}(): expected p between 0 and 1, got {p}")
+
+
+def split_generator(name: str, generator: Generator | None) -> tuple[torch.Generator | None, Tensor | None]:
+    """(generator, stream) as the ops take them: the one a torch.Generator, the other a Philox stream's state."""
+    if generator is None:
+        default = random.default()
+        return None, None if default is None else default._state
+    if isinstance(generator, random.Philox):
+        return None, generator._state
+    if isinstance(generator, torch.Generator):
+        return generator, None
+    raise TypeError(
+        f"{name}(): expected generator to be a torch.Generator or a dlkit.random.Philox, got {type(generator).__name__}"
+    )
 
 
 def _raise(name: str, error: RuntimeError, normalized_shape: Any, eps: Any, **tensors: Any) -> NoReturn:

@@ -21,6 +21,13 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.InstanceNorm1d: dlkit.nn.InstanceNorm1d,
     torch.nn.InstanceNorm2d: dlkit.nn.InstanceNorm2d,
     torch.nn.InstanceNorm3d: dlkit.nn.InstanceNorm3d,
+    torch.nn.Dropout: dlkit.nn.Dropout,
+    torch.nn.Dropout1d: dlkit.nn.Dropout1d,
+    torch.nn.Dropout2d: dlkit.nn.Dropout2d,
+    torch.nn.Dropout3d: dlkit.nn.Dropout3d,
+    torch.nn.AlphaDropout: dlkit.nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout: dlkit.nn.FeatureAlphaDropout,
+    torch.nn.MultiheadAttention: dlkit.nn.MultiheadAttention,
 }
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -1027,10 +1027,24 @@ void forward_rows(const Forward& op) {
       using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor)>>, const char, char>;
       return static_cast<Byte*>(tensor) + element * size_of(op.dtype);
     };
-    layer_norm::forward_cpu({from(op.x, row * cols), nullptr, at<A>(wide.weight, first_group * cols),
-                             at<A>(wide.bias, first_group * cols), from(op.y, row * cols), nullptr,
-                             static_cast<A*>(op.mean) + row, static_cast<A*>(op.rstd) + row, rows, cols, cols, 0,
-                             op.eps, op.dtype, std::is_same_v<A, double> ? DType::F64 : DType::F32, false, groups});
+    layer_norm::forward_cpu({from(op.x, row * cols),
+                             nullptr,
+                             at<A>(wide.weight, first_group * cols),
+                             at<A>(wide.bias, first_group * cols),
+                             from(op.y, row * cols),
+                             nullptr,
+                             static_cast<A*>(op.mean) + row,
+                             static_cast<A*>(op.rstd) + row,
+                             rows,
+                             cols,
+                             cols,
+                             0,
+                             op.eps,
+                             op.dtype,
+                             std::is_same_v<A, double> ? DType::F64 : DType::F32,
+                             false,
+                             {},
+                             groups});
   };
   // What fits in caches: a tile of groups for the whole batch by the thread that spread their parameters, which are
   // slow to read from another core's cache (16x512x7x7: 155 us instead of 65). Larger batches go in the order of
@@ -1074,6 +1088,8 @@ layer_norm::Backward backward_rows_of(const Backward& op, const ElementParameter
           op.dtype,
           std::is_same_v<A, double> ? DType::F64 : DType::F32,
           false,
+          {},
+          nullptr,
           shape.groups};
 }
 

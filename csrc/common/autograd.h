@@ -15,7 +15,7 @@ namespace dlkit {
 
 template <class... Optionals>
 bool any_requires_grad(const at::Tensor& input, const Optionals&... others) {
-  const auto required = [](const OptionalTensor& t) { return has(t) && t->requires_grad(); };
+  [[maybe_unused]] const auto required = [](const OptionalTensor& t) { return has(t) && t->requires_grad(); };
   return at::GradMode::is_enabled() && (input.requires_grad() || (required(others) || ...));
 }
 
@@ -23,7 +23,7 @@ bool any_requires_grad(const at::Tensor& input, const Optionals&... others) {
 // derivatives.
 template <class Op, class... Optionals>
 bool needs_native(const Op& op, const at::Tensor& input, const Optionals&... others) {
-  const auto has_tangent = [](const OptionalTensor& t) { return has(t) && t->_fw_grad(0).defined(); };
+  [[maybe_unused]] const auto has_tangent = [](const OptionalTensor& t) { return has(t) && t->_fw_grad(0).defined(); };
   return !is_supported(input.scalar_type()) || input.layout() != at::kStrided ||
          !op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device())) ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||

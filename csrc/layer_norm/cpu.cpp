@@ -9,6 +9,7 @@
 
 #include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
+#include "../common/cpu/philox.h"
 #include "../common/cpu/simd.h"
 #include "../common/dispatch.h"
 #include "kernel.h"
@@ -39,25 +40,60 @@ template <class A>
 constexpr int64_t kShortBackward = 16 * kLanes<A>;  // within the caches, but 1.9 instead of 1.5 ms for 32768x256
 constexpr int64_t kScratch = 16384;  // columns up to which a row, or a parameter, is kept widened on the stack
 
+// Whether and how a residual is added; kDrop: to x behind a dropout.
+enum Residual { kNone, kAdd, kDrop };
+
+// Not inlined into every kernel: it is long.
+__attribute__((noinline)) void draw_bits(const PhiloxState& state, uint64_t threshold, int64_t first, int64_t blocks,
+                                         uint8_t* bits) {
+  keep_bits(state, threshold, first, blocks, bits);
+}
+
+// The keep bits of a few rows that follow each other, of kElements or less.
+template <int64_t kElements>
+struct RowBits {
+  alignas(64) uint8_t bits[kElements / kBlockElements + kKeepStep + 16];
+  int64_t first = 0;  // the element that bit 0 belongs to
+  DLKIT_INLINE_MEMBER void draw(const PhiloxState& state, uint64_t threshold, int64_t begin, int64_t end) {
+    first = begin / kBlockElements * kBlockElements;
+    draw_bits(state, threshold, first / kBlockElements, (end - first + kBlockElements - 1) / kBlockElements, bits);
+  }
+  template <class A>
+  DLKIT_INLINE_MEMBER uint32_t lanes(int64_t element) const {
+    return lanes_at<A>(bits, element - first);
+  }
+};
+
+template <Residual kResidual>
+constexpr int64_t kDropped = kResidual == kDrop ? kScratch : 0;
+
 // What is normalised: x, or x + residual rounded to T. The first reading writes the sum out and, with kKeep, leaves the
 // row widened in `kept`: two output streams in two passes are faster than both in the last one.
-template <class T, bool kAdd, bool kStream, bool kKeep>
+template <class T, Residual kResidual, bool kStream, bool kKeep>
 struct Row {
   using A = accumulate_t<T>;
   const T* x;
   const T* residual;
   T* sum;
   A* kept;
+  const RowBits<kDropped<kResidual>>* bits;
+  int64_t first_element;  // the logical index of column 0
+  A scale;
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> read(int64_t column, Width width) const {
     const Vector<A> v = load(x + column, width);
-    if constexpr (kAdd) return round_to<T>(v + load(residual + column, width));
-    return v;
+    if constexpr (kResidual == kNone) return v;
+    const Vector<A> added = load(residual + column, width);
+    if constexpr (kResidual == kDrop) {
+      return round_to<T>(
+          select<A>(bits->template lanes<A>(first_element + column), fma(v, broadcast<A>(scale), added), added));
+    }
+    return round_to<T>(v + added);
   }
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> first(int64_t column, Width width) const {
     const Vector<A> v = read(column, width);
-    if constexpr (kAdd) write<kStream>(sum + column, v, width);
+    if constexpr (kResidual != kNone) write<kStream>(sum + column, v, width);
     if constexpr (kKeep) store(kept + column, v, All{});
     return v;
   }
@@ -70,7 +106,7 @@ struct Row {
   // 8192x4096 fp32, where a copy takes 5.9; asking twice for a line costs all of that again.
   DLKIT_INLINE_MEMBER void fetch_half(int64_t column) const {
     prefetch<kSlots * kLanes<A> / 2>(x + column);
-    if constexpr (kAdd) prefetch<kSlots * kLanes<A> / 2>(residual + column);
+    if constexpr (kResidual != kNone) prefetch<kSlots * kLanes<A> / 2>(residual + column);
   }
 };
 
@@ -113,26 +149,31 @@ DLKIT_INLINE VectorF32 inverse_root(VectorF32 variance, double eps) {
 // Short rows, one or a vector of them together: what belongs to a row (its sums, mean and rstd) is a lane of a vector,
 // so that adding lanes up and taking the root cost a row some 10 cycles instead of 60. A row's bits are the same
 // either way.
-template <class T, bool kAdd, bool kStream, int kRows>
+template <class T, Residual kResidual, bool kStream, int kRows>
 void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const accumulate_t<T>* biases,
                         int64_t first) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
-  using RowT = Row<T, kAdd, kStream, kAdd || !std::is_same_v<A, T>>;
+  using RowT = Row<T, kResidual, kStream, kResidual != kNone || !std::is_same_v<A, T>>;
   constexpr bool kFine = std::is_same_v<A, T>;
   const int64_t cols = op.cols, pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   alignas(64) A kept[kRows * kShortForward<A>];
   alignas(64) A means[kLanes<A>] = {}, rests[kLanes<A>] = {}, scales[kLanes<A>];
   const auto row_of = [&](int r) DLKIT_INLINE_LAMBDA {
     const int64_t row = first + r;
-    return RowT{static_cast<const T*>(op.x) + row * op.x_stride, at<const T>(op.residual, row * op.residual_stride),
-                at<T>(op.sum, row * cols), kept + r * pitch};
+    return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
+                at<const T>(op.residual, row * op.residual_stride),
+                at<T>(op.sum, row * cols),
+                kept + r * pitch,
+                nullptr,
+                0,
+                0};
   };
   const bool far = is_far<T>(op.rows, cols);
   const auto fetch_next = [&](int r, int64_t i) DLKIT_INLINE_LAMBDA {
     const RowT next = row_of(r + kRows);
     prefetch<kLanes<A>>(next.x + i);
-    if constexpr (kAdd) prefetch<kLanes<A>>(next.residual + i);
+    if constexpr (kResidual != kNone) prefetch<kLanes<A>>(next.residual + i);
   };
   const auto save = [&](void* statistics, V values) DLKIT_INLINE_LAMBDA {
     if (statistics != nullptr) memcpy(static_cast<A*>(statistics) + first, &values, kRows * sizeof(A));
@@ -153,7 +194,10 @@ void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const
     for (int r = 0; r < kRows; ++r) {
       const RowT x = row_of(r);
       sums[r] = V{};
-      for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { sums[r] += x.first(i, width); });
+      for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        if (far) fetch_next(r, i);
+        sums[r] += x.first(i, width);
+      });
     }
     const V mean = sums_of_lanes(sums) / A(cols);
     store(means, mean, All{});
@@ -191,22 +235,22 @@ void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const
   }
 }
 
-template <class T, class P, bool kAdd, bool kStream>
+template <class T, class P, Residual kResidual, bool kStream>
 void forward_all_short_rows(const Forward& op, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const Widened<A, P, true> weight(op.weight, op.cols), bias(op.bias, op.cols);
   int64_t row = begin;
   for (; row + kLanes<A> <= end; row += kLanes<A>) {
-    forward_short_rows<T, kAdd, kStream, kLanes<A>>(op, weight.data, bias.data, row);
+    forward_short_rows<T, kResidual, kStream, kLanes<A>>(op, weight.data, bias.data, row);
   }
-  for (; row < end; ++row) forward_short_rows<T, kAdd, kStream, 1>(op, weight.data, bias.data, row);
+  for (; row < end; ++row) forward_short_rows<T, kResidual, kStream, 1>(op, weight.data, bias.data, row);
   if constexpr (kStream) streaming_fence();
 }
 
-template <class T, class P, bool kAdd, bool kStream, bool kKeep>
+template <class T, class P, Residual kResidual, bool kStream, bool kKeep>
 void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
-  using RowT = Row<T, kAdd, kStream, kKeep && (kAdd || !std::is_same_v<A, T>)>;
+  using RowT = Row<T, kResidual, kStream, kKeep && (kResidual != kNone || !std::is_same_v<A, T>)>;
   const int64_t cols = op.cols;
   const Widened<A, P, kKeep> weights(op.weight, cols), biases(op.bias, cols);
   using Parameter = typename decltype(weights)::Element;
@@ -215,18 +259,26 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   constexpr bool kFine = std::is_same_v<A, T>;
   // Of LayerNorm's three passes the first two fetch the next row for 16-bit types, which leaves the last to the stores:
   // 5.4 -> 4.4 ms for 8192x4096 bf16. fp32 is 4 % slower so, with a residual too: the last two do it there.
-  constexpr bool kFetchEarly = !kAdd && !std::is_same_v<A, T>;
+  constexpr bool kFetchEarly = kResidual == kNone && !std::is_same_v<A, T>;
   // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next
   // row's.
   const int64_t together = cols <= 1024 ? kGroup : 1;
   const bool far = is_far<T>(op.rows, cols);
+  RowBits<kDropped<kResidual>> bits;
+  const PhiloxState state = read(op.dropout.source);
   const int64_t pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   const auto row_of = [&](int64_t row) DLKIT_INLINE_LAMBDA {
-    return RowT{static_cast<const T*>(op.x) + row * op.x_stride, at<const T>(op.residual, row * op.residual_stride),
-                at<T>(op.sum, row * cols), kept + row % together * pitch};
+    return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
+                at<const T>(op.residual, row * op.residual_stride),
+                at<T>(op.sum, row * cols),
+                kept + row % together * pitch,
+                &bits,
+                row * cols,
+                A(op.dropout.scale)};
   };
   for (int64_t first = begin; first < end; first += together) {
     const int64_t last = min64(first + together, end);
+    if constexpr (kResidual == kDrop) bits.draw(state, op.dropout.threshold, first * cols, last * cols);
     A mean[kGroup] = {}, mean_rest[kGroup] = {}, rstd[kGroup];
     if (!op.rms) {
       for (int64_t row = first; row < last; ++row) {
@@ -282,24 +334,27 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   if constexpr (kStream) streaming_fence();
 }
 
-template <class T, class P, bool kAdd>
+template <class T, class P, Residual kResidual>
 void forward_typed(const Forward& op) {
   const int64_t grain = max64(1, kGrain / op.cols);
-  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (!kAdd || uintptr_t(op.sum) % 64 == 0);
+  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (kResidual == kNone || uintptr_t(op.sum) % 64 == 0);
   const auto run = [&](auto streaming, auto keeping) {
-    parallel_for(op.rows, grain,
-                 [&](int64_t begin, int64_t end) { forward_rows<T, P, kAdd, streaming, keeping>(op, begin, end); });
-  };
-  if (op.cols <= kShortForward<accumulate_t<T>>) {
-    return parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
-      stream ? forward_all_short_rows<T, P, kAdd, true>(op, begin, end)
-             : forward_all_short_rows<T, P, kAdd, false>(op, begin, end);
+    parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
+      forward_rows<T, P, kResidual, streaming, keeping>(op, begin, end);
     });
+  };
+  if constexpr (kResidual != kDrop) {
+    if (op.cols <= kShortForward<accumulate_t<T>>) {
+      return parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
+        stream ? forward_all_short_rows<T, P, kResidual, true>(op, begin, end)
+               : forward_all_short_rows<T, P, kResidual, false>(op, begin, end);
+      });
+    }
   }
-  constexpr bool kNothingToKeep = !kAdd && std::is_same_v<T, accumulate_t<T>>;
+  constexpr bool kNothingToKeep = kResidual == kNone && std::is_same_v<T, accumulate_t<T>>;
   if (kNothingToKeep || op.cols <= kScratch) {
     stream ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
-  } else if constexpr (!kNothingToKeep) {
+  } else if constexpr (!kNothingToKeep && kResidual != kDrop) {
     run(std::false_type(), std::false_type());
   }
 }
@@ -361,7 +416,8 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
 // Rows first, first + period, ...; those of `found`, from `place` on, where there are any.
 template <class T, class P, int kRows, bool kInput, bool kWeight, bool kBias, bool kStream>
 void backward_group(const Backward& op, const P* weight, int64_t first, int64_t end, accumulate_t<T>* weight_sums,
-                    accumulate_t<T>* bias_sums, const RowGradients<accumulate_t<T>>* found = nullptr, int place = 0) {
+                    accumulate_t<T>* bias_sums, const PhiloxState& state, RowBits<kInput ? kGroup * kScratch : 0>& bits,
+                    const RowGradients<accumulate_t<T>>* found = nullptr, int place = 0) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols;
   const T* const all_x = static_cast<const T*>(op.x);
@@ -380,6 +436,8 @@ void backward_group(const Backward& op, const P* weight, int64_t first, int64_t 
     mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
     rstd[r] = static_cast<const A*>(op.rstd)[row];
   }
+  const bool drop = kInput && op.dropout.active;
+  if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + kRows) * cols);
   const bool far = found == nullptr && is_far<T>(op.rows, cols);
   // Both passes fetch half of the next group each.
   const auto fetch_half = [&](int r, int64_t column) DLKIT_INLINE_LAMBDA {
@@ -419,6 +477,12 @@ void backward_group(const Backward& op, const P* weight, int64_t first, int64_t 
         Vector<A> dx = fma(centred, broadcast<A>(-slope[r]), dy * w - mean_wdy[r]) * rstd[r];
         if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
         write<kStream>(grad_input[r] + i, dx, width);
+        if (drop) {
+          const int64_t element = (first + r) * cols + i;
+          const Vector<A> kept = dx * broadcast<A>(A(op.dropout.scale));
+          write<kStream>(static_cast<T*>(op.grad_dropped) + element,
+                         select<A>(bits.template lanes<A>(element), kept, Vector<A>{}), width);
+        }
       }
       if constexpr (kWeight) weight_sum = fma(dy, centred * rstd[r], weight_sum);
       if constexpr (kBias) bias_sum += dy;
@@ -439,6 +503,8 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
   if constexpr (kBias) memset(bias_sums + first * cols, 0, bytes);
   const Widened<A, P, kKeep> weights(op.weight, cols);
   using Parameter = typename decltype(weights)::Element;
+  RowBits<kInput ? kGroup * kScratch : 0> bits;
+  const PhiloxState state = read(op.dropout.source);
   // Calls f(how many, a row, its weight, its sums) for rows of one place, from as many periods.
   const auto for_groups = [&](auto most, const auto& f) DLKIT_INLINE_LAMBDA {
     const auto at_places = [&](int64_t sample, auto count) DLKIT_INLINE_LAMBDA {
@@ -460,7 +526,7 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
                    short_row_gradients<T, count>(op, weight, row, found);
                    for (int place = 0; place < count; place += kTogether) {
                      backward_group<T, A, kTogether, kInput, kWeight, kBias, kStream>(
-                         op, weight, row + place * period, op.rows, weight_sum, bias_sum, &found, place);
+                         op, weight, row + place * period, op.rows, weight_sum, bias_sum, state, bits, &found, place);
                    }
                  });
       if constexpr (kStream) streaming_fence();
@@ -470,7 +536,7 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
   for_groups(std::integral_constant<int, kGroup>(),
              [&](auto count, int64_t row, const Parameter* weight, A* weight_sum, A* bias_sum) DLKIT_INLINE_LAMBDA {
                backward_group<T, Parameter, count, kInput, kWeight, kBias, kStream>(op, weight, row, end * period,
-                                                                                    weight_sum, bias_sum);
+                                                                                    weight_sum, bias_sum, state, bits);
              });
   if constexpr (kStream) streaming_fence();
 }
@@ -489,7 +555,8 @@ void sum_partials(const A* partials, int64_t blocks, int64_t block_stride, int64
 template <class T, class P, bool kInput, bool kWeight, bool kBias>
 void backward_typed(const Backward& op) {
   using A = accumulate_t<T>;
-  const bool stream = kInput && should_stream<T>(op.grad_input, op.rows, op.cols);
+  const bool stream =
+      kInput && should_stream<T>(op.grad_input, op.rows, op.cols) && uintptr_t(op.grad_dropped) % 64 == 0;
   const auto run = [&](auto streaming, auto keeping) {
     const auto [blocks, tiles] = cut(op);
     const int64_t periods = op.rows / op.period, parameters = op.period * op.cols;
@@ -519,10 +586,19 @@ void backward_typed(const Backward& op) {
 }  // namespace
 
 void forward(const Forward& op) {
+  if (op.dropout.state != nullptr) {
+    const PhiloxState state = read(op.dropout.source);
+    op.dropout.state[0] = int64_t(state.seed);
+    op.dropout.state[1] = int64_t(state.offset);
+  }
   with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
-    op.residual != nullptr ? forward_typed<T, P, true>(op) : forward_typed<T, P, false>(op);
+    if (op.dropout.active) {
+      forward_typed<T, P, kDrop>(op);
+    } else {
+      op.residual != nullptr ? forward_typed<T, P, kAdd>(op) : forward_typed<T, P, kNone>(op);
+    }
   });
 }
 
@@ -537,6 +613,7 @@ void backward(const Backward& op) {
 }
 
 #if defined(DLKIT_ISA_IS_BASELINE)
+constexpr int64_t most_dropped = kScratch;  // columns: the keep bits of a group of rows lie on the stack
 int64_t partials_bytes(const Backward& op) {
   const int64_t element = op.dtype == DType::F64 ? 8 : 4;
   const int64_t arrays = int64_t(op.grad_weight != nullptr) + int64_t(op.grad_bias != nullptr);
@@ -550,6 +627,8 @@ DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
 DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
 #if defined(DLKIT_ISA_IS_BASELINE)
 int64_t backward_partials_cpu(const Backward& op) { return baseline::partials_bytes(op); }
+bool can_drop_cpu(const Forward& op) { return op.cols <= baseline::most_dropped; }
+bool can_drop_cpu(const Backward& op) { return op.cols <= baseline::most_dropped; }
 #endif
 
 }  // namespace dlkit::layer_norm

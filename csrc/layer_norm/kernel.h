@@ -1,6 +1,8 @@
-// The contract of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, forward and backward.
+// The contract of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, forward and backward. x may pass a
+// dropout on its way to the addition.
 //
 //   sum  = x + residual                      (rounded to the input's dtype; only with a residual, else sum = x)
+//   sum  = drop(x) + residual                (with op.dropout, whose mask goes by row * cols + col; rounded once)
 //   xhat = (sum - mean) * rstd               mean of the row, 0 for RMSNorm
 //   rstd = 1 / sqrt(mean((sum - mean)^2) + eps)
 //   y    = xhat * weight + bias
@@ -10,13 +12,14 @@
 //   grad_weight = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
 //
 // Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that
-// the element type itself has. weight, bias and their gradients are [period, cols]: row r takes row r % period, which is
-// how group_norm's groups are rows; rows is a multiple of period, and on CUDA period is 1. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype
-// is F64). `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then
+// the element type itself has. weight, bias and their gradients are [period, cols]: row r takes row r % period, which
+// is how group_norm's groups are rows; rows is a multiple of period. On CUDA, and where parameter_dtype is not that of
+// accumulate, period is 1. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype is
+// F64). `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then
 // that input counts as absent and that output is not computed. rows may be 0; cols is at least 1.
 #pragma once
 
-#include "../common/scalar.h"
+#include "../common/philox.h"
 
 namespace dlkit::layer_norm {
 
@@ -35,6 +38,7 @@ struct Forward {
   DType dtype;            // of x, residual, y and sum
   DType parameter_dtype;  // of weight and bias: dtype or F32
   bool rms;
+  FusedDropout dropout;  // only with a residual, and where can_drop_*() says yes
   int64_t period = 1;
 };
 
@@ -54,8 +58,16 @@ struct Backward {
   DType dtype;            // of grad_output, grad_sum, x and grad_input
   DType parameter_dtype;  // of weight, grad_weight and grad_bias: dtype or F32
   bool rms;
+  FusedDropout dropout;  // forward's, where can_drop_*() says yes; then, with grad_input:
+  void* grad_dropped;    // gradient of the x that was dropped, drop(grad_input), where that of the sum is grad_input
   int64_t period = 1;
 };
+
+// Whether the kernels can drop on the way: the rows may be too long.
+bool can_drop_cpu(const Forward& op);
+bool can_drop_cpu(const Backward& op);
+bool can_drop_cuda(const Forward& op);
+bool can_drop_cuda(const Backward& op);
 
 void forward_cpu(const Forward& op);
 void backward_cpu(const Backward& op);

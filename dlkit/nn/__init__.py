@@ -1,5 +1,6 @@
 """torch.nn modules on fused kernels: same arguments, parameters and state_dict; only forward() differs."""
 
+from dlkit.nn.attention import MultiheadAttention
 from dlkit.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -8,25 +9,55 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from dlkit.nn.dropout import (
+    AlphaDropout,
+    DropBlock2d,
+    DropConnectLinear,
+    Dropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    DropoutAdd,
+    DropoutAddLayerNorm,
+    DropoutAddRMSNorm,
+    DropPath,
+    FeatureAlphaDropout,
+)
 from dlkit.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from dlkit.nn.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from dlkit.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormReLU
+from dlkit.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
+    "AlphaDropout",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "DropBlock2d",
+    "DropConnectLinear",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "DropoutAdd",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
+    "FeatureAlphaDropout",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "MultiheadAttention",
     "RMSNorm",
     "SyncBatchNorm",
     "SyncBatchNormReLU",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]

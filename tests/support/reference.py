@@ -38,3 +38,41 @@ def add(x: Tensor, residual: Tensor) -> Tensor:
     """x + residual rounded once to their dtype."""
     wide = torch.float64 if x.dtype != torch.float64 else x.dtype
     return (x.to(wide) + residual.to(wide)).to(x.dtype)
+
+
+def philox(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
+    """Philox4x32-10: key [..., 2] and counter [..., 4] of 32-bit words to 4 words."""
+    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = (key[..., i].astype(np.uint64) for i in range(2))
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ k0, b & low, (a >> np.uint64(32)) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack([c0, c1, c2, c3], -1)
+
+
+def words(*values: int) -> np.ndarray:
+    """Numbers of 64 bits as 32-bit words, low ones first."""
+    return np.array([value >> shift & 0xFFFFFFFF for value in values for shift in (0, 32)], np.uint64)
+
+
+def lane_bits(seed: int, counter: int, index: np.ndarray) -> np.ndarray:
+    """The 16 bits of csrc/common/philox.h's stream that belong to each element, at a counter (offset / 4)."""
+    index = index.astype(np.uint64)
+    block, lane = index // np.uint64(8), index % np.uint64(8)
+    low, high = (np.broadcast_to(word, index.shape) for word in words(counter))
+    drawn = philox(
+        np.broadcast_to(words(seed), (*index.shape, 2)),
+        np.stack([low, high, block & np.uint64(0xFFFFFFFF), block >> np.uint64(32)], -1),
+    )
+    word = np.take_along_axis(drawn, (lane // np.uint64(2)).astype(np.int64)[..., None], -1)[..., 0]
+    return word >> (lane % np.uint64(2) * np.uint64(16)) & np.uint64(0xFFFF)
+
+
+def keep_mask(seed: int, offset: int, p: float, count: int, first: int = 0) -> np.ndarray:
+    """Which of the elements first ... first + count - 1 stay."""
+    index = np.arange(first, first + count, dtype=np.uint64)
+    high, low = divmod(int(p * 2**32 + 0.5), 2**16)
+    bits, tie_bits = (lane_bits(seed, (offset // 4 + i) % 2**64, index) for i in range(2))
+    return ~((bits < high) | ((bits == high) & (tie_bits < low)))

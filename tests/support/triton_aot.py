@@ -143,9 +143,33 @@ def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
         yield "evaluation 32x64x56x56", True, partial(both, 32, 64, 56, 56, training=False, relu=True)
 
 
+def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Elements with bits of their own, runs of all lengths, the affine form; the state drawn, and given."""
+    import torch
+
+    op = _load("dropout")
+    dtype = getattr(torch, dtype_name)
+
+    def forward(count: int, inner: int, *affine: float) -> None:
+        op.dropout_forward(torch.zeros(count, dtype=dtype), 0.1, inner, 1.25, *(affine or (0.0, 0.0)))
+
+    def apply(count: int, inner: int) -> None:
+        op.dropout_apply(torch.zeros(count, dtype=dtype), torch.zeros(2, dtype=torch.int64), 0.1, inner, 1.25, 0.0, 0.0)
+
+    yield "forward", True, partial(forward, 4099, 1)
+    yield "apply", True, partial(apply, 4099, 1)
+    yield "runs of 784", True, partial(forward, 784 * 9, 784)
+    yield "runs of 49", False, partial(forward, 49 * 9, 49)
+    if dtype_name in ("float32", "bfloat16"):
+        yield "affine", True, partial(forward, 4096, 1, 0.5, -0.5)
+        yield "runs of 16", True, partial(apply, 16 * 9, 16)
+        yield "runs of 65536", True, partial(apply, 65536, 65536)
+
+
 CASES = (
     _layer_norm_cases,
     _batch_norm_cases,
+    _dropout_cases,
 )
 
 

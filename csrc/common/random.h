@@ -1,0 +1,88 @@
+// Where an op's random numbers come from. A call draws seed and offset once: from torch's generator of the device, or
+// from a state it was given. What was drawn travels as an int64 [2] tensor, (seed, offset), on the input's device, and
+// is all that backward needs. On CUDA the kernel itself writes it: nothing waits for the device, and under graph
+// capture the generator's own memory is read anew at each replay.
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Generator.h>
+
+#include "op.h"
+#include "philox.h"
+
+#if defined(DLKIT_WITH_CUDA)
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
+
+namespace dlkit {
+
+using OptionalGenerator = std::optional<at::Generator>;
+
+// The CPU's generator has no offset: it gives a seed a call.
+inline PhiloxSource draw_cpu(const OptionalGenerator& generator) {
+  auto* const cpu = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(cpu->mutex_);
+  return {nullptr, nullptr, cpu->random64(), 0};
+}
+
+inline PhiloxSource draw(const CpuDevice&, const at::Tensor&, const OptionalGenerator& generator) {
+  return draw_cpu(generator);
+}
+
+#if defined(DLKIT_CUDA_ON_CPU)
+inline PhiloxSource draw(const CudaDevice&, const at::Tensor&, const OptionalGenerator& generator) {
+  return draw_cpu(generator);
+}
+#elif defined(DLKIT_WITH_CUDA)
+inline PhiloxSource draw(const CudaDevice&, const at::Tensor& input, const OptionalGenerator& generator) {
+  auto* const cuda = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      generator, at::cuda::detail::getDefaultCUDAGenerator(input.device().index()));
+  const std::lock_guard<std::mutex> lock(cuda->mutex_);
+  const at::PhiloxCudaState state = cuda->philox_cuda_state(kDrawn);
+  if (state.captured_) return {state.seed_.ptr, state.offset_.ptr, 0, state.offset_intragraph_};
+  return {nullptr, nullptr, state.seed_.val, state.offset_.val};
+}
+#endif
+
+// A state on the CPU (a dlkit.random.Philox drew it) serves any device, but a captured graph would replay its value.
+inline PhiloxSource source_of(const at::Tensor& state, const at::Tensor& input) {
+  const int64_t* data = state.const_data_ptr<int64_t>();
+  if (state.device() == input.device()) return {data, data + 1, 0, 0};
+  TORCH_CHECK(state.device().is_cpu(), "dropout: expected state on ", input.device(),
+              " (the device of input) or cpu, got ", state.device());
+#if defined(DLKIT_WITH_CUDA)
+  TORCH_CHECK(
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+      "dropout: a dlkit.random.Philox cannot be captured in a CUDA graph, whose replays would all draw the same "
+      "mask; use a torch.Generator of the device");
+#endif
+  return {nullptr, nullptr, uint64_t(data[0]), uint64_t(data[1])};
+}
+
+inline at::Tensor empty_state(const at::Tensor& input) {
+  return at::empty({2}, at::TensorOptions().device(input.device()).dtype(at::kLong));
+}
+
+// torch's checks of a call.
+inline void check_dropout(const char* name, const at::Tensor& input, double p, const OptionalGenerator& generator,
+                          const OptionalTensor& stream) {
+  TORCH_CHECK(input.defined(), name, "(): expected input to be a Tensor, got None");
+  TORCH_CHECK_VALUE(!(p < 0 || p > 1), name, "(): expected p between 0 and 1, got ", p);
+  TORCH_CHECK(p == p, name, "(): expected p between 0 and 1, got ", p);
+  if (!generator.has_value() || !generator->defined()) return;
+  TORCH_CHECK(generator->device().type() == input.device().type() || input.is_meta(), name,
+              "(): expected generator on ", input.device(), " (the device of input), got ", generator->device());
+  TORCH_CHECK(!has(stream), name, "(): expected generator or stream, got both");
+}
+
+// The state of this call where a stream gives it, else none: then the kernel's op draws. A stream moves on only if
+// there is something to draw, as a generator does.
+inline OptionalTensor draw_for(const at::Tensor& input, double p, const OptionalTensor& stream) {
+  if (!has(stream) || p == 1 || TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0))) return std::nullopt;
+  static const auto op = find_op<at::Tensor(at::Tensor&)>("philox_draw");
+  at::Tensor tensor = *stream;
+  return op.call(tensor);
+}
+
+}  // namespace dlkit

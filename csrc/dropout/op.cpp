@@ -1,0 +1,522 @@
+// Dropout and its variants as torch ops. The public three, dropout, dropout_ and dropout_add, check their arguments,
+// choose the constants of kernel.h and call dropout_forward, through an autograd node where a gradient is asked for.
+// Backward is dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
+// dlkit.random.Philox. Forward-mode derivatives go through a differentiable formula with the same mask, vmap through
+// torch's own dropout, which knows what its `randomness` asks for.
+#include "../common/op.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/alpha_dropout.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/feature_alpha_dropout.h>
+#include <ATen/ops/feature_dropout.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/where.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include <cmath>
+
+#include "../common/autograd.h"
+#include "../common/random.h"
+#include "kernel.h"
+
+namespace dlkit::dropout {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
+void run(const CudaDevice& device, const Dropout& op) { dropout_cuda(op, device.stream()); }
+#endif
+#if !defined(DLKIT_CUDA_ON_CPU)
+void run(const CpuDevice&, const Dropout& op) { dropout_cpu(op); }
+#endif
+
+// What an op does with the mask: y = keep ? x * scale + shift : dropped, a bit for every `inner` adjacent elements.
+template <class Int>
+struct Form {
+  double p;
+  Int inner;
+  double scale, shift, dropped;
+};
+
+// Whether memory as it lies can be given to the kernels, and as which inner and period of kernel.h.
+struct Layout {
+  bool direct;
+  int64_t inner, period;
+};
+
+// inner > 1 leaves the order free in which the elements of a channel or sample lie, and channels may be innermost.
+Layout layout_of(const Tensor& x, int64_t inner) {
+  if (x.is_contiguous()) return {true, inner, 1};
+  if (inner == 1 || !x.is_non_overlapping_and_dense()) return {false, inner, 1};
+  int64_t dim = x.dim(), elements = 1;
+  while (dim > 0 && (elements < inner || x.size(dim - 1) == 1)) elements *= x.size(--dim);
+  if (elements != inner || dim == 0) return {false, inner, 1};
+  const auto in_order = [&](int64_t dims, int64_t stride) {
+    for (int64_t d = dims - 1; d >= 0; stride *= x.size(d--)) {
+      if (x.size(d) != 1 && x.stride(d) != stride) return false;
+    }
+    return true;
+  };
+  if (in_order(dim, inner)) return {true, inner, 1};
+  const int64_t period = x.size(dim - 1);
+  if (x.stride(dim - 1) == 1 && in_order(dim - 1, inner * period)) return {true, inner * period, period};
+  return {false, inner, 1};
+}
+
+// Other layouts go through contiguous memory, in which the logical order is that of addresses.
+template <class Device>
+void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
+         const PhiloxSource& source, int64_t* state) {
+  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1} : layout_of(input, form.inner);
+  const bool fits = layout.direct && output.strides() == input.strides();
+  const Tensor x = layout.direct ? input : input.contiguous();
+  const Tensor added = residual.defined() ? residual.contiguous() : residual;
+  const Tensor y = fits || (!layout.direct && output.is_contiguous()) ? output : at::empty_like(x);
+  Dropout op{x.const_data_ptr(),
+             added.defined() ? added.const_data_ptr() : nullptr,
+             y.mutable_data_ptr(),
+             x.numel(),
+             layout.inner,
+             source,
+             state,
+             drop_threshold(form.p),
+             form.scale,
+             form.shift,
+             form.dropped,
+             dtype_of(input.scalar_type())};
+  op.period = layout.period;
+  run(device, op);
+  if (!y.is_same(output)) output.copy_(y);
+}
+
+// Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
+template <class Device>
+Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
+                    const OptionalGenerator& generator) {
+  const Device device(input);
+  Tensor state = empty_state(input);
+  const bool draws = form.p < 1 && input.numel() > 0;
+  const PhiloxSource source = draws ? draw(device, input, generator) : PhiloxSource{};
+  if (input.numel() > 0) {
+    run(device, input, residual, output, form, source, state.mutable_data_ptr<int64_t>());
+  } else {
+    state.zero_();
+  }
+  return state;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> forward(const Tensor& input, double p, int64_t inner, double scale, double shift,
+                                   double dropped, const OptionalGenerator& generator) {
+  Tensor y = at::empty_like(input);
+  Tensor state = forward_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, generator);
+  return {std::move(y), std::move(state)};
+}
+
+template <class Device>
+Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t inner, double scale, double shift,
+             double dropped) {
+  Tensor y = at::empty_like(input);
+  if (input.numel() == 0) return y;
+  run(Device(input), input, Tensor(), y, {p, inner, scale, shift, dropped}, source_of(state, input), nullptr);
+  return y;
+}
+
+template <class Device>
+Tensor forward_(Tensor& input, const OptionalTensor& state, double p, int64_t inner, double scale, double shift,
+                double dropped, const OptionalGenerator& generator) {
+  at::assert_no_internal_overlap(input);
+  const Form<int64_t> form{p, inner, scale, shift, dropped};
+  if (!has(state)) return forward_into<Device>(input, Tensor(), input, form, generator);
+  if (input.numel() > 0) run(Device(input), input, Tensor(), input, form, source_of(*state, input), nullptr);
+  return state->clone();
+}
+
+double scale_of(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+
+template <class Device>
+std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
+                                       double p, const OptionalGenerator& generator) {
+  Tensor y = at::empty(input.sizes(), input.options());
+  const Form<int64_t> form{p, 1, scale_of(p), 0, 0};
+  if (!has(state)) {
+    Tensor drawn = forward_into<Device>(input, residual, y, form, generator);
+    return {std::move(y), std::move(drawn)};
+  }
+  if (input.numel() > 0) run(Device(input), input, residual, y, form, source_of(*state, input), nullptr);
+  return {std::move(y), state->clone()};
+}
+
+// Shapes and dtypes of the above, for tracing.
+std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor&, double,
+                                            const OptionalGenerator&) {
+  return {at::empty_symint(input.sym_sizes(), input.options()), empty_state(input)};
+}
+
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, double, c10::SymInt, double, double, double,
+                                        const OptionalGenerator&) {
+  return {at::empty_like(input), empty_state(input)};
+}
+
+Tensor apply_meta(const Tensor& input, const Tensor&, double, c10::SymInt, double, double, double) {
+  return at::empty_like(input);
+}
+
+Tensor forward_meta_(Tensor& input, const OptionalTensor&, double, c10::SymInt, double, double, double,
+                     const OptionalGenerator&) {
+  return empty_state(input);
+}
+
+// (seed, offset) of this call from a dlkit.random.Philox, which moves on.
+Tensor philox_draw(Tensor& stream) {
+  static std::mutex mutex;
+  TORCH_CHECK(stream.is_cpu() && stream.scalar_type() == at::kLong && stream.numel() == 2 && stream.is_contiguous(),
+              "philox_draw(): expected stream to be int64 [2] on cpu, got ", stream.scalar_type(), " ", stream.sizes(),
+              " on ", stream.device());
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor state = stream.clone();
+  int64_t* const data = stream.mutable_data_ptr<int64_t>();
+  data[1] = int64_t(uint64_t(data[1]) + kDrawn);
+  return state;
+}
+
+Tensor philox_draw_meta(Tensor& stream) { return at::empty_like(stream); }
+
+const auto& forward_op() {
+  static const auto op = find_op<decltype(forward_meta)>("dropout_forward");
+  return op;
+}
+
+Tensor call_apply(const Tensor& input, const Tensor& state, const Form<c10::SymInt>& form) {
+  static const auto op = find_op<decltype(apply_meta)>("dropout_apply");
+  return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped);
+}
+
+Tensor call_forward_(Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
+                     const OptionalGenerator& generator) {
+  static const auto op = find_op<decltype(forward_meta_)>("dropout_forward_");
+  return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped, generator);
+}
+
+std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
+                                        const OptionalGenerator& generator) {
+  if (has(state)) return {call_apply(input, *state, form), *state};
+  return forward_op().call(input, form.p, form.inner, form.scale, form.shift, form.dropped, generator);
+}
+
+Form<c10::SymInt> linear_part(Form<c10::SymInt> form) {
+  form.shift = form.dropped = 0;
+  return form;
+}
+
+struct DropoutBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable state;
+  Form<c10::SymInt> form{};
+  bool residual = false;  // a second input, whose gradient is that of the output
+
+  std::string name() const override { return "DlkitDropoutBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    state.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(residual ? 2 : 1);
+    if (!grads[0].defined()) return result;
+    if (residual && task_should_compute_output(1)) result[1] = grads[0];
+    if (!task_should_compute_output(0)) return result;
+    if (at::GradMode::is_enabled()) {
+      result[0] = call_apply(grads[0], state.unpack(), form);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      result[0] = call_apply(grads[0], state.unpack(), form);
+    }
+    return result;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(state, false);
+    args.collect(form.p);
+    args.collect(form.inner);
+    args.collect(form.scale);
+    args.collect(residual);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    swap.before(state);
+    swap.before(form.inner);
+    variable_list result = apply(variable_list(grads));
+    swap.after(state);
+    swap.after(form.inner);
+    return result;
+  }
+};
+
+auto node_for(const Tensor& input, const Form<c10::SymInt>& form) {
+  const auto node = make_node<DropoutBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input));
+  node->form = linear_part(form);
+  return node;
+}
+
+bool has_tangent(const Tensor& input) { return input._fw_grad(0).defined(); }
+
+// `keep`: not zero where an element stays.
+Tensor select(const Tensor& input, const Tensor& keep, const Form<c10::SymInt>& form) {
+  const auto constant = [&](double value) { return at::scalar_tensor(value, input.options()); };
+  const Tensor kept = form.shift == 0 ? input * form.scale : input * form.scale + form.shift;
+  return at::where(keep.ne(0), kept, constant(form.dropped));
+}
+
+Tensor ones_like_input(const Tensor& input) {
+  return at::ones_symint(input.sym_sizes(), input.options().dtype(at::kFloat));
+}
+
+// The pure function where a gradient, or a derivative in forward mode, is asked for.
+Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::SymInt inner, double scale, double shift,
+                      double dropped) {
+  const Form<c10::SymInt> form{p, inner, scale, shift, dropped};
+  if (has_tangent(input)) {
+    return select(input, call_apply(ones_like_input(input), state, {p, inner, 1, 0, 0}), form);
+  }
+  const bool graph = any_requires_grad(input);
+  const auto node = graph ? node_for(input, form) : nullptr;
+  Tensor y;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    y = call_apply(input, state, form);
+  }
+  if (graph) {
+    torch::autograd::set_history(y, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return y;
+}
+
+// The constants of a call, and torch's checks. mask_ndim: how many leading dimensions the mask has, -1 for all.
+Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
+                          const OptionalGenerator& generator, const OptionalTensor& stream) {
+  check_dropout(name, input, p, generator, stream);
+  TORCH_CHECK(mask_ndim >= -1 && mask_ndim <= input.dim(), name, "(): expected input of at least ", mask_ndim,
+              " dimensions, got shape ", input.sym_sizes());
+  c10::SymInt inner = 1;
+  if (mask_ndim >= 0) {
+    for (const auto& size : input.sym_sizes().slice(mask_ndim)) inner = inner * size;
+    inner = inner.max(1);
+  }
+  if (!alpha) return {p, inner, scale_of(p), 0, 0};
+  // Klambauer et al., "Self-normalizing neural networks", 2017: what is dropped becomes SELU's lower bound, then the
+  // mean and the variance of normal input are put back. p = 1 makes zeros, as in torch.
+  constexpr double saturated = 1.7580993408473766;
+  const double scale = p < 1 ? 1 / std::sqrt((saturated * saturated * p + 1) * (1 - p)) : 0;
+  return {p, inner, scale, saturated * scale * p, saturated * scale * (p - 1)};
+}
+
+// torch's own op, for what has no kernel here: other dtypes and layouts, other devices, vmap.
+Tensor native(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
+              const OptionalGenerator& generator, const OptionalTensor& stream) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(generator.has_value() && generator->defined()) && !has(stream), name,
+                              "(): expected no generator for ", input.scalar_type(), " input on ", input.device(),
+                              " in layout ", input.layout(),
+                              " or under vmap, where torch's own dropout serves; got one");
+  if (mask_ndim < 0) return alpha ? at::alpha_dropout(input, p, true) : at::dropout(input, p, true);
+  TORCH_CHECK_NOT_IMPLEMENTED(mask_ndim == 2, name, "(): expected fp64, fp32, bf16 or fp16 input outside vmap, got ",
+                              input.scalar_type());
+  return alpha ? at::feature_alpha_dropout(input, p, true) : at::feature_dropout(input, p, true);
+}
+
+bool has_kernel(const Tensor& input) {
+  return is_supported(input.scalar_type()) && input.layout() == at::kStrided &&
+         forward_op().hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
+}
+
+Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
+               const OptionalTensor& stream) {
+  const auto form = form_of("dropout", input, p, mask_ndim, alpha, generator, stream);
+  if (!has_kernel(input)) return native("dropout", input, p, mask_ndim, alpha, generator, stream);
+  const OptionalTensor drawn = draw_for(input, p, stream);
+  if (has_tangent(input)) {
+    const auto keep = std::get<0>(call_forward(ones_like_input(input), drawn, {p, form.inner, 1, 0, 0}, generator));
+    return select(input, keep, form);
+  }
+  const bool graph = any_requires_grad(input);
+  const auto node = graph ? node_for(input, form) : nullptr;
+  std::tuple<Tensor, Tensor> result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = call_forward(input, drawn, form, generator);
+  }
+  auto& [y, state] = result;
+  if (graph) {
+    torch::autograd::set_history(y, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return std::move(y);
+}
+
+const auto& add_op() {
+  static const auto op = find_op<decltype(add_forward_meta)>("dropout_add_forward");
+  return op;
+}
+
+// dropout(input) + residual; broadcasts and promotes as the addition does. One pass where neither is needed.
+Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const OptionalGenerator& generator,
+                   const OptionalTensor& stream) {
+  const auto form = form_of("dropout_add", input, p, -1, false, generator, stream);
+  TORCH_CHECK(residual.defined(), "dropout_add(): expected residual to be a Tensor, got None");
+  const bool fits = input.scalar_type() == residual.scalar_type() && input.device() == residual.device() &&
+                    input.sym_sizes().equals(residual.sym_sizes());
+  if (!fits || needs_native(add_op(), input, residual)) {
+    static const auto op = find_op<decltype(dropout)>("dropout");
+    return op.call(input, p, -1, false, generator, stream) + residual;
+  }
+  const OptionalTensor drawn = draw_for(input, p, stream);
+  const bool graph = any_requires_grad(input, residual);
+  const auto node = make_node<DropoutBackward>();
+  if (graph) {
+    node->set_next_edges(torch::autograd::collect_next_edges(input, residual));
+    node->form = form;
+    node->residual = true;
+  }
+  std::tuple<Tensor, Tensor> result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = add_op().call(input, residual, drawn, p, generator);
+  }
+  auto& [y, state] = result;
+  if (graph) {
+    torch::autograd::set_history(y, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return std::move(y);
+}
+
+void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
+              const OptionalTensor& stream) {
+  const auto form = form_of("dropout_", input, p, mask_ndim, alpha, generator, stream);
+  const bool graph = any_requires_grad(input);
+  torch::autograd::check_inplace(input, graph);
+  if (!has_kernel(input) || has_tangent(input)) {
+    input.copy_(dropout(input, p, mask_ndim, alpha, generator, stream));
+    return;
+  }
+  at::assert_no_internal_overlap(input);
+  const OptionalTensor drawn = draw_for(input, p, stream);
+  const auto node = graph ? node_for(input, form) : nullptr;
+  Tensor state;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    state = call_forward_(input, drawn, form, generator);
+  }
+  if (!input.is_inference()) torch::autograd::increment_version(input);
+  if (graph) {
+    torch::autograd::rebase_history(input, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+}
+
+Tensor dropout_vmap(const Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
+                    const OptionalTensor& stream) {
+  form_of("dropout", input, p, mask_ndim, alpha, generator, stream);
+  return native("dropout", input, p, mask_ndim, alpha, generator, stream);
+}
+
+// Reached where a transform lies between vmap and the public op.
+std::tuple<Tensor, Tensor> forward_vmap(const Tensor&, double, c10::SymInt, double, double, double,
+                                        const OptionalGenerator&) {
+  TORCH_CHECK(false,
+              "dropout(): vmap over a torch.func transform of a function that calls it is not supported; take torch's "
+              "own dropout there (dlkit.restore(model) puts it back)");
+}
+
+template <class Device>
+void implement_kernels(torch::Library& m) {
+  m.impl("dropout_forward", forward<Device>);
+  m.impl("dropout_forward_", forward_<Device>);
+  m.impl("dropout_apply", apply<Device>);
+  m.impl("dropout_add_forward", add_forward<Device>);
+}
+
+void implement_public(torch::Library& m) {
+  m.impl("dropout", dropout);
+  m.impl("dropout_", dropout_);
+  m.impl("dropout_add", dropout_add);
+}
+
+}  // namespace
+}  // namespace dlkit::dropout
+
+DLKIT_DEFINE_OPS(m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  m.def(
+      "dropout(Tensor input, float p, int mask_ndim=-1, bool alpha=False, *, Generator? generator=None,"
+      " Tensor(a!)? stream=None) -> Tensor",
+      random);
+  m.def(
+      "dropout_(Tensor(a!) input, float p, int mask_ndim=-1, bool alpha=False, *, Generator? generator=None,"
+      " Tensor(b!)? stream=None) -> ()",
+      random);
+  m.def(
+      "dropout_forward(Tensor input, float p, SymInt inner, float scale, float shift, float dropped,"
+      " Generator? generator=None) -> (Tensor y, Tensor state)",
+      random);
+  m.def(
+      "dropout_forward_(Tensor(a!) input, Tensor? state, float p, SymInt inner, float scale, float shift,"
+      " float dropped, Generator? generator=None) -> Tensor",
+      random);
+  m.def(
+      "dropout_apply(Tensor input, Tensor state, float p, SymInt inner, float scale, float shift, float dropped)"
+      " -> Tensor",
+      tags);
+  m.def(
+      "dropout_add(Tensor input, Tensor residual, float p, *, Generator? generator=None, Tensor(a!)? stream=None)"
+      " -> Tensor",
+      random);
+  m.def(
+      "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None)"
+      " -> (Tensor y, Tensor state)",
+      random);
+  m.def("philox_draw(Tensor(a!) stream) -> Tensor", tags);
+}
+
+DLKIT_IMPLEMENT_OPS(CPU, m) { m.impl("philox_draw", dlkit::dropout::philox_draw); }
+
+#if defined(DLKIT_CUDA_ON_CPU)
+DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::dropout::implement_kernels<dlkit::CudaDevice>(m); }
+#else
+DLKIT_IMPLEMENT_OPS(CPU, m) {
+  if (dlkit::cpu_kernels_wanted()) dlkit::dropout::implement_kernels<dlkit::CpuDevice>(m);
+}
+#if defined(DLKIT_WITH_CUDA)
+DLKIT_IMPLEMENT_OPS(CUDA, m) {
+  if (dlkit::cuda_kernels_wanted()) dlkit::dropout::implement_kernels<dlkit::CudaDevice>(m);
+}
+#endif
+#endif
+
+DLKIT_IMPLEMENT_OPS(Meta, m) {
+  m.impl("dropout_forward", dlkit::dropout::forward_meta);
+  m.impl("dropout_forward_", dlkit::dropout::forward_meta_);
+  m.impl("dropout_apply", dlkit::dropout::apply_meta);
+  m.impl("dropout_add_forward", dlkit::dropout::add_forward_meta);
+  m.impl("philox_draw", dlkit::dropout::philox_draw_meta);
+}
+DLKIT_IMPLEMENT_OPS(Autograd, m) {
+  dlkit::dropout::implement_public(m);
+  m.impl("dropout_apply", dlkit::dropout::apply_autograd);
+}
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
+  m.impl("dropout", dlkit::dropout::dropout_vmap);
+  m.impl("dropout_forward", dlkit::dropout::forward_vmap);
+}

@@ -1,0 +1,174 @@
+"""Dropout and its variants. Modules that torch.nn has not are of its dropout classes' form: (p, inplace)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from dlkit import functional as F
+
+
+class Dropout(torch.nn.Dropout):
+    """:class:`torch.nn.Dropout` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, self.training, self.inplace)
+
+
+class DropoutAdd(torch.nn.Module):
+    """Dropout and a residual add in one pass: ``forward(input, residual) -> dropout(input) + residual``.
+
+    See :func:`dlkit.functional.dropout_add`.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        F.check_probability("DropoutAdd", p)
+        self.p = p
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        return F.dropout_add(input, residual, self.p, self.training)
+
+
+class DropoutAddLayerNorm(torch.nn.LayerNorm):
+    """Dropout, residual add and LayerNorm in one pass: ``forward(input, residual) -> norm(dropout(input) + residual)``.
+
+    With ``prenorm`` the sum is returned too, as ``(y, sum)``. The other arguments, parameters and state_dict are
+    :class:`torch.nn.LayerNorm`'s; see :func:`dlkit.functional.dropout_add_layer_norm`.
+    """
+
+    def __init__(self, normalized_shape: Any, p: float = 0.5, *arguments: Any, prenorm: bool = False, **options: Any):
+        super().__init__(normalized_shape, *arguments, **options)
+        F.check_probability("DropoutAddLayerNorm", p)
+        self.p, self.prenorm = p, prenorm
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}, prenorm={self.prenorm}"
+
+    def forward(self, input: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
+        return F.dropout_add_layer_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.p,
+            self.eps,
+            self.training,
+            self.prenorm,
+        )
+
+
+class DropoutAddRMSNorm(torch.nn.RMSNorm):
+    """Dropout, residual add and RMSNorm in one pass; see :class:`DropoutAddLayerNorm`."""
+
+    def __init__(self, normalized_shape: Any, p: float = 0.5, *arguments: Any, prenorm: bool = False, **options: Any):
+        super().__init__(normalized_shape, *arguments, **options)
+        F.check_probability("DropoutAddRMSNorm", p)
+        self.p, self.prenorm = p, prenorm
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}, prenorm={self.prenorm}"
+
+    def forward(self, x: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
+        return F.dropout_add_rms_norm(
+            x, residual, self.normalized_shape, self.weight, self.p, self.eps, self.training, self.prenorm
+        )
+
+
+class Dropout1d(torch.nn.Dropout1d):
+    """:class:`torch.nn.Dropout1d` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout1d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout1d(input, self.p, self.training, self.inplace)
+
+
+class Dropout2d(torch.nn.Dropout2d):
+    """:class:`torch.nn.Dropout2d` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout2d(input, self.p, self.training, self.inplace)
+
+
+class Dropout3d(torch.nn.Dropout3d):
+    """:class:`torch.nn.Dropout3d` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout3d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout3d(input, self.p, self.training, self.inplace)
+
+
+class AlphaDropout(torch.nn.AlphaDropout):
+    """:class:`torch.nn.AlphaDropout` on fused kernels, which store no mask; see :func:`dlkit.functional.alpha_dropout`.
+
+    Never in place, as torch's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.alpha_dropout(input, self.p, self.training)
+
+
+class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
+    """:class:`torch.nn.FeatureAlphaDropout` on fused kernels, which store no mask.
+
+    See :func:`dlkit.functional.feature_alpha_dropout`. Never in place, as torch's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.feature_alpha_dropout(input, self.p, self.training)
+
+
+class DropPath(_DropoutNd):
+    """Stochastic depth: drops whole samples; see :func:`dlkit.functional.drop_path`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.drop_path(input, self.p, self.training, self.inplace)
+
+
+class DropBlock2d(_DropoutNd):
+    """Drops squares of ``block_size`` in each channel; see :func:`dlkit.functional.dropblock2d`.
+
+    The arguments are torchvision's, but for ``eps``, which nothing here needs.
+    """
+
+    def __init__(self, p: float, block_size: int, inplace: bool = False) -> None:
+        super().__init__(p, inplace)
+        self.block_size = block_size
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropblock2d(input, self.p, self.block_size, self.training, self.inplace)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, block_size={self.block_size}, inplace={self.inplace}"
+
+
+class DropConnectLinear(torch.nn.Linear):
+    """A linear layer with dropout on its weights: ``y = x @ dropout(weight, p).T + bias``.
+
+    One mask a call serves the whole batch, as usual where a mask for each sample would take the memory of N weights.
+    The bias stays whole. In evaluation it is the linear layer itself, since what is kept grows by ``1 / (1 - p)``.
+
+    Source: `Regularization of Neural Networks using DropConnect <https://proceedings.mlr.press/v28/wan13.html>`_.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        p: float = 0.5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        F.check_probability("DropConnectLinear", p)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.linear(input, F.dropout(self.weight, self.p, self.training), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"

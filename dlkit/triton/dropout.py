@@ -1,0 +1,277 @@
+"""Dropout in Triton: the stream of csrc/common/philox.h, bit for bit, over the form of csrc/dropout/kernel.h.
+
+y = keep(i // inner) ? x * scale + shift : dropped. Each byte is read and written once, runs that are dropped are not
+read. Elements with bits of their own (inner 1): a thread draws one Philox block, whose eight 16-bit lanes shrink to a
+byte of keep bits, so that little moves where another thread holds some of the 8 elements (in types wider than 16 bits).
+Whole channels or samples: a tile of runs, a block for each run. The second block, which breaks ties, is drawn only in
+tiles where 16 bits met the threshold: 1 in 32 tiles of 2048 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import TRITON_TYPE, accumulate_type
+
+# Sizes as in layer_norm.py: in units of VEC elements, and one binary for all of them.
+_jit = triton.jit(do_not_specialize=["seed", "offset", "high", "low", "numel", "runs", "groups", "parts"])
+
+
+@triton.jit
+def _philox(seed, counter, block):
+    """Philox4x32-10 of the key `seed` and the counter (`counter`, `block`), 64 bits each: four words."""
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c2, c3 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _lane_masks(w0, w1, w2, w3, limit):
+    """For each block a byte: bit j is set if the 16 bits of lane j are at least `limit`."""
+    mask = tl.zeros_like(w0)
+    for j in tl.static_range(4):
+        word = w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3
+        mask |= ((word & 0xFFFF) >= limit).to(tl.uint32) << (2 * j)
+        mask |= ((word >> 16) >= limit).to(tl.uint32) << (2 * j + 1)
+    return mask
+
+
+@triton.jit
+def _own_lane(seed, counter, element):
+    """The 16 bits of each element, from a block of its own."""
+    w0, w1, w2, w3 = _philox(seed, counter, element // 8)
+    lane = (element % 8).to(tl.uint32)
+    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+    return (word >> (lane % 2 * 16)) & 0xFFFF
+
+
+@triton.jit
+def _begin(state, seed, offset, GIVEN: tl.constexpr):
+    """Seed and counter: from `state` where it is GIVEN, else from the arguments, and then into `state`."""
+    if GIVEN:
+        seed = tl.load(state)
+        offset = tl.load(state + 1)
+    elif state is not None:
+        if tl.program_id(0) == 0:
+            tl.store(state, seed)
+            tl.store(state + 1, offset)
+    return seed.to(tl.uint64), offset.to(tl.uint64) >> 2
+
+
+@triton.jit
+def _value(x, keep, scale, shift, dropped, ACC: tl.constexpr, AFFINE: tl.constexpr):
+    value = x.to(ACC) * scale
+    if AFFINE:
+        return tl.where(keep, value + shift, dropped).to(x.dtype)
+    else:
+        return tl.where(keep, value, 0.0).to(x.dtype)
+
+
+@_jit
+def _drop_elements(
+    x, y, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64,
+    scale, shift, dropped,
+    GIVEN: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    seed, counter = _begin(state, seed, offset, GIVEN)
+    program = tl.program_id(0).to(tl.int64)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    w0, w1, w2, w3 = _philox(seed, counter, block)
+    kept = _lane_masks(w0, w1, w2, w3, high)
+    if low != 0:  # 16 bits may not be enough
+        ties = kept ^ _lane_masks(w0, w1, w2, w3, high + 1)
+        if tl.max(ties, 0) > 0:
+            w0, w1, w2, w3 = _philox(seed, counter + 1, block)
+            kept &= _lane_masks(w0, w1, w2, w3, low) | (ties ^ 0xFF)
+    lane = tl.arange(0, 8)[None, :]
+    keep = ((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0
+
+    start = program * (BLOCKS * 8)
+    lane = tl.arange(0, BLOCKS)[:, None] * 8 + lane
+    x += start
+    y += start
+    if start + BLOCKS * 8 <= numel:
+        tl.store(y + lane, _value(tl.load(x + lane), keep, scale, shift, dropped, ACC, AFFINE))
+    else:
+        inside = lane < numel - start
+        value = tl.load(x + lane, mask=inside, other=0.0)
+        tl.store(y + lane, _value(value, keep, scale, shift, dropped, ACC, AFFINE), mask=inside)
+
+
+@_jit
+def _drop_runs(
+    x, y, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, runs: tl.int64, groups: tl.int64,
+    parts: tl.int32, scale, shift, dropped,
+    GIVEN: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    seed, counter = _begin(state, seed, offset, GIVEN)
+    first = (tl.program_id(0) // parts).to(tl.int64) * ROWS
+    start = (tl.program_id(0) % parts).to(tl.int64) * BLOCK
+    run = first + tl.arange(0, ROWS)
+    bits = _own_lane(seed, counter, run)
+    keep = bits >= high
+    if low != 0:
+        ties = bits == high
+        if tl.max(ties.to(tl.int32), 0) > 0:
+            keep &= ~(ties & (_own_lane(seed, counter + 1, run) < low))
+
+    keep = keep[:, None]
+    inner = groups * VEC
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (run < runs)[:, None] & (col < inner - start)
+    base = first * inner + start
+    at = tl.arange(0, ROWS)[:, None] * (groups.to(tl.int32) * VEC) + col  # several runs span no more than a tile
+    value = tl.load(x + base + at, mask=inside & keep, other=0.0)
+    tl.store(y + base + at, _value(value, keep, scale, shift, dropped, ACC, AFFINE), mask=inside)
+
+
+_TILE = 2048  # elements of a program: 16 a thread
+
+
+def _launch(
+    input: Tensor, output: Tensor, state: Tensor | None, drawn: tuple[int, int] | None, p: float, inner: int,
+    scale: float, shift: float, dropped: float,
+) -> None:  # fmt: skip
+    """``drawn``: seed and offset, which go into ``state`` if that is not None; without it ``state`` gives them."""
+    x = input.contiguous()
+    y = output if output.is_contiguous() else torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    accumulate = accumulate_type(input.dtype)
+    # A float argument has 32 bits, a constant has 64.
+    kind: Callable[[float], Any] = tl.constexpr if accumulate == torch.float64 else float
+    seed, offset = drawn or (0, 0)
+    threshold = int(p * 2.0**32 + 0.5)
+    source = (x, y, state, seed, offset, threshold >> 16, threshold & 0xFFFF)
+    constants = (kind(scale), kind(shift), kind(dropped))
+    options: dict[str, Any] = {
+        "GIVEN": drawn is None, "AFFINE": shift != 0 or dropped != 0, "ACC": TRITON_TYPE[accumulate], "num_warps": 4,
+    }  # fmt: skip
+    with torch.cuda.device_of(input):
+        if inner == 1:
+            _drop_elements[(triton.cdiv(x.numel(), _TILE),)](
+                *source, x.numel(), *constants, **options, BLOCKS=_TILE // 8
+            )
+        else:
+            vec = 16 // x.element_size()
+            vec = vec if inner % vec == 0 else 1
+            block = min(triton.next_power_of_2(inner), _TILE)
+            runs, parts = x.numel() // inner, triton.cdiv(inner, block)
+            _drop_runs[(triton.cdiv(runs, _TILE // block) * parts,)](
+                *source, runs, inner // vec, parts, *constants, **options, VEC=vec, ROWS=_TILE // block, BLOCK=block
+            )
+    if y is not output:
+        output.copy_(y)
+
+
+def _capturing(input: Tensor) -> bool:
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _draw(input: Tensor, generator: torch.Generator | None) -> tuple[int, int]:
+    """Seed and offset as the C++ ops take them."""
+    if not input.is_cuda:
+        return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)), 0
+    if generator is None:
+        index = torch.cuda.current_device() if input.device.index is None else input.device.index
+        generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + 8)
+    return _signed(generator.initial_seed()), _signed(offset)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _forward_into(
+    input: Tensor, output: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
+    generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    if input.numel() == 0:
+        return torch.zeros(2, dtype=torch.int64, device=input.device)
+    state = torch.empty(2, dtype=torch.int64, device=input.device)
+    drawn: tuple[int, int] | None = (0, 0)
+    if p < 1 and _capturing(input):
+        # The generator's numbers are on the device during a capture: drawn there, they differ at each replay.
+        state.random_(-(2**63), None, generator=generator)
+        drawn = None
+    elif p < 1:
+        drawn = _draw(input, generator)
+    _launch(input, output, state, drawn, p, inner, scale, shift, dropped)
+    return state
+
+
+def _apply_into(
+    input: Tensor, output: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
+) -> None:
+    if input.numel() == 0:
+        return
+    if state.device == input.device:
+        _launch(input, output, state, None, p, inner, scale, shift, dropped)
+        return
+    if state.device.type != "cpu":
+        raise RuntimeError(
+            f"dropout: expected state on {input.device} (the device of input) or cpu, got {state.device}"
+        )
+    if _capturing(input):
+        raise RuntimeError(
+            "dropout: a dlkit.random.Philox cannot be captured in a CUDA graph, whose replays would all draw the same"
+            " mask; use a torch.Generator of the device"
+        )
+    seed, offset = state.tolist()
+    _launch(input, output, None, (seed, offset), p, inner, scale, shift, dropped)
+
+
+def dropout_forward(
+    input: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draws and applies a mask that has a bit for every ``inner`` elements: ``y = keep ? x * scale + shift : dropped``.
+
+    Returns y, in the input's dtype and memory format, and the state that was drawn, int64 [2]: seed and offset.
+    """
+    y = torch.empty_like(input)
+    return y, _forward_into(input, y, p, inner, scale, shift, dropped, generator)
+
+
+def dropout_forward_(
+    input: Tensor, state: Tensor | None, p: float, inner: int, scale: float, shift: float, dropped: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`dropout_forward` in place, with the mask of ``state`` where that is given. Returns the state."""
+    if state is None:
+        return _forward_into(input, input, p, inner, scale, shift, dropped, generator)
+    _apply_into(input, input, state, p, inner, scale, shift, dropped)
+    return state.clone()
+
+
+def dropout_apply(
+    input: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
+) -> Tensor:
+    """The pure function of a state that :func:`dropout_forward` drew; its own backward with shift and dropped 0."""
+    y = torch.empty_like(input)
+    _apply_into(input, y, state, p, inner, scale, shift, dropped)
+    return y
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "dropout_forward": dropout_forward,
+    "dropout_forward_": dropout_forward_,
+    "dropout_apply": dropout_apply,
+}
