@@ -127,6 +127,55 @@ def test_forward_returns_the_state_it_drew(backend):
     assert states[0] != states[1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_residual_add(backend, dtype):
+    """dropout_add: x * scale + residual, rounded once; the mask of plain dropout."""
+    for count in (1, 13, 1000, 4099):
+        x, residual = make((count,), dtype, backend.device), make((count,), dtype, backend.device)
+        mask = reference.keep_mask(5, 8, 0.3, count)
+        x[torch.from_numpy(~mask).to(backend.device)] = math.nan
+        state = state_of(5, 8, backend.device)
+        y, returned = backend.op("dropout_add_forward")(x, residual, state, 0.3, None)
+        assert torch.equal(returned, state) and y.dtype == dtype
+        exact = np.where(mask, reference.exact(x) / 0.7, 0) + reference.exact(residual)
+        expected = torch.from_numpy(exact.astype(np.float64))
+        wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        allowed = torch.finfo(dtype).eps / 2 * expected.abs() + 8 * wide
+        assert ((y.cpu().double() - expected).abs() <= allowed).all()
+
+
+FUSED_SHAPES = [(3, 1), (5, 8), (33, 60), (6, 257), (9, 1000), (4, 1024), (2, 4096), (2, 5004), (1, 17000)]
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(shape, DTYPES[i % 4]) for i, shape in enumerate(FUSED_SHAPES)] + [((6, 2048), DTYPES[2])]
+)
+def test_dropout_add_and_norm_in_one_pass(backend, shape, dtype, rms):
+    """Bit for bit what dropout_add and then the norm give, forward; and backward, but for one rounding less."""
+    cols, p, device = shape[1], 0.3, backend.device
+    x, residual, grad, grad_sum = (make(shape, dtype, device) for _ in range(4))
+    weight, bias = make((cols,), dtype, device), None if rms else make((cols,), dtype, device)
+    y, total, mean, rstd, state = backend.op("dropout_layer_norm_forward")(
+        x, residual, state_of(9, 0, device), p, 1, weight, bias, 1e-5, rms, True, None
+    )
+    expected_total = backend.op("dropout_add_forward")(x, residual, state, p, None)[0]
+    assert torch.equal(total, expected_total)
+    expected = backend.op("layer_norm_forward")(total, None, 1, weight, bias, 1e-5, rms, True)
+    for found, wanted in ((y, expected[0]), (mean, expected[2]), (rstd, expected[3])):
+        assert (found is None and wanted is None) or torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    mask = [True, True, True, not rms]
+    found = backend.op("dropout_layer_norm_backward")(
+        grad, grad_sum, total, mean, rstd, weight, bias, state, p, 1, mask
+    )
+    wanted = backend.op("layer_norm_backward")(grad, grad_sum, total, mean, rstd, weight, bias, 1, mask[1:])
+    assert torch.equal(found[1], wanted[0])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[2:], wanted[1:], strict=True))
+    dropped = backend.op("dropout_apply")(wanted[0], state, p, 1, 1 / (1 - p), 0.0, 0.0)
+    assert torch.equal(found[0] == 0, dropped == 0)
+    assert torch.allclose(found[0], dropped, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 # The torch-facing side.
 
 
@@ -460,3 +509,110 @@ def test_changed_input_in_place_is_noticed():
     fused.dropout(y, 0.5, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+# The fused ops, torch-facing.
+
+
+def add_norm(function, x, residual, weight, bias, prenorm=True, **options):
+    arguments = [(x.shape[-1],), weight, *([bias] if "layer" in function else [])]
+    return getattr(fused, function)(x, residual, *arguments, p=0.4, prenorm=prenorm, **options)
+
+
+FUSED = ["dropout_add_layer_norm", "dropout_add_rms_norm"]
+
+
+@pytest.mark.parametrize("function", FUSED)
+def test_fused_gradients(function):
+    x, residual = (torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs = (x, residual, weight, bias)[: 4 if "layer" in function else 3]
+
+    def call(*tensors):
+        return add_norm(function, *(*tensors, None)[:4], generator=Philox(2))
+
+    assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
+    assert torch.autograd.gradcheck(lambda a, b: fused.dropout_add(a, b, 0.4, generator=Philox(2)), (x, residual))
+    assert torch.autograd.gradgradcheck(lambda a, b: fused.dropout_add(a, b, 0.4, generator=Philox(2)), (x, residual))
+    for needs in ((True, False), (False, True)):
+        a, b = x.detach().requires_grad_(needs[0]), residual.detach().requires_grad_(needs[1])
+        y, total = add_norm(function, a, b, weight, bias, generator=Philox(2))
+        mask = kept(fused.dropout(torch.ones_like(x), 0.4, generator=Philox(2)))
+        (grad,) = torch.autograd.grad(total.sum() + 0 * y.sum(), a if needs[0] else b)
+        assert torch.allclose(grad, mask / 0.6 if needs[0] else torch.ones_like(x))
+
+
+@pytest.mark.parametrize("function", FUSED)
+def test_fused_is_the_sum_of_its_parts(function):
+    """Broadcasting, promotion, evaluation, p of 0 and 1, strided input, integers: as the three calls."""
+    weight, bias = torch.randn(6), torch.randn(6)
+    for x, residual in (
+        (torch.randn(4, 5, 6), torch.randn(4, 5, 6)),
+        (torch.randn(4, 5, 6), torch.randn(5, 6)),
+        (torch.randn(4, 5, 6).bfloat16(), torch.randn(4, 5, 6)),
+        (torch.randn(6, 5, 4).transpose(0, 2), torch.randn(4, 5, 12)[..., ::2]),
+        (torch.randn(0, 6), torch.randn(0, 6)),
+    ):
+        for p, training in ((0.4, True), (0.0, True), (1.0, True), (0.4, False)):
+            total = fused.dropout(x, p, training, generator=Philox(3)) + residual
+            assert torch.allclose(fused.dropout_add(x, residual, p, training, generator=Philox(3)), total, atol=1e-6)
+            arguments = [(6,), weight, *([bias] if "layer" in function else [])]
+            options = {"p": p, "training": training, "prenorm": True, "generator": Philox(3)}
+            y, found = getattr(fused, function)(x, residual, *arguments, **options)
+            assert torch.allclose(found, total, atol=1e-6) and found.dtype == total.dtype
+            expected = getattr(fused, function.removeprefix("dropout_add_"))(total, *arguments)
+            assert torch.allclose(y, expected, atol=1e-4)
+            assert torch.equal(
+                getattr(fused, function)(
+                    x, residual, *arguments, **{**options, "prenorm": False, "generator": Philox(3)}
+                ),
+                y,
+            )
+
+
+@pytest.mark.parametrize("function", [*FUSED, "dropout_add"])
+def test_fused_ops_draw_what_dropout_draws_and_compile(function):
+    x, residual, weight = torch.randn(7, 6), torch.randn(7, 6), torch.ones(6, requires_grad=True)
+
+    def run(x, residual):
+        if function == "dropout_add":
+            return fused.dropout_add(x, residual, 0.4) * weight
+        return add_norm(function, x, residual, weight, None)[1] * weight
+
+    torch.manual_seed(4)
+    mask = kept(fused.dropout(torch.ones(7, 6), 0.4))
+    torch._dynamo.reset()
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(4)
+        leaf = x.clone().requires_grad_()
+        y = call(leaf, residual)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (leaf, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][0].detach(), torch.where(mask, x / 0.6 + residual, residual)) or torch.allclose(
+        results[0][0].detach(), torch.where(mask, x / 0.6 + residual, residual)
+    )
+    if function != "dropout_add":
+        op = getattr(torch.ops.dlkit, function).default
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op, (x, residual, (6,), 0.4, weight), test_utils=tests)
+
+
+def test_fused_modules():
+    x, residual = torch.randn(5, 12), torch.randn(5, 12)
+    for kind, plain in (("DropoutAddLayerNorm", dlkit.nn.LayerNorm), ("DropoutAddRMSNorm", dlkit.nn.RMSNorm)):
+        module = getattr(dlkit.nn, kind)(12, 0.3, prenorm=True)
+        torch.nn.init.normal_(module.weight)
+        norm = plain(12)
+        norm.load_state_dict(module.state_dict())
+        with use(Philox(6)):
+            y, total = module(x, residual)
+        expected = dlkit.nn.DropoutAdd(0.3)
+        with use(Philox(6)):
+            assert torch.allclose(expected(x, residual), total, atol=1e-6)
+        assert torch.allclose(y, norm(total), atol=1e-5)
+        module.prenorm = False
+        assert torch.allclose(module.eval()(x, residual), norm(x + residual), atol=1e-5)
+        assert "p=0.3" in repr(module) and "p=0.3" in repr(expected)
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            getattr(dlkit.nn, kind)(12, 1.5)

@@ -39,27 +39,78 @@ DLKIT_HOST_DEVICE PhiloxState read(const PhiloxSource& source) {
   return {uint64_t(*source.seed_at), uint64_t(*source.offset_at) + source.offset};
 }
 
+// A dropout as a part of another op: keep ? x * scale : 0.
+struct FusedDropout {
+  PhiloxSource source{};
+  int64_t* state = nullptr;  // [2]: receives what was read from source; or null
+  uint64_t threshold = 0;
+  double scale = 1;
+  bool active = false;
+};
+
 struct PhiloxBlock {
   uint32_t words[4];
 };
 
-DLKIT_HOST_DEVICE PhiloxBlock philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
-  uint32_t c0 = uint32_t(counter_low), c1 = uint32_t(counter_low >> 32);
-  uint32_t c2 = uint32_t(counter_high), c3 = uint32_t(counter_high >> 32);
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
+struct Product {
+  uint32_t low, high;
+};
+
+DLKIT_HOST_DEVICE Product multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)  // nvcc adds 0 to the upper half of a 64-bit product: 20 instructions a block
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  Product halves;
+  asm("mov.b64 {%0, %1}, %2;" : "=r"(halves.low), "=r"(halves.high) : "l"(product));
+  return halves;
+#else
+  const uint64_t product = uint64_t(a) * b;
+  return {uint32_t(product), uint32_t(product >> 32)};
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(kPhiloxMultiply0) * c0, product1 = uint64_t(kPhiloxMultiply1) * c2;
-    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(product1);
-    c3 = uint32_t(product0);
-    k0 += kPhiloxKeyStep0;
-    k1 += kPhiloxKeyStep1;
+}
+
+#if defined(__CUDACC__)
+#define DLKIT_UNROLL _Pragma("unroll")
+#define DLKIT_ROLLED _Pragma("unroll 1")
+#else
+#define DLKIT_UNROLL
+#define DLKIT_ROLLED
+#endif
+
+// One round of block `c`.
+DLKIT_HOST_DEVICE void philox_round(PhiloxBlock& c, uint32_t key0, uint32_t key1) {
+  const Product product0 = multiply_wide(kPhiloxMultiply0, c.words[0]);
+  const Product product1 = multiply_wide(kPhiloxMultiply1, c.words[2]);
+  c = {{product1.high ^ c.words[1] ^ key0, product1.low, product0.high ^ c.words[3] ^ key1, product0.low}};
+}
+
+DLKIT_HOST_DEVICE PhiloxBlock philox_counter(uint64_t low, uint64_t high) {
+  return {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
+}
+
+// Several blocks side by side: the upper halves of their counters are `first`, `first` + `step` ...
+template <int Count>
+DLKIT_HOST_DEVICE void philox_blocks(uint64_t key, uint64_t counter_low, uint64_t first, uint64_t step,
+                                     PhiloxBlock (&blocks)[Count]) {
+  DLKIT_UNROLL
+  for (int i = 0; i < Count; ++i) blocks[i] = philox_counter(counter_low, first + uint64_t(i) * step);
+  uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);
+  DLKIT_UNROLL
+  for (int round = 0; round < 10; ++round, key0 += kPhiloxKeyStep0, key1 += kPhiloxKeyStep1) {
+    DLKIT_UNROLL
+    for (int i = 0; i < Count; ++i) philox_round(blocks[i], key0, key1);
   }
-  return {{c0, c1, c2, c3}};
+}
+
+// One block, in as little code and registers as can be.
+DLKIT_HOST_DEVICE PhiloxBlock philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
+  PhiloxBlock block = philox_counter(counter_low, counter_high);
+  uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);
+  DLKIT_ROLLED
+  for (int round = 0; round < 10; ++round, key0 += kPhiloxKeyStep0, key1 += kPhiloxKeyStep1) {
+    philox_round(block, key0, key1);
+  }
+  return block;
 }
 
 // The 16 bits of a lane.
@@ -70,23 +121,17 @@ DLKIT_HOST_DEVICE uint32_t lane_bits(const PhiloxBlock& block, int lane) {
 // T of above, from 0 to 2^32.
 DLKIT_HOST_DEVICE uint64_t drop_threshold(double p) { return uint64_t(p * 4294967296.0 + 0.5); }
 
-// Bit j is set if element 8 * block + j is kept. The definition; vectors in cpu/philox.h and threads in cuda follow it.
+// Bit j is set if element 8 * block + j is kept. The definition; cpu/philox.h and cuda/philox.cuh are faster.
 DLKIT_HOST_DEVICE uint32_t keep_block(const PhiloxState& state, uint64_t threshold, uint64_t block) {
   const uint32_t high = uint32_t(threshold >> 16), low = uint32_t(threshold & 0xffff);
   const PhiloxBlock first = philox(state.seed, state.offset / 4, block);
   uint32_t kept = 0, ties = 0;
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
   for (int lane = 0; lane < kBlockElements; ++lane) {
     kept |= uint32_t(lane_bits(first, lane) >= high) << lane;
     ties |= uint32_t(lane_bits(first, lane) == high) << lane;
   }
   if (ties != 0) {
     const PhiloxBlock second = philox(state.seed, state.offset / 4 + 1, block);
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
     for (int lane = 0; lane < kBlockElements; ++lane) {
       if (lane_bits(second, lane) < low) kept &= ~(ties & 1u << lane);
     }

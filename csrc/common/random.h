@@ -64,4 +64,25 @@ inline at::Tensor empty_state(const at::Tensor& input) {
   return at::empty({2}, at::TensorOptions().device(input.device()).dtype(at::kLong));
 }
 
+// torch's checks of a call.
+inline void check_dropout(const char* name, const at::Tensor& input, double p, const OptionalGenerator& generator,
+                          const OptionalTensor& stream) {
+  TORCH_CHECK(input.defined(), name, "(): expected input to be a Tensor, got None");
+  TORCH_CHECK_VALUE(!(p < 0 || p > 1), name, "(): expected p between 0 and 1, got ", p);
+  TORCH_CHECK(p == p, name, "(): expected p between 0 and 1, got ", p);
+  if (!generator.has_value() || !generator->defined()) return;
+  TORCH_CHECK(generator->device().type() == input.device().type() || input.is_meta(), name,
+              "(): expected generator on ", input.device(), " (the device of input), got ", generator->device());
+  TORCH_CHECK(!has(stream), name, "(): expected generator or stream, got both");
+}
+
+// The state of this call where a stream gives it, else none: then the kernel's op draws. A stream moves on only if
+// there is something to draw, as a generator does.
+inline OptionalTensor draw_for(const at::Tensor& input, double p, const OptionalTensor& stream) {
+  if (!has(stream) || p == 1 || TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0))) return std::nullopt;
+  static const auto op = find_op<at::Tensor(at::Tensor&)>("philox_draw");
+  at::Tensor tensor = *stream;
+  return op.call(tensor);
+}
+
 }  // namespace dlkit

@@ -18,6 +18,9 @@ using namespace dlkit::DLKIT_ISA;
 constexpr int64_t kStepElements = kKeepStep * kBlockElements;
 constexpr int64_t kSlack = 8;  // bytes that a read of a vector's bits may go past them
 
+// What there is beside x * scale: a shift and what dropped elements become, or a residual.
+enum Form { kPlain, kAffine, kResidual };
+
 template <class T>
 struct Constants {
   using A = accumulate_t<T>;
@@ -32,19 +35,27 @@ struct Constants {
 };
 
 // Every element has a bit of its own. begin is a multiple of kStepElements.
-template <class T, bool kAffine, bool kStream>
+template <class T, Form kForm, bool kStream>
 void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
+  const T* residual = static_cast<const T*>(op.residual);
   T* y = static_cast<T*>(op.y);
   alignas(64) uint8_t bits[kKeepStep + kSlack];
   for (int64_t first = begin; first < end; first += kStepElements) {
     keep_step(state, op.threshold, uint64_t(first / kBlockElements), bits);
     const auto apply = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      const Vector<A> kept = constants.template kept<kAffine>(load(x + first + i, width));
-      write<kStream>(y + first + i, select<A>(lanes_at<A>(bits, i), kept, kAffine ? constants.dropped : Vector<A>{}),
-                     width);
+      const Vector<A> v = load(x + first + i, width);
+      Vector<A> kept, dropped = {};
+      if constexpr (kForm == kResidual) {
+        dropped = load(residual + first + i, width);
+        kept = fma(v, constants.scale, dropped);
+      } else {
+        kept = constants.template kept<kForm == kAffine>(v);
+        if constexpr (kForm == kAffine) dropped = constants.dropped;
+      }
+      write<kStream>(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width);
     };
     if (first + kStepElements <= end) {
 #pragma GCC unroll 16
@@ -57,7 +68,7 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
 }
 
 // `period` elements take turns: rows of as many, in each of which they have the same bits, drawn once for a sample.
-template <class T, bool kAffine, bool kStream>
+template <class T, Form kForm, bool kStream>
 void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
@@ -73,10 +84,11 @@ void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, in
       const int64_t column = i % op.period, columns = min64(op.period, column + last - i);
       const int64_t row = i - column;
       for_columns<A, 1>(column, columns, [&](int64_t c, int, auto width) DLKIT_INLINE_LAMBDA {
-        const Vector<A> kept = constants.template kept<kAffine>(load(x + row + c, width));
-        write<kStream>(y + row + c,
-                       select<A>(lanes_at<A>(bits.get(), lane + c), kept, kAffine ? constants.dropped : Vector<A>{}),
-                       width);
+        const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + row + c, width));
+        write<kStream>(
+            y + row + c,
+            select<A>(lanes_at<A>(bits.get(), lane + c), kept, kForm == kAffine ? constants.dropped : Vector<A>{}),
+            width);
       });
       i = row + columns;
     }
@@ -85,9 +97,9 @@ void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, in
 }
 
 // `inner` adjacent elements share a bit.
-template <class T, bool kAffine, bool kStream>
+template <class T, Form kForm, bool kStream>
 void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
-  if (op.period > 1) return drop_periods<T, kAffine, kStream>(op, state, begin, end);
+  if (op.period > 1) return drop_periods<T, kForm, kStream>(op, state, begin, end);
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -102,11 +114,11 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
     const int64_t first = max64(begin, mask * op.inner), last = min64(end, (mask + 1) * op.inner);
     if (bits[lane / 8] >> lane % 8 & 1) {
       for_columns<A, kSlots>(first, last, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        write<kStream>(y + i, constants.template kept<kAffine>(load(x + i, width)), width);
+        write<kStream>(y + i, constants.template kept<kForm == kAffine>(load(x + i, width)), width);
       });
     } else {
       for_columns<A, kSlots>(first, last, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        write<kStream>(y + i, kAffine ? constants.dropped : Vector<A>{}, width);
+        write<kStream>(y + i, kForm == kAffine ? constants.dropped : Vector<A>{}, width);
       });
     }
   }
@@ -129,18 +141,23 @@ void drop(const Dropout& op) {
   }
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const auto run = [&](auto form, auto stream) {
+      // In units of steps, so that every task starts at one.
+      parallel_for((op.numel + kStepElements - 1) / kStepElements, kGrain / kStepElements,
+                   [&](int64_t begin, int64_t end) {
+                     begin *= kStepElements;
+                     end = min64(end * kStepElements, op.numel);
+                     if (op.inner == 1) return drop_elements<T, form, stream>(op, state, begin, end);
+                     if constexpr (form != kResidual) drop_runs<T, form, stream>(op, state, begin, end);
+                   });
+    };
     with_flags(
-        [&](auto affine, auto stream) {
-          // In units of steps, so that every task starts at one.
-          parallel_for((op.numel + kStepElements - 1) / kStepElements, kGrain / kStepElements,
-                       [&](int64_t begin, int64_t end) {
-                         begin *= kStepElements;
-                         end = min64(end * kStepElements, op.numel);
-                         op.inner == 1 ? drop_elements<T, affine, stream>(op, state, begin, end)
-                                       : drop_runs<T, affine, stream>(op, state, begin, end);
-                       });
+        [&](auto stream) {
+          if (op.residual != nullptr) return run(std::integral_constant<Form, kResidual>(), stream);
+          op.shift != 0 || op.dropped != 0 ? run(std::integral_constant<Form, kAffine>(), stream)
+                                           : run(std::integral_constant<Form, kPlain>(), stream);
         },
-        op.shift != 0 || op.dropped != 0, should_stream(op, sizeof(T)));
+        should_stream(op, sizeof(T)));
   });
 }
 

@@ -3,11 +3,12 @@
 //
 // Elements with bits of their own: a thread draws one Philox block, which decides 8 elements: 16 bytes of a 16-bit
 // type, and for wider ones the 2 or 4 packs whose lanes neighbour each other, so that a warp's accesses stay 512
-// adjacent bytes: the bits travel by shuffles. Some 110 integer instructions a block: at 4.3 TB/s a bf16 dropout
-// decides 1.1e12 elements a second, 1.5e13 instructions of the 3.3e13 that an H200 has. Speed also needs some 29 KB in
-// flight on each multiprocessor; Tiles tiles of loads are issued before the arithmetic, 32 bytes a thread, 64 KB with
-// 2048 threads. Not yet run on a GPU.
+// adjacent bytes: the bits travel by shuffles. On sm_90 a bf16 block takes some 150 instructions, 85 of them random
+// bits: at 4.3 TB/s 1.1e12 elements a second, 2.0e13 of the 3.3e13 instructions that an H200 issues. Tiles tiles of
+// loads go out before the arithmetic: 32 bytes a thread, 40 KB with the 1280 threads that 48 registers leave; 29 KB
+// would do. Whole channels or samples: a group of lanes a run, each lane with the run's bit. Not yet run on a GPU.
 #include "../common/cuda/launch.cuh"
+#include "../common/cuda/philox.cuh"
 #include "../common/cuda/vec.cuh"
 #include "../common/dispatch.h"
 #include "kernel.h"
@@ -49,14 +50,32 @@ __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uin
   return narrow<T, PackBytes>(values);
 }
 
+// And behind a residual add: one rounding.
+template <class T, int PackBytes>
+__device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uint32_t keep,
+                                                const Constants<T>& constants, const Pack<PackBytes>& residual) {
+  constexpr int width = PackBytes / sizeof(T);
+  accumulate_t<T> values[width], added[width];
+  widen<T, PackBytes>(pack, values);
+  widen<T, PackBytes>(residual, added);
+#pragma unroll
+  for (int k = 0; k < width; ++k) values[k] = keep >> k & 1 ? values[k] * constants.scale + added[k] : added[k];
+  return narrow<T, PackBytes>(values);
+}
+
+// On a multiprocessor, so that ptxas keeps to 48, 64, or 128 registers for what holds twice as many packs.
+template <class T, bool Residual>
+constexpr int resident_blocks = sizeof(T) > 4 ? (Residual ? 2 : 4) : (Residual ? 4 : 5);
+
 // A warp's tile is 32 blocks, Packs packs a lane.
-template <class T, int PackBytes, int Tiles>
-__global__ void __launch_bounds__(threads) drop_elements(const Dropout op) {
+template <class T, int PackBytes, int Tiles, bool Residual>
+__global__ void __launch_bounds__(threads, resident_blocks<T, Residual>) drop_elements(const Dropout op) {
   constexpr int width = PackBytes / sizeof(T), packs = kBlockElements / width;
   const PhiloxState state = begin(op);
   const Constants<T> constants(op);
   const int lane = threadIdx.x % 32;
   const T* x = static_cast<const T*>(op.x);
+  const T* residual = static_cast<const T*>(op.residual);
   T* y = static_cast<T*>(op.y);
   const int64_t whole = op.numel / width;
   const int64_t step = int64_t(gridDim.x) * warps * Tiles;
@@ -71,25 +90,44 @@ __global__ void __launch_bounds__(threads) drop_elements(const Dropout op) {
         if (at < whole) values[tile][k] = load_once<PackBytes>(x + at * width);
       }
     }
+    [[maybe_unused]] Pack<PackBytes> added[Tiles][packs];
+    if constexpr (Residual) {
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
-      const uint32_t own = keep_block(state, op.threshold, uint64_t((first + tile) * 32 + lane));
+      for (int tile = 0; tile < Tiles; ++tile) {
 #pragma unroll
-      for (int k = 0; k < packs; ++k) {
-        const int64_t at = ((first + tile) * packs + k) * 32 + lane;
-        uint32_t keep = own;
-        if constexpr (packs > 1) {
-          keep = __shfl_sync(0xffffffff, own, (k * 32 + lane) / packs) >> lane % packs * width;
-        }
-        if (at < whole) {
-          store<PackBytes>(y + at * width, drop<T, PackBytes>(values[tile][k], keep, constants));
-        } else if (at == whole) {
-          for (int64_t i = at * width; i < op.numel; ++i) {
-            y[i] = dlkit::narrow<T>(constants.apply(dlkit::widen(x[i]), keep >> (i - at * width) & 1));
-          }
+        for (int k = 0; k < packs; ++k) {
+          const int64_t at = ((first + tile) * packs + k) * 32 + lane;
+          if (at < whole) added[tile][k] = load_once<PackBytes>(residual + at * width);
         }
       }
     }
+    uint32_t own[Tiles];
+    keep_bits(state, op.threshold, uint64_t(first * 32 + lane), 32, own);
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < packs; ++k) {
+        const int64_t at = ((first + tile) * packs + k) * 32 + lane;
+        uint32_t keep = own[tile];
+        if constexpr (packs > 1) {
+          keep = __shfl_sync(0xffffffff, keep, (k * 32 + lane) / packs) >> lane % packs * width;
+        }
+        if (at >= whole) continue;
+        if constexpr (Residual) {
+          values[tile][k] = drop<T, PackBytes>(values[tile][k], keep, constants, added[tile][k]);
+        } else {
+          values[tile][k] = drop<T, PackBytes>(values[tile][k], keep, constants);
+        }
+        store<PackBytes>(y + at * width, values[tile][k]);
+      }
+    }
+  }
+  if (blockIdx.x == 0 && threadIdx.x < op.numel - whole * width) {  // less than a pack is left
+    const int64_t i = whole * width + threadIdx.x;
+    const uint32_t keep = keep_bits(state, op.threshold, uint64_t(i / kBlockElements)) >> i % kBlockElements;
+    accumulate_t<T> value = constants.apply(dlkit::widen(x[i]), keep & 1);
+    if constexpr (Residual) value += dlkit::widen(residual[i]);
+    y[i] = dlkit::narrow<T>(value);
   }
 }
 
@@ -106,7 +144,7 @@ __global__ void __launch_bounds__(threads) drop_runs(const Dropout op, int64_t p
   for (int64_t item = int64_t(blockIdx.x) * groups + threadIdx.x / lanes; item < runs * parts;
        item += int64_t(gridDim.x) * groups) {
     const int64_t run = item / parts, part = item - run * parts;
-    const bool keep = keep_block(state, op.threshold, uint64_t(run / kBlockElements)) >> run % kBlockElements & 1;
+    const bool keep = keep_bits(state, op.threshold, uint64_t(run / kBlockElements)) >> run % kBlockElements & 1;
     const T* x = static_cast<const T*>(op.x) + run * op.inner;
     T* y = static_cast<T*>(op.y) + run * op.inner;
     const int64_t last = (part + 1) * part_packs, end = last < packs ? last : packs;
@@ -154,18 +192,20 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// As many blocks as are resident at once, so that the bits' constants are set up once a thread.
-unsigned grid_of(int64_t blocks) {
-  return unsigned(std::min<int64_t>(blocks, int64_t(current_device().multiprocessors) * (2048 / threads)));
-}
+// Blocks loop over what a grid cannot hold.
+unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
 
 template <class T, int PackBytes>
 void run(const Dropout& op, void* stream) {
   constexpr int width = PackBytes / sizeof(T);
   if (op.inner == 1) {
     constexpr int tiles = PackBytes == 16 && sizeof(T) == 2 ? 2 : 1;
-    launch("dropout drop_elements", drop_elements<T, PackBytes, tiles>,
-           grid_of(divide_up(op.numel, int64_t(threads) * kBlockElements * tiles)), threads, 0, stream, op);
+    const unsigned grid = grid_of(divide_up(op.numel, int64_t(threads) * kBlockElements * tiles));
+    if (op.residual != nullptr) {
+      launch("dropout drop_elements", drop_elements<T, PackBytes, tiles, true>, grid, threads, 0, stream, op);
+    } else {
+      launch("dropout drop_elements", drop_elements<T, PackBytes, tiles, false>, grid, threads, 0, stream, op);
+    }
   } else if (op.period > 1) {
     const int64_t parts = divide_up(op.inner / op.period, part_rows);
     launch("dropout drop_periods", drop_periods<T, PackBytes>,
@@ -187,7 +227,8 @@ void dropout_cuda(const Dropout& op, void* stream) {
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t run_elements = op.period > 1 ? op.period : op.inner;
-    const bool wide = aligned(op.x) && aligned(op.y) && (op.inner == 1 || run_elements * int64_t(sizeof(T)) % 16 == 0);
+    const bool wide = aligned(op.x) && aligned(op.residual) && aligned(op.y) &&
+                      (op.inner == 1 || run_elements * int64_t(sizeof(T)) % 16 == 0);
     if (wide) {
       run<T, 16>(op, stream);
     } else {

@@ -2,6 +2,7 @@
 //
 //   m = i / inner * period + i % period       i: where the element lies in memory
 //   y = keep(m) ? x * scale + shift : dropped
+//   y = (keep(m) ? x * scale : 0) + residual      with a residual: inner 1, shift and dropped 0; rounded once
 //
 // where m is the logical index of what has a fate of its own. `inner` adjacent elements share one, with period 1; where
 // `period` of them take turns (channels_last: inner H * W * C, period C), inner is what all of them have together.
@@ -10,8 +11,8 @@
 // never multiplied: NaN and infinity do not pass. Linear in x, so backward is the same function of grad_output, with
 // shift and dropped 0 and the state that forward drew, which is all that is kept. Bytes moved: x and y, each once.
 //
-// x and y are contiguous, of any alignment that the element type has; y may be x. numel may be 0. Arithmetic is fp32
-// (fp64 where dtype is F64).
+// x, residual and y are contiguous, of any alignment that the element type has; y may be x. numel may be 0. Arithmetic
+// is fp32 (fp64 where dtype is F64).
 #pragma once
 
 #include "../common/philox.h"
@@ -20,6 +21,7 @@ namespace dlkit::dropout {
 
 struct Dropout {
   const void* x;
+  const void* residual;  // or null
   void* y;
   int64_t numel;
   int64_t inner;  // at least 1
@@ -28,7 +30,7 @@ struct Dropout {
   uint64_t threshold;  // drop_threshold(p)
   double scale, shift, dropped;
   DType dtype;
-  int64_t period = 1;  // divides inner
+  int64_t period;  // divides inner
 };
 
 void dropout_cpu(const Dropout& op);

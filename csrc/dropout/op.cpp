@@ -1,6 +1,6 @@
-// Dropout and its variants as torch ops. The public two, dropout and dropout_, check their arguments, choose the
-// constants of kernel.h and call dropout_forward, through an autograd node where a gradient is asked for. Backward is
-// dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
+// Dropout and its variants as torch ops. The public three, dropout, dropout_ and dropout_add, check their arguments,
+// choose the constants of kernel.h and call dropout_forward, through an autograd node where a gradient is asked for.
+// Backward is dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
 // dlkit.random.Philox. Forward-mode derivatives go through a differentiable formula with the same mask, vmap through
 // torch's own dropout, which knows what its `randomness` asks for.
 #include "../common/op.h"
@@ -71,13 +71,15 @@ Layout layout_of(const Tensor& x, int64_t inner) {
 
 // Other layouts go through contiguous memory, in which the logical order is that of addresses.
 template <class Device>
-void run(const Device& device, const Tensor& input, Tensor& output, const Form<int64_t>& form,
+void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
          const PhiloxSource& source, int64_t* state) {
   const Layout layout = layout_of(input, form.inner);
-  const bool fits = layout.direct && output.strides() == input.strides();
+  const bool fits = layout.direct ? output.strides() == input.strides() : output.is_contiguous();
   const Tensor x = layout.direct ? input : input.contiguous();
-  const Tensor y = fits || (!layout.direct && output.is_contiguous()) ? output : at::empty_like(x);
+  const Tensor added = residual.defined() ? residual.contiguous() : residual;  // only where x is contiguous too
+  const Tensor y = fits ? output : at::empty_like(x);
   Dropout op{x.const_data_ptr(),
+             added.defined() ? added.const_data_ptr() : nullptr,
              y.mutable_data_ptr(),
              x.numel(),
              layout.inner,
@@ -87,22 +89,22 @@ void run(const Device& device, const Tensor& input, Tensor& output, const Form<i
              form.scale,
              form.shift,
              form.dropped,
-             dtype_of(input.scalar_type())};
-  op.period = layout.period;
+             dtype_of(input.scalar_type()),
+             layout.period};
   run(device, op);
   if (!y.is_same(output)) output.copy_(y);
 }
 
 // Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
 template <class Device>
-Tensor forward_into(const Tensor& input, Tensor& output, const Form<int64_t>& form,
+Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
                     const OptionalGenerator& generator) {
   const Device device(input);
   Tensor state = empty_state(input);
   const bool draws = form.p < 1 && input.numel() > 0;
   const PhiloxSource source = draws ? draw(device, input, generator) : PhiloxSource{};
   if (input.numel() > 0) {
-    run(device, input, output, form, source, state.mutable_data_ptr<int64_t>());
+    run(device, input, residual, output, form, source, state.mutable_data_ptr<int64_t>());
   } else {
     state.zero_();
   }
@@ -113,7 +115,7 @@ template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, double p, int64_t inner, double scale, double shift,
                                    double dropped, const OptionalGenerator& generator) {
   Tensor y = at::empty_like(input);
-  Tensor state = forward_into<Device>(input, y, {p, inner, scale, shift, dropped}, generator);
+  Tensor state = forward_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, generator);
   return {std::move(y), std::move(state)};
 }
 
@@ -122,7 +124,7 @@ Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t inner, 
              double dropped) {
   Tensor y = at::empty_like(input);
   if (input.numel() == 0) return y;
-  run(Device(input), input, y, {p, inner, scale, shift, dropped}, source_of(state, input), nullptr);
+  run(Device(input), input, Tensor(), y, {p, inner, scale, shift, dropped}, source_of(state, input), nullptr);
   return y;
 }
 
@@ -131,12 +133,32 @@ Tensor forward_(Tensor& input, const OptionalTensor& state, double p, int64_t in
                 double dropped, const OptionalGenerator& generator) {
   at::assert_no_internal_overlap(input);
   const Form<int64_t> form{p, inner, scale, shift, dropped};
-  if (!has(state)) return forward_into<Device>(input, input, form, generator);
-  if (input.numel() > 0) run(Device(input), input, input, form, source_of(*state, input), nullptr);
+  if (!has(state)) return forward_into<Device>(input, Tensor(), input, form, generator);
+  if (input.numel() > 0) run(Device(input), input, Tensor(), input, form, source_of(*state, input), nullptr);
   return state->clone();
 }
 
+double scale_of(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+
+template <class Device>
+std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
+                                       double p, const OptionalGenerator& generator) {
+  Tensor y = at::empty(input.sizes(), input.options());
+  const Form<int64_t> form{p, 1, scale_of(p), 0, 0};
+  if (!has(state)) {
+    Tensor drawn = forward_into<Device>(input, residual, y, form, generator);
+    return {std::move(y), std::move(drawn)};
+  }
+  if (input.numel() > 0) run(Device(input), input, residual, y, form, source_of(*state, input), nullptr);
+  return {std::move(y), state->clone()};
+}
+
 // Shapes and dtypes of the above, for tracing.
+std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor&, double,
+                                            const OptionalGenerator&) {
+  return {at::empty_symint(input.sym_sizes(), input.options()), empty_state(input)};
+}
+
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, double, c10::SymInt, double, double, double,
                                         const OptionalGenerator&) {
   return {at::empty_like(input), empty_state(input)};
@@ -182,14 +204,6 @@ Tensor call_forward_(Tensor& input, const OptionalTensor& state, const Form<c10:
   return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped, generator);
 }
 
-// The state of this call in `state` where a stream gives it; else it is drawn by the kernel.
-OptionalTensor draw_from(const OptionalTensor& stream) {
-  if (!has(stream)) return std::nullopt;
-  static const auto op = find_op<decltype(philox_draw)>("philox_draw");
-  Tensor tensor = *stream;
-  return op.call(tensor);
-}
-
 std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
                                         const OptionalGenerator& generator) {
   if (has(state)) return {call_apply(input, *state, form), *state};
@@ -204,6 +218,7 @@ Form<c10::SymInt> linear_part(Form<c10::SymInt> form) {
 struct DropoutBackward : torch::autograd::Node {
   torch::autograd::SavedVariable state;
   Form<c10::SymInt> form{};
+  bool residual = false;  // a second input, whose gradient is that of the output
 
   std::string name() const override { return "DlkitDropoutBackward"; }
 
@@ -214,10 +229,17 @@ struct DropoutBackward : torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return {Tensor()};
-    if (at::GradMode::is_enabled()) return {call_apply(grads[0], state.unpack(), form)};
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return {call_apply(grads[0], state.unpack(), form)};
+    variable_list result(residual ? 2 : 1);
+    if (!grads[0].defined()) return result;
+    if (residual && task_should_compute_output(1)) result[1] = grads[0];
+    if (!task_should_compute_output(0)) return result;
+    if (at::GradMode::is_enabled()) {
+      result[0] = call_apply(grads[0], state.unpack(), form);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      result[0] = call_apply(grads[0], state.unpack(), form);
+    }
+    return result;
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
@@ -225,6 +247,7 @@ struct DropoutBackward : torch::autograd::Node {
     args.collect(form.p);
     args.collect(form.inner);
     args.collect(form.scale);
+    args.collect(residual);
   }
 
   variable_list apply_with_saved(const variable_list& grads,
@@ -282,22 +305,15 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::S
 // The constants of a call, and torch's checks. mask_ndim: how many leading dimensions the mask has, -1 for all.
 Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
                           const OptionalGenerator& generator, const OptionalTensor& stream) {
-  TORCH_CHECK(input.defined(), name, "(): expected input to be a Tensor, got None");
-  TORCH_CHECK_VALUE(!(p < 0 || p > 1), name, "(): expected p between 0 and 1, got ", p);
-  TORCH_CHECK(p == p, name, "(): expected p between 0 and 1, got ", p);
+  check_dropout(name, input, p, generator, stream);
   TORCH_CHECK(mask_ndim >= -1 && mask_ndim <= input.dim(), name, "(): expected input of at least ", mask_ndim,
               " dimensions, got shape ", input.sym_sizes());
-  if (generator.has_value() && generator->defined() && !input.is_meta()) {
-    TORCH_CHECK(generator->device().type() == input.device().type(), name, "(): expected generator on ", input.device(),
-                " (the device of input), got ", generator->device());
-    TORCH_CHECK(!has(stream), name, "(): expected generator or stream, got both");
-  }
   c10::SymInt inner = 1;
   if (mask_ndim >= 0) {
     for (const auto& size : input.sym_sizes().slice(mask_ndim)) inner = inner * size;
     inner = inner.max(1);
   }
-  if (!alpha) return {p, inner, p < 1 ? 1 / (1 - p) : 0, 0, 0};
+  if (!alpha) return {p, inner, scale_of(p), 0, 0};
   // Klambauer et al., "Self-normalizing neural networks", 2017: what is dropped becomes SELU's lower bound, then the
   // mean and the variance of normal input are put back. p = 1 makes zeros, as in torch.
   constexpr double saturated = 1.7580993408473766;
@@ -323,12 +339,6 @@ bool has_kernel(const Tensor& input) {
          forward_op().hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
 }
 
-// A stream moves on only if there is something to draw, as a generator does.
-OptionalTensor draw_for(const Tensor& input, double p, const OptionalTensor& stream) {
-  const bool draws = has(stream) && p < 1 && !TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0));
-  return draws ? draw_from(stream) : std::nullopt;
-}
-
 Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
                const OptionalTensor& stream) {
   const auto form = form_of("dropout", input, p, mask_ndim, alpha, generator, stream);
@@ -344,6 +354,43 @@ Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, con
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     result = call_forward(input, drawn, form, generator);
+  }
+  auto& [y, state] = result;
+  if (graph) {
+    torch::autograd::set_history(y, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return std::move(y);
+}
+
+const auto& add_op() {
+  static const auto op = find_op<decltype(add_forward_meta)>("dropout_add_forward");
+  return op;
+}
+
+// dropout(input) + residual; broadcasts and promotes as the addition does. One pass where neither is needed.
+Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const OptionalGenerator& generator,
+                   const OptionalTensor& stream) {
+  const auto form = form_of("dropout_add", input, p, -1, false, generator, stream);
+  TORCH_CHECK(residual.defined(), "dropout_add(): expected residual to be a Tensor, got None");
+  const bool fits = input.scalar_type() == residual.scalar_type() && input.device() == residual.device() &&
+                    input.sym_sizes().equals(residual.sym_sizes());
+  if (!fits || needs_native(add_op(), input, residual)) {
+    static const auto op = find_op<decltype(dropout)>("dropout");
+    return op.call(input, p, -1, false, generator, stream) + residual;
+  }
+  const OptionalTensor drawn = draw_for(input, p, stream);
+  const bool graph = any_requires_grad(input, residual);
+  const auto node = make_node<DropoutBackward>();
+  if (graph) {
+    node->set_next_edges(torch::autograd::collect_next_edges(input, residual));
+    node->form = form;
+    node->residual = true;
+  }
+  std::tuple<Tensor, Tensor> result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = add_op().call(input, residual, drawn, p, generator);
   }
   auto& [y, state] = result;
   if (graph) {
@@ -396,11 +443,13 @@ void implement_kernels(torch::Library& m) {
   m.impl("dropout_forward", forward<Device>);
   m.impl("dropout_forward_", forward_<Device>);
   m.impl("dropout_apply", apply<Device>);
+  m.impl("dropout_add_forward", add_forward<Device>);
 }
 
 void implement_public(torch::Library& m) {
   m.impl("dropout", dropout);
   m.impl("dropout_", dropout_);
+  m.impl("dropout_add", dropout_add);
 }
 
 }  // namespace
@@ -429,6 +478,14 @@ DLKIT_DEFINE_OPS(m) {
       "dropout_apply(Tensor input, Tensor state, float p, SymInt inner, float scale, float shift, float dropped)"
       " -> Tensor",
       tags);
+  m.def(
+      "dropout_add(Tensor input, Tensor residual, float p, *, Generator? generator=None, Tensor(a!)? stream=None)"
+      " -> Tensor",
+      random);
+  m.def(
+      "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None)"
+      " -> (Tensor y, Tensor state)",
+      random);
   m.def("philox_draw(Tensor(a!) stream) -> Tensor", tags);
 }
 
@@ -451,6 +508,7 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("dropout_forward", dlkit::dropout::forward_meta);
   m.impl("dropout_forward_", dlkit::dropout::forward_meta_);
   m.impl("dropout_apply", dlkit::dropout::apply_meta);
+  m.impl("dropout_add_forward", dlkit::dropout::add_forward_meta);
   m.impl("philox_draw", dlkit::dropout::philox_draw_meta);
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) {

@@ -9,6 +9,7 @@
 
 #include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
+#include "../common/cpu/philox.h"
 #include "../common/cpu/simd.h"
 #include "../common/dispatch.h"
 #include "kernel.h"
@@ -35,25 +36,60 @@ bool should_stream(const void* output, int64_t rows, int64_t cols) {
 constexpr int kGroup = 4;            // rows taken together
 constexpr int64_t kScratch = 16384;  // columns up to which a row, or a parameter, is kept widened on the stack
 
+// Whether and how a residual is added; kDrop: to x behind a dropout.
+enum Residual { kNone, kAdd, kDrop };
+
+// Not inlined into every kernel: it is long.
+__attribute__((noinline)) void draw_bits(const PhiloxState& state, uint64_t threshold, int64_t first, int64_t blocks,
+                                         uint8_t* bits) {
+  keep_bits(state, threshold, first, blocks, bits);
+}
+
+// The keep bits of a few rows that follow each other, of kElements or less.
+template <int64_t kElements>
+struct RowBits {
+  alignas(64) uint8_t bits[kElements / kBlockElements + kKeepStep + 16];
+  int64_t first = 0;  // the element that bit 0 belongs to
+  DLKIT_INLINE_MEMBER void draw(const PhiloxState& state, uint64_t threshold, int64_t begin, int64_t end) {
+    first = begin / kBlockElements * kBlockElements;
+    draw_bits(state, threshold, first / kBlockElements, (end - first + kBlockElements - 1) / kBlockElements, bits);
+  }
+  template <class A>
+  DLKIT_INLINE_MEMBER uint32_t lanes(int64_t element) const {
+    return lanes_at<A>(bits, element - first);
+  }
+};
+
+template <Residual kResidual>
+constexpr int64_t kDropped = kResidual == kDrop ? kScratch : 0;
+
 // What is normalised: x, or x + residual rounded to T. The first reading writes the sum out and, with kKeep, leaves the
 // row widened in `kept`: two output streams in two passes are faster than both in the last one.
-template <class T, bool kAdd, bool kStream, bool kKeep>
+template <class T, Residual kResidual, bool kStream, bool kKeep>
 struct Row {
   using A = accumulate_t<T>;
   const T* x;
   const T* residual;
   T* sum;
   A* kept;
+  const RowBits<kDropped<kResidual>>* bits;
+  int64_t first_element;  // the logical index of column 0
+  A scale;
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> read(int64_t column, Width width) const {
     const Vector<A> v = load(x + column, width);
-    if constexpr (kAdd) return round_to<T>(v + load(residual + column, width));
-    return v;
+    if constexpr (kResidual == kNone) return v;
+    const Vector<A> added = load(residual + column, width);
+    if constexpr (kResidual == kDrop) {
+      return round_to<T>(
+          select<A>(bits->template lanes<A>(first_element + column), fma(v, broadcast<A>(scale), added), added));
+    }
+    return round_to<T>(v + added);
   }
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> first(int64_t column, Width width) const {
     const Vector<A> v = read(column, width);
-    if constexpr (kAdd) write<kStream>(sum + column, v, width);
+    if constexpr (kResidual != kNone) write<kStream>(sum + column, v, width);
     if constexpr (kKeep) store(kept + column, v, All{});
     return v;
   }
@@ -66,7 +102,7 @@ struct Row {
   // 8192x4096 fp32, where a copy takes 5.9; asking twice for a line costs all of that again.
   DLKIT_INLINE_MEMBER void fetch_half(int64_t column) const {
     prefetch<kSlots * kLanes<A> / 2>(x + column);
-    if constexpr (kAdd) prefetch<kSlots * kLanes<A> / 2>(residual + column);
+    if constexpr (kResidual != kNone) prefetch<kSlots * kLanes<A> / 2>(residual + column);
   }
 };
 
@@ -90,10 +126,10 @@ struct Parameter {
   }
 };
 
-template <class T, class P, bool kAdd, bool kStream, bool kKeep>
+template <class T, class P, Residual kResidual, bool kStream, bool kKeep>
 void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
-  using RowT = Row<T, kAdd, kStream, kKeep && (kAdd || !std::is_same_v<A, T>)>;
+  using RowT = Row<T, kResidual, kStream, kKeep && (kResidual != kNone || !std::is_same_v<A, T>)>;
   const int64_t cols = op.cols;
   const Parameter<A, P, kKeep> weights(op.weight, cols), biases(op.bias, cols);
   const auto *weight = weights.data, *bias = biases.data;
@@ -102,18 +138,26 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   constexpr bool kFine = std::is_same_v<A, T>;
   // Of LayerNorm's three passes the first two fetch the next row for 16-bit types, which leaves the last to the stores:
   // 5.4 -> 4.4 ms for 8192x4096 bf16. fp32 is 4 % slower so, with a residual too: the last two do it there.
-  constexpr bool kFetchEarly = !kAdd && !std::is_same_v<A, T>;
+  constexpr bool kFetchEarly = kResidual == kNone && !std::is_same_v<A, T>;
   // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next
   // row's.
   const int64_t together = cols <= 1024 ? kGroup : 1;
   const bool far = is_far<T>(op.rows, cols);
+  RowBits<kDropped<kResidual>> bits;
+  const PhiloxState state = read(op.dropout.source);
   const int64_t pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   const auto row_of = [&](int64_t row) DLKIT_INLINE_LAMBDA {
-    return RowT{static_cast<const T*>(op.x) + row * op.x_stride, at<const T>(op.residual, row * op.residual_stride),
-                at<T>(op.sum, row * cols), kept + row % together * pitch};
+    return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
+                at<const T>(op.residual, row * op.residual_stride),
+                at<T>(op.sum, row * cols),
+                kept + row % together * pitch,
+                &bits,
+                row * cols,
+                A(op.dropout.scale)};
   };
   for (int64_t first = begin; first < end; first += together) {
     const int64_t last = min64(first + together, end);
+    if constexpr (kResidual == kDrop) bits.draw(state, op.dropout.threshold, first * cols, last * cols);
     A mean[kGroup] = {}, mean_rest[kGroup] = {}, rstd[kGroup];
     if (!op.rms) {
       for (int64_t row = first; row < last; ++row) {
@@ -173,18 +217,19 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   if constexpr (kStream) streaming_fence();
 }
 
-template <class T, class P, bool kAdd>
+template <class T, class P, Residual kResidual>
 void forward_typed(const Forward& op) {
   const int64_t grain = max64(1, kGrain / op.cols);
-  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (!kAdd || uintptr_t(op.sum) % 64 == 0);
+  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (kResidual == kNone || uintptr_t(op.sum) % 64 == 0);
   const auto run = [&](auto streaming, auto keeping) {
-    parallel_for(op.rows, grain,
-                 [&](int64_t begin, int64_t end) { forward_rows<T, P, kAdd, streaming, keeping>(op, begin, end); });
+    parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
+      forward_rows<T, P, kResidual, streaming, keeping>(op, begin, end);
+    });
   };
-  constexpr bool kNothingToKeep = !kAdd && std::is_same_v<T, accumulate_t<T>>;
+  constexpr bool kNothingToKeep = kResidual == kNone && std::is_same_v<T, accumulate_t<T>>;
   if (kNothingToKeep || op.cols <= kScratch) {
     stream ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
-  } else if constexpr (!kNothingToKeep) {
+  } else if constexpr (!kNothingToKeep && kResidual != kDrop) {
     run(std::false_type(), std::false_type());
   }
 }
@@ -199,7 +244,8 @@ int64_t backward_blocks(const Backward& op) {
 
 template <class T, class P, int kRows, bool kInput, bool kWeight, bool kBias, bool kStream>
 DLKIT_INLINE void backward_group(const Backward& op, const P* weight, int64_t first, int64_t end,
-                                 accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums) {
+                                 accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state,
+                                 RowBits<kInput ? kGroup * kScratch : 0>& bits) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols;
   const T* const all_x = static_cast<const T*>(op.x);
@@ -218,6 +264,8 @@ DLKIT_INLINE void backward_group(const Backward& op, const P* weight, int64_t fi
     mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
     rstd[r] = static_cast<const A*>(op.rstd)[row];
   }
+  const bool drop = kInput && op.dropout.active;
+  if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + kRows) * cols);
   const bool far = is_far<T>(op.rows, cols);
   // Both passes fetch half of the next group each.
   const auto fetch_half = [&](int r, int64_t column) DLKIT_INLINE_LAMBDA {
@@ -252,6 +300,12 @@ DLKIT_INLINE void backward_group(const Backward& op, const P* weight, int64_t fi
         Vector<A> dx = fma(centred, broadcast<A>(-slope[r]), dy * w - mean_wdy[r]) * rstd[r];
         if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
         write<kStream>(grad_input[r] + i, dx, width);
+        if (drop) {
+          const int64_t element = (first + r) * cols + i;
+          const Vector<A> kept = dx * broadcast<A>(A(op.dropout.scale));
+          write<kStream>(static_cast<T*>(op.grad_dropped) + element,
+                         select<A>(bits.template lanes<A>(element), kept, Vector<A>{}), width);
+        }
       }
       if constexpr (kWeight) weight_sum = fma(dy, centred * rstd[r], weight_sum);
       if constexpr (kBias) bias_sum += dy;
@@ -268,13 +322,16 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, accumulate_t<
   if constexpr (kBias) memset(bias_sums, 0, size_t(op.cols) * sizeof(*bias_sums));
   const Parameter<accumulate_t<T>, P, kKeep> weight(op.weight, op.cols);
   using Element = typename decltype(weight)::Element;
+  RowBits<kInput ? kGroup * kScratch : 0> bits;
+  const PhiloxState state = read(op.dropout.source);
   int64_t row = begin;
   for (; row + kGroup <= end; row += kGroup) {
     backward_group<T, Element, kGroup, kInput, kWeight, kBias, kStream>(op, weight.data, row, end, weight_sums,
-                                                                        bias_sums);
+                                                                        bias_sums, state, bits);
   }
   for (; row < end; ++row) {
-    backward_group<T, Element, 1, kInput, kWeight, kBias, kStream>(op, weight.data, row, end, weight_sums, bias_sums);
+    backward_group<T, Element, 1, kInput, kWeight, kBias, kStream>(op, weight.data, row, end, weight_sums, bias_sums,
+                                                                   state, bits);
   }
   if constexpr (kStream) streaming_fence();
 }
@@ -293,7 +350,8 @@ void sum_partials(const A* partials, int64_t blocks, int64_t block_stride, int64
 template <class T, class P, bool kInput, bool kWeight, bool kBias>
 void backward_typed(const Backward& op) {
   using A = accumulate_t<T>;
-  const bool stream = kInput && should_stream<T>(op.grad_input, op.rows, op.cols);
+  const bool stream =
+      kInput && should_stream<T>(op.grad_input, op.rows, op.cols) && uintptr_t(op.grad_dropped) % 64 == 0;
   const auto run = [&](int64_t begin, int64_t end, A* weight_sums, A* bias_sums) {
     constexpr bool kNothingToKeep = std::is_same_v<A, P>;
     if (kNothingToKeep || op.cols <= kScratch) {
@@ -325,10 +383,19 @@ void backward_typed(const Backward& op) {
 }  // namespace
 
 void forward(const Forward& op) {
+  if (op.dropout.state != nullptr) {
+    const PhiloxState state = read(op.dropout.source);
+    op.dropout.state[0] = int64_t(state.seed);
+    op.dropout.state[1] = int64_t(state.offset);
+  }
   with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
-    op.residual != nullptr ? forward_typed<T, P, true>(op) : forward_typed<T, P, false>(op);
+    if (op.dropout.active) {
+      forward_typed<T, P, kDrop>(op);
+    } else {
+      op.residual != nullptr ? forward_typed<T, P, kAdd>(op) : forward_typed<T, P, kNone>(op);
+    }
   });
 }
 
@@ -343,6 +410,7 @@ void backward(const Backward& op) {
 }
 
 #if defined(DLKIT_ISA_IS_BASELINE)
+constexpr int64_t most_dropped = kScratch;  // columns: the keep bits of a group of rows lie on the stack
 int64_t partials_bytes(const Backward& op) {
   const int64_t element = op.dtype == DType::F64 ? 8 : 4;
   const int64_t arrays = int64_t(op.grad_weight != nullptr) + int64_t(op.grad_bias != nullptr);
@@ -356,6 +424,8 @@ DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
 DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
 #if defined(DLKIT_ISA_IS_BASELINE)
 int64_t backward_partials_cpu(const Backward& op) { return baseline::partials_bytes(op); }
+bool can_drop_cpu(const Forward& op) { return op.cols <= baseline::most_dropped; }
+bool can_drop_cpu(const Backward& op) { return op.cols <= baseline::most_dropped; }
 #endif
 
 }  // namespace dlkit::layer_norm

@@ -15,6 +15,7 @@
 // KB (512 or 1024 threads with 64 to 256 bytes of the next row). Predicted from that: 0.88 and 0.80 of a copy. Not yet
 // run on a GPU.
 #include "../common/cuda/launch.cuh"
+#include "../common/cuda/philox.cuh"
 #include "../common/cuda/reduce.cuh"
 #include "../common/cuda/vec.cuh"
 #include "../common/dispatch.h"
@@ -45,6 +46,24 @@ __device__ __forceinline__ Pack<PackBytes> add(const Pack<PackBytes>& x, const P
 #pragma unroll
   for (int k = 0; k < int(PackBytes / sizeof(T)); ++k) a[k] += b[k];
   return narrow<T, PackBytes>(a);
+}
+
+// The keep bits of a pack of adjacent elements, the first a multiple of their number. Narrow packs share a block and
+// each draw it again: with four tensors to move for every element there is time for that.
+__device__ __forceinline__ uint32_t keep_pack(const FusedDropout& dropout, const PhiloxState& state, int64_t element) {
+  return keep_bits(state, dropout.threshold, uint64_t(element / kBlockElements)) >> element % kBlockElements;
+}
+
+// drop(x) + residual, rounded to T.
+template <class T, int PackBytes>
+__device__ __forceinline__ Pack<PackBytes> drop_add(const Pack<PackBytes>& x, const Pack<PackBytes>& residual,
+                                                    uint32_t keep, accumulate_t<T> scale) {
+  accumulate_t<T> a[PackBytes / sizeof(T)], b[PackBytes / sizeof(T)];
+  widen<T, PackBytes>(x, a);
+  widen<T, PackBytes>(residual, b);
+#pragma unroll
+  for (int k = 0; k < int(PackBytes / sizeof(T)); ++k) b[k] = keep >> k & 1 ? a[k] * scale + b[k] : b[k];
+  return narrow<T, PackBytes>(b);
 }
 
 template <class T, int PackBytes>
@@ -119,13 +138,18 @@ constexpr int forward_resident = Packs > 4 || sizeof(T) > 4               ? 512
                                  : Packs* PackBytes > 16 * int(sizeof(T)) ? 768
                                                                           : 1024;
 
-template <class T, int PackBytes, int Lanes, int Packs>
+template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
 __global__ void __launch_bounds__(threads_of<Lanes>, (forward_resident<T, PackBytes, Packs> + threads_of<Lanes> - 1) /
                                                          threads_of<Lanes>) forward_rows(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
   __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
   const int lane = threadIdx.x % Lanes;
+  if (Drop && op.dropout.state != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    const PhiloxState state = read(op.dropout.source);
+    op.dropout.state[0] = int64_t(state.seed);
+    op.dropout.state[1] = int64_t(state.offset);
+  }
   for (int64_t first = int64_t(blockIdx.x) * rows_per_block; first < op.rows;
        first += int64_t(gridDim.x) * rows_per_block) {
     const int64_t row = first + threadIdx.x / Lanes;
@@ -144,11 +168,21 @@ __global__ void __launch_bounds__(threads_of<Lanes>, (forward_resident<T, PackBy
         if (at < packs)
           residual[i] = load_once<PackBytes>(row_of<T>(op.residual, row, op.residual_stride) + at * width);
       }
+      if constexpr (Drop) {
+        const PhiloxState state = read(op.dropout.source);
+#pragma unroll
+        for (int i = 0; i < Packs; ++i) {
+          const int at = lane + i * Lanes;
+          if (at >= packs) continue;
+          const uint32_t keep = keep_pack(op.dropout, state, row * op.cols + at * width);
+          values[i] = drop_add<T, PackBytes>(values[i], residual[i], keep, A(op.dropout.scale));
+        }
+      }
 #pragma unroll
       for (int i = 0; i < Packs; ++i) {
         const int at = lane + i * Lanes;
         if (at >= packs) continue;
-        values[i] = add<T, PackBytes>(values[i], residual[i]);
+        if constexpr (!Drop) values[i] = add<T, PackBytes>(values[i], residual[i]);
         store<PackBytes>(static_cast<T*>(op.sum) + row * op.cols + at * width, values[i]);
       }
     }
@@ -303,7 +337,7 @@ struct Gradients {
 template <class T, int PackBytes, int Packs>
 constexpr int backward_resident = Packs * PackBytes <= 8 * int(sizeof(T)) && Packs <= 4 && sizeof(T) <= 4 ? 1024 : 512;
 
-template <class T, int PackBytes, int Lanes, int Packs>
+template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
 __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBytes, Packs> / threads_of<Lanes>)
     backward_rows(const Backward op) {
   using A = accumulate_t<T>;
@@ -379,8 +413,17 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
       if (op.grad_sum != nullptr) {
         widen<T, PackBytes>(load<PackBytes>(from + i * Lanes * PackBytes + 2 * tensor_bytes), grad_sum);
       }
-      store<PackBytes>(static_cast<T*>(op.grad_input) + row * op.cols + at * width,
-                       gradients(i).input(means, rstd, grad_sum));
+      const Pack<PackBytes> grad_input = gradients(i).input(means, rstd, grad_sum);
+      store<PackBytes>(static_cast<T*>(op.grad_input) + row * op.cols + at * width, grad_input);
+      if constexpr (Drop) {
+        const int64_t element = row * op.cols + at * width;
+        const uint32_t keep = keep_pack(op.dropout, read(op.dropout.source), element);
+        A dropped[width];
+        widen<T, PackBytes>(grad_input, dropped);
+#pragma unroll
+        for (int k = 0; k < width; ++k) dropped[k] = keep >> k & 1 ? dropped[k] * A(op.dropout.scale) : A(0);
+        store<PackBytes>(static_cast<T*>(op.grad_dropped) + element, narrow<T, PackBytes>(dropped));
+      }
     }
   }
   copy_async_wait<0>();
@@ -529,6 +572,9 @@ bool with_spread(int64_t packs, Spreads<Each...>, const F& f) {
 
 using ForwardSpreads = Spreads<Spread<2, 2>, Spread<4, 2>, Spread<4, 4>, Spread<8, 4>, Spread<16, 4>, Spread<32, 4>,
                                Spread<32, 8>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
+// With a dropout, whose residual packs and random bits take registers of their own.
+using DropSpreads =
+    Spreads<Spread<4, 4>, Spread<16, 4>, Spread<32, 4>, Spread<64, 4>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
 using ShortSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32, 2>, Spread<32, 4>, Spread<64, 4>,
                              Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
 using LongSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32, 2>, Spread<32, 4>, Spread<64, 4>,
@@ -556,7 +602,8 @@ bool wide(const Forward& op, int64_t element) {
 bool wide(const Backward& op, int64_t element) {
   return op.cols * element % 16 == 0 && wide_rows(op.x, op.x_stride, element, op.rows) &&
          wide_rows(op.grad_output, op.grad_output_stride, element, op.rows) &&
-         wide_rows(op.grad_sum, op.grad_sum_stride, element, op.rows) && wide(op.weight) && wide(op.grad_input);
+         wide_rows(op.grad_sum, op.grad_sum_stride, element, op.rows) && wide(op.weight) && wide(op.grad_input) &&
+         wide(op.grad_dropped);
 }
 
 // Calls f(T(), std::integral_constant<int, PackBytes>()).
@@ -574,12 +621,17 @@ void with_types(const Op& op, const F& f) {
 
 template <class T, int PackBytes>
 void forward(const Forward& op, void* stream) {
-  const auto rows = [&](auto spread) {
+  const int64_t packs = op.cols * int64_t(sizeof(T)) / PackBytes;
+  const auto rows = [&](auto spread, auto drop) {
     constexpr int threads = threads_of<spread.lanes>;
-    launch("layer_norm forward_rows", forward_rows<T, PackBytes, spread.lanes, spread.packs>,
+    launch("layer_norm forward_rows", forward_rows<T, PackBytes, spread.lanes, spread.packs, drop>,
            grid_of(divide_up(op.rows, threads / spread.lanes)), threads, 0, stream, op);
   };
-  if (with_spread(op.cols * int64_t(sizeof(T)) / PackBytes, ForwardSpreads(), rows)) return;
+  if (op.dropout.active) {
+    with_spread(packs, DropSpreads(), [&](auto spread) { rows(spread, std::true_type()); });
+    return;
+  }
+  if (with_spread(packs, ForwardSpreads(), [&](auto spread) { rows(spread, std::false_type()); })) return;
   const int64_t row_bytes = op.cols * int64_t(sizeof(T));
   const bool cached = row_bytes <= current_device().shared_per_block - 1024;  // less the static exchange
   launch("layer_norm forward_long", forward_long<T, PackBytes>, grid_of(op.rows), long_threads, cached ? row_bytes : 0,
@@ -628,8 +680,12 @@ void backward(const Backward& op, void* stream) {
     how = plan<T, PackBytes>(op);
     if (!how.long_rows) {
       with_spread(op.cols / width, BackwardSpreads<width>(), [&](auto spread) {
-        launch("layer_norm backward_rows", backward_rows<T, PackBytes, spread.lanes, spread.packs>, how.blocks,
-               threads_of<spread.lanes>, how.shared_bytes, stream, op);
+        const auto rows = [&](auto* kernel) {
+          launch("layer_norm backward_rows", kernel, how.blocks, threads_of<spread.lanes>, how.shared_bytes, stream,
+                 op);
+        };
+        op.dropout.active ? rows(backward_rows<T, PackBytes, spread.lanes, spread.packs, true>)
+                          : rows(backward_rows<T, PackBytes, spread.lanes, spread.packs, false>);
       });
     } else {
       if (op.grad_input != nullptr) {
@@ -664,6 +720,20 @@ void forward_cuda(const Forward& op, void* stream) {
 
 void backward_cuda(const Backward& op, void* stream) {
   with_types(op, [&](auto type, auto pack_bytes) { backward<decltype(type), pack_bytes>(op, stream); });
+}
+
+bool can_drop_cuda(const Forward& op) {
+  bool found = false;
+  with_types(op, [&](auto type, auto pack_bytes) {
+    found = with_spread(op.cols * int64_t(sizeof(type)) / pack_bytes, DropSpreads(), [](auto) {});
+  });
+  return found;
+}
+
+bool can_drop_cuda(const Backward& op) {
+  bool found = false;
+  with_types(op, [&](auto type, auto pack_bytes) { found = !plan<decltype(type), pack_bytes>(op).long_rows; });
+  return found;
 }
 
 int64_t backward_partials_cuda(const Backward& op) {

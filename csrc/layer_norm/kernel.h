@@ -1,6 +1,8 @@
-// The contract of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, forward and backward.
+// The contract of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, forward and backward. x may pass a
+// dropout on its way to the addition.
 //
 //   sum  = x + residual                      (rounded to the input's dtype; only with a residual, else sum = x)
+//   sum  = drop(x) + residual                (with op.dropout, whose mask goes by row * cols + col; rounded once)
 //   xhat = (sum - mean) * rstd               mean of the row, 0 for RMSNorm
 //   rstd = 1 / sqrt(mean((sum - mean)^2) + eps)
 //   y    = xhat * weight + bias
@@ -15,7 +17,7 @@
 // that input counts as absent and that output is not computed. rows may be 0; cols is at least 1.
 #pragma once
 
-#include "../common/scalar.h"
+#include "../common/philox.h"
 
 namespace dlkit::layer_norm {
 
@@ -34,6 +36,7 @@ struct Forward {
   DType dtype;            // of x, residual, y and sum
   DType parameter_dtype;  // of weight and bias: dtype or F32
   bool rms;
+  FusedDropout dropout;  // only with a residual, and where can_drop_*() says yes
 };
 
 struct Backward {
@@ -52,7 +55,15 @@ struct Backward {
   DType dtype;            // of grad_output, grad_sum, x and grad_input
   DType parameter_dtype;  // of weight, grad_weight and grad_bias: dtype or F32
   bool rms;
+  FusedDropout dropout;  // forward's, where can_drop_*() says yes; then, with grad_input:
+  void* grad_dropped;    // gradient of the x that was dropped, drop(grad_input), where that of the sum is grad_input
 };
+
+// Whether the kernels can drop on the way: the rows may be too long.
+bool can_drop_cpu(const Forward& op);
+bool can_drop_cpu(const Backward& op);
+bool can_drop_cuda(const Forward& op);
+bool can_drop_cuda(const Backward& op);
 
 void forward_cpu(const Forward& op);
 void backward_cpu(const Backward& op);

@@ -1,5 +1,8 @@
 // LayerNorm and RMSNorm as torch ops. The public four check their arguments, then call layer_norm_forward, through an
 // autograd node where a gradient is asked for; layer_norm_backward is an op of its own, so that compilers see both.
+// With a dropout before the residual add they are dropout_add_layer_norm and dropout_add_rms_norm, and forward and
+// backward are two ops more, which give and take the dropout's state; where a row is too long for the fused kernels
+// they fall apart into dropout's own op and these.
 // Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
 #include "../common/op.h"
 
@@ -10,6 +13,7 @@
 #include <ATen/ops/rms_norm.h>
 
 #include "../common/autograd.h"
+#include "../common/random.h"
 #include "kernel.h"
 
 namespace dlkit::layer_norm {
@@ -17,8 +21,10 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::variable_list;
-using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, sum, mean, rstd
-using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;         // grad_input, grad_weight, grad_bias
+using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;                 // y, sum, mean, rstd
+using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;                        // grad_input, grad_weight, grad_bias
+using DroppedForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // ..., state
+using DroppedBackwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;         // grad_input, grad_residual, ...
 
 Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return has(tensor) ? tensor->contiguous() : Tensor(); }
 
@@ -34,11 +40,19 @@ auto statistics_sizes(const Sizes& sizes, int64_t normalized_ndim) {
 void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
 void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
 int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
+template <class Op>
+bool can_drop(const CudaDevice&, const Op& op) {
+  return can_drop_cuda(op);
+}
 #endif
 #if !defined(DLKIT_CUDA_ON_CPU)
 void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
 void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
 int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
+template <class Op>
+bool can_drop(const CpuDevice&, const Op& op) {
+  return can_drop_cpu(op);
+}
 #endif
 
 struct Shape {
@@ -50,16 +64,23 @@ Shape shape_of(const Tensor& input, int64_t normalized_ndim) {
   return {cols > 0 ? input.numel() / cols : 0, cols};
 }
 
-template <class Device>
-ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
-                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool stats) {
+// What of an op's dropout the kernels do not decide themselves. `state`: given, or drawn here.
+FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* state) {
+  return {source, state, drop_threshold(p), p < 1 ? 1 / (1 - p) : 0, true};
+}
+
+// `dropout`, if there is one, may be filled in from what only the kernels' limits decide: false if they cannot drop.
+template <class Device, class FillIn>
+bool forward(const Device& device, ForwardOutputs& outputs, const Tensor& input, const OptionalTensor& residual,
+             int64_t normalized_ndim, const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
+             bool stats, const FillIn& dropout) {
   const Rows x = as_rows(input, normalized_ndim);
   const Rows added = as_rows(or_undefined(residual), normalized_ndim);
   const Tensor w = contiguous_or_undefined(weight);
   const Tensor b = contiguous_or_undefined(bias);
   const auto sizes = input.sizes();
-  Tensor y = at::empty(sizes, input.options());
-  Tensor sum, mean, rstd;
+  auto& [y, sum, mean, rstd] = outputs;
+  y = at::empty(sizes, input.options());
   if (has(residual)) sum = at::empty(sizes, input.options());
   if (stats) {
     const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
@@ -68,31 +89,90 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int6
     rstd = at::empty(stats_sizes, options);
   }
   const auto [rows, cols] = shape_of(input, normalized_ndim);
-  if (rows > 0) {
-    run(Device(input),
-        Forward{x.data(), added.data(), data_or_null(w), data_or_null(b), y.mutable_data_ptr(),
-                mutable_data_or_null(sum), mutable_data_or_null(mean), mutable_data_or_null(rstd), rows, cols, x.stride,
-                added.stride, eps, dtype_of(input.scalar_type()), dtype_of(parameter_type(input, weight, bias)), rms});
-  }
-  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd)};
+  Forward op{x.data(),
+             added.data(),
+             data_or_null(w),
+             data_or_null(b),
+             y.mutable_data_ptr(),
+             mutable_data_or_null(sum),
+             mutable_data_or_null(mean),
+             mutable_data_or_null(rstd),
+             rows,
+             cols,
+             x.stride,
+             added.stride,
+             eps,
+             dtype_of(input.scalar_type()),
+             dtype_of(parameter_type(input, weight, bias)),
+             rms,
+             {}};
+  if (!dropout(op)) return false;
+  if (rows > 0) run(device, op);
+  return true;
 }
 
 template <class Device>
-BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
-                         const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-                         const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
+ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
+                       const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool stats) {
+  ForwardOutputs outputs;
+  forward(Device(input), outputs, input, residual, normalized_ndim, weight, bias, eps, rms, stats,
+          [](const Forward&) { return true; });
+  return outputs;
+}
+
+// Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
+template <class Device>
+DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
+                                      double p, int64_t normalized_ndim, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, double eps, bool rms, bool stats,
+                                      const OptionalGenerator& generator) {
+  const Device device(input);
+  Tensor drawn = has(state) ? *state : empty_state(input);
+  const bool draws = !has(state) && p < 1 && input.numel() > 0;
+  ForwardOutputs outputs;
+  const bool fused =
+      forward(device, outputs, input, residual, normalized_ndim, weight, bias, eps, rms, stats, [&](Forward& op) {
+        if (op.rows > 0 && !can_drop(device, op)) return false;
+        const PhiloxSource source = draws        ? draw(device, input, generator)
+                                    : has(state) ? source_of(*state, input)
+                                                 : PhiloxSource{};
+        op.dropout = fused_dropout(p, source, has(state) ? nullptr : drawn.mutable_data_ptr<int64_t>());
+        return true;
+      });
+  if (!fused) {
+    static const auto add = find_op<std::tuple<Tensor, Tensor>(
+        const Tensor&, const Tensor&, const OptionalTensor&, double, const OptionalGenerator&)>("dropout_add_forward");
+    const auto [sum, own_state] = add.call(input, residual, state, p, generator);
+    ForwardOutputs plain = forward<Device>(sum, std::nullopt, normalized_ndim, weight, bias, eps, rms, stats);
+    std::get<1>(plain) = sum;
+    outputs = std::move(plain);
+    drawn = own_state;
+  } else if (input.numel() == 0 && !has(state)) {
+    drawn.zero_();
+  } else if (has(state)) {
+    drawn = state->clone();
+  }
+  auto& [y, sum, mean, rstd] = outputs;
+  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), std::move(drawn)};
+}
+
+template <class Device>
+DroppedBackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
+                                const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const OptionalTensor& state, double p,
+                                int64_t normalized_ndim, std::array<bool, 4> output_mask) {
   const Rows dy = as_rows(grad_output, normalized_ndim);
   const Rows ds = as_rows(or_undefined(grad_sum), normalized_ndim);
   const Rows x = as_rows(input, normalized_ndim);
   const Tensor w = contiguous_or_undefined(weight);
   const Device device(input);
-  Tensor grad_input, grad_weight, grad_bias, partials;
+  Tensor grad_input, grad_dropped, grad_weight, grad_bias, partials;
   const auto row_sizes = input.sizes().slice(input.dim() - normalized_ndim);
   const at::ScalarType parameter = parameter_type(input, weight, bias);
   const auto [rows, cols] = shape_of(input, normalized_ndim);
-  if (output_mask[0]) grad_input = at::empty(input.sizes(), input.options());
-  if (output_mask[1]) grad_weight = at::empty(row_sizes, input.options().dtype(parameter));
-  if (output_mask[2]) grad_bias = at::empty(row_sizes, input.options().dtype(parameter));
+  if (output_mask[0] || output_mask[1]) grad_input = at::empty(input.sizes(), input.options());
+  if (output_mask[2]) grad_weight = at::empty(row_sizes, input.options().dtype(parameter));
+  if (output_mask[3]) grad_bias = at::empty(row_sizes, input.options().dtype(parameter));
   Backward op{dy.data(),
               ds.data(),
               x.data(),
@@ -110,14 +190,48 @@ BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_s
               x.stride,
               dtype_of(input.scalar_type()),
               dtype_of(parameter),
-              !has(mean)};
+              !has(mean),
+              {},
+              nullptr};
+  const bool drop = has(state) && output_mask[0];
+  if (drop && cols > 0 && can_drop(device, op)) {
+    grad_dropped = at::empty(input.sizes(), input.options());
+    op.dropout = fused_dropout(p, source_of(*state, input), nullptr);
+    op.grad_dropped = grad_dropped.mutable_data_ptr();
+  }
   if (cols > 0) {
     const int64_t bytes = partials_bytes(device, op);
     if (bytes > 0) partials = at::empty({bytes}, input.options().dtype(at::kByte));
     op.partials = mutable_data_or_null(partials);
     run(device, op);
   }
+  if (drop && !grad_dropped.defined()) {
+    static const auto apply =
+        find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
+    grad_dropped = apply.call(grad_input, *state, p, 1, fused_dropout(p, {}, nullptr).scale, 0, 0);
+  }
+  if (!has(state)) return {Tensor(), std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+  return {std::move(grad_dropped), output_mask[1] ? std::move(grad_input) : Tensor(), std::move(grad_weight),
+          std::move(grad_bias)};
+}
+
+template <class Device>
+BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
+                         const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                         const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
+  auto [unused, grad_input, grad_weight, grad_bias] =
+      backward<Device>(grad_output, grad_sum, input, mean, rstd, weight, bias, std::nullopt, 0, normalized_ndim,
+                       {false, output_mask[0], output_mask[1], output_mask[2]});
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+}
+
+template <class Device>
+DroppedBackwardOutputs dropped_backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
+                                        const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                                        const OptionalTensor& bias, const Tensor& state, double p,
+                                        int64_t normalized_ndim, std::array<bool, 4> output_mask) {
+  return backward<Device>(grad_output, grad_sum, input, mean, rstd, weight, bias, state, p, normalized_ndim,
+                          output_mask);
 }
 
 // Shapes and dtypes of the above, for tracing.
@@ -141,6 +255,25 @@ BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor
   return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(),
           output_mask[1] ? at::empty_symint(row_sizes, options) : Tensor(),
           output_mask[2] ? at::empty_symint(row_sizes, options) : Tensor()};
+}
+
+DroppedForwardOutputs dropped_forward_meta(const Tensor& input, const Tensor& residual, const OptionalTensor&, double,
+                                           int64_t normalized_ndim, const OptionalTensor& weight,
+                                           const OptionalTensor& bias, double eps, bool rms, bool stats,
+                                           const OptionalGenerator&) {
+  auto [y, sum, mean, rstd] = forward_meta(input, residual, normalized_ndim, weight, bias, eps, rms, stats);
+  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), empty_state(input)};
+}
+
+DroppedBackwardOutputs dropped_backward_meta(const Tensor& grad_output, const OptionalTensor& grad_sum,
+                                             const Tensor& input, const OptionalTensor& mean, const Tensor& rstd,
+                                             const OptionalTensor& weight, const OptionalTensor& bias, const Tensor&,
+                                             double, int64_t normalized_ndim, std::array<bool, 4> output_mask) {
+  auto [grad_residual, grad_weight, grad_bias] =
+      backward_meta(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim,
+                    {output_mask[1], output_mask[2], output_mask[3]});
+  return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(), std::move(grad_residual),
+          std::move(grad_weight), std::move(grad_bias)};
 }
 
 // The same results from torch's own differentiable ops.
@@ -171,57 +304,96 @@ BackwardOutputs call_backward(const Tensor& grad_output, const OptionalTensor& g
   return op.call(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, output_mask);
 }
 
+// The dropout on the way to a residual add, as autograd's side and the calls carry it.
+struct DropoutCall {
+  double p;
+  OptionalTensor state;  // where a stream gave it
+  OptionalGenerator generator;
+};
+
+std::tuple<ForwardOutputs, Tensor> call_forward(const Tensor& input, const OptionalTensor& residual,
+                                                int64_t normalized_ndim, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, double eps, bool rms, bool stats,
+                                                const DropoutCall* dropout) {
+  if (dropout == nullptr) {
+    return {call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, stats), Tensor()};
+  }
+  static const auto op = find_op<decltype(dropped_forward_meta)>("dropout_layer_norm_forward");
+  auto [y, sum, mean, rstd, state] = op.call(input, *residual, dropout->state, dropout->p, normalized_ndim, weight,
+                                             bias, eps, rms, stats, dropout->generator);
+  return {ForwardOutputs{std::move(y), std::move(sum), std::move(mean), std::move(rstd)}, std::move(state)};
+}
+
+Tensor drop(const Tensor& input, const Tensor& state, double p) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
+  return op.call(input, state, p, 1, p < 1 ? 1 / (1 - p) : 0, 0, 0);
+}
+
 // A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
 struct LayerNormBackward : torch::autograd::Node {
   torch::autograd::SavedVariable input, mean, rstd, weight,
-      bias;  // input: what was normalised, the sum where there is one
+      bias;                              // input: what was normalised, the sum where there is one
+  torch::autograd::SavedVariable state;  // of the dropout, where there is one
   int64_t normalized_ndim = 0;
-  double eps = 0;
+  double eps = 0, p = 0;
   bool residual = false;
 
   std::string name() const override { return "DlkitLayerNormBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias}) saved->reset_data();
+    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor x = residual ? input.unpack(getptr()) : input.unpack();
-    const Tensor w = weight.unpack(), b = bias.unpack(), saved_mean = mean.unpack();
+    const Tensor w = weight.unpack(), b = bias.unpack(), saved_mean = mean.unpack(), drawn = state.unpack();
     const Tensor& grad_output = grads[0];
     const Tensor grad_sum = residual ? grads[1] : Tensor();
     const std::array<bool, 3> mask{task_should_compute_output(0) || task_should_compute_output(1),
                                    task_should_compute_output(2), task_should_compute_output(3)};
     BackwardOutputs result;
+    Tensor grad_dropped;
     if (!grad_output.defined()) {
       std::get<0>(result) = grad_sum;
     } else if (at::GradMode::is_enabled()) {
       const auto shape = x.sym_sizes().slice(x.dim() - normalized_ndim);
       result = differentiable_backward(grad_output, grad_sum, x, shape, w, b, eps, !saved_mean.defined(), mask);
+    } else if (drawn.defined()) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
+      auto& [grad_residual, grad_weight, grad_bias] = result;
+      std::tie(grad_dropped, grad_residual, grad_weight, grad_bias) =
+          op.call(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, drawn, p, normalized_ndim,
+                  {task_should_compute_output(0), task_should_compute_output(1), mask[1], mask[2]});
+      return {grad_dropped, grad_residual, grad_weight, grad_bias};
     } else {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       result = call_backward(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, normalized_ndim, mask);
     }
     const auto& [grad_input, grad_weight, grad_bias] = result;
-    return {task_should_compute_output(0) ? grad_input : Tensor(),
+    grad_dropped = drawn.defined() && grad_input.defined() && task_should_compute_output(0) ? drop(grad_input, drawn, p)
+                                                                                            : grad_input;
+    return {task_should_compute_output(0) ? grad_dropped : Tensor(),
             task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(input, residual);
-    for (const auto* saved : {&mean, &rstd, &weight, &bias}) args.collect(*saved, false);
+    for (const auto* saved : {&mean, &rstd, &weight, &bias, &state}) args.collect(*saved, false);
     args.collect(normalized_ndim);
     args.collect(eps);
+    args.collect(p);
     args.collect(residual);
   }
 
   variable_list apply_with_saved(const variable_list& grads,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias}) swap.before(*saved);
+    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) swap.before(*saved);
     variable_list result = apply(variable_list(grads));
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias}) swap.after(*saved);
+    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) swap.after(*saved);
     return result;
   }
 
@@ -241,15 +413,17 @@ struct LayerNormBackward : torch::autograd::Node {
 
 std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const OptionalTensor& residual,
                                               int64_t normalized_ndim, const OptionalTensor& weight,
-                                              const OptionalTensor& bias, double eps, bool rms) {
+                                              const OptionalTensor& bias, double eps, bool rms,
+                                              const DropoutCall* dropout) {
   using torch::autograd::SavedVariable;
   const auto node = make_node<LayerNormBackward>();
   node->set_next_edges(
       torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
   ForwardOutputs outputs;
+  Tensor state;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    outputs = call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, true);
+    std::tie(outputs, state) = call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, true, dropout);
   }
   auto& [y, sum, mean, rstd] = outputs;
   torch::autograd::set_history(y, node);
@@ -262,6 +436,10 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
   node->normalized_ndim = normalized_ndim;
   node->eps = eps;
   node->residual = sum.defined();
+  if (dropout != nullptr) {
+    node->state = SavedVariable(state, false);
+    node->p = dropout->p;
+  }
   return {std::move(y), std::move(sum)};
 }
 
@@ -290,17 +468,18 @@ void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef 
 
 std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, const OptionalTensor& residual,
                                      c10::SymIntArrayRef shape, const OptionalTensor& weight,
-                                     const OptionalTensor& bias, double eps, bool rms) {
+                                     const OptionalTensor& bias, double eps, bool rms,
+                                     const DropoutCall* dropout = nullptr) {
   check_arguments(name, input, shape, weight, bias, rms);
   if (needs_native(forward_op(), input, residual, weight, bias))
     return native(input, residual, shape, weight, bias, eps, rms);
   check_parameter_types(name, input, weight, bias);
   const int64_t ndim = int64_t(shape.size());
   if (any_requires_grad(input, residual, weight, bias)) {
-    return forward_with_graph(input, residual, ndim, weight, bias, eps, rms);
+    return forward_with_graph(input, residual, ndim, weight, bias, eps, rms, dropout);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto outputs = call_forward(input, residual, ndim, weight, bias, eps, rms, false);
+  auto outputs = std::get<0>(call_forward(input, residual, ndim, weight, bias, eps, rms, false, dropout));
   return {std::move(std::get<0>(outputs)), std::move(std::get<1>(outputs))};
 }
 
@@ -355,6 +534,47 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& resid
                    true);
 }
 
+// One pass where x and residual have one shape and one type; else dropout, then what the addition makes of them.
+std::tuple<Tensor, Tensor> dropout_add_norm(const char* name, const Tensor& input, const Tensor& residual,
+                                            c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
+                                            const OptionalTensor& bias, std::optional<double> eps, double p, bool rms,
+                                            const OptionalGenerator& generator, const OptionalTensor& stream) {
+  check_dropout(name, input, p, generator, stream);
+  TORCH_CHECK(residual.defined(), name, "(): expected residual to be a Tensor, got None");
+  static const auto op = find_op<decltype(dropped_forward_meta)>("dropout_layer_norm_forward");
+  const bool fits = input.scalar_type() == residual.scalar_type() && input.device() == residual.device() &&
+                    input.sym_sizes().equals(residual.sym_sizes()) && !needs_native(op, input, residual, weight, bias);
+  const auto norm = [&](const Tensor& x, const Tensor& added, const DropoutCall* dropout) {
+    return normalize(name, x, added, normalized_shape, rms ? rms_weight(x, weight) : weight, bias,
+                     rms ? rms_eps(x, eps) : *eps, rms, dropout);
+  };
+  if (fits) {
+    check_arguments(name, input, normalized_shape, weight, bias, rms);  // before anything is drawn
+    const DropoutCall dropout{p, draw_for(input, p, stream), generator};
+    return norm(input, residual, &dropout);
+  }
+  static const auto drop_op =
+      find_op<Tensor(const Tensor&, double, int64_t, bool, const OptionalGenerator&, const OptionalTensor&)>("dropout");
+  const auto [x, added] = promote(drop_op.call(input, p, -1, false, generator, stream), residual);
+  return norm(x, added, nullptr);
+}
+
+std::tuple<Tensor, Tensor> dropout_add_layer_norm(const Tensor& input, const Tensor& residual,
+                                                  c10::SymIntArrayRef normalized_shape, double p,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                  const OptionalGenerator& generator, const OptionalTensor& stream) {
+  return dropout_add_norm("dropout_add_layer_norm", input, residual, normalized_shape, weight, bias, eps, p, false,
+                          generator, stream);
+}
+
+std::tuple<Tensor, Tensor> dropout_add_rms_norm(const Tensor& input, const Tensor& residual,
+                                                c10::SymIntArrayRef normalized_shape, double p,
+                                                const OptionalTensor& weight, std::optional<double> eps,
+                                                const OptionalGenerator& generator, const OptionalTensor& stream) {
+  return dropout_add_norm("dropout_add_rms_norm", input, residual, normalized_shape, weight, std::nullopt, eps, p, true,
+                          generator, stream);
+}
+
 // Autocast on CUDA runs torch's layer_norm and rms_norm in fp32 and leaves the addition as it is; on the CPU it does
 // nothing.
 Tensor to_fp32(const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); }
@@ -389,10 +609,36 @@ std::tuple<Tensor, Tensor> add_rms_norm_autocast(const Tensor& input, const Tens
   return {rms_norm_autocast(sum, normalized_shape, weight, eps), sum};
 }
 
+Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const OptionalGenerator& generator,
+                   const OptionalTensor& stream) {
+  static const auto op = find_op<decltype(dropout_add)>("dropout_add");
+  return op.call(input, residual, p, generator, stream);
+}
+
+std::tuple<Tensor, Tensor> dropout_add_layer_norm_autocast(const Tensor& input, const Tensor& residual,
+                                                           c10::SymIntArrayRef normalized_shape, double p,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           double eps, const OptionalGenerator& generator,
+                                                           const OptionalTensor& stream) {
+  const Tensor sum = dropout_add(input, residual, p, generator, stream);
+  return {layer_norm_autocast(sum, normalized_shape, weight, bias, eps), sum};
+}
+
+std::tuple<Tensor, Tensor> dropout_add_rms_norm_autocast(const Tensor& input, const Tensor& residual,
+                                                         c10::SymIntArrayRef normalized_shape, double p,
+                                                         const OptionalTensor& weight, std::optional<double> eps,
+                                                         const OptionalGenerator& generator,
+                                                         const OptionalTensor& stream) {
+  const Tensor sum = dropout_add(input, residual, p, generator, stream);
+  return {rms_norm_autocast(sum, normalized_shape, weight, eps), sum};
+}
+
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("layer_norm_forward", forward<Device>);
-  m.impl("layer_norm_backward", backward<Device>);
+  m.impl("layer_norm_forward", static_cast<decltype(&forward_meta)>(forward<Device>));
+  m.impl("layer_norm_backward", static_cast<decltype(&backward_meta)>(backward<Device>));
+  m.impl("dropout_layer_norm_forward", dropped_forward<Device>);
+  m.impl("dropout_layer_norm_backward", dropped_backward<Device>);
 }
 
 void implement_public(torch::Library& m) {
@@ -400,6 +646,8 @@ void implement_public(torch::Library& m) {
   m.impl("rms_norm", rms_norm);
   m.impl("add_layer_norm", add_layer_norm);
   m.impl("add_rms_norm", add_rms_norm);
+  m.impl("dropout_add_layer_norm", dropout_add_layer_norm);
+  m.impl("dropout_add_rms_norm", dropout_add_rms_norm);
 }
 
 }  // namespace
@@ -419,6 +667,26 @@ DLKIT_DEFINE_OPS(m) {
   m.def(
       "add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " float? eps=None) -> (Tensor, Tensor)",
+      tags);
+  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  m.def(
+      "dropout_add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, float p, Tensor? weight=None,"
+      " Tensor? bias=None, float eps=1e-05, *, Generator? generator=None, Tensor(a!)? stream=None)"
+      " -> (Tensor, Tensor)",
+      random);
+  m.def(
+      "dropout_add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, float p, Tensor? weight=None,"
+      " float? eps=None, *, Generator? generator=None, Tensor(a!)? stream=None) -> (Tensor, Tensor)",
+      random);
+  m.def(
+      "dropout_layer_norm_forward(Tensor input, Tensor residual, Tensor? state, float p, int normalized_ndim,"
+      " Tensor? weight, Tensor? bias, float eps, bool rms, bool stats, Generator? generator=None)"
+      " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd, Tensor state)",
+      random);
+  m.def(
+      "dropout_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
+      " Tensor? weight, Tensor? bias, Tensor state, float p, int normalized_ndim, bool[4] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
       tags);
   m.def(
       "layer_norm_forward(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? bias,"
@@ -447,6 +715,8 @@ DLKIT_IMPLEMENT_OPS(CUDA, m) {
 DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("layer_norm_forward", dlkit::layer_norm::forward_meta);
   m.impl("layer_norm_backward", dlkit::layer_norm::backward_meta);
+  m.impl("dropout_layer_norm_forward", dlkit::layer_norm::dropped_forward_meta);
+  m.impl("dropout_layer_norm_backward", dlkit::layer_norm::dropped_backward_meta);
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_public(m); }
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_public(m); }
@@ -456,4 +726,6 @@ DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
   m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);
   m.impl("add_layer_norm", dlkit::layer_norm::add_layer_norm_autocast);
   m.impl("add_rms_norm", dlkit::layer_norm::add_rms_norm_autocast);
+  m.impl("dropout_add_layer_norm", dlkit::layer_norm::dropout_add_layer_norm_autocast);
+  m.impl("dropout_add_rms_norm", dlkit::layer_norm::dropout_add_rms_norm_autocast);
 }
