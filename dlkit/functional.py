@@ -251,6 +251,89 @@ def dropout(
     return _drop("dropout", input, p, training, inplace, generator)
 
 
+def dropout_add(
+    input: Tensor, residual: Tensor, p: float = 0.5, training: bool = True, *, generator: Generator | None = None
+) -> Tensor:
+    """``dropout(input) + residual`` in one pass over memory; see :func:`dropout`.
+
+    ``input`` and ``residual`` broadcast and promote as in an addition; the fast case is equal shapes and dtypes, where
+    the result is rounded once. Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
+    """
+    check_probability("dropout_add", p)
+    if not training or p == 0:
+        return input + residual
+    generator, stream = split_generator("dropout_add", generator)
+    try:
+        return _dropout_add(input, residual, p, generator=generator, stream=stream)
+    except RuntimeError:
+        check_tensors("dropout_add", input=input, residual=residual)
+        raise
+
+
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    eps: float = 1e-5,
+    training: bool = True,
+    prenorm: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Any:
+    """``sum = dropout(input) + residual`` and ``layer_norm(sum)`` in one pass over memory.
+
+    Returns:
+        ``y``, or ``(y, sum)`` if ``prenorm``, for blocks that add further to the sum. Gradients flow through both;
+        backward reads what it needs once and draws the mask again.
+
+    The mask is that of :func:`dropout` for the same generator. See :func:`dropout`, :func:`add_layer_norm` and
+    :func:`layer_norm` for the arguments and errors.
+    """
+    check_probability("dropout_add_layer_norm", p)
+    if not training or p == 0:
+        y, total = add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        return (y, total) if prenorm else y
+    own, stream = split_generator("dropout_add_layer_norm", generator)
+    try:
+        y, total = _dropout_add_layer_norm(
+            input, residual, normalized_shape, p, weight, bias, eps, generator=own, stream=stream
+        )
+    except RuntimeError as error:
+        tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
+        _raise("dropout_add_layer_norm", error, normalized_shape, eps, **tensors)
+    return (y, total) if prenorm else y
+
+
+def dropout_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    p: float = 0.5,
+    eps: float | None = None,
+    training: bool = True,
+    prenorm: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Any:
+    """``sum = dropout(input) + residual`` and ``rms_norm(sum)`` in one pass; see :func:`dropout_add_layer_norm`."""
+    check_probability("dropout_add_rms_norm", p)
+    if not training or p == 0:
+        y, total = add_rms_norm(input, residual, normalized_shape, weight, eps)
+        return (y, total) if prenorm else y
+    own, stream = split_generator("dropout_add_rms_norm", generator)
+    try:
+        y, total = _dropout_add_rms_norm(
+            input, residual, normalized_shape, p, weight, eps, generator=own, stream=stream
+        )
+    except RuntimeError as error:
+        _raise("dropout_add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
+    return (y, total) if prenorm else y
+
+
 def dropout1d(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
 ) -> Tensor:
@@ -396,90 +479,6 @@ def _blocks(name: str, input: Tensor, p: float, block_size: int, generator: Gene
     return mask
 
 
-def dropout_add(
-    input: Tensor, residual: Tensor, p: float = 0.5, training: bool = True, *, generator: Generator | None = None
-) -> Tensor:
-    """``dropout(input) + residual`` in one pass over memory; see :func:`dropout`.
-
-    ``input`` and ``residual`` broadcast and promote as in an addition; the fast case is equal shapes and dtypes, where
-    the result is rounded once. Backward hands ``residual`` the output's gradient and draws the mask for ``input``
-    again.
-    """
-    check_probability("dropout_add", p)
-    if not training or p == 0:
-        return input + residual
-    generator, stream = split_generator("dropout_add", generator)
-    try:
-        return _dropout_add(input, residual, p, generator=generator, stream=stream)
-    except RuntimeError:
-        check_tensors("dropout_add", input=input, residual=residual)
-        raise
-
-
-def dropout_add_layer_norm(
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    p: float = 0.5,
-    eps: float = 1e-5,
-    training: bool = True,
-    prenorm: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Any:
-    """``sum = dropout(input) + residual`` and ``layer_norm(sum)`` in one pass over memory.
-
-    Returns:
-        ``y``, or ``(y, sum)`` if ``prenorm``, for blocks that add further to the sum. Gradients flow through both;
-        backward reads what it needs once and draws the mask again.
-
-    The mask is that of :func:`dropout` for the same generator. See :func:`dropout`, :func:`add_layer_norm` and
-    :func:`layer_norm` for the arguments and errors.
-    """
-    check_probability("dropout_add_layer_norm", p)
-    if not training or p == 0:
-        y, total = add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
-        return (y, total) if prenorm else y
-    own, stream = split_generator("dropout_add_layer_norm", generator)
-    try:
-        y, total = _dropout_add_layer_norm(
-            input, residual, normalized_shape, p, weight, bias, eps, generator=own, stream=stream
-        )
-    except RuntimeError as error:
-        tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
-        _raise("dropout_add_layer_norm", error, normalized_shape, eps, **tensors)
-    return (y, total) if prenorm else y
-
-
-def dropout_add_rms_norm(
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    p: float = 0.5,
-    eps: float | None = None,
-    training: bool = True,
-    prenorm: bool = False,
-    *,
-    generator: Generator | None = None,
-) -> Any:
-    """``sum = dropout(input) + residual`` and ``rms_norm(sum)`` in one pass; see :func:`dropout_add_layer_norm`."""
-    check_probability("dropout_add_rms_norm", p)
-    if not training or p == 0:
-        y, total = add_rms_norm(input, residual, normalized_shape, weight, eps)
-        return (y, total) if prenorm else y
-    own, stream = split_generator("dropout_add_rms_norm", generator)
-    try:
-        y, total = _dropout_add_rms_norm(
-            input, residual, normalized_shape, p, weight, eps, generator=own, stream=stream
-        )
-    except RuntimeError as error:
-        _raise("dropout_add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
-    return (y, total) if prenorm else y
-
-
 def _drop(
     name: str,
     input: Tensor,
@@ -505,18 +504,18 @@ def _drop(
         raise
 
 
+def check_tensors(name: str, **tensors: Any) -> None:
+    for argument, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
+
+
 def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:
     warnings.warn(
         f"{name}(): expected input {expected}, got shape {list(input.shape)}, which is taken for {taken} and may become"
         " an error",
         stacklevel=3,
     )
-
-
-def check_tensors(name: str, **tensors: Any) -> None:
-    for argument, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
 
 
 def check_probability(name: str, p: Any) -> None:

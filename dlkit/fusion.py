@@ -1,4 +1,5 @@
 """fuse(): BatchNorm and the ReLU behind it, or the residual add and the ReLU behind it, become one layer, in place.
+torch's transformer layers become those that do dropout, residual add and norm in one pass, by a change of class.
 
 Neighbours in torch.nn.Sequential are fused as they stand. Elsewhere the forward() that calls the BatchNorm is traced by
 torch.fx, one level deep: whatever it calls stays a call, with its hooks. That forward(), without the add and the ReLU,
@@ -30,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 import dlkit.nn
+from dlkit.nn.transformer import why_not_fused
 from dlkit.surgery import Change, label, why_not_plain
 
 FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -41,6 +43,10 @@ FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     dlkit.nn.BatchNorm2d: dlkit.nn.BatchNormReLU2d,
     dlkit.nn.BatchNorm3d: dlkit.nn.BatchNormReLU3d,
     dlkit.nn.SyncBatchNorm: dlkit.nn.SyncBatchNormReLU,
+}
+TRANSFORMERS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.TransformerEncoderLayer: dlkit.nn.TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: dlkit.nn.TransformerDecoderLayer,
 }
 RELUS = (torch.relu, torch.relu_, torch.nn.functional.relu, "relu", "relu_")
 ADDS = (operator.add, torch.add, "add")
@@ -54,13 +60,16 @@ class Left(Exception):
 
 
 def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
-    """Fuses every BatchNorm that a ReLU follows, with or without a residual add between, in place. Returns ``model``.
+    """Fuses every BatchNorm that a ReLU follows, with or without a residual add between, and in torch's transformer
+    layers dropout, residual add and LayerNorm, in place. Returns ``model``.
 
     The BatchNorm becomes :class:`dlkit.nn.BatchNormReLU2d` (``1d``, ``3d``, :class:`dlkit.nn.SyncBatchNormReLU`) by a
     change of its class: names, parameters, buffers, state_dict and results stay what they are, in training and in
     evaluation. In a Sequential, which is taken to be called as a whole, an Identity takes the ReLU's place. A module
     whose forward() loses its add and ReLU gets a class derived from its own, of the same name; it can be copied,
-    pickled and compiled as before.
+    pickled and compiled as before. :class:`torch.nn.TransformerEncoderLayer` and ``TransformerDecoderLayer``, norm
+    first or last, become :class:`dlkit.nn.TransformerEncoderLayer` and ``TransformerDecoderLayer``: the same layers, of
+    which training runs fused, and evaluation as in torch.
 
     Left as they are: layers of other classes, with hooks, registered or called more than once, or whose result is used
     by something else as well, and what is called by a forward() that torch.fx cannot trace faithfully. Fusing again
@@ -68,7 +77,8 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
 
     Args:
         model: any module, complete: a fused forward() does not see what is added to its module later.
-        report: a list that receives a :class:`Change` for everything changed and for each BatchNorm left.
+        report: a list that receives a :class:`Change` for everything changed, and for each BatchNorm and transformer
+            layer left.
             ``print(*report, sep="\\n")`` shows it.
     """
     before = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
@@ -99,6 +109,7 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
             except Left as left:
                 found = dict.fromkeys(usable, str(left))
         reasons.update({(prefix + path).rstrip("."): reason for path, reason in found.items()})
+    reasons.update(_fuse_transformers(model))
     if report is not None:
         report.extend(
             Change(name, before[name], type(module), reasons[name])
@@ -106,6 +117,19 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
             if name in reasons
         )
     return model
+
+
+def _fuse_transformers(model: torch.nn.Module) -> dict[str, str]:
+    reasons = {}
+    for name, module in model.named_modules():
+        related = next((cls for cls in TRANSFORMERS if isinstance(module, cls)), None)
+        if related is None or isinstance(module, tuple(TRANSFORMERS.values())):
+            continue
+        why = why_not_plain(module, related) or why_not_fused(module)
+        if not why:
+            module.__class__ = TRANSFORMERS[related]
+        reasons[name] = why or "its dropouts, residual adds and norms run fused in training"
+    return reasons
 
 
 def _layers_by_owner(model: torch.nn.Module) -> dict[str, list[str]]:

@@ -685,3 +685,62 @@ def test_fused_models_are_traced_themselves():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x))
+
+
+def transformer_inputs(decoder):
+    x, memory = torch.randn(3, 7, 16, requires_grad=True), torch.randn(3, 5, 16)
+    mask = torch.triu(torch.full((7, 7), -torch.inf), 1)
+    padding = torch.zeros(3, 7)
+    padding[1, 5:] = -torch.inf
+    if decoder:
+        return (x, memory), {"tgt_mask": mask, "tgt_key_padding_mask": padding, "tgt_is_causal": True}
+    return (x,), {"src_mask": mask, "src_key_padding_mask": padding}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_transformer_layers_fuse_and_draw_the_same_masks(kind, norm_first):
+    """Against the same layer with dlkit's layers one by one: masks, results and gradients; and evaluation."""
+    options = {"batch_first": True, "norm_first": norm_first, "dropout": 0.3, "activation": "gelu"}
+    plain = dlkit.replace(getattr(torch.nn, kind)(16, 2, 32, **options))
+    fused = copy.deepcopy(plain)
+    report = []
+    assert dlkit.fuse(fused, report=report) is fused and type(fused) is getattr(dlkit.nn, kind)
+    assert [change.name for change in report] == [""] and "fused" in report[0].reason
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    dlkit.fuse(fused, report=(again := []))
+    assert not again
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    arguments, masks = transformer_inputs("Decoder" in kind)
+    results = []
+    for layer in (plain, fused, compiled):
+        torch.manual_seed(2)
+        y = layer(*arguments, **masks)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), [arguments[0], *layer.parameters()])))
+    for found in results[1:]:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, results[0], strict=True))
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert torch.allclose(fused.eval()(*arguments), plain.eval()(*arguments), atol=1e-6)
+
+
+def test_transformer_layers_that_cannot_be_fused_are_left():
+    def made():
+        return torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    class Own(torch.nn.TransformerEncoderLayer):
+        pass
+
+    hooked, other = made(), made()
+    hooked.norm1.register_forward_hook(lambda *_: None)
+    other.dropout2 = torch.nn.Identity()
+    net, report = torch.nn.ModuleList([hooked, other, Own(16, 2, 32), made()]), []
+    dlkit.fuse(net, report=report)
+    assert [change.before is change.after for change in report] == [True, True, True, False]
+    for change, word in zip(report, ("hooks", "dropout2", "subclass", "fused"), strict=True):
+        assert word in change.reason
+    net[3].norm1 = torch.nn.Identity()  # what came later is noticed
+    net[3](torch.randn(2, 3, 16))
+    stack = dlkit.fuse(torch.nn.TransformerEncoder(made(), 2, enable_nested_tensor=False))
+    assert all(type(layer) is dlkit.nn.TransformerEncoderLayer for layer in stack.layers)
+    stack(torch.randn(2, 3, 16)).sum().backward()

@@ -30,7 +30,7 @@ struct Dropout {
   uint64_t threshold;  // drop_threshold(p)
   double scale, shift, dropped;
   DType dtype;
-  int64_t period;  // divides inner
+  int64_t period = 1;  // divides inner
 };
 
 void dropout_cpu(const Dropout& op);

@@ -73,11 +73,11 @@ Layout layout_of(const Tensor& x, int64_t inner) {
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
          const PhiloxSource& source, int64_t* state) {
-  const Layout layout = layout_of(input, form.inner);
-  const bool fits = layout.direct ? output.strides() == input.strides() : output.is_contiguous();
+  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1} : layout_of(input, form.inner);
+  const bool fits = layout.direct && output.strides() == input.strides();
   const Tensor x = layout.direct ? input : input.contiguous();
-  const Tensor added = residual.defined() ? residual.contiguous() : residual;  // only where x is contiguous too
-  const Tensor y = fits ? output : at::empty_like(x);
+  const Tensor added = residual.defined() ? residual.contiguous() : residual;
+  const Tensor y = fits || (!layout.direct && output.is_contiguous()) ? output : at::empty_like(x);
   Dropout op{x.const_data_ptr(),
              added.defined() ? added.const_data_ptr() : nullptr,
              y.mutable_data_ptr(),
@@ -89,8 +89,8 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
              form.scale,
              form.shift,
              form.dropped,
-             dtype_of(input.scalar_type()),
-             layout.period};
+             dtype_of(input.scalar_type())};
+  op.period = layout.period;
   run(device, op);
   if (!y.is_same(output)) output.copy_(y);
 }

@@ -26,6 +26,7 @@ from dlkit.nn.dropout import (
 from dlkit.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from dlkit.nn.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from dlkit.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormReLU
+from dlkit.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "AddLayerNorm",
@@ -57,4 +58,6 @@ __all__ = [
     "RMSNorm",
     "SyncBatchNorm",
     "SyncBatchNormReLU",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
 ]
