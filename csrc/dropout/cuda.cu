@@ -181,9 +181,9 @@ __global__ void __launch_bounds__(threads) drop_periods(const Dropout op, int64_
 #pragma unroll 4
     for (int64_t row = part * part_rows; row < end; ++row) {
       const int64_t at = sample * op.inner + row * op.period + column;
-      Pack<PackBytes> values{};
-      if (keep != 0) values = load_once<PackBytes>(static_cast<const T*>(op.x) + at);
-      store<PackBytes>(static_cast<T*>(op.y) + at, drop<T, PackBytes>(values, keep, constants));
+      const Pack<PackBytes> values = load_once<PackBytes>(static_cast<const T*>(op.x) + at);
+      // A plain store is taken apart into words here, __stcs is not.
+      store_once<PackBytes>(static_cast<T*>(op.y) + at, drop<T, PackBytes>(values, keep, constants));
     }
   }
 }
