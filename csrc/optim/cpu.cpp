@@ -1,0 +1,379 @@
+// An optimizer's step on the CPU: one parallel loop over blocks of 256 elements of all tensors, each array read and
+// written once (AdamW in fp32: 4 words read and 3 written a parameter, 28 bytes, the least there is). Which thread
+// takes which blocks changes no result. The flags of a step are branches inside the loop over vectors: a root and a
+// division take some 25 cycles a vector of 16, a predicted branch one. 8-bit states go through fp32 copies of one
+// block, in L1.
+#include <cmath>
+
+#include "../common/cpu/parallel.h"
+#include "../common/cpu/simd.h"
+#include "../common/dispatch.h"
+#include "dynamic_map.h"
+#include "kernel.h"
+#include "math.h"
+
+namespace dlkit::optim {
+
+namespace DLKIT_ISA {
+namespace {
+
+using namespace dlkit::DLKIT_ISA;
+
+template <class A>
+struct Math {
+  using V = Vector<A>;
+  DLKIT_INLINE V splat(A value) { return broadcast<A>(value); }
+  DLKIT_INLINE V fma(V a, V b, V c) { return dlkit::DLKIT_ISA::fma(a, b, c); }
+  DLKIT_INLINE V sqrt(V v) { return square_root(v); }
+  template <class Condition>
+  DLKIT_INLINE V choose(Condition condition, V a, V b) {
+    return condition ? a : b;
+  }
+};
+
+// Adjacent elements of one tensor, `index` of the step, from `first` on.
+template <class T, class S>
+struct Span {
+  T* param;
+  T* grad;
+  S* states[kStates];
+  int16_t* remainder;
+  accumulate_t<T>* ema;
+  int64_t count, index, first;
+};
+
+using VectorI32 = int32_t __attribute__((vector_size(kVectorBytes)));
+
+DLKIT_INLINE void store_bits(void* p, VectorU32 bits, All) {
+  const auto packed = __builtin_convertvector(bits, VectorU16);
+  memcpy(p, &packed, sizeof(packed));
+}
+DLKIT_INLINE void store_bits(void* p, VectorU32 bits, First width) {
+  const auto packed = __builtin_convertvector(bits, VectorU16);
+  memcpy(p, &packed, size_t(width.count) * sizeof(uint16_t));
+}
+
+// join(), split() and round_stochastically() of math.h on vectors.
+template <class Width>
+DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, Width width) {
+  return (VectorI32)load(reinterpret_cast<const BFloat16*>(p), width) >> 16;
+}
+template <class Width>
+DLKIT_INLINE VectorF32 join(const BFloat16* high, const int16_t* remainder, Width width) {
+  return (VectorF32)((VectorI32)load(high, width) + load_remainder(remainder, width));
+}
+template <class Width>
+DLKIT_INLINE void split(VectorF32 value, BFloat16* high, int16_t* remainder, Width width) {
+  const VectorU32 bits = (VectorU32)value, is_nan = (VectorU32)(value != value);
+  const VectorU32 rounded = (bits + 0x8000) >> 16;
+  store_bits(high, (is_nan & 0x7fc0) | (~is_nan & rounded), width);
+  store_bits(remainder, ~is_nan & (bits - (rounded << 16)), width);
+}
+
+DLKIT_INLINE VectorF32 exponent_of(VectorF32 value) {  // 2^-14 below that
+  const VectorU32 exponent = (VectorU32)value & 0x7f800000, least = VectorU32{} + (uint32_t(127 - 14) << 23);
+  return (VectorF32)(exponent < least ? least : exponent);
+}
+DLKIT_INLINE VectorF32 remainder_unit(VectorF32 high) {
+  return (VectorF32)((VectorU32)exponent_of(high) - (uint32_t(26) << 23));
+}
+template <class Width>
+DLKIT_INLINE VectorF32 join(const Float16* high, const int16_t* remainder, Width width) {
+  const VectorF32 wide = load(high, width);
+  const VectorI32 rest = load_remainder(remainder, width);
+  const VectorF32 sum = wide + __builtin_convertvector(rest, VectorF32) * remainder_unit(wide);
+  return rest == 0 ? wide : sum;
+}
+template <class Width>
+DLKIT_INLINE void split(VectorF32 value, Float16* high, int16_t* remainder, Width width) {
+  const VectorF32 wide = round_to<Float16>(value);
+  const VectorF32 rest = (value - wide) / remainder_unit(wide);
+  VectorF32 rounded = rest + 12582912.0f - 12582912.0f;
+  rounded = rounded > 32767 ? broadcast<float>(32767) : rounded;
+  rounded = rest - rest == 0 ? rounded : VectorF32{};
+  store(high, wide, width);
+  store_bits(remainder, (VectorU32) __builtin_convertvector(rounded, VectorI32), width);
+}
+
+DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, BFloat16) {
+  const VectorU32 is_nan = (VectorU32)(value != value);
+  const VectorU32 rounded = ((VectorU32)value + random) & 0xffff0000;
+  return (VectorF32)((is_nan & 0x7fc00000) | (~is_nan & rounded));
+}
+DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, Float16) {
+  const VectorF32 unit = (VectorF32)((VectorU32)exponent_of(value) - (uint32_t(10) << 23));
+  const VectorF32 magnitude = (VectorF32)((VectorU32)value & 0x7fffffff);
+  const VectorF32 part = __builtin_convertvector((VectorI32)(random >> 3), VectorF32) * (1.0f / 8192);
+  const VectorF32 steps = magnitude / unit + part;
+  const VectorF32 whole = __builtin_convertvector(__builtin_convertvector(steps, VectorI32), VectorF32);
+  const VectorF32 rounded = (steps < 4096 ? whole : steps) * unit;
+  const VectorF32 result = (VectorF32)((VectorU32)rounded | ((VectorU32)value & 0x80000000));
+  return value - value == 0 ? result : value;
+}
+
+// The random bits of the elements from `element`, a multiple of the lanes, on.
+DLKIT_INLINE VectorU32 random_bits(uint64_t seed, int64_t index, int64_t element) {
+  uint32_t lanes[kLanes<float>];
+  PhiloxBlock block;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    if (i % 8 == 0) block = stochastic_block(seed, index, 0, (element + i) / 8);
+    lanes[i] = stochastic_bits(block, int(element + i) % 8);
+  }
+  return load_raw<VectorU32>(lanes);
+}
+
+// Parameters as they are computed with, and back. `stored` is what a later reader finds, for the average of weights.
+template <class T, class S, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> load_param(const Span<T, S>& span, int64_t i, Width width) {
+  if constexpr (sizeof(T) == 2) {
+    if (span.remainder != nullptr) return join(span.param + i, span.remainder + i, width);
+  }
+  return load(span.param + i, width);
+}
+template <class T, class S, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> store_param(const Step& op, const Span<T, S>& span, int64_t i,
+                                                 Vector<accumulate_t<T>> value, Width width) {
+  if constexpr (sizeof(T) == 2) {
+    if (span.remainder != nullptr) {
+      split(value, span.param + i, span.remainder + i, width);
+      return value;
+    }
+    if (op.stochastic_rounding) {
+      value = round_stochastically(value, random_bits(op.seed, span.index, span.first + i), T());
+    }
+    value = round_to<T>(value);
+  }
+  store(span.param + i, value, width);
+  return value;
+}
+
+template <class S, class Width>
+struct State {
+  S* p;
+  Width width;
+  Vector<accumulate_t<S>> value;
+  DLKIT_INLINE_MEMBER State(S* array, int64_t i, Width w)
+      : p(array == nullptr ? nullptr : array + i), width(w), value{} {
+    if (p != nullptr) value = load(p, width);
+  }
+  DLKIT_INLINE_MEMBER auto* get() { return p == nullptr ? nullptr : &value; }
+  DLKIT_INLINE_MEMBER void put() {
+    if (p != nullptr) store(p, value, width);
+  }
+};
+
+template <class T, class S>
+void update(const Step& op, const Scalars<accumulate_t<T>>& k, const Span<T, S>& span) {
+  using A = accumulate_t<T>;
+  using M = Math<A>;
+  for_columns<A, 1>(0, span.count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+    using StateT = State<S, decltype(width)>;
+    Vector<A> g = load(span.grad + i, width) * k.grad_factor;
+    Vector<A> p = load_param(span, i, width);
+    if (op.write_grads) store(span.grad + i, g, width);
+    StateT first(span.states[0], i, width), second(span.states[1], i, width), third(span.states[2], i, width);
+    switch (op.algorithm) {
+      case Algorithm::Adam:
+        adam<M>(k, g, p, first.value, second.value, third.get());
+        break;
+      case Algorithm::Sgd:
+        sgd<M>(k, g, p, first.get());
+        break;
+      case Algorithm::RmsProp:
+        rmsprop<M>(k, g, p, first.value, second.get(), third.get());
+        break;
+    }
+    first.put(), second.put(), third.put();
+    p = store_param(op, span, i, p, width);
+    if (span.ema != nullptr) store(span.ema + i, lerp<M>(load(span.ema + i, width), p, k.ema_rest), width);
+  });
+}
+
+// One block of an 8-bit state to fp32 and back.
+DLKIT_INLINE void decode(const uint8_t* codes, float scale, const DynamicMap& map, int64_t count, float* values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = map.values[codes[i]] * scale;
+}
+DLKIT_INLINE float encode_block(const float* values, const DynamicMap& map, int64_t count, uint8_t* codes) {
+  float scale = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float magnitude = values[i] < 0 ? -values[i] : values[i];
+    scale = !(magnitude <= scale) && scale == scale ? magnitude : scale;
+  }
+  const float divisor = scale == 0 ? 1 : scale;
+  for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(encode(map.midpoints, values[i] / divisor));
+  return scale;
+}
+
+template <class T>
+void update_int8(const Step& op, const Scalars<float>& k, const Tensor& tensor, Span<T, float> span) {
+  alignas(64) float values[kStates][kBlock];
+  const int64_t block = span.first / kBlock;
+  const auto map = [&](int state) -> const DynamicMap& {
+    return has_sign(op.algorithm, state) ? kSignedMap : kUnsignedMap;
+  };
+  for (int s = 0; s < kStates; ++s) {
+    span.states[s] = nullptr;
+    if (tensor.states[s] == nullptr) continue;
+    decode(static_cast<uint8_t*>(tensor.states[s]) + span.first, tensor.scales[s][block], map(s), span.count,
+           values[s]);
+    span.states[s] = values[s];
+  }
+  update(op, k, span);
+  for (int s = 0; s < kStates; ++s) {
+    if (tensor.states[s] == nullptr) continue;
+    tensor.scales[s][block] =
+        encode_block(values[s], map(s), span.count, static_cast<uint8_t*>(tensor.states[s]) + span.first);
+  }
+}
+
+template <class T, class S>
+Span<T, S> span_of(const Tensor& tensor, int64_t index, int64_t begin, int64_t end) {
+  Span<T, S> span{at<T>(tensor.param, begin),
+                  at<T>(tensor.grad, begin),
+                  {},
+                  at<int16_t>(tensor.remainder, begin),
+                  at<accumulate_t<T>>(tensor.ema, begin),
+                  end - begin,
+                  index,
+                  begin};
+  for (int s = 0; s < kStates; ++s) span.states[s] = at<S>(tensor.states[s], begin);
+  return span;
+}
+
+template <class T>
+void update_typed(const Step& op, const Group& group, const Tensor& tensor, double factor, int64_t index, int64_t begin,
+                  int64_t end) {
+  using A = accumulate_t<T>;
+  const double lr = group.lr_pointer != nullptr ? double(*group.lr_pointer) : group.lr;
+  const auto k =
+      scalars<A>(op.algorithm, group, lr, tensor.bias_correction1, std::sqrt(tensor.bias_correction2), factor);
+  const auto run = [&](auto state) { update(op, k, span_of<T, decltype(state)>(tensor, index, begin, end)); };
+  if constexpr (std::is_same_v<T, double>) {
+    run(double());
+  } else {
+    switch (tensor.state_type) {
+      case StateType::F32:
+        return run(float());
+      case StateType::BF16:
+        return run(BFloat16());
+      case StateType::F16:
+        if constexpr (std::is_same_v<T, Float16>) run(Float16());
+        return;
+      case StateType::Int8:
+        for (int64_t first = begin; first < end; first += kBlock) {
+          update_int8(op, k, tensor, span_of<T, float>(tensor, index, first, min64(first + kBlock, end)));
+        }
+        return;
+      case StateType::F64:
+        return;
+    }
+  }
+}
+
+// Calls f(index, begin, end) for the elements of each tensor that lie in the blocks from `begin` to `end`.
+template <class Array, class F>
+DLKIT_INLINE void for_blocks(const Array* tensors, const int64_t* first_block, int64_t count, int64_t begin,
+                             int64_t end, const F& f) {
+  int64_t low = 0, high = count;  // the last tensor that begins at or before `begin`
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first_block[middle] <= begin ? low : high) = middle;
+  }
+  for (int64_t i = low; begin < end; ++i) {
+    const int64_t last = min64(end, first_block[i + 1]);
+    if (last <= begin) continue;
+    f(i, (begin - first_block[i]) * kBlock, min64((last - first_block[i]) * kBlock, tensors[i].numel));
+    begin = last;
+  }
+}
+
+constexpr int64_t kGrainBlocks = kGrain / kBlock;
+
+DLKIT_INLINE double read(const void* scalar, DType type) {
+  return type == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
+}
+
+// Sum of squares of adjacent elements; within one block in fp32.
+template <class T>
+double sum_squares(const T* grad, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  double totals[1];
+  sum_columns<A>(end - begin, totals, [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+    const Vector<A> g = load(grad + begin + i, width);
+    terms[0] = fma(g, g, terms[0]);
+  });
+  return totals[0];
+}
+
+}  // namespace
+
+void step(const Step& op) {
+  if (op.found_inf != nullptr && *op.found_inf != 0) return;
+  double factor = 1;
+  if (op.grad_scale != nullptr) factor /= double(*op.grad_scale);
+  if (op.grad_norm != nullptr) factor *= clip_coefficient(read(op.grad_norm, op.norm_type), op.max_norm);
+  parallel_for(op.first_block[op.tensor_count], kGrainBlocks, [&](int64_t first, int64_t last) {
+    for_blocks(op.tensors, op.first_block, op.tensor_count, first, last, [&](int64_t i, int64_t begin, int64_t end) {
+      const Tensor& tensor = op.tensors[i];
+      with_type(tensor.dtype, [&](auto type) {
+        update_typed<decltype(type)>(op, op.groups[tensor.group], tensor, factor, i, begin, end);
+      });
+    });
+  });
+}
+
+void norm(const Norm& op) {
+  const int64_t blocks = op.first_block[op.count], chunks = (blocks + kGrainBlocks - 1) / kGrainBlocks;
+  parallel_for(chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      double sum = 0;
+      for_blocks(op.grads, op.first_block, op.count, chunk * kGrainBlocks, min64((chunk + 1) * kGrainBlocks, blocks),
+                 [&](int64_t i, int64_t begin, int64_t end) {
+                   with_type(op.grads[i].dtype, [&](auto type) {
+                     sum += sum_squares(static_cast<const decltype(type)*>(op.grads[i].data), begin, end);
+                   });
+                 });
+      op.partials[chunk] = sum;
+    }
+  });
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += op.partials[chunk];
+  const double root = std::sqrt(sum);
+  if (op.norm_type == DType::F64) {
+    *static_cast<double*>(op.norm) = root;
+  } else {
+    *static_cast<float*>(op.norm) = float(root);
+  }
+}
+
+void clip(const Clip& op) {
+  const double factor = clip_coefficient(read(op.norm, op.norm_type), op.max_norm);
+  if (factor == 1) return;
+  parallel_for(op.first_block[op.count], kGrainBlocks, [&](int64_t first, int64_t last) {
+    for_blocks(op.grads, op.first_block, op.count, first, last, [&](int64_t i, int64_t begin, int64_t end) {
+      with_type(op.grads[i].dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulate_t<T>;
+        T* grad = static_cast<T*>(op.grads[i].data);
+        for_columns<A, 1>(begin, end, [&](int64_t k, int, auto width) DLKIT_INLINE_LAMBDA {
+          store(grad + k, load(grad + k, width) * A(factor), width);
+        });
+      });
+    });
+  });
+}
+
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t partials(const Norm& op) { return (op.first_block[op.count] + kGrainBlocks - 1) / kGrainBlocks; }
+#endif
+
+}  // namespace DLKIT_ISA
+
+DLKIT_CPU_ENTRY(step_cpu, step, Step)
+DLKIT_CPU_ENTRY(norm_cpu, norm, Norm)
+DLKIT_CPU_ENTRY(clip_cpu, clip, Clip)
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t norm_partials_cpu(const Norm& op) { return baseline::partials(op); }
+#endif
+
+}  // namespace dlkit::optim
