@@ -64,7 +64,7 @@ struct Step {
   const Tensor* tensors;
   const int64_t* first_block;  // [tensor_count + 1]: how many blocks of kBlock elements the tensors before it have
   int64_t group_count, tensor_count;
-  const void* grad_norm;    // on the device, of grads as they are; or null: no clipping
+  const void* grad_norm;    // on the device, of the gradients over grad_scale; or null: no clipping
   const float* grad_scale;  // on the device, or null
   const float* found_inf;   // on the device, or null
   double max_norm;

@@ -165,7 +165,7 @@ class Arranger {
   void* place(const Tensor& tensor, bool changes) {
     const Tensor& real = as_real(tensor);
     const bool fits = contiguous_ ? real.is_contiguous() : real.strides() == at::IntArrayRef(strides_);
-    if (fits && !real.is_neg() && !real._is_zerotensor()) return real.unsafeGetTensorImpl()->mutable_data();
+    if (fits) return real.unsafeGetTensorImpl()->mutable_data();
     const auto strides = contiguous_ ? param_->strides() : at::IntArrayRef(strides_);
     kept_.push_back(at::empty_strided(real.sizes(), strides, real.options()));
     kept_.back().copy_(real);
@@ -179,7 +179,7 @@ class Arranger {
  private:
   const Tensor& as_real(const Tensor& tensor) {
     if (!tensor.is_complex()) return tensor;
-    kept_.push_back(at::view_as_real(tensor.resolve_conj()));
+    kept_.push_back(at::view_as_real(tensor));
     return kept_.back();
   }
 
@@ -465,6 +465,7 @@ class Plan : public torch::CustomClassHolder {
           continue;
         }
         if (grad.layout() != at::kStrided) return release(2);
+        if (grad.is_conj() || grad.is_neg()) run.grads.back() = grad.resolve_conj().resolve_neg();
         if (grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
             grad.sizes() != param.sizes()) {
           const std::string found = c10::str(grad.scalar_type(), " ", grad.sizes(), " on ", grad.device());

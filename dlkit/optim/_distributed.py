@@ -1,0 +1,37 @@
+"""What DTensor parameters need beside their local parts: the norm over all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from dlkit.optim._optimizer import is_dtensor, local
+
+_grad_norm = torch.ops.dlkit.optim_grad_norm.default
+
+
+def norm(params: list[Any]) -> Tensor:
+    """The norm of all gradients: local sums of squares, added up over the mesh dimensions along which they are cut."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for param in params:
+        grad = param.grad
+        if grad is None:
+            continue
+        kind = None
+        if is_dtensor(param):
+            kind = (param.device_mesh, tuple(param.placements))
+            if is_dtensor(grad) and grad.placements != param.placements:
+                grad = grad.redistribute(placements=param.placements)
+        kinds.setdefault(kind, []).append(local(grad))
+    total: Any = 0.0
+    for kind, grads in kinds.items():
+        square = _grad_norm(grads).double().square()
+        if kind is not None:
+            mesh, placements = kind
+            parts = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+            square = DTensor.from_local(square, mesh, parts).full_tensor()
+        total = total + square
+    return torch.as_tensor(total).sqrt().float()
