@@ -131,7 +131,7 @@ def check(backend, shape, types, case: Case, channels_last: bool, scale=1.0, shi
 def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, yardsticks):
     dtype, parameter_dtype = types
     channels = shape[1]
-    x = lay_out(make(shape, dtype, scale, shift), channels_last)
+    x = lay_out(make(shape, dtype, scale=scale, shift=shift), channels_last)
     residual = lay_out(make(shape, dtype), channels_last) if case.residual else None
     weight = make((channels,), parameter_dtype, shift=1.0) if case.affine else None
     bias = make((channels,), parameter_dtype) if case.affine else None

@@ -1,4 +1,6 @@
-"""The optimizers: each backend's op against torch's formulas in fp64, by the yardstick of torch, then the classes."""
+"""The optimizers: each backend's op against exact formulas by the yardstick of torch, then the classes."""
+
+import math
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from support.reference import exact, optimizer_step
 from support.tolerance import Yardstick
 
 import dlkit
-import dlkit.optim
+from dlkit.optim import _int8
 from dlkit.optim._optimizer import OPTIONS
 
 CLASSES = ("Adam", "AdamW", "SGD", "RMSprop")
@@ -188,6 +190,241 @@ def test_parity(backend, variant, dtype):
 def test_layouts(backend, layout):
     for variant, dtype in ((VARIANTS[0], torch.float32), (VARIANTS[11], torch.bfloat16), (VARIANTS[3], torch.float64)):
         run_parity(backend, variant, dtype, layout, steps=2)
+
+
+def scalar(value, backend, dtype=torch.float32):
+    return torch.tensor(value, dtype=dtype, device=backend.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_norm(backend, dtype):
+    grads = [grad.to(backend.device) for grad in gradients([*SIZES, (40_000,)], dtype, 0)]
+    expected = math.sqrt(sum(float((exact(grad) ** 2).sum()) for grad in grads))
+    found = backend.op("optim_grad_norm")(grads)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == ()
+    assert abs(float(found) - expected) <= 2 * torch.finfo(found.dtype).eps * expected
+    assert torch.equal(found, backend.op("optim_grad_norm")(grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+def test_clip_grads(backend, dtype):
+    grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, 0)]
+    norm = backend.op("optim_grad_norm")(grads)
+    for max_norm in (0.3 * float(norm), 2 * float(norm)):
+        ours = [grad.clone() for grad in grads]
+        backend.op("optim_clip_grads_")(ours, norm, max_norm)
+        factor = min(1.0, max_norm / (float(norm) + 1e-6))
+        for a, b in zip(ours, grads, strict=True):
+            torch.testing.assert_close(a, (b.double() * factor).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("write_grads", [False, True])
+@pytest.mark.parametrize(("variant", "dtype"), [(VARIANTS[1], DTYPES[0]), (VARIANTS[7], DTYPES[2])], ids=str)
+def test_scaled_and_clipped_gradients(backend, variant, dtype, write_grads):
+    params, scale, max_norm = starting_params(dtype), 1024.0, 0.5
+    ours, theirs = Op(backend, variant, params), Op(backend, variant, params)
+    for step in range(2):
+        grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, step)]
+        norm = backend.op("optim_grad_norm")(grads)
+        factor = max_norm / (float(norm) + 1e-6)
+        scaled, clipped = [g * scale for g in grads], [(g.double() * factor).to(dtype) for g in grads]
+        given = [g.clone() for g in scaled]
+        arguments = {"grad_norm": norm, "max_norm": max_norm, "grad_scale": scalar(scale, backend)}
+        ours.step(scaled, **arguments, write_grads=write_grads)
+        theirs.step(clipped)
+        tolerance = 4 * torch.finfo(dtype).eps
+        for left, wanted in zip(scaled, clipped if write_grads else given, strict=True):
+            torch.testing.assert_close(left, wanted, rtol=tolerance if write_grads else 0, atol=0)
+    for (name, a), (_, b) in zip(ours.results(), theirs.results(), strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=8 * tolerance, atol=8 * tolerance, msg=name)
+
+
+def test_nothing_is_written_where_an_infinity_was_found(backend):
+    params = starting_params(torch.float32)
+    ours = Op(backend, VARIANTS[1], params)
+    grads = [grad.to(backend.device) for grad in gradients(SIZES, torch.float32, 0)]
+    found_inf, scale = scalar(1.0, backend), scalar(4.0, backend)
+    kept = [t.clone() for t in grads]
+    ours.step(grads, grad_scale=scale, found_inf=found_inf, write_grads=True)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours.params, params, strict=True))
+    assert not any(state.any() for states in ours.states.values() for state in states)
+    assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True)) and not any(ours.steps)
+    found_inf.zero_()
+    ours.step(grads, grad_scale=scale, found_inf=found_inf)
+    assert all(float(step) == 1 for step in ours.steps)
+    assert not torch.equal(ours.params[0].cpu(), params[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=name_of)
+def test_a_remainder_makes_16_bits_exact(backend, variant, dtype):
+    """The halves together take the very steps of an fp32 parameter."""
+    params = starting_params(dtype)
+    halves = [torch.zeros_like(p, dtype=torch.int16, device=backend.device) for p in params]
+    ours = Op(backend, variant, params, torch.float32, remainders=halves)
+    theirs = Op(backend, variant, [p.float() for p in params])
+    for step in range(4):
+        grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, step)]
+        ours.step(grads)
+        theirs.step([grad.float() for grad in grads])
+        for high, rest, whole in zip(ours.params, halves, theirs.params, strict=True):
+            joined = join(high.cpu(), rest.cpu())
+            if dtype == torch.float16:
+                torch.testing.assert_close(joined, whole.cpu(), rtol=1e-7, atol=2.0**-40)
+                assert torch.equal(joined.half(), high.cpu())
+            else:
+                assert torch.equal(joined, whole.cpu())
+                assert ((joined - high.cpu().float()).abs() <= 2.0**-8 * joined.abs()).all()
+
+
+def join(high, rest):
+    """The fp32 value of a 16-bit parameter and its remainder, as csrc/optim/math.h defines it."""
+    if high.dtype == torch.bfloat16:
+        return ((high.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+    exponent = torch.frexp(high.double().abs().clamp(min=2.0**-14)).exponent - 1
+    return (high.double() + torch.ldexp(rest.double(), exponent - 26)).float()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_states_in_another_type(backend, dtype, state_dtype):
+    for variant in (VARIANTS[3], VARIANTS[11]):
+        params = starting_params(dtype)
+        ours, wide = Op(backend, variant, params, state_dtype), Op(backend, variant, params, torch.float32)
+        grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, 0)]
+        ours.step(grads)
+        wide.step(grads)
+        for key in ours.states:
+            for a, b in zip(ours.states[key], wide.states[key], strict=True):
+                assert a.dtype == state_dtype and torch.equal(a, b.to(state_dtype)), key
+        assert all(torch.equal(a, b) for a, b in zip(ours.params, wide.params, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_8_bit_states(backend, dtype):
+    """Each step is that of fp32 states, from the decoded and to the encoded ones."""
+    for variant in (VARIANTS[1], VARIANTS[6], VARIANTS[11]):
+        params = starting_params(dtype)
+        ours = Op(backend, variant, params, torch.uint8)
+        signed = {key: not key.endswith(("_sq", "square_avg")) for key in ours.states}
+        for key, codes in ours.states.items():
+            ours.scales[key] = [_int8.scales(p) for p in ours.params]
+            for code in codes:
+                code.fill_(_int8.zero(signed[key]))
+        theirs = Op(backend, variant, params, torch.float32)
+        for step in range(2):
+            for key, codes in ours.states.items():
+                scales = ours.scales[key]
+                theirs.states[key] = [_int8.decode(c, s, signed[key]) for c, s in zip(codes, scales, strict=True)]
+            grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, step)]
+            ours.step(grads)
+            theirs.step(grads)
+            assert all(torch.equal(a, b) for a, b in zip(ours.params, theirs.params, strict=True))
+            for key, wide in theirs.states.items():
+                for code, scale, values in zip(ours.states[key], ours.scales[key], wide, strict=True):
+                    expected_code, expected_scale = _int8.encode(values, signed[key])
+                    assert torch.equal(code, expected_code) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_average_of_the_weights(backend, dtype):
+    params = starting_params(dtype)
+    average = torch.float64 if dtype == torch.float64 else torch.float32
+    ema = [p.to(backend.device, average, copy=True) for p in params]
+    ours = Op(backend, VARIANTS[0], params, ema=ema, ema_decay=0.7)
+    expected = [t.clone() for t in ema]
+    for step in range(3):
+        ours.step([grad.to(backend.device) for grad in gradients(SIZES, dtype, step)])
+        for a, b in zip(expected, ours.params, strict=True):
+            a.lerp_(b.to(average), 1 - 0.7)
+    for a, b in zip(ema, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_stochastic_rounding(backend, dtype):
+    """Up as often as the part cut off says, to a neighbour always, by the definition of the stream."""
+    start = torch.cat([torch.full((4000,), 1.0), torch.full((4000,), -3.0), torch.full((96,), 2.0**-20)]).to(dtype)
+    lr = 0.25 * torch.finfo(dtype).eps
+    grad = torch.ones_like(start)
+    variant = ("SGD", {"lr": lr})
+    ours = Op(backend, variant, [start, start], seed=1234)
+    ours.step([grad.to(backend.device)] * 2)
+    found = [p.cpu() for p in ours.params]
+    whole = start.float() - lr
+    for index, param in enumerate(found):
+        bits = stochastic_bits(1234, index, len(start))
+        assert torch.equal(param, round_stochastically(whole, bits, dtype))
+        assert abs(float(param[:8000].double().mean()) + 1.0 + lr) < 0.1 * torch.finfo(dtype).eps
+    assert not torch.equal(*found)
+    again = Op(backend, variant, [start, start], seed=1234)
+    again.step([grad.to(backend.device)] * 2)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(again.params, found, strict=True))
+
+
+def stochastic_bits(seed, index, count):
+    """16 bits an element, from Philox4x32-10 in Python's integers; the step's counter is on the host."""
+    result = []
+    for block in range(-(-count // 8)):
+        c = [index, 0, block & 0xFFFFFFFF, block >> 32]
+        k = [seed & 0xFFFFFFFF, seed >> 32]
+        for _ in range(10):
+            a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+            k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        result += [word >> shift & 0xFFFF for word in c for shift in (0, 16)]
+    return torch.tensor(result[:count])
+
+
+def round_stochastically(values, bits, dtype):
+    if dtype == torch.bfloat16:
+        return ((values.view(torch.int32).long() + bits) >> 16 << 16).int().view(torch.float32).to(dtype)
+    exponent = torch.frexp(values.double().abs().clamp(min=2.0**-14)).exponent - 1
+    unit = torch.ldexp(torch.ones(len(values), dtype=torch.float64), exponent - 10)
+    return ((values.double().abs() / unit + (bits >> 3) / 8192).floor() * unit * values.sign()).to(dtype)
+
+
+def test_a_tensor_does_not_depend_on_the_others(backend):
+    sizes = [(700,), (5,), (40_000,), (255,)]
+    params = starting_params(torch.float32, sizes)
+    grads = [grad.to(backend.device) for grad in gradients(sizes, torch.float32, 0)]
+    together = Op(backend, VARIANTS[1], params)
+    together.step(grads)
+    for i, param in enumerate(params):
+        alone = Op(backend, VARIANTS[1], [param])
+        alone.step([grads[i]])
+        assert torch.equal(alone.params[0], together.params[i])
+
+
+BAD_STEPS = {
+    "gradient of another shape": lambda op, grads: (op, [grads[0][:2], *grads[1:]]),
+    "gradient of another dtype": lambda op, grads: (op, [grads[0].double(), *grads[1:]]),
+    "one gradient too few": lambda op, grads: (op, grads[1:]),
+    "state of another shape": lambda op, grads: (setattr(op, "states", cut(op.states)) or op, grads),
+    "state of an odd dtype": lambda op, grads: (setattr(op, "states", cast(op.states)) or op, grads),
+    "no step counters": lambda op, grads: (setattr(op, "steps", []) or op, grads),
+    "options of another length": lambda op, grads: (setattr(op, "row", op.row[1:]) or op, grads),
+}
+
+
+def cut(states):
+    return {key: [t[:2] for t in value] for key, value in states.items()}
+
+
+def cast(states):
+    return {key: [t.double() for t in value] for key, value in states.items()}
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_bad_arguments_of_the_op_change_nothing(backend, case):
+    sizes = [(7,), (300,)]
+    params = starting_params(torch.float32, sizes)
+    grads = [grad.to(backend.device) for grad in gradients(sizes, torch.float32, 0)]
+    op, grads = BAD_STEPS[case](Op(backend, VARIANTS[0], params), grads)
+    with pytest.raises((RuntimeError, ValueError), match=r"optim_step_\(\): expected"):
+        op.step(grads)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(op.params, params, strict=True)) and not any(op.steps)
 
 
 # The classes.

@@ -13,6 +13,6 @@ TYPES = [  # (input, parameters)
 ]
 
 
-def make(shape, dtype: torch.dtype, device="cpu", scale=1.0, shift=0.0) -> Tensor:
+def make(shape, dtype: torch.dtype, device="cpu", *, scale=1.0, shift=0.0) -> Tensor:
     """Normal values, drawn in fp64 on the CPU and rounded once."""
     return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(dtype).to(device)
