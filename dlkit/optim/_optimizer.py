@@ -236,7 +236,7 @@ class OnePass(Optimizer):
         for key, value in given.items():
             if not isinstance(value, Tensor) or key == "step":
                 continue
-            if key in ("remainder", "ema") or key.endswith("_scale"):
+            if key in ("remainder", "ema"):
                 state[key] = value.to(param.device)
             elif key in names:
                 self._restore_state(key, group, param, given, state)
@@ -247,11 +247,12 @@ class OnePass(Optimizer):
         signed, wanted = self._is_signed(key), self._state_type(group, param)
         value, scale = given[key].to(param.device), given.get(f"{key}_scale")
         if value.dtype == torch.uint8 and scale is not None:
+            scale = scale.to(param.device)
             if wanted == torch.uint8:
-                state[key] = value
+                state[key], state[f"{key}_scale"] = value, scale
                 return
-            value = _int8.decode(value, scale.to(param.device), signed)
-            state.pop(f"{key}_scale", None)
+            value = _int8.decode(value, scale, signed)
+            del state[f"{key}_scale"]
         if wanted == torch.uint8:
             state[key], state[f"{key}_scale"] = _int8.encode(value, signed)
         else:
