@@ -513,7 +513,9 @@ def params_like(sizes=((3, 5), (7,), (300,)), dtype=torch.float32):
 
 
 def set_gradients(params, step, leave=()):
-    for i, (param, grad) in enumerate(zip(params, gradients([p.shape for p in params], params[0].dtype, step))):
+    for i, (param, grad) in enumerate(
+        zip(params, gradients([p.shape for p in params], params[0].dtype, step), strict=True)
+    ):
         param.grad = None if i in leave else grad
 
 
@@ -785,7 +787,8 @@ def test_bad_arguments_raise_what_torch_raises(name):
         if case.error_type is UserWarning:
             continue
         with pytest.raises(case.error_type, match=case.error_regex):
-            optimizer = getattr(dlkit.optim, name)(case.optimizer_error_input.params, **case.optimizer_error_input.kwargs)
+            given = case.optimizer_error_input
+            optimizer = getattr(dlkit.optim, name)(given.params, **given.kwargs)
             optimizer.step()
     with pytest.raises(ValueError, match="empty parameter list"):
         getattr(dlkit.optim, name)([])
@@ -995,7 +998,8 @@ def test_master_weights(name):
     """16-bit parameters with masters follow fp32 parameters to which the same 16-bit gradients come."""
     for dtype in (torch.bfloat16, torch.float16):
         ours = getattr(dlkit.optim, name)(params_like(dtype=dtype), lr=1e-4, master_weights=True)
-        wide = getattr(torch.optim, name)([p.detach().float().requires_grad_() for p in params_like(dtype=dtype)], lr=1e-4)
+        copies = [p.detach().float().requires_grad_() for p in params_like(dtype=dtype)]
+        wide = getattr(torch.optim, name)(copies, lr=1e-4)
         for step in range(20):
             set_gradients(params_of(ours), step)
             for a, b in zip(params_of(ours), params_of(wide), strict=True):

@@ -81,9 +81,12 @@ class _Plan:
     def __init__(self, unserved: str = "") -> None:
         self.unserved = unserved  # why only torch's own step will do
         self.runs = torch.classes.dlkit.OptimPlan()
+        self.step = self.runs.step
         self.params: list[Any] = []
         self.wrapped = False  # holds DTensors: their local parts are stepped
         self.fresh = False  # holds momentum buffers that no step has filled yet
+        self.simple = False  # step() may gather gradients itself
+        self.stochastic = False
         self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []  # new state, which a step that raises must not leave
         self.contents: list[Any] = []
         self.structure: list[Any] = []
@@ -319,6 +322,7 @@ class OnePass(Optimizer):
                 group.get("fused"),
                 group.get("capturable"),
                 group.get("master_weights"),
+                group.get("stochastic_rounding"),
                 group.get("state_dtype"),
                 group.get("ema_decay") is None,
             )
@@ -387,13 +391,19 @@ class OnePass(Optimizer):
             plan.params += whole
         if stateless:
             plan.runs.watch(stateless)
+        plan.stochastic = any(group.get("stochastic_rounding") for group in self.param_groups)
+        return plan
+
+    def _current_plan(self) -> _Plan | None:
+        """The plan of the last step, if nothing has changed since."""
+        plan = self._plan
+        if plan is None or not _C.holds(plan.contents, *self._containers()) or plan.structure != self._structure():
+            return None
         return plan
 
     def _ready_plan(self) -> _Plan:
         """A plan that has taken hold of the gradients, or one that says why torch's step is needed."""
-        plan = self._plan
-        if plan is None or not _C.holds(plan.contents, *self._containers()) or plan.structure != self._structure():
-            plan = self._make_plan()
+        plan = self._current_plan() or self._make_plan()
         self._plan = None
         if plan.unserved:
             return plan
@@ -410,6 +420,7 @@ class OnePass(Optimizer):
                 self.state[param].update(new)
             plan.pending = []
             plan.contents = _C.contents(*self._containers())
+            plan.simple = not plan.wrapped and not plan.fresh
         self._plan = plan
         return plan
 
@@ -423,21 +434,26 @@ class OnePass(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        plan = self._current_plan()
+        if plan is not None and plan.simple and self.max_norm is None:
+            if self._run(plan, True) == _READY:
+                return loss
+            plan.runs.release(0)
         plan = self._ready_plan()
         if plan.unserved:
             self._torch_step(plan.unserved, None)
         else:
-            self._run(plan)
+            self._run(plan, False)
         return loss
 
-    def _run(self, plan: _Plan) -> None:
+    def _run(self, plan: _Plan, gather_first: bool) -> int:
+        """What OptimPlan.step returns."""
         if self._swapped is not None:
             plan.runs.release(0)
-            raise RuntimeError(
-                f"{type(self).__name__}.step(): the averaged weights are swapped in; call swap_ema() first"
-            )
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+            raise RuntimeError(f"{type(self).__name__}.step(): averaged weights are swapped in; call swap_ema() first")
+        amp = self.__dict__
+        grad_scale: Tensor | None = amp.get("grad_scale")
+        found_inf: Tensor | None = amp.get("found_inf")
         groups = self.param_groups
         rows = [self._row(group) for group in groups]
         rates = self._device_rates()
@@ -456,13 +472,16 @@ class OnePass(Optimizer):
                     "set `error_if_nonfinite=False`"
                 )
         seed = None
-        if any(group.get("stochastic_rounding") for group in groups):
+        if plan.stochastic:
             seed = int(torch.empty((), dtype=torch.int64).random_())
-        write = bool(self.clip_gradients_in_place and norm is not None) or grad_scale is not None
+        write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
         options = [value for row in rows for value in row]
-        plan.runs.step(options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed)
+        status: int = plan.step(
+            gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
+        )
         if len(rows) > len(groups) and not plan.fresh:
             self._plan = None
+        return status
 
     def _is_skipped(self, found_inf: Tensor | None) -> bool:
         return found_inf is not None and bool(found_inf != 0)
@@ -470,6 +489,8 @@ class OnePass(Optimizer):
     def _device_rates(self) -> list[Tensor]:
         """Learning rates that are on a device and stay there, one a group; none where all are numbers."""
         rates = [group["lr"] for group in self.param_groups]
+        if not any(isinstance(rate, Tensor) for rate in rates):
+            return []
         devices = [rate.device for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if not devices:
             return []
