@@ -15,6 +15,7 @@ _grad_norm = torch.ops.dlkit.optim_grad_norm.default
 
 def norm(params: list[Any]) -> Tensor:
     """The norm of all gradients: local sums of squares, added up over the mesh dimensions along which they are cut."""
+    wide = False
     kinds: dict[Any, list[Tensor]] = {}
     for param in params:
         grad = param.grad
@@ -28,10 +29,13 @@ def norm(params: list[Any]) -> Tensor:
         kinds.setdefault(kind, []).append(local(grad))
     total: Any = 0.0
     for kind, grads in kinds.items():
-        square = _grad_norm(grads).double().square()
+        part = _grad_norm(grads)
+        wide = wide or part.dtype == torch.float64
+        square = part.double().square()
         if kind is not None:
             mesh, placements = kind
             parts = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
             square = DTensor.from_local(square, mesh, parts).full_tensor()
         total = total + square
-    return torch.as_tensor(total).sqrt().float()
+    result = torch.as_tensor(total, dtype=torch.float64).sqrt()
+    return result if wide else result.float()

@@ -295,6 +295,11 @@ class OnePass(Optimizer):
             dtype, device = scalar_dtype(group.get("fused")), param.device if on_device else "cpu"
             get("step", lambda: torch.zeros((), dtype=dtype, device=device), needed=True)
         wanted = self._state_type(group, param)
+        if wanted == torch.uint8 and is_dtensor(param):
+            # A checkpoint could not cut the scales as it cuts the states.
+            raise ValueError(
+                f"{type(self).__name__}.step(): expected no state_dtype='int8' for DTensors, and {label} is one"
+            )
         for key in self._creation_order(group):
             needed = self._counts_steps
             if wanted == torch.uint8:
