@@ -329,6 +329,27 @@ def test_8_bit_states(backend, dtype):
                     assert torch.equal(code, expected_code) and torch.equal(scale, expected_scale)
 
 
+@pytest.mark.parametrize("variant", [("SGD", {"momentum": 0.5}), ("RMSprop", {"alpha": 0.0})], ids=name_of)
+def test_8_bit_codes_are_the_nearest(backend, variant):
+    """States at the midpoints between the values of the map, and a step of fp32 to either side."""
+    signed = variant[0] == "SGD"
+    table = _int8._values(signed)
+    middle = (table[1:] + table[:-1]) / 2
+    near = torch.cat([middle, middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(-9.0)), table, -table])
+    near = near if signed else near.clamp(min=0).sqrt()
+    blocks = [torch.cat([torch.ones(1), part]) for part in near.split(255)]
+    grads = [torch.cat(blocks).to(backend.device)]
+    params = [torch.zeros_like(grads[0], device="cpu")]
+    ours, theirs = Op(backend, variant, params, torch.uint8), Op(backend, variant, params, torch.float32)
+    (key,) = ours.states
+    ours.states[key][0].fill_(_int8.zero(signed))
+    ours.scales[key] = [_int8.scales(ours.params[0])]
+    ours.step(grads)
+    theirs.step(grads)
+    code, scale = _int8.encode(theirs.states[key][0], signed)
+    assert torch.equal(ours.states[key][0], code) and torch.equal(ours.scales[key][0], scale)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_average_of_the_weights(backend, dtype):
     params = starting_params(dtype)

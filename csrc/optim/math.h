@@ -146,6 +146,8 @@ DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
 }
 
 // Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9, kPhiloxKeyStep1 = 0xBB67AE85;
 struct PhiloxBlock {
   uint32_t words[4];
 };
@@ -153,13 +155,13 @@ DLKIT_HOST_DEVICE PhiloxBlock philox(uint64_t seed, uint64_t low, uint64_t high)
   uint32_t c0 = uint32_t(low), c1 = uint32_t(low >> 32), c2 = uint32_t(high), c3 = uint32_t(high >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53) * c0, b = uint64_t(0xCD9E8D57) * c2;
+    const uint64_t a = uint64_t(kPhiloxMultiplier0) * c0, b = uint64_t(kPhiloxMultiplier1) * c2;
     c0 = uint32_t(b >> 32) ^ c1 ^ k0;
     c2 = uint32_t(a >> 32) ^ c3 ^ k1;
     c1 = uint32_t(b);
     c3 = uint32_t(a);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
   }
   return {{c0, c1, c2, c3}};
 }
