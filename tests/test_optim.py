@@ -769,14 +769,16 @@ def test_differentiable_takes_torchs_path():
 
 
 def test_compiled_step():
-    torch._dynamo.reset()
-    ours, theirs = pair(("AdamW", {}))
-    for optimizer in (ours, theirs):
-        step = torch.compile(optimizer.step, backend="eager")
+    for extras in ({}, {"max_norm": 1e9}):
+        torch._dynamo.reset()
+        ours, theirs = pair(("AdamW", {}), **extras)
+        step = torch.compile(ours.step, backend="eager")
         for i in range(2):
-            set_gradients(params_of(optimizer), i)
+            set_gradients(params_of(ours), i)
             step()
-    assert_agree(ours, theirs)
+            set_gradients(params_of(theirs), i)
+            theirs.step()
+        assert_agree(ours, theirs)
 
 
 def test_the_order_of_threads_changes_nothing():
@@ -933,7 +935,7 @@ def test_gradients_that_are_not_finite():
             before = [p.detach().clone() for p in params_of(ours)]
             with pytest.raises(RuntimeError, match="non-finite"):
                 ours.step()
-            assert all(torch.equal(a, b) for a, b in zip(params_of(ours), before, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(params_of(ours), before, strict=True)) and not ours.state
         else:
             ours.step()
             torch.nn.utils.clip_grad_norm_(params_of(theirs), 0.5)
@@ -967,6 +969,21 @@ def test_clip_grad_norm(dtype):
     with pytest.raises(RuntimeError, match="non-finite"):
         dlkit.optim.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True)
     assert dlkit.optim.clip_grad_norm_(torch.nn.Parameter(torch.zeros(2)), 1.0) == 0
+
+
+def test_a_first_step_that_raises_leaves_the_second_to_be_the_first():
+    ours, theirs = pair(VARIANTS[6], max_norm=0.5, error_if_nonfinite=True)
+    set_gradients(params_of(ours), 0)
+    params_of(ours)[1].grad[3] = math.nan
+    with pytest.raises(RuntimeError, match="non-finite"):
+        ours.step()
+    for step in range(2):
+        set_gradients(params_of(theirs), step)
+        torch.nn.utils.clip_grad_norm_(params_of(theirs), 0.5)
+        theirs.step()
+        set_gradients(params_of(ours), step)
+        ours.step()
+    assert_agree(ours, theirs)
 
 
 # Mixed precision.

@@ -87,6 +87,7 @@ class _Plan:
         self.fresh = False  # holds momentum buffers that no step has filled yet
         self.simple = False  # step() may gather gradients itself
         self.stochastic = False
+        self.captures = False  # a graph of the device may be recording
         self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []  # new state, which a step that raises must not leave
         self.contents: list[Any] = []
         self.structure: list[Any] = []
@@ -385,6 +386,7 @@ class OnePass(Optimizer):
                 rest = [local(found[key]) if key in found else None for key in ("remainder", "ema", "step")]
                 row = [local(param), *stored, *scaled, *rest, g + fresh * len(self.param_groups), label]
                 plan.wrapped = plan.wrapped or is_dtensor(param)
+                plan.captures = plan.captures or (self._counts_steps and param.device.type != "cpu")
                 key = (param.device, *(value is None for value in row))
                 columns = runs.setdefault(key, [[] for _ in (*row, None)])
                 for column, value in zip(columns, (*row, param), strict=True):
@@ -420,6 +422,10 @@ class OnePass(Optimizer):
             if self._sparse_error:
                 raise RuntimeError(self._sparse_error)
             return _Plan("a gradient is sparse")
+        return plan
+
+    def _keep(self, plan: _Plan) -> None:
+        """Puts new state where it belongs; the next step finds this plan."""
         if plan.pending or not plan.contents:
             for param, new in plan.pending:
                 self.state[param].update(new)
@@ -427,14 +433,15 @@ class OnePass(Optimizer):
             plan.contents = _C.contents(*self._containers())
             plan.simple = not plan.wrapped and not plan.fresh
         self._plan = plan
-        return plan
 
     # The step.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what ``closure`` does, which reevaluates the model, or None without one."""
-        if self.defaults["differentiable"] or torch.compiler.is_compiling():
-            return self._torch_step("differentiable=True or torch.compile", closure)
+        if torch.compiler.is_compiling():
+            return self._step_outside_graphs(closure) if self._extras() else self._torch_step("torch.compile", closure)
+        if self.defaults["differentiable"]:
+            return self._torch_step("differentiable=True", closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -451,11 +458,18 @@ class OnePass(Optimizer):
             self._run(plan, False)
         return loss
 
+    @torch._disable_dynamo
+    def _step_outside_graphs(self, closure: Callable[[], Any] | None) -> Any:
+        return _unhooked(type(self).step)(self, closure)
+
     def _run(self, plan: _Plan, gather_first: bool) -> int:
         """What OptimPlan.step returns."""
         if self._swapped is not None:
             plan.runs.release(0)
             raise RuntimeError(f"{type(self).__name__}.step(): averaged weights are swapped in; call swap_ema() first")
+        if plan.captures:
+            check = "_accelerator_graph_capture_health_check"  # torch up to 2.10: _cuda_...
+            (getattr(self, check, None) or self._cuda_graph_capture_health_check)()
         amp = self.__dict__
         grad_scale: Tensor | None = amp.get("grad_scale")
         found_inf: Tensor | None = amp.get("found_inf")
@@ -465,7 +479,6 @@ class OnePass(Optimizer):
         if plan.fresh:
             rows += [(*row[:_DAMPENING], 0.0, *row[_DAMPENING + 1 :]) for row in rows]
             rates += rates
-            plan.fresh = self._is_skipped(found_inf)  # else the next plan finds full buffers
         norm = None
         if self.max_norm is not None:
             norm = self.grad_norm = self._norm(plan, grad_scale)
@@ -481,11 +494,13 @@ class OnePass(Optimizer):
             seed = int(torch.empty((), dtype=torch.int64).random_())
         write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
         options = [value for row in rows for value in row]
+        if not gather_first:
+            self._keep(plan)
         status: int = plan.step(
             gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
         )
-        if len(rows) > len(groups) and not plan.fresh:
-            self._plan = None
+        if plan.fresh and not self._is_skipped(found_inf):
+            self._plan = None  # the next one finds full buffers
         return status
 
     def _is_skipped(self, found_inf: Tensor | None) -> bool:
@@ -518,14 +533,19 @@ class OnePass(Optimizer):
                 )
         return norm if grad_scale is None else norm / grad_scale.to(norm.device)
 
+    def _extras(self) -> list[str]:
+        """What was asked for that torch's optimizers do not have."""
+        extras = [] if self.max_norm is None else ["max_norm"]
+        for group in self.param_groups:
+            extras += [name for name in _GROUP_OPTIONS if group.get(name)]
+        return extras
+
     def _torch_step(self, reason: str, closure: Callable[[], Any] | None) -> Any:
         """torch's own step, for what dlkit does not serve."""
-        wanted = [name for name in ("max_norm",) if getattr(self, name) is not None]
-        for group in self.param_groups:
-            wanted += [name for name in _GROUP_OPTIONS if group.get(name)]
-        if wanted:
+        extras = self._extras()
+        if extras:
             raise RuntimeError(
-                f"{type(self).__name__}.step(): {wanted[0]} needs dlkit's kernels, which do not serve {reason}"
+                f"{type(self).__name__}.step(): {extras[0]} needs dlkit's kernels, which do not serve {reason}"
             )
         if not torch.compiler.is_compiling() and getattr(self, "found_inf", None) is not None:
             return self._torch_step_scaled(closure)
