@@ -2,7 +2,7 @@
 // parameter for AdamW in fp32, the least there is. Clipping adds the 4 bytes of the norm's pass; the coefficient, the
 // loss scale, found_inf and step counters are read where they lie, so nothing waits for the device.
 //
-// One launch serves many tensors: their addresses travel in its arguments (32 KB from CUDA 12.1 on: 668 tensors of
+// One launch serves many tensors: their addresses travel in its arguments (32 KB from CUDA 12.1 on: some 550 tensors of
 // AdamW; 4 KB before), never through a copy to the device. A launch holds tensors of one dtype and state type; step
 // counters on the device, which every block reads, go up in a launch of their own. A block takes one chunk of one
 // tensor, which it finds by binary search in the arguments: 2 K to 16 K elements, so that there are some eight chunks
