@@ -132,12 +132,16 @@ DLKIT_HOST_DEVICE float remainder_unit(Float16 high) {
   const uint32_t exponent = bit_cast<uint32_t>(widen(high)) & 0x7f800000, least = uint32_t(127 - 14) << 23;
   return bit_cast<float>((exponent < least ? least : exponent) - (uint32_t(26) << 23));
 }
+// Of a power of two between 2^-126 and 2^126: a GPU's division takes a subroutine.
+DLKIT_HOST_DEVICE float inverse_of_power(float power) {
+  return bit_cast<float>((uint32_t(254) << 23) - bit_cast<uint32_t>(power));
+}
 DLKIT_HOST_DEVICE float join(Float16 high, int16_t remainder) {
   return remainder == 0 ? widen(high) : widen(high) + float(remainder) * remainder_unit(high);
 }
 DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
   const Float16 high = narrow(value, Float16());
-  const float rest = (value - widen(high)) / remainder_unit(high);  // a power of two: exact
+  const float rest = (value - widen(high)) * inverse_of_power(remainder_unit(high));  // exact
   *remainder = 0;
   if (!(rest - rest == 0)) return high;
   const float rounded = rest + 12582912.0f - 12582912.0f;  // to the nearest integer, by 1.5 * 2^23
@@ -186,7 +190,7 @@ DLKIT_HOST_DEVICE Float16 round_stochastically(float value, uint32_t bits, Float
   const uint32_t exponent = bit_cast<uint32_t>(value) & 0x7f800000, least = uint32_t(127 - 14) << 23;
   const float unit = bit_cast<float>((exponent < least ? least : exponent) - (uint32_t(10) << 23));
   const float magnitude = value < 0 ? -value : value;
-  const float steps = magnitude / unit + float(bits >> 3) * (1.0f / 8192);
+  const float steps = magnitude * inverse_of_power(unit) + float(bits >> 3) * (1.0f / 8192);
   const float rounded = (steps < 4096 ? float(int32_t(steps)) : steps) * unit;
   return narrow(value < 0 ? -rounded : rounded, Float16());
 }
