@@ -77,7 +77,7 @@ sanitize: install
 	  ASAN_OPTIONS=detect_leaks=0 DLKIT_CUDA_ON_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdlkit_cuda_on_cpu.so && \
 	"$$python" -c 'import dlkit._C as library; assert "build/sanitize" in library.__file__, library.__file__' && \
 	"$$python" -m pytest -q -n auto -c ../../pyproject.toml --rootdir ../.. \
-	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py \
+	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py ../../tests/test_optim.py \
 	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build, every test, the benchmarks; downloads nothing.
