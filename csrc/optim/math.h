@@ -151,8 +151,7 @@ DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
 }
 
 // 16 bits, by lane_bits(), for each of the elements 8 * block .. 8 * block + 7 of the tensor at `index` in the step.
-// `step` is t where the counter is on the device, else
-// 0: a captured graph replays the same seed.
+// `step` is t where the counter is on the device, else 0: a captured graph replays the same seed.
 DLKIT_HOST_DEVICE PhiloxBlock stochastic_block(uint64_t seed, int64_t index, uint32_t step, int64_t block) {
   return philox(seed, uint64_t(index) | uint64_t(step) << 32, uint64_t(block));
 }

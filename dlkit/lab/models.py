@@ -23,7 +23,7 @@ def mlp(image_size: tuple[int, int], classes: int, width: int = 512) -> nn.Modul
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x)), a dropout on each addend."""
+    """A pre-norm transformer block: x + attention(norm(x)), x + feed_forward(norm(x)), a dropout on each addend."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class RowTransformer(nn.Module):
 
 
 def batch_norm_mlp(image_size: tuple[int, int], classes: int) -> nn.Module:
-    """Linear layers 784-256-128-64-10, for 28x28 images of 10 classes; BatchNorm, ReLU, dropout after each hidden one."""
+    """Linear layers 784-256-128-64-10, for 28x28 images; BatchNorm, ReLU and dropout after each hidden one."""
     layers: list[nn.Module] = [nn.Flatten()]
     features = image_size[0] * image_size[1]
     for width, dropout in ((256, 0.3), (128, 0.3), (64, 0.2)):
