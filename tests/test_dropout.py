@@ -130,8 +130,6 @@ def test_forward_returns_the_state_it_drew(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_residual_add(backend, dtype):
     """dropout_add: x * scale + residual, rounded once; the mask of plain dropout."""
-    if backend.name == "triton":
-        pytest.skip("Triton runs dropout, and the norm with the add, one after the other")
     for count in (1, 13, 1000, 4099):
         x, residual = make((count,), dtype, backend.device), make((count,), dtype, backend.device)
         mask = reference.keep_mask(5, 8, 0.3, count)
@@ -155,8 +153,6 @@ FUSED_SHAPES = [(3, 1), (5, 8), (33, 60), (6, 257), (9, 1000), (4, 1024), (2, 40
 )
 def test_dropout_add_and_norm_in_one_pass(backend, shape, dtype, rms):
     """Bit for bit what dropout_add and then the norm give, forward; and backward, but for one rounding less."""
-    if backend.name == "triton":
-        pytest.skip("Triton runs dropout, and the norm with the add, one after the other")
     cols, p, device = shape[1], 0.3, backend.device
     x, residual, grad, grad_sum = (make(shape, dtype, device) for _ in range(4))
     weight, bias = make((cols,), dtype, device), None if rms else make((cols,), dtype, device)

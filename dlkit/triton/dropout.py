@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import TRITON_TYPE, accumulate_type
+from .layer_norm import layer_norm_backward, layer_norm_forward
 
 # Sizes as in layer_norm.py: in units of VEC elements, and one binary for all of them.
 _jit = triton.jit(do_not_specialize=["seed", "offset", "high", "low", "numel", "runs", "groups", "parts"])
@@ -83,9 +84,14 @@ def _value(x, keep, scale, shift, dropped, ACC: tl.constexpr, AFFINE: tl.constex
         return tl.where(keep, value, 0.0).to(x.dtype)
 
 
+@triton.jit
+def _sum(x, residual, keep, scale, ACC: tl.constexpr):
+    return (tl.where(keep, x.to(ACC) * scale, 0.0) + residual).to(x.dtype)
+
+
 @_jit
 def _drop_elements(
-    x, y, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64,
+    x, residual, y, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64,
     scale, shift, dropped,
     GIVEN: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -103,15 +109,25 @@ def _drop_elements(
     keep = ((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0
 
     start = program * (BLOCKS * 8)
+    if residual is not None:
+        residual += start
     lane = tl.arange(0, BLOCKS)[:, None] * 8 + lane
     x += start
     y += start
     if start + BLOCKS * 8 <= numel:
-        tl.store(y + lane, _value(tl.load(x + lane), keep, scale, shift, dropped, ACC, AFFINE))
+        if residual is not None:
+            other = tl.load(residual + lane).to(ACC)
+            tl.store(y + lane, _sum(tl.load(x + lane), other, keep, scale, ACC))
+        else:
+            tl.store(y + lane, _value(tl.load(x + lane), keep, scale, shift, dropped, ACC, AFFINE))
     else:
         inside = lane < numel - start
         value = tl.load(x + lane, mask=inside, other=0.0)
-        tl.store(y + lane, _value(value, keep, scale, shift, dropped, ACC, AFFINE), mask=inside)
+        if residual is not None:
+            other = tl.load(residual + lane, mask=inside, other=0.0).to(ACC)
+            tl.store(y + lane, _sum(value, other, keep, scale, ACC), mask=inside)
+        else:
+            tl.store(y + lane, _value(value, keep, scale, shift, dropped, ACC, AFFINE), mask=inside)
 
 
 @_jit
@@ -147,7 +163,7 @@ _TILE = 2048  # elements of a program: 16 a thread
 
 def _launch(
     input: Tensor, output: Tensor, state: Tensor | None, drawn: tuple[int, int] | None, p: float, inner: int,
-    scale: float, shift: float, dropped: float,
+    scale: float, shift: float, dropped: float, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``drawn``: seed and offset, which go into ``state`` if that is not None; without it ``state`` gives them."""
     x = input.contiguous()
@@ -157,7 +173,7 @@ def _launch(
     kind: Callable[[float], Any] = tl.constexpr if accumulate == torch.float64 else float
     seed, offset = drawn or (0, 0)
     threshold = int(p * 2.0**32 + 0.5)
-    source = (x, y, state, seed, offset, threshold >> 16, threshold & 0xFFFF)
+    source = (y, state, seed, offset, threshold >> 16, threshold & 0xFFFF)
     constants = (kind(scale), kind(shift), kind(dropped))
     options: dict[str, Any] = {
         "GIVEN": drawn is None, "AFFINE": shift != 0 or dropped != 0, "ACC": TRITON_TYPE[accumulate], "num_warps": 4,
@@ -165,15 +181,16 @@ def _launch(
     with torch.cuda.device_of(input):
         if inner == 1:
             _drop_elements[(triton.cdiv(x.numel(), _TILE),)](
-                *source, x.numel(), *constants, **options, BLOCKS=_TILE // 8
-            )
+                x, None if residual is None else residual.contiguous(), *source, x.numel(), *constants, **options,
+                BLOCKS=_TILE // 8,
+            )  # fmt: skip
         else:
             vec = 16 // x.element_size()
             vec = vec if inner % vec == 0 else 1
             block = min(triton.next_power_of_2(inner), _TILE)
             runs, parts = x.numel() // inner, triton.cdiv(inner, block)
             _drop_runs[(triton.cdiv(runs, _TILE // block) * parts,)](
-                *source, runs, inner // vec, parts, *constants, **options, VEC=vec, ROWS=_TILE // block, BLOCK=block
+                x, *source, runs, inner // vec, parts, *constants, **options, VEC=vec, ROWS=_TILE // block, BLOCK=block
             )
     if y is not output:
         output.copy_(y)
@@ -201,7 +218,7 @@ def _signed(value: int) -> int:
 
 def _forward_into(
     input: Tensor, output: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
-    generator: torch.Generator | None,
+    generator: torch.Generator | None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if input.numel() == 0:
         return torch.zeros(2, dtype=torch.int64, device=input.device)
@@ -213,17 +230,18 @@ def _forward_into(
         drawn = None
     elif p < 1:
         drawn = _draw(input, generator)
-    _launch(input, output, state, drawn, p, inner, scale, shift, dropped)
+    _launch(input, output, state, drawn, p, inner, scale, shift, dropped, residual)
     return state
 
 
 def _apply_into(
-    input: Tensor, output: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
-) -> None:
+    input: Tensor, output: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
     if input.numel() == 0:
         return
     if state.device == input.device:
-        _launch(input, output, state, None, p, inner, scale, shift, dropped)
+        _launch(input, output, state, None, p, inner, scale, shift, dropped, residual)
         return
     if state.device.type != "cpu":
         raise RuntimeError(
@@ -235,7 +253,7 @@ def _apply_into(
             " mask; use a torch.Generator of the device"
         )
     seed, offset = state.tolist()
-    _launch(input, output, None, (seed, offset), p, inner, scale, shift, dropped)
+    _launch(input, output, None, (seed, offset), p, inner, scale, shift, dropped, residual)
 
 
 def dropout_forward(
@@ -270,7 +288,50 @@ def dropout_apply(
     return y
 
 
+def _scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def dropout_add_forward(
+    input: Tensor, residual: Tensor, state: Tensor | None, p: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """``dropout(input) + residual``, rounded once, with the mask of ``state`` or a new one. Returns (sum, state)."""
+    y = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    if state is None:
+        return y, _forward_into(input, y, p, 1, _scale(p), 0.0, 0.0, generator, residual)
+    _apply_into(input, y, state, p, 1, _scale(p), 0.0, 0.0, residual)
+    return y, state.clone()
+
+
+def dropout_layer_norm_forward(
+    input: Tensor, residual: Tensor, state: Tensor | None, p: float, normalized_ndim: int, weight: Tensor | None,
+    bias: Tensor | None, eps: float, rms: bool, stats: bool, generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """:func:`dropout_add_forward`, then the norm of the sum: two kernels. Returns (y, sum, mean, rstd, state)."""
+    sum, drawn = dropout_add_forward(input, residual, state, p, generator)
+    y, _, mean, rstd = layer_norm_forward(sum, None, normalized_ndim, weight, bias, eps, rms, stats)
+    return y, sum, mean, rstd, drawn
+
+
+def dropout_layer_norm_backward(
+    grad_output: Tensor, grad_sum: Tensor | None, input: Tensor, mean: Tensor | None, rstd: Tensor,
+    weight: Tensor | None, bias: Tensor | None, state: Tensor, p: float, normalized_ndim: int, output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of input, residual, weight and bias; ``input`` is the sum. Two kernels."""
+    mask = [output_mask[0] or output_mask[1], *output_mask[2:]]
+    grad, grad_weight, grad_bias = layer_norm_backward(
+        grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, mask
+    )
+    grad_input = None
+    if output_mask[0] and grad is not None:
+        grad_input = dropout_apply(grad, state, p, 1, _scale(p), 0.0, 0.0)
+    return grad_input, grad if output_mask[1] else None, grad_weight, grad_bias
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "dropout_add_forward": dropout_add_forward,
+    "dropout_layer_norm_forward": dropout_layer_norm_forward,
+    "dropout_layer_norm_backward": dropout_layer_norm_backward,
     "dropout_forward": dropout_forward,
     "dropout_forward_": dropout_forward_,
     "dropout_apply": dropout_apply,
