@@ -77,7 +77,8 @@ sanitize: install
 	  ASAN_OPTIONS=detect_leaks=0 DLKIT_CUDA_ON_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdlkit_cuda_on_cpu.so && \
 	"$$python" -c 'import dlkit._C as library; assert "build/sanitize" in library.__file__, library.__file__' && \
 	"$$python" -m pytest -q -n auto -c ../../pyproject.toml --rootdir ../.. \
-	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py \
+	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py ../../tests/test_dropout.py \
+	  ../../tests/test_dropout_variants.py ../../tests/test_optim.py \
 	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build, every test, the benchmarks; downloads nothing.
@@ -85,8 +86,9 @@ GPU_PYTHON ?= python3
 gpu:
 	DLKIT_BUILD=cuda $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m dlkit info
-	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py tests/test_surgery.py
-	for op in layer_norm batch_norm group_norm; do \
+	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py tests/test_dropout.py \
+	  tests/test_dropout_variants.py tests/test_optim.py tests/test_optim_launches.py tests/test_surgery.py
+	for op in layer_norm batch_norm group_norm dropout optim; do \
 	  $(GPU_PYTHON) -m dlkit bench $$op --device cuda --compile --output bench/results || exit 1; done
 	$(GPU_PYTHON) -m dlkit bench layer_norm --device cuda --sweep --output bench/results
 	$(GPU_PYTHON) -m dlkit bench plot bench/results/layer_norm-*-sweep.json

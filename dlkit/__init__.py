@@ -1,16 +1,17 @@
-"""Fused normalization layers for PyTorch: drop-in layers that are faster, use less memory and give the same results.
+"""Fused layers and optimizers for PyTorch: drop-ins that are faster, use less memory and give the same results.
 
 import dlkit
 model = dlkit.replace(model)   # every torch.nn layer that has a fused twin becomes it, in place
+opt = dlkit.optim.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)   # clipping and AdamW in one pass over memory
 """
 
 from dlkit import _backends
 
 _backends.load()
 
-from dlkit import functional, nn, random  # noqa: E402  (the ops exist only once the library is loaded)
+from dlkit import functional, nn, optim, random  # noqa: E402  (the ops exist only once the library is loaded)
 from dlkit.fusion import fuse  # noqa: E402
 from dlkit.surgery import Change, replace, restore  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Change", "__version__", "functional", "fuse", "nn", "random", "replace", "restore"]
+__all__ = ["Change", "__version__", "functional", "fuse", "nn", "optim", "random", "replace", "restore"]

@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "info": "versions, what was built in, and which backend serves each op on each device",
     "bench": "measure ops against torch eager, torch.compile and installed peers",
-    "lab": "train on real data with torch.nn's layers and with dlkit's",
+    "lab": "train on real data with torch's layers and optimizer and with dlkit's",
 }
 
 

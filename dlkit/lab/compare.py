@@ -1,9 +1,9 @@
-"""Trains one model twice in one loop, with torch.nn's layers and with dlkit's, and times every step of both.
+"""Trains one model twice in one loop, with torch's layers and optimizer and with dlkit's, and times every step of both.
 
 Both start from the same weights and see the same batches. They take turns within each step, and who goes first
 alternates, so that whatever else the machine does, and whatever the first leaves in the caches, meets both alike.
-Cutting the batch out of the data set happens once, outside the time of either. A step is zero_grad, forward, backward
-and the optimizer; its time is the median over all steps but the first ones.
+Cutting the batch out of the data set happens once, outside the time of either. A step is zero_grad, forward, backward,
+clipping and the optimizer; its time is the median over all steps but the first ones.
 """
 
 import copy
@@ -22,6 +22,7 @@ import dlkit
 from dlkit.lab.data import Dataset
 
 WARM_UP_STEPS = 10
+MAX_NORM = 1.0  # gradients are clipped to it
 
 # Makes the twin: turns a model of torch.nn's layers into one of dlkit's, in place or not.
 Rewrite = Callable[[nn.Module], nn.Module]
@@ -47,10 +48,15 @@ class Schedule:
 class Contestant:
     """One of the two: a model, its optimizer, and what it did so far."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, steps: int) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, steps: int, optimizer: str) -> None:
         self.model = model
-        # fused: torch's fastest AdamW, for both; the default one takes 2.6 times as long and would blur the comparison.
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, fused=True)
+        self.clips_apart = optimizer == "torch"
+        self.optimizer: torch.optim.Optimizer
+        if self.clips_apart:
+            # fused: torch's fastest AdamW; the default one takes 2.6 times as long.
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, fused=True)
+        else:
+            self.optimizer = dlkit.optim.AdamW(model.parameters(), lr=schedule.lr, max_norm=MAX_NORM)
         warm_up = max(1, steps // 5)
         # The learning rate rises for the first fifth and falls to 0: what so short a training needs.
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -65,6 +71,8 @@ class Contestant:
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(images), labels)
         loss.backward()
+        if self.clips_apart:
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         _synchronize(images.device)
         self.seconds.append(time.perf_counter() - start)
@@ -121,7 +129,10 @@ def _synchronize(device: torch.device) -> None:
 def compare(
     name: str, model: nn.Module, data: Dataset, schedule: Schedule, seed: int, rewrite: Rewrite = dlkit.replace
 ) -> Result:
-    """Trains `model` and its copy with dlkit's layers, made by `rewrite`, on `data`, which is on the device to use."""
+    """Trains `model` by torch's optimizer and its copy with dlkit's layers, made by `rewrite`, by dlkit's.
+
+    `data` is on the device to use.
+    """
     device = data.train_images.device
     twin = rewrite(copy.deepcopy(model))
     layers = [module for module in twin.modules() if type(module).__module__.startswith("dlkit.nn")]
@@ -134,7 +145,10 @@ def compare(
     batch_size = min(schedule.batch_size, len(chosen))
     schedule = Schedule(len(chosen), schedule.epochs, batch_size, schedule.lr)
     steps = schedule.epochs * (len(chosen) // batch_size)
-    torchs, dlkits = (Contestant(each.to(device), schedule, steps) for each in (model, twin))
+    torchs, dlkits = (
+        Contestant(each.to(device), schedule, steps, optimizer)
+        for each, optimizer in ((model, "torch"), (twin, "dlkit"))
+    )
 
     seconds_between_lines = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(total=steps, desc=f"{name:<14}", unit="step", mininterval=seconds_between_lines) as progress:

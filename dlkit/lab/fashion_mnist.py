@@ -1,4 +1,5 @@
-"""The recipe `fashion_mnist`: two models with LayerNorm and two with BatchNorm, on torch.nn's layers and on dlkit's.
+"""The recipe `fashion_mnist`: two models with LayerNorm and two with BatchNorm, on torch's layers and optimizer and on
+dlkit's.
 
 The schedules are the shortest that give a sensible accuracy (MLPs 89 %, CNN 85 %, transformer 83 %), so that all of it
 stays under three minutes on two cores. The transformer costs 3 ms an image there and the CNN 1, which is why they see

@@ -78,7 +78,8 @@ def caption(data: Dataset, results: Sequence[Result]) -> str:
     facts = machine()
     device = facts["gpu"] if data.train_images.is_cuda else f"{facts['cpu']}, CPU threads: {facts['threads']}"
     lines += [
-        f"fp32, AdamW, {device}. dlkit (n, m fused): n layers replaced, m of them one with the ReLU behind.",
+        f"fp32, AdamW with clipping, torch's and dlkit's, {device}.",
+        "dlkit (n, m fused): n layers replaced, m of them one with the ReLU behind.",
         f"Step time: median after {WARM_UP_STEPS} steps; the two take turns on the same batches.",
     ]
     if any(result.fused for result in results):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from . import batch_norm, dropout, layer_norm
+from . import batch_norm, dropout, layer_norm, optim
 
-FUNCTIONS = {**layer_norm.FUNCTIONS, **batch_norm.FUNCTIONS, **dropout.FUNCTIONS}
+FUNCTIONS = {**layer_norm.FUNCTIONS, **batch_norm.FUNCTIONS, **dropout.FUNCTIONS, **optim.FUNCTIONS}
 
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
 

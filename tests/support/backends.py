@@ -81,6 +81,7 @@ def _triton() -> Backend:
 
         triton_interpreter.fix_bf16_rounding()
         triton_interpreter.sum_by_halves()
+        triton_interpreter.patch_language_once()
     if HAS_GPU:
         return Backend("triton", "cuda", _triton_op, missing)
     # The interpreter has no fused multiply-add, as every device does: products in a sum are rounded once more.

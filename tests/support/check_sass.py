@@ -54,7 +54,7 @@ def find_cuobjdump() -> str:
 def demangle(names: list[str]) -> list[str]:
     """Kernel names without namespaces, return type and parameters: `forward_rows<BFloat16, 16, 32, 4>`."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = (re.sub(r"\(anonymous namespace\)::|\(\w+\)(?=\d)", "", line) for line in text.splitlines())
+    short = (re.sub(r"\(anonymous namespace\)::|\([\w:]+\)(?=\d)", "", line) for line in text.splitlines())
     return [re.sub(r"\w+::", "", re.sub(r"^void |\(.*\)$", "", line)) for line in short]
 
 

@@ -1,4 +1,4 @@
-"""The formulas of layer_norm/kernel.h in NumPy's longdouble (more exact than float64), short enough to check by eye."""
+"""The formulas of the kernel.h files in NumPy's longdouble (more exact than float64), short enough to check by eye."""
 
 import numpy as np
 import torch
@@ -76,3 +76,39 @@ def keep_mask(seed: int, offset: int, p: float, count: int, first: int = 0) -> n
     high, low = divmod(int(p * 2**32 + 0.5), 2**16)
     bits, tie_bits = (lane_bits(seed, (offset // 4 + i) % 2**64, index) for i in range(2))
     return ~((bits < high) | ((bits == high) & (tie_bits < low)))
+
+
+def optimizer_step(name: str, h: dict, t: int, param, grad, state: dict):
+    """One step of the optimizer of that name: the new parameter. `h`: torch's arguments, all of them; `t` from 1 on;
+    `state`: filled at the first step, changed."""
+    lr, decay = h["lr"], h["weight_decay"]
+    g = -grad if h["maximize"] else grad
+    if name == "AdamW":
+        param = param * (1 - np.longdouble(lr) * decay)
+    else:
+        g = g + decay * param
+    zero = np.zeros_like(g)
+    if name in ("Adam", "AdamW"):
+        beta1, beta2 = map(np.longdouble, h["betas"])
+        state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+        square = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g**2
+        if h["amsgrad"]:
+            square = state["max_exp_avg_sq"] = np.maximum(state.get("max_exp_avg_sq", zero), square)
+        return param - lr / (1 - beta1**t) * state["exp_avg"] / (np.sqrt(square / (1 - beta2**t)) + h["eps"])
+    if name == "SGD":
+        momentum = np.longdouble(h["momentum"])
+        if momentum != 0:
+            buffer = state.get("momentum_buffer")
+            buffer = g if buffer is None else momentum * buffer + (1 - np.longdouble(h["dampening"])) * g
+            state["momentum_buffer"] = buffer
+            g = g + momentum * buffer if h["nesterov"] else buffer
+        return param - np.longdouble(lr) * g
+    alpha = np.longdouble(h["alpha"])
+    square = state["square_avg"] = alpha * state.get("square_avg", zero) + (1 - alpha) * g**2
+    if h["centered"]:
+        state["grad_avg"] = alpha * state.get("grad_avg", zero) + (1 - alpha) * g
+        square = square - state["grad_avg"] ** 2
+    update = g / (np.sqrt(square) + h["eps"])
+    if h["momentum"] > 0:
+        update = state["momentum_buffer"] = np.longdouble(h["momentum"]) * state.get("momentum_buffer", zero) + update
+    return param - np.longdouble(lr) * update

@@ -166,10 +166,53 @@ def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], ob
         yield "runs of 65536", True, partial(apply, 65536, 65536)
 
 
+def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Each algorithm with all its states, and what a 16-bit parameter and 8-bit states add."""
+    import torch
+
+    op = _load("optim")
+    dtype = getattr(torch, dtype_name)
+    average = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def step(
+        algorithm: str, states: int, numel: int = 4096, state: torch.dtype = dtype, remainder: bool = False,
+        ema: bool = False, seed: int | None = None,
+    ) -> None:  # fmt: skip
+        def like(kind: torch.dtype, wanted: bool = True) -> list[torch.Tensor]:
+            return [torch.zeros(numel, dtype=kind)] if wanted else []
+
+        param, scale = like(dtype), [torch.zeros(-(-numel // 256))]
+        moments = [like(state, s < states) for s in range(3)]
+        scales = [scale if s < states and state == torch.uint8 else [] for s in range(3)]
+        steps = [torch.zeros(())] if algorithm == "adam" else []
+        options = [1e-3, 0.1, 1e-8, 0.9, 0.99, 0.9, 0.0, 0.99, 0.99, 1.0, 0.0, 0.0]
+        op.optim_step_(
+            algorithm, param, like(dtype), *moments, *scales, like(torch.int16, remainder), like(average, ema), steps,
+            [0], options, [], None, 0.0, None, None, False, seed,
+        )  # fmt: skip
+
+    yield "adam", True, partial(step, "adam", 2)
+    if dtype == torch.float32:
+        yield "adam 4095", False, partial(step, "adam", 2, 4095)
+        yield "amsgrad ema", True, partial(step, "adam", 3, ema=True)
+        yield "adam 8 bits", True, partial(step, "adam", 2, state=torch.uint8)
+        yield "sgd momentum", True, partial(step, "sgd", 1)
+        yield "rmsprop centered momentum", True, partial(step, "rmsprop", 3)
+    if dtype.itemsize == 2:
+        yield "adam remainder ema", True, partial(step, "adam", 2, state=torch.float32, remainder=True, ema=True)
+        yield "sgd stochastic", True, partial(step, "sgd", 0, seed=1)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return
+    grads = [torch.ones(8192, dtype=dtype)]
+    yield "norm", True, partial(op.optim_grad_norm, grads)
+    yield "clip", True, partial(op.optim_clip_grads_, grads, torch.ones((), dtype=average), 1.0)
+
+
 CASES = (
     _layer_norm_cases,
     _batch_norm_cases,
     _dropout_cases,
+    _optim_cases,
 )
 
 

@@ -5,6 +5,9 @@ are added to halves, and so they are here.
 
 bf16: up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull
 request 11897); NaN may come out as infinity. torch's own conversion takes its place.
+
+Nested functions: each call of one replaces the whole of triton.language anew, which the launch around it has done; that
+takes half of a kernel's time.
 """
 
 from __future__ import annotations
@@ -49,3 +52,27 @@ def sum_by_halves() -> None:
         return self.to_tensor(data if self.keep_dims else np.squeeze(data, axis), value.dtype)
 
     interpreter.ReduceOps.sum = tree_sum
+
+
+def patch_language_once() -> None:
+    """Replaces triton.language at a launch, not again at each call of a function within it, in this process."""
+    original = interpreter._patch_lang
+    patched: set[Any] = set()  # the modules that the launch under way has replaced
+
+    def patch(fn: Any) -> Any:
+        modules = {module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())}
+        if patched and modules <= patched:
+            return interpreter._LangPatchScope()
+        scope = original(fn)
+        if not patched:
+            restore = scope.restore
+
+            def restore_all() -> None:
+                restore()
+                patched.clear()
+
+            scope.restore = restore_all
+        patched.update(modules)
+        return scope
+
+    interpreter._patch_lang = patch

@@ -265,6 +265,32 @@ DLKIT_INLINE VectorF64 fma(VectorF64 a, VectorF64 b, VectorF64 c) {
 #endif
 }
 
+// Correctly rounded, as an IEEE root is.
+DLKIT_INLINE VectorF32 square_root(VectorF32 v) {
+#if defined(__AVX512F__)
+  return (VectorF32)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (VectorF32)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (VectorF32)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+DLKIT_INLINE VectorF64 square_root(VectorF64 v) {
+#if defined(__AVX512F__)
+  return (VectorF64)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (VectorF64)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__x86_64__)
+  return (VectorF64)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 // The sum of all lanes in double, by halving: a fixed order.
 DLKIT_INLINE double sum_lanes(VectorF64 v) {
 #if DLKIT_VECTOR_BYTES == 64

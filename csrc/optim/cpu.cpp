@@ -1,0 +1,450 @@
+// An optimizer's step on the CPU: one parallel loop over blocks of 256 elements of all tensors, each array read and
+// written once (AdamW in fp32: 4 words read and 3 written a parameter, 28 bytes, the least there is). Which thread
+// takes which blocks changes no result. The flags of a step are branches inside the loop over vectors: a root and a
+// division take some 25 cycles a vector of 16, a predicted branch one. 8-bit states go through fp32 copies of one
+// block, in L1.
+#include <cmath>
+
+#include "../common/cpu/parallel.h"
+#include "../common/cpu/simd.h"
+#include "../common/dispatch.h"
+#include "dynamic_map.h"
+#include "kernel.h"
+#include "math.h"
+
+namespace dlkit::optim {
+
+namespace DLKIT_ISA {
+namespace {
+
+using namespace dlkit::DLKIT_ISA;
+
+template <class A>
+struct Math {
+  using V = Vector<A>;
+  DLKIT_INLINE V splat(A value) { return broadcast<A>(value); }
+  DLKIT_INLINE V fma(V a, V b, V c) { return dlkit::DLKIT_ISA::fma(a, b, c); }
+  DLKIT_INLINE V sqrt(V v) { return square_root(v); }
+  template <class Condition>
+  DLKIT_INLINE V choose(Condition condition, V a, V b) {
+    return condition ? a : b;
+  }
+};
+
+// Adjacent elements of one tensor, `index` of the step, from `first` on.
+template <class T, class S>
+struct Span {
+  T* param;
+  T* grad;
+  S* states[kStates];
+  int16_t* remainder;
+  accumulate_t<T>* ema;
+  int64_t count, index, first;
+};
+
+using VectorI32 = int32_t __attribute__((vector_size(kVectorBytes)));
+
+DLKIT_INLINE void store_bits(void* p, VectorU32 bits, All) {
+  const auto packed = __builtin_convertvector(bits, VectorU16);
+  memcpy(p, &packed, sizeof(packed));
+}
+DLKIT_INLINE void store_bits(void* p, VectorU32 bits, First width) {
+  const auto packed = __builtin_convertvector(bits, VectorU16);
+  memcpy(p, &packed, size_t(width.count) * sizeof(uint16_t));
+}
+
+// join(), split() and round_stochastically() of math.h on vectors.
+template <class Width>
+DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, Width width) {
+  return (VectorI32)load(reinterpret_cast<const BFloat16*>(p), width) >> 16;
+}
+template <class Width>
+DLKIT_INLINE VectorF32 join(const BFloat16* high, const int16_t* remainder, Width width) {
+  return (VectorF32)((VectorI32)load(high, width) + load_remainder(remainder, width));
+}
+template <class Width>
+DLKIT_INLINE void split(VectorF32 value, BFloat16* high, int16_t* remainder, Width width) {
+  const VectorU32 bits = (VectorU32)value, is_nan = (VectorU32)(value != value);
+  const VectorU32 rounded = (bits + 0x8000) >> 16;
+  store_bits(high, (is_nan & 0x7fc0) | (~is_nan & rounded), width);
+  store_bits(remainder, ~is_nan & (bits - (rounded << 16)), width);
+}
+
+DLKIT_INLINE VectorF32 exponent_of(VectorF32 value) {  // 2^-14 below that
+  const VectorU32 exponent = (VectorU32)value & 0x7f800000, least = VectorU32{} + (uint32_t(127 - 14) << 23);
+  return (VectorF32)(exponent < least ? least : exponent);
+}
+DLKIT_INLINE VectorF32 remainder_unit(VectorF32 high) {
+  return (VectorF32)((VectorU32)exponent_of(high) - (uint32_t(26) << 23));
+}
+template <class Width>
+DLKIT_INLINE VectorF32 join(const Float16* high, const int16_t* remainder, Width width) {
+  const VectorF32 wide = load(high, width);
+  const VectorI32 rest = load_remainder(remainder, width);
+  const VectorF32 sum = wide + __builtin_convertvector(rest, VectorF32) * remainder_unit(wide);
+  return rest == 0 ? wide : sum;
+}
+template <class Width>
+DLKIT_INLINE void split(VectorF32 value, Float16* high, int16_t* remainder, Width width) {
+  const VectorF32 wide = round_to<Float16>(value);
+  const VectorF32 rest = (value - wide) / remainder_unit(wide);
+  VectorF32 rounded = rest + 12582912.0f - 12582912.0f;
+  rounded = rounded > 32767 ? broadcast<float>(32767) : rounded;
+  rounded = rest - rest == 0 ? rounded : VectorF32{};
+  store(high, wide, width);
+  store_bits(remainder, (VectorU32) __builtin_convertvector(rounded, VectorI32), width);
+}
+
+DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, BFloat16) {
+  const VectorU32 is_nan = (VectorU32)(value != value);
+  const VectorU32 rounded = ((VectorU32)value + random) & 0xffff0000;
+  return (VectorF32)((is_nan & 0x7fc00000) | (~is_nan & rounded));
+}
+DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, Float16) {
+  const VectorF32 unit = (VectorF32)((VectorU32)exponent_of(value) - (uint32_t(10) << 23));
+  const VectorF32 magnitude = (VectorF32)((VectorU32)value & 0x7fffffff);
+  const VectorF32 part = __builtin_convertvector((VectorI32)(random >> 3), VectorF32) * (1.0f / 8192);
+  const VectorF32 steps = magnitude / unit + part;
+  const VectorF32 whole = __builtin_convertvector(__builtin_convertvector(steps, VectorI32), VectorF32);
+  const VectorF32 rounded = (steps < 4096 ? whole : steps) * unit;
+  const VectorF32 result = (VectorF32)((VectorU32)rounded | ((VectorU32)value & 0x80000000));
+  return value - value == 0 ? result : value;
+}
+
+// stochastic_block() of all elements of a block of kBlock, 16 bits each, in their order: the words of 32 blocks of
+// Philox side by side, which compilers make vectors of: 12 times as fast as one after the other.
+DLKIT_INLINE void fill_random(uint64_t seed, int64_t index, int64_t first, uint16_t* bits) {
+  constexpr int kCount = kBlock / 8;
+  uint32_t c0[kCount], c1[kCount], c2[kCount], c3[kCount];
+  for (int b = 0; b < kCount; ++b) {
+    const uint64_t block = uint64_t(first / 8 + b);
+    c0[b] = uint32_t(index), c1[b] = 0, c2[b] = uint32_t(block), c3[b] = uint32_t(block >> 32);
+  }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int b = 0; b < kCount; ++b) {
+      const uint64_t low = uint64_t(kPhiloxMultiply0) * c0[b], high = uint64_t(kPhiloxMultiply1) * c2[b];
+      c0[b] = uint32_t(high >> 32) ^ c1[b] ^ k0;
+      c2[b] = uint32_t(low >> 32) ^ c3[b] ^ k1;
+      c1[b] = uint32_t(high);
+      c3[b] = uint32_t(low);
+    }
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
+  }
+  for (int b = 0; b < kCount; ++b) {
+    const uint32_t words[4] = {c0[b], c1[b], c2[b], c3[b]};
+    for (int j = 0; j < 8; ++j) bits[8 * b + j] = uint16_t(words[j / 2] >> 16 * (j % 2));
+  }
+}
+
+struct Rounding {
+  bool stochastic;
+  uint64_t seed;
+};
+
+// Parameters as they are computed with, and back. `stored` is what a later reader finds, for the average of weights.
+template <class T, class S, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> load_param(const Span<T, S>& span, int64_t i, Width width) {
+  if constexpr (sizeof(T) == 2) {
+    if (span.remainder != nullptr) return join(span.param + i, span.remainder + i, width);
+  }
+  return load(span.param + i, width);
+}
+template <class T, class S, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> store_param(const uint16_t* random, const Span<T, S>& span, int64_t i,
+                                                 Vector<accumulate_t<T>> value, Width width) {
+  if constexpr (sizeof(T) == 2) {
+    if (span.remainder != nullptr) {
+      split(value, span.param + i, span.remainder + i, width);
+      return value;
+    }
+    if (random != nullptr) {
+      const uint16_t* bits = random + i % kBlock;
+      value = round_stochastically(value, __builtin_convertvector(load_raw<VectorU16>(bits), VectorU32), T());
+    }
+    store(span.param + i, value, width);
+    return span.ema != nullptr ? round_to<T>(value) : value;
+  }
+  store(span.param + i, value, width);
+  return value;
+}
+
+template <class S, class Width>
+struct State {
+  S* p;
+  Width width;
+  Vector<accumulate_t<S>> value;
+  DLKIT_INLINE_MEMBER State(S* array, int64_t i, Width w)
+      : p(array == nullptr ? nullptr : array + i), width(w), value{} {
+    if (p != nullptr) value = load(p, width);
+  }
+  DLKIT_INLINE_MEMBER auto* get() { return p == nullptr ? nullptr : &value; }
+  DLKIT_INLINE_MEMBER void put() {
+    if (p != nullptr) store(p, value, width);
+  }
+};
+
+// The arguments are copies, since a store through a pointer to float might change one that has an address: the loop
+// would read them again after every store.
+template <Algorithm kAlgorithm, class T, class S>
+void update_by(const Rounding rounding, const bool write_grads, const Scalars<accumulate_t<T>> k,
+               const Span<T, S> span) {
+  using A = accumulate_t<T>;
+  using M = Math<A>;
+  const bool random = sizeof(T) == 2 && rounding.stochastic && span.remainder == nullptr;
+  alignas(64) uint16_t bits[sizeof(T) == 2 ? kBlock : 1];
+  for_columns<A, 1>(0, span.count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+    if (random && i % kBlock == 0) fill_random(rounding.seed, span.index, span.first + i, bits);
+    using StateT = State<S, decltype(width)>;
+    Vector<A> g = load(span.grad + i, width) * k.grad_factor;
+    Vector<A> p = load_param(span, i, width);
+    if (write_grads) store(span.grad + i, g, width);
+    StateT first(span.states[0], i, width), second(span.states[1], i, width), third(span.states[2], i, width);
+    if constexpr (kAlgorithm == Algorithm::Adam) adam<M>(k, g, p, first.value, second.value, third.get());
+    if constexpr (kAlgorithm == Algorithm::Sgd) sgd<M>(k, g, p, first.get());
+    if constexpr (kAlgorithm == Algorithm::RmsProp) rmsprop<M>(k, g, p, first.value, second.get(), third.get());
+    first.put(), second.put(), third.put();
+    p = store_param(random ? bits : nullptr, span, i, p, width);
+    if (span.ema != nullptr) store(span.ema + i, lerp<M>(load(span.ema + i, width), p, k.ema_rest), width);
+  });
+}
+
+template <class T, class S>
+void update(const Step& op, const Scalars<accumulate_t<T>>& k, const Span<T, S>& span) {
+  const Rounding rounding{op.stochastic_rounding, op.seed};
+  switch (op.algorithm) {
+    case Algorithm::Adam:
+      return update_by<Algorithm::Adam>(rounding, op.write_grads, k, span);
+    case Algorithm::Sgd:
+      return update_by<Algorithm::Sgd>(rounding, op.write_grads, k, span);
+    case Algorithm::RmsProp:
+      return update_by<Algorithm::RmsProp>(rounding, op.write_grads, k, span);
+  }
+}
+
+// encode() by a table: how many midpoints lie below all values whose upper 16 bits are those of the index, sign,
+// exponent from 2^-24 on and 7 bits of mantissa. Such values have at most one midpoint among them, so one comparison is
+// left of a search of 8 steps.
+struct Codes {
+  static constexpr int kExponents = 25, kCells = kExponents * 128;
+  static constexpr uint32_t kFirst = uint32_t(127 - 24) << 7;
+  uint8_t below[2][kCells];  // of positive values, of negative ones
+};
+constexpr Codes make_codes(const DynamicMap& map) {
+  Codes codes{};
+  int positive = 0, negative = 0;
+  for (int cell = 0; cell < Codes::kCells; ++cell) {
+    // From the least magnitude up: the smallest of the positive values of a cell, of the negative ones the largest.
+    float unit = 1.0f / (1 << 24);
+    for (int i = 0; i < cell / 128; ++i) unit *= 2;
+    const float low = cell == 0 ? 0 : unit * (1 + float(cell % 128) / 128),
+                high = unit * (1 + float(cell % 128 + 1) / 128);
+    while (map.midpoints[positive] < low) ++positive;
+    codes.below[0][cell] = uint8_t(positive);
+    if (cell == 0) negative = positive;
+    while (negative > 0 && !(map.midpoints[negative - 1] < -high)) --negative;
+    codes.below[1][cell] = uint8_t(negative);
+  }
+  return codes;
+}
+constexpr Codes kSignedCodes = make_codes(kSignedMap), kUnsignedCodes = make_codes(kUnsignedMap);
+
+DLKIT_INLINE uint8_t encode(const Codes& codes, const DynamicMap& map, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits >> 16 & 0x7fff;
+  const uint32_t above = magnitude < Codes::kFirst ? 0 : magnitude - Codes::kFirst;
+  const uint32_t cell = above < Codes::kCells ? above : Codes::kCells - 1;
+  const uint8_t code = codes.below[bits >> 31][cell];
+  return uint8_t(code + (map.midpoints[code] < value));
+}
+
+// One block of an 8-bit state to fp32 and back.
+DLKIT_INLINE void decode(const uint8_t* codes, float scale, const DynamicMap& map, int64_t count, float* values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = map.values[codes[i]] * scale;
+}
+DLKIT_INLINE float encode_block(const float* values, const Codes& table, const DynamicMap& map, int64_t count,
+                                uint8_t* codes) {
+  uint32_t largest = 0;  // magnitudes are in the order of their bits, NaN last
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & 0x7fffffff;
+    largest = largest < magnitude ? magnitude : largest;
+  }
+  const float scale = bit_cast<float>(largest), divisor = scale == 0 ? 1 : scale;
+  for (int64_t i = 0; i < count; ++i) codes[i] = encode(table, map, values[i] / divisor);
+  return scale;
+}
+
+template <class T>
+void update_int8(const Step& op, const Scalars<float>& k, const Tensor& tensor, Span<T, float> span) {
+  alignas(64) float values[kStates][kBlock];
+  const int64_t block = span.first / kBlock;
+  const auto map = [&](int state) -> const DynamicMap& {
+    return has_sign(op.algorithm, state) ? kSignedMap : kUnsignedMap;
+  };
+  for (int s = 0; s < kStates; ++s) {
+    span.states[s] = nullptr;
+    if (tensor.states[s] == nullptr) continue;
+    decode(static_cast<uint8_t*>(tensor.states[s]) + span.first, tensor.scales[s][block], map(s), span.count,
+           values[s]);
+    span.states[s] = values[s];
+  }
+  update(op, k, span);
+  for (int s = 0; s < kStates; ++s) {
+    if (tensor.states[s] == nullptr) continue;
+    const Codes& table = has_sign(op.algorithm, s) ? kSignedCodes : kUnsignedCodes;
+    tensor.scales[s][block] =
+        encode_block(values[s], table, map(s), span.count, static_cast<uint8_t*>(tensor.states[s]) + span.first);
+  }
+}
+
+template <class T, class S>
+Span<T, S> span_of(const Tensor& tensor, int64_t index, int64_t begin, int64_t end) {
+  Span<T, S> span{at<T>(tensor.param, begin),
+                  at<T>(tensor.grad, begin),
+                  {},
+                  at<int16_t>(tensor.remainder, begin),
+                  at<accumulate_t<T>>(tensor.ema, begin),
+                  end - begin,
+                  index,
+                  begin};
+  for (int s = 0; s < kStates; ++s) span.states[s] = at<S>(tensor.states[s], begin);
+  return span;
+}
+
+template <class T>
+void update_typed(const Step& op, const Group& group, const Tensor& tensor, double factor, int64_t index, int64_t begin,
+                  int64_t end) {
+  using A = accumulate_t<T>;
+  const double lr = group.lr_pointer != nullptr ? double(*group.lr_pointer) : group.lr;
+  const auto k =
+      scalars<A>(op.algorithm, group, lr, tensor.bias_correction1, std::sqrt(tensor.bias_correction2), factor);
+  const auto run = [&](auto state) { update(op, k, span_of<T, decltype(state)>(tensor, index, begin, end)); };
+  if constexpr (std::is_same_v<T, double>) {
+    run(double());
+  } else {
+    switch (tensor.state_type) {
+      case StateType::F32:
+        return run(float());
+      case StateType::BF16:
+        return run(BFloat16());
+      case StateType::F16:
+        if constexpr (std::is_same_v<T, Float16>) run(Float16());
+        return;
+      case StateType::Int8:
+        for (int64_t first = begin; first < end; first += kBlock) {
+          update_int8(op, k, tensor, span_of<T, float>(tensor, index, first, min64(first + kBlock, end)));
+        }
+        return;
+      case StateType::F64:
+        return;
+    }
+  }
+}
+
+// Calls f(index, begin, end) for the elements of each tensor that lie in the blocks from `begin` to `end`.
+template <class Array, class F>
+DLKIT_INLINE void for_blocks(const Array* tensors, const int64_t* first_block, int64_t count, int64_t begin,
+                             int64_t end, const F& f) {
+  int64_t low = 0, high = count;  // the last tensor that begins at or before `begin`
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first_block[middle] <= begin ? low : high) = middle;
+  }
+  for (int64_t i = low; begin < end; ++i) {
+    const int64_t last = min64(end, first_block[i + 1]);
+    if (last <= begin) continue;
+    f(i, (begin - first_block[i]) * kBlock, min64((last - first_block[i]) * kBlock, tensors[i].numel));
+    begin = last;
+  }
+}
+
+constexpr int64_t kGrainBlocks = kGrain / kBlock;
+
+DLKIT_INLINE double read(const void* scalar, DType type) {
+  return type == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
+}
+
+// Sum of squares of adjacent elements; within one block in fp32.
+template <class T>
+double sum_squares(const T* grad, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  double totals[1];
+  sum_columns<A>(end - begin, totals, [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+    const Vector<A> g = load(grad + begin + i, width);
+    terms[0] = fma(g, g, terms[0]);
+  });
+  return totals[0];
+}
+
+}  // namespace
+
+void step(const Step& op) {
+  if (op.found_inf != nullptr && *op.found_inf != 0) return;
+  double factor = 1;
+  if (op.grad_scale != nullptr) factor /= double(*op.grad_scale);
+  if (op.grad_norm != nullptr) factor *= clip_coefficient(read(op.grad_norm, op.norm_type), op.max_norm);
+  parallel_for(op.first_block[op.tensor_count], kGrainBlocks, [&](int64_t first, int64_t last) {
+    for_blocks(op.tensors, op.first_block, op.tensor_count, first, last, [&](int64_t i, int64_t begin, int64_t end) {
+      const Tensor& tensor = op.tensors[i];
+      with_type(tensor.dtype, [&](auto type) {
+        update_typed<decltype(type)>(op, op.groups[tensor.group], tensor, factor, i, begin, end);
+      });
+    });
+  });
+}
+
+void norm(const Norm& op) {
+  const int64_t blocks = op.first_block[op.count], chunks = (blocks + kGrainBlocks - 1) / kGrainBlocks;
+  parallel_for(chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      double sum = 0;
+      for_blocks(op.grads, op.first_block, op.count, chunk * kGrainBlocks, min64((chunk + 1) * kGrainBlocks, blocks),
+                 [&](int64_t i, int64_t begin, int64_t end) {
+                   with_type(op.grads[i].dtype, [&](auto type) {
+                     sum += sum_squares(static_cast<const decltype(type)*>(op.grads[i].data), begin, end);
+                   });
+                 });
+      op.partials[chunk] = sum;
+    }
+  });
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += op.partials[chunk];
+  const double root = std::sqrt(sum);
+  if (op.norm_type == DType::F64) {
+    *static_cast<double*>(op.norm) = root;
+  } else {
+    *static_cast<float*>(op.norm) = float(root);
+  }
+}
+
+void clip(const Clip& op) {
+  const double factor = clip_coefficient(read(op.norm, op.norm_type), op.max_norm);
+  if (factor == 1) return;
+  parallel_for(op.first_block[op.count], kGrainBlocks, [&](int64_t first, int64_t last) {
+    for_blocks(op.grads, op.first_block, op.count, first, last, [&](int64_t i, int64_t begin, int64_t end) {
+      with_type(op.grads[i].dtype, [&](auto type) {
+        using T = decltype(type);
+        using A = accumulate_t<T>;
+        T* grad = static_cast<T*>(op.grads[i].data);
+        for_columns<A, 1>(begin, end, [&](int64_t k, int, auto width) DLKIT_INLINE_LAMBDA {
+          store(grad + k, load(grad + k, width) * A(factor), width);
+        });
+      });
+    });
+  });
+}
+
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t partials(const Norm& op) { return (op.first_block[op.count] + kGrainBlocks - 1) / kGrainBlocks; }
+#endif
+
+}  // namespace DLKIT_ISA
+
+DLKIT_CPU_ENTRY(step_cpu, step, Step)
+DLKIT_CPU_ENTRY(norm_cpu, norm, Norm)
+DLKIT_CPU_ENTRY(clip_cpu, clip, Clip)
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t norm_partials_cpu(const Norm& op) { return baseline::partials(op); }
+#endif
+
+}  // namespace dlkit::optim

@@ -1,0 +1,52 @@
+// 8-bit states: each block of kBlock elements has its largest magnitude as scale, each element the code of the nearest
+// of 256 values in [-1, 1] (moments) or [0, 1] (moments of squares). The values are the dynamic map of Dettmers et al.
+// 2022, "8-bit optimizers via block-wise quantization": decades from 1e-6 to 1, each with twice as many evenly spaced
+// values as the one below it.
+#pragma once
+
+#include "kernel.h"
+
+namespace dlkit::optim {
+
+DLKIT_HOST_DEVICE constexpr bool has_sign(Algorithm algorithm, int state) {
+  return algorithm == Algorithm::Adam ? state == 0 : algorithm == Algorithm::Sgd || state > 0;
+}
+
+struct DynamicMap {
+  float values[256];     // ascending
+  float midpoints[256];  // between a value and the next; the last is infinite
+};
+
+constexpr DynamicMap make_dynamic_map(bool with_sign) {
+  DynamicMap map{};
+  const double decades[7] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1};
+  const int zero = with_sign ? 127 : 0;
+  map.values[zero] = 0;
+  map.values[255] = 1;
+  int next = zero + 1;
+  for (int decade = 0; decade < 7; ++decade) {
+    const int count = (with_sign ? 1 : 2) << decade;
+    for (int i = 0; i < count; ++i, ++next) {
+      map.values[next] = float(decades[decade] * (0.1 + 0.9 * (i + 0.5) / count));
+      if (with_sign) map.values[2 * zero - next] = -map.values[next];
+    }
+  }
+  for (int i = 0; i < 255; ++i) map.midpoints[i] = (map.values[i] + map.values[i + 1]) / 2;
+  map.midpoints[255] = __builtin_inff();
+  return map;
+}
+
+constexpr DynamicMap kSignedMap = make_dynamic_map(true), kUnsignedMap = make_dynamic_map(false);
+constexpr uint8_t kSignedZero = 127, kUnsignedZero = 0;
+
+// The code of value / scale: how many midpoints lie below it. A scale of 0 counts as 1; a block with a NaN or an
+// infinity has that as its scale and is NaN throughout.
+DLKIT_HOST_DEVICE int encode(const float* midpoints, float value) {
+  int code = 0;
+  for (int step = 128; step > 0; step /= 2) {
+    if (midpoints[code + step - 1] < value) code += step;
+  }
+  return code;
+}
+
+}  // namespace dlkit::optim

@@ -1,0 +1,57 @@
+"""torch.nn.utils.clip_grad_norm_ in one reading pass, and a writing one only where there is something to clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dlkit.optim._optimizer import _SERVED
+
+_grad_norm = torch.ops.dlkit.optim_grad_norm.default
+_clip_grads_ = torch.ops.dlkit.optim_clip_grads_.default
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scales gradients in place so that their norm is at most ``max_norm``, as :func:`torch.nn.utils.clip_grad_norm_`.
+
+    The sum of squares is added up in fp32 and fp64 whatever the gradients' dtype. What dlkit has no kernel for (other
+    norms than 2, DTensors, other dtypes and devices) goes to torch's function.
+
+    Returns:
+        The norm before scaling, a tensor of the gradients' dtype.
+
+    Raises:
+        RuntimeError: ``error_if_nonfinite`` and the norm is NaN or infinite; no gradient is changed then.
+    """
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in listed if p.grad is not None]
+    if not grads or norm_type != 2 or not _is_served(grads):
+        arguments = (max_norm, norm_type, error_if_nonfinite, foreach)
+        return torch.nn.utils.clip_grad_norm_(listed or parameters, *arguments)
+    norm = _grad_norm(grads)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    _clip_grads_(grads, norm, max_norm)
+    dtypes = {grad.dtype for grad in grads}
+    return norm.to(dtypes.pop()) if len(dtypes) == 1 and not grads[0].is_complex() else norm
+
+
+def _is_served(grads: list[Tensor]) -> bool:
+    device = grads[0].device
+    return torch._C._dispatch_has_kernel_for_dispatch_key("dlkit::optim_grad_norm", device.type.upper()) and all(
+        type(grad) is Tensor and grad.layout == torch.strided and grad.dtype in _SERVED and grad.device == device
+        for grad in grads
+    )
