@@ -962,6 +962,13 @@ constexpr int64_t kShortSlice = 64;
 bool groups_are_rows(const Shape& shape) {
   return shape.groups > 0 && (shape.space == 1 || (!shape.channels_last && shape.space <= kShortSlice));
 }
+bool groups_are_rows(const Forward& op) {
+  return groups_are_rows(op.shape) && op.statistics == Statistics::Compute && op.y != nullptr && op.var == nullptr &&
+         op.residual == nullptr && !op.relu;
+}
+bool groups_are_rows(const Backward& op) {
+  return groups_are_rows(op.shape) && !op.statistics_given && !op.sums_given && op.grad_residual == nullptr && !op.relu;
+}
 
 // A parameter of the channels, or room for its gradient, for every element of a sample.
 template <class A>
@@ -989,12 +996,10 @@ struct ElementParameters {
     const auto fill = [&](const void* parameter, A* elements) {
       for (int64_t channel = begin; elements != nullptr && channel < end; ++channel) {
         const Vector<A> value = broadcast<A>(A(read(parameter, op.parameter_dtype, channel)));
-        A* const own = elements + channel * space;
-        int64_t i = 0;
-        for (; i + kLanes<A> <= (channel + 1 < end ? space + kLanes<A> - 1 : space); i += kLanes<A>) {
-          store(own + i, value, All{});
+        for (int64_t i = channel * space; i < (channel + 1) * space; i += kLanes<A>) {
+          i + kLanes<A> <= end* space ? store(elements + i, value, All{})
+                                      : store(elements + i, value, First{end * space - i});
         }
-        if (i < space) store(own + i, value, First{space - i});
       }
     };
     fill(op.weight, weight);
@@ -1117,7 +1122,7 @@ void backward_rows(const Backward& op) {
 }  // namespace
 
 void forward(const Forward& op) {
-  if (groups_are_rows(op.shape)) return op.dtype == DType::F64 ? forward_rows<double>(op) : forward_rows<float>(op);
+  if (groups_are_rows(op)) return op.dtype == DType::F64 ? forward_rows<double>(op) : forward_rows<float>(op);
   const Plan p = plan(op.shape);
   const bool compute = op.statistics == Statistics::Compute;
   const double factor = running_factor(op);
@@ -1134,7 +1139,7 @@ void forward(const Forward& op) {
 }
 
 void backward(const Backward& op) {
-  if (groups_are_rows(op.shape)) return backward_rows(op);
+  if (groups_are_rows(op)) return backward_rows(op);
   const Plan p = plan(op.shape);
   // With given statistics reduce does everything.
   const bool reduce = !op.sums_given;
@@ -1171,7 +1176,7 @@ static int64_t scratch_bytes(const Shape& shape, DType type) {
 }
 
 int64_t forward_bytes(const Forward& op) {
-  if (groups_are_rows(op.shape)) {
+  if (groups_are_rows(op)) {
     return ElementParameters<double>::bytes(op.shape) * (int64_t(op.weight != nullptr) + int64_t(op.bias != nullptr));
   }
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
@@ -1180,7 +1185,7 @@ int64_t forward_bytes(const Forward& op) {
 }
 
 int64_t backward_bytes(const Backward& op) {
-  if (groups_are_rows(op.shape)) {
+  if (groups_are_rows(op)) {
     return with_rows(op, [&](const auto&, const auto& gradients, const layer_norm::Backward& rows) {
       return int64_t(gradients.rest - uintptr_t(op.workspace)) + layer_norm::backward_partials_cpu(rows);
     });
