@@ -83,7 +83,9 @@ def caption(data: Dataset, results: Sequence[Result]) -> str:
         f"Step time: median after {WARM_UP_STEPS} steps; the two take turns on the same batches.",
     ]
     if any(result.model in ("transformer", "batch_norm_mlp") for result in results):
-        lines.append("Dropout draws other masks for each, so the losses of transformer and batch_norm_mlp differ by chance.")
+        lines.append(
+            "Dropout draws other masks for each, so the losses of transformer and batch_norm_mlp differ by chance."
+        )
     if any(result.fused for result in results):
         lines.append("Through BatchNorm a difference of rounding grows from step to step.")
     return "\n".join(lines)
