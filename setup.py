@@ -213,6 +213,7 @@ class Build:
 class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Build("dlkit")
+        build.libraries.append("torch_python")
         cuda_home = choose_cuda(build.torch)
         definitions = []
         if cuda_home:
@@ -279,7 +280,7 @@ class BuildCudaOnCpu(Command):
 
 def sources() -> list[str]:
     root = Path(__file__).parent
-    patterns = ["csrc/module.cpp", "csrc/common/cpu/*.cpp", "csrc/*/op.cpp", "csrc/*/cpu.cpp", "csrc/*/cuda.cu"]
+    patterns = ["csrc/*.cpp", "csrc/common/cpu/*.cpp", "csrc/*/op.cpp", "csrc/*/cpu.cpp", "csrc/*/cuda.cu"]
     return sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
 
 

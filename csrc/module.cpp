@@ -1,7 +1,8 @@
-// dlkit._C: importing it loads the library, which registers the ops with torch; the functions say what was built in,
-// and whether an optimizer's dicts still hold what they held.
+// dlkit._C: importing it loads the library, which registers the ops with torch; Call calls them; the functions say what
+// was built in, and whether an optimizer's dicts still hold what they held.
 #include <Python.h>
 
+#include "call.h"
 #include "common/cpu/capability.h"
 
 #if !defined(DLKIT_CUDA_ARCHITECTURES)
@@ -82,4 +83,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "dlkit._C", nullptr, 0, methods, nu
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* made = PyModule_Create(&module);
+  PyObject* type = dlkit::call_type();
+  if (made == nullptr || type == nullptr || PyModule_AddObjectRef(made, "Call", type) < 0) Py_CLEAR(made);
+  return made;
+}

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from dlkit import random
+from dlkit._ops import op
 
-_layer_norm = torch.ops.dlkit.layer_norm.default
-_rms_norm = torch.ops.dlkit.rms_norm.default
-_add_layer_norm = torch.ops.dlkit.add_layer_norm.default
-_add_rms_norm = torch.ops.dlkit.add_rms_norm.default
-_batch_norm = torch.ops.dlkit.batch_norm.default
-_group_norm = torch.ops.dlkit.group_norm.default
-_instance_norm = torch.ops.dlkit.instance_norm.default
-_dropout = torch.ops.dlkit.dropout.default
-_dropout_ = torch.ops.dlkit.dropout_.default
-_dropout_add = torch.ops.dlkit.dropout_add.default
-_dropout_add_layer_norm = torch.ops.dlkit.dropout_add_layer_norm.default
-_dropout_add_rms_norm = torch.ops.dlkit.dropout_add_rms_norm.default
+_layer_norm = op("layer_norm")
+_rms_norm = op("rms_norm")
+_add_layer_norm = op("add_layer_norm")
+_add_rms_norm = op("add_rms_norm")
+_batch_norm = op("batch_norm")
+_group_norm = op("group_norm")
+_instance_norm = op("instance_norm")
+_dropout = op("dropout")
+_dropout_ = op("dropout_")
+_dropout_add = op("dropout_add")
+_dropout_add_layer_norm = op("dropout_add_layer_norm")
+_dropout_add_rms_norm = op("dropout_add_rms_norm")
 
 
 def layer_norm(
@@ -264,7 +265,7 @@ def dropout_add(
         return input + residual
     generator, stream = split_generator("dropout_add", generator)
     try:
-        return _dropout_add(input, residual, p, generator=generator, stream=stream)
+        return _dropout_add(input, residual, p, generator, stream)
     except RuntimeError:
         check_tensors("dropout_add", input=input, residual=residual)
         raise
@@ -298,9 +299,7 @@ def dropout_add_layer_norm(
         return (y, total) if prenorm else y
     own, stream = split_generator("dropout_add_layer_norm", generator)
     try:
-        y, total = _dropout_add_layer_norm(
-            input, residual, normalized_shape, p, weight, bias, eps, generator=own, stream=stream
-        )
+        y, total = _dropout_add_layer_norm(input, residual, normalized_shape, p, weight, bias, eps, own, stream)
     except RuntimeError as error:
         tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
         _raise("dropout_add_layer_norm", error, normalized_shape, eps, **tensors)
@@ -326,9 +325,7 @@ def dropout_add_rms_norm(
         return (y, total) if prenorm else y
     own, stream = split_generator("dropout_add_rms_norm", generator)
     try:
-        y, total = _dropout_add_rms_norm(
-            input, residual, normalized_shape, p, weight, eps, generator=own, stream=stream
-        )
+        y, total = _dropout_add_rms_norm(input, residual, normalized_shape, p, weight, eps, own, stream)
     except RuntimeError as error:
         _raise("dropout_add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
     return (y, total) if prenorm else y
@@ -496,9 +493,9 @@ def _drop(
     generator, stream = split_generator(name, generator)
     try:
         if inplace:
-            _dropout_(input, p, mask_ndim, alpha, generator=generator, stream=stream)
+            _dropout_(input, p, mask_ndim, alpha, generator, stream)
             return input
-        return _dropout(input, p, mask_ndim, alpha, generator=generator, stream=stream)
+        return _dropout(input, p, mask_ndim, alpha, generator, stream)
     except RuntimeError:
         check_tensors(name, input=input)
         raise
