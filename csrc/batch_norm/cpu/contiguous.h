@@ -1,0 +1,307 @@
+// Contiguous: a unit is a statistic group, `slices` times `length` adjacent elements.
+#pragma once
+
+#include "shared.h"
+
+namespace dlkit::batch_norm::DLKIT_ISA {
+namespace {
+
+struct Group {
+  int64_t base, slices, pitch, length, channel;
+  bool own_channels;  // each slice is a channel of its own, else all are the same
+  int64_t channel_of(int64_t slice) const { return own_channels ? channel + slice : channel; }
+};
+
+Group group_of(const Shape& shape, int64_t unit) {
+  if (shape.groups == 0) {
+    return {unit * shape.space, shape.batch, shape.channels * shape.space, shape.space, unit, false};
+  }
+  const int64_t size = shape.channels / shape.groups;
+  return {unit * size * shape.space, size, shape.space, shape.space, unit % shape.groups * size, true};
+}
+
+// Calls f(slice, begin, end) for each slice's share of a part, forwards or backwards.
+template <class F>
+DLKIT_INLINE void for_slices(const Group& group, int64_t part, int64_t parts, bool backwards, const F& f) {
+  const int64_t total = group.slices * group.length;
+  if (parts == 1) {
+    for (int64_t k = 0; k < group.slices; ++k) f(backwards ? group.slices - 1 - k : k, int64_t(0), group.length);
+    return;
+  }
+  const int64_t first = total * part / parts, last = total * (part + 1) / parts;
+  if (first == last) return;
+  const int64_t first_slice = first / group.length, last_slice = (last - 1) / group.length;
+  for (int64_t k = 0; k <= last_slice - first_slice; ++k) {
+    const int64_t slice = backwards ? last_slice - k : first_slice + k;
+    f(slice, max64(0, first - slice * group.length), min64(group.length, last - slice * group.length));
+  }
+}
+
+// Asks for a vector's cache lines, each once where vectors come in whole blocks of slots. Whole blocks at each vector
+// of a short slice, as before, were 32 requests for 49 elements.
+template <class T>
+DLKIT_INLINE void fetch_ahead(const T* p, int slot) {
+  constexpr int64_t kBytes = kLanes<accumulate_t<T>> * int64_t(sizeof(T));
+  if (kBytes >= 64 || slot % (64 / kBytes) == 0) prefetch<kLanes<accumulate_t<T>>>(p);
+}
+
+template <class T>
+struct ForwardContiguous {
+  using A = accumulate_t<T>;
+  using V = Vector<A>;
+  const Forward& op;
+  double factor;
+  Moments* moments;  // [units, parts]
+
+  Moments* moments_of(int64_t unit, int64_t part, int64_t parts) const { return moments + unit * parts + part; }
+
+  void reduce(int64_t unit, int64_t part, int64_t parts) const {
+    Group group = group_of(op.shape, unit);
+    if (group.pitch == group.length) group = {group.base, 1, 0, group.slices * group.length, 0, false};
+    const T* const x = static_cast<const T*>(op.x) + group.base;
+    Moments found;
+    V sums[kSlots] = {}, squares[kSlots] = {};
+    double centre = 0;
+    int64_t pending = 0, run = 0;
+    const auto flush = [&] {
+      if (pending == 0) return;
+      found.add(double(pending), centre, sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])),
+                sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])));
+      centre = double(A(finite_or_zero(found.mean)));
+      run = min64(kRun, 4 * int64_t(found.count));
+      for (int slot = 0; slot < kSlots; ++slot) sums[slot] = squares[slot] = V{};
+      pending = 0;
+    };
+    bool started = false;
+    for_slices(group, part, parts, false, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
+      const T* const row = x + slice * group.pitch;
+      if (!started) {
+        const int64_t some = end - begin <= kRun ? end - begin : kFirstRun;
+        double total[1];
+        sum_columns<A>(some, total, [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+          terms[0] += load(row + begin + i, width);
+        });
+        centre = double(A(finite_or_zero(total[0] / double(some))));
+        run = min64(kRun, 4 * some);
+        started = true;
+      }
+      while (begin < end) {
+        const int64_t stop = min64(end, begin + run - pending);
+        const V middle = broadcast<A>(A(centre));
+        for_columns<A, kSlots>(begin, stop, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
+          const V d = keep(load(row + i, width) - middle, width);
+          fetch_ahead(row + group.pitch + i, slot);
+          sums[slot] += d;
+          squares[slot] = fma(d, d, squares[slot]);
+        });
+        pending += stop - begin;
+        begin = stop;
+        if (pending == run) flush();
+      }
+    });
+    flush();
+    *moments_of(unit, part, parts) = found;
+  }
+
+  void finish(int64_t unit, int64_t parts) const {
+    if (op.statistics != Statistics::Compute) return finish_given_groups<A>(op, unit, 1);
+    Moments all;
+    for (int64_t part = 0; part < parts; ++part) {
+      const Moments& some = *moments_of(unit, part, parts);
+      if (some.count > 0) all.merge(some.count, some.mean, some.m2);
+    }
+    finish_groups<A>(op, unit, 1, &all.mean, &all.m2, all.count, factor);
+  }
+
+  void apply(int64_t unit, int64_t part, int64_t parts) const {
+    with_flags([&](auto residual, auto relu,
+                   auto stream) { this->template apply_as<residual, relu, stream>(unit, part, parts); },
+               op.residual != nullptr, op.relu, should_stream<T>(op.shape, op.shape.space));
+  }
+
+  template <bool kResidual, bool kRelu, bool kStream>
+  void apply_as(int64_t unit, int64_t part, int64_t parts) const {
+    const Group group = group_of(op.shape, unit);
+    const Channel<V> shared = channel_of(unit, group.channel);
+    for_slices(group, part, parts, true, [&](int64_t slice, int64_t begin, int64_t end) {
+      const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice)) : shared;
+      this->template apply_slice<kResidual, kRelu, kStream>(c, group.base + slice * group.pitch, begin, end);
+    });
+    if constexpr (kStream) streaming_fence();
+  }
+
+  Channel<V> channel_of(int64_t unit, int64_t channel) const {
+    const A mean = static_cast<const A*>(op.mean)[unit], rstd = static_cast<const A*>(op.rstd)[unit];
+    return {broadcast<A>(mean), broadcast<A>(rstd * read_or<A>(op.weight, op.parameter_dtype, channel, 1)),
+            broadcast<A>(read_or<A>(op.bias, op.parameter_dtype, channel, 0)), V{}, V{}};
+  }
+
+  template <bool kResidual, bool kRelu, bool kStream>
+  void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end) const {
+    const T* const x = static_cast<const T*>(op.x) + base;
+    const T* const residual = kResidual ? static_cast<const T*>(op.residual) + base : nullptr;
+    T* const y = static_cast<T*>(op.y) + base;
+    for_elements<T, kStream>(y, begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      write<kStream>(y + i, forward_value<T, kResidual, kRelu>(x, residual, i, width, c), width);
+    });
+  }
+
+  // Where nothing is to be found first: all slices as they lie in memory.
+  void apply_in_memory_order() const {
+    const auto [units, parts, unit_elements] = plan(op.shape);
+    for (int64_t unit = 0; unit < units; ++unit) finish(unit, parts);
+    with_flags(
+        [&](auto residual, auto relu, auto stream) {
+          parallel_for(op.shape.batch * op.shape.channels, max64(1, kGrain / op.shape.space),
+                       [&](int64_t begin, int64_t end) {
+                         for (int64_t i = begin; i < end; ++i) {
+                           const int64_t channel = i % op.shape.channels;
+                           this->template apply_slice<residual, relu, stream>(channel_of(channel, channel),
+                                                                              i * op.shape.space, 0, op.shape.space);
+                         }
+                         if constexpr (stream) streaming_fence();
+                       });
+        },
+        op.residual != nullptr, op.relu, should_stream<T>(op.shape, op.shape.space));
+  }
+};
+
+template <class T>
+struct BackwardContiguous {
+  using A = accumulate_t<T>;
+  using V = Vector<A>;
+  const Backward& op;
+  Sums* sums;  // [units, parts, slices] with group_norm, else [units, parts]
+
+  bool streams() const { return are_aligned_alike(op) && should_stream<T>(op.shape, op.shape.space); }
+  int64_t sums_a_part() const { return op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1; }
+
+  Channel<V> channel_of(int64_t unit, int64_t channel, A offset, A slope) const {
+    const A mean = static_cast<const A*>(op.mean)[unit], rstd = static_cast<const A*>(op.rstd)[unit];
+    return {broadcast<A>(mean), broadcast<A>(rstd * read_or<A>(op.weight, op.parameter_dtype, channel, 1)),
+            broadcast<A>(read_or<A>(op.bias, op.parameter_dtype, channel, 0)), broadcast<A>(offset),
+            broadcast<A>(slope)};
+  }
+
+  void reduce(int64_t unit, int64_t part, int64_t parts) const {
+    with_mask(op, false, streams(),
+              [&](auto mask, auto stream) { this->template reduce_as<mask(), stream>(unit, part, parts); });
+  }
+
+  template <Mask kMask, bool kStream>
+  void reduce_as(int64_t unit, int64_t part, int64_t parts) const {
+    const Group group = group_of(op.shape, unit);
+    Sums* const found = sums + (unit * parts + part) * sums_a_part();
+    for (int64_t i = 0; i < sums_a_part(); ++i) found[i] = {};
+    V g_sums[kSlots] = {}, gx_sums[kSlots] = {};
+    int64_t pending = 0;
+    const auto flush = [&](Sums& into) {
+      into.g += sum_lanes((g_sums[0] + g_sums[1]) + (g_sums[2] + g_sums[3]));
+      into.gx += sum_lanes((gx_sums[0] + gx_sums[1]) + (gx_sums[2] + gx_sums[3]));
+      for (int slot = 0; slot < kSlots; ++slot) g_sums[slot] = gx_sums[slot] = V{};
+      pending = 0;
+    };
+    const Channel<V> shared = channel_of(unit, group.channel, 0, 0);
+    for_slices(group, part, parts, false, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
+      const int64_t base = group.base + slice * group.pitch;
+      const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), 0, 0) : shared;
+      const T* const x = static_cast<const T*>(op.x) + base;
+      const T* const grad_output = static_cast<const T*>(op.grad_output) + base;
+      const T* const y = kMask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
+      T* const grad_input = op.statistics_given ? at<T>(op.grad_input, base) : nullptr;
+      T* const grad_residual = at<T>(op.grad_residual, base);
+      const T* const written = grad_input != nullptr ? grad_input : grad_residual;
+      Sums& into = found[group.own_channels ? slice : 0];
+      while (begin < end) {
+        const int64_t stop = min64(end, begin + kRun - pending);
+        const auto step = [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
+          fetch_ahead(x + group.pitch + i, slot);
+          fetch_ahead(grad_output + group.pitch + i, slot);
+          if (kMask == Mask::FromY) fetch_ahead(y + group.pitch + i, slot);
+          const V centred = keep(load(x + i, width) - c.mean, width);
+          const V g = masked_gradient<T, kMask>(grad_output, y, i, width, centred, c);
+          if (grad_residual != nullptr) write<kStream>(grad_residual + i, g, width);
+          if (grad_input != nullptr) write<kStream>(grad_input + i, g * c.scale, width);
+          g_sums[slot] += g;
+          gx_sums[slot] = fma(g, centred, gx_sums[slot]);
+        };
+        kStream&& written != nullptr ? for_elements<T, true>(written, begin, stop, step)
+                                     : for_columns<A, kSlots>(begin, stop, step);
+        pending += stop - begin;
+        begin = stop;
+        if (pending == kRun) flush(into);
+      }
+      if (group.own_channels) flush(into);
+    });
+    if (!group.own_channels) flush(found[0]);
+    if constexpr (kStream) streaming_fence();
+  }
+
+  // Adds the parts up into the first, and writes what a channel of batch_norm gives.
+  void finish(int64_t unit, int64_t parts) const {
+    if (op.sums_given) return;
+    const int64_t count = sums_a_part();
+    Sums* const all = sums + unit * parts * count;
+    for (int64_t i = count; i < parts * count; ++i) {
+      all[i % count].g += all[i].g;
+      all[i % count].gx += all[i].gx;
+    }
+    if (op.shape.groups > 0) return;
+    const A rstd = static_cast<const A*>(op.rstd)[unit];
+    if (op.grad_weight != nullptr) write_one(op.grad_weight, op.parameter_dtype, unit, all->gx * double(rstd));
+    if (op.grad_bias != nullptr) write_one(op.grad_bias, op.parameter_dtype, unit, all->g);
+    if (op.sums == nullptr) return;
+    static_cast<A*>(op.sums)[unit] = A(all->g);
+    static_cast<A*>(op.sums)[op.shape.channels + unit] = A(all->gx);
+  }
+
+  void apply(int64_t unit, int64_t part, int64_t parts) const {
+    with_mask(op, is_masked(op), streams(),
+              [&](auto mask, auto stream) { this->template apply_as<mask(), stream>(unit, part, parts); });
+  }
+
+  GroupGradient<A> gradient_of(const Group& group, int64_t unit, int64_t parts) const {
+    double g = 0, gx = 0;
+    for (int64_t i = 0; i < sums_a_part() && !op.statistics_given; ++i) {
+      const double weight = read_or<A>(op.weight, op.parameter_dtype, group.channel_of(i), 1);
+      const A* const given = static_cast<const A*>(op.sums);
+      const Sums some =
+          op.sums_given ? Sums{given[unit], given[op.shape.channels + unit]} : sums[unit * parts * sums_a_part() + i];
+      g += weight * some.g;
+      gx += weight * some.gx;
+    }
+    return {op, static_cast<const A*>(op.rstd)[unit], g, gx};
+  }
+
+  template <Mask kMask, bool kStream>
+  void apply_as(int64_t unit, int64_t part, int64_t parts) const {
+    const Group group = group_of(op.shape, unit);
+    const auto [offset, slope] = gradient_of(group, unit, parts);
+    const Channel<V> shared = channel_of(unit, group.channel, offset, slope);
+    for_slices(group, part, parts, true,
+               [&, offset = offset, slope = slope](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
+                 const int64_t base = group.base + slice * group.pitch;
+                 const Channel<V> c =
+                     group.own_channels ? channel_of(unit, group.channel_of(slice), offset, slope) : shared;
+                 const T* const x = static_cast<const T*>(op.x) + base;
+                 const T* const grad_output = static_cast<const T*>(applied_gradient(op)) + base;
+                 const T* const y = kMask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
+                 T* const grad_input = at<T>(op.grad_input, base);
+                 T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
+                 for_elements<T, kStream>(grad_input != nullptr ? grad_input : grad_residual, begin, end,
+                                          [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+                                            const V centred = load(x + i, width) - c.mean;
+                                            const V g = masked_gradient<T, kMask>(grad_output, y, i, width, centred, c);
+                                            if (grad_residual != nullptr) write<kStream>(grad_residual + i, g, width);
+                                            if (grad_input != nullptr) {
+                                              write<kStream>(grad_input + i,
+                                                             fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width);
+                                            }
+                                          });
+               });
+    if constexpr (kStream) streaming_fence();
+  }
+};
+
+}  // namespace
+}  // namespace dlkit::batch_norm::DLKIT_ISA

@@ -1,0 +1,249 @@
+// What both layouts share: the division into parts, moments and what statistics become, a channel's arithmetic.
+#pragma once
+
+#include <cmath>
+
+#include "../../common/cpu/cache.h"
+#include "../../common/cpu/parallel.h"
+#include "../../common/cpu/simd.h"
+#include "../../common/dispatch.h"
+#include "../kernel.h"
+
+namespace dlkit::batch_norm::DLKIT_ISA {
+namespace {
+
+using namespace dlkit::DLKIT_ISA;
+
+constexpr int64_t kFirstRun = 64, kRun = 4096;       // elements that are added up in fp32, at first and at most
+constexpr int64_t kFirstRunRows = 8, kRunRows = 64;  // rows that are
+constexpr int64_t kRowsTogether = 4;                 // rows that share one loading of what belongs to their channels
+constexpr int64_t kBlockBytes = 128 * 1024;          // of the blocks that apply takes from the end
+
+struct Plan {
+  int64_t units, parts, unit_elements;
+};
+
+Plan plan(const Shape& shape) {
+  const int64_t units = shape.channels_last ? (shape.groups > 0 ? shape.batch : 1)
+                        : shape.groups > 0  ? shape.batch * shape.groups
+                                            : shape.channels;
+  const int64_t elements = shape.batch * shape.channels * shape.space;
+  // Enough parts for many cores, each worth starting a thread for.
+  const int64_t parts = units >= 16 ? 1 : max64(1, min64(64 / units, elements / units / (2 * kGrain)));
+  return {units, parts, elements / units};
+}
+
+template <class Side>
+void run(const Side& side, const Plan& plan, bool reduce, bool apply) {
+  const auto [units, parts, unit_elements] = plan;
+  if (parts == 1) {
+    return parallel_for(units, max64(1, kGrain / unit_elements), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        if (reduce) side.reduce(unit, 0, 1);
+        side.finish(unit, 1);
+        if (apply) side.apply(unit, 0, 1);
+      }
+    });
+  }
+  if (reduce) {
+    parallel_for(units * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) side.reduce(i / parts, i % parts, parts);
+    });
+  }
+  for (int64_t unit = 0; unit < units; ++unit) side.finish(unit, parts);
+  if (apply) {
+    parallel_for(units * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end; i-- > begin;) side.apply(i / parts, i % parts, parts);
+    });
+  }
+}
+
+// Elements of a small array whose type is known at run time.
+double read(const void* array, DType type, int64_t i) {
+  double value = 0;
+  with_type(type, [&](auto t) { value = widen(static_cast<const decltype(t)*>(array)[i]); });
+  return value;
+}
+void write_one(void* array, DType type, int64_t i, double value) {
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    static_cast<T*>(array)[i] = narrow<T>(accumulate_t<T>(value));
+  });
+}
+
+// All of a small array, widened; `otherwise` where there is none.
+template <class A>
+void read_all(const void* array, DType type, A otherwise, int64_t count, A* output) {
+  if (array == nullptr) {
+    for (int64_t i = 0; i < count; ++i) output[i] = otherwise;
+    return;
+  }
+  with_type(type, [&](auto t) {
+    for (int64_t i = 0; i < count; ++i) output[i] = A(widen(static_cast<const decltype(t)*>(array)[i]));
+  });
+}
+template <class A>
+A read_or(const void* array, DType type, int64_t i, double otherwise) {
+  if (array == nullptr) return A(otherwise);
+  return type == (std::is_same_v<A, double> ? DType::F64 : DType::F32) ? static_cast<const A*>(array)[i]
+                                                                       : A(read(array, type, i));
+}
+
+// Mean and sum of squared deviations of what was added so far.
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+  // n elements whose deviations from `centre` add up to `sum`, their squares to `squares`.
+  void add(double n, double centre, double sum, double squares) { merge(n, centre + sum / n, squares - sum * sum / n); }
+  void merge(double n, double other_mean, double other_m2) {
+    const double total = count + n;
+    other_m2 = other_m2 < 0 ? 0 : other_m2;  // what rounding can leave; a NaN stays
+    if (count == 0) {
+      mean = other_mean;
+      m2 = other_m2;
+    } else {
+      const double delta = other_mean - mean;
+      m2 += other_m2 + delta * delta * (count * n / total);
+      mean = (mean * count + other_mean * n) / total;  // not by delta: an infinity is to stay one
+    }
+    count = total;
+  }
+};
+
+double finite_or_zero(double value) { return value - value == 0 ? value : 0; }
+
+// Writes what the moments of `groups` statistic groups, from `first` on, give, and the running statistics. Loops that
+// the compiler makes vectors of: of 1024 channels one by one, the roots alone take 13 us.
+template <class A>
+void finish_groups(const Forward& op, int64_t first, int64_t groups, const double* means, const double* m2s,
+                   double count, double factor) {
+  A *const mean = static_cast<A*>(op.mean) + first, *const rstd = static_cast<A*>(op.rstd) + first;
+  A* const var = at<A>(op.var, first);
+  const double eps = op.eps;
+  for (int64_t i = 0; i < groups; ++i) {
+    mean[i] = A(means[i]);
+    rstd[i] = A(1 / std::sqrt(m2s[i] / count + eps));
+  }
+  for (int64_t i = 0; var != nullptr && i < groups; ++i) var[i] = A(m2s[i] / count);
+  with_type(op.running_dtype, [&](auto t) {
+    using R = decltype(t);
+    const auto move = [&](void* running, const double* found, double divisor) {
+      R* const values = at<R>(running, first);
+      for (int64_t i = 0; values != nullptr && i < groups; ++i) {
+        values[i] = narrow<R>(accumulate_t<R>((1 - factor) * widen(values[i]) + factor * (found[i] / divisor)));
+      }
+    };
+    move(op.running_mean, means, 1);
+    move(op.running_var, m2s, count - 1);
+  });
+}
+
+// The same where the statistics are given.
+template <class A>
+void finish_given_groups(const Forward& op, int64_t first, int64_t groups) {
+  if (op.statistics != Statistics::Running) return;
+  A *const mean = static_cast<A*>(op.mean) + first, *const rstd = static_cast<A*>(op.rstd) + first;
+  const double eps = op.eps;
+  with_type(op.running_dtype, [&](auto t) {
+    using R = decltype(t);
+    const R* const running_mean = static_cast<const R*>(op.running_mean) + first;
+    const R* const running_var = static_cast<const R*>(op.running_var) + first;
+    for (int64_t i = 0; i < groups; ++i) {
+      mean[i] = A(widen(running_mean[i]));
+      rstd[i] = A(1 / std::sqrt(widen(running_var[i]) + eps));
+    }
+  });
+}
+
+double running_factor(const Forward& op) {
+  if (op.momentum >= 0) return op.momentum;
+  return op.num_batches_tracked == nullptr ? 0 : 1 / double(*op.num_batches_tracked + 1);
+}
+
+// What belongs to a channel: z = (x - mean) * scale + bias, grad_input = g * scale - offset - (x - mean) * slope.
+template <class V>
+struct Channel {
+  V mean, scale, bias, offset, slope;
+};
+
+template <class T, bool kResidual, bool kRelu, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> forward_value(const T* x, const T* residual, int64_t i, Width width,
+                                                   const Channel<Vector<accumulate_t<T>>>& c) {
+  using V = Vector<accumulate_t<T>>;
+  V z = fma(load(x + i, width) - c.mean, c.scale, c.bias);
+  if constexpr (kResidual) z += load(residual + i, width);
+  if constexpr (kRelu) z = z < 0 ? V{} : z;
+  return z;
+}
+
+// Where the ReLU's mask comes from.
+enum class Mask { None, FromX, FromY };
+
+template <class T, Mask kMask, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> masked_gradient(const T* grad_output, const T* y, int64_t i, Width width,
+                                                     Vector<accumulate_t<T>> centred,
+                                                     const Channel<Vector<accumulate_t<T>>>& c) {
+  using V = Vector<accumulate_t<T>>;
+  const V g = load(grad_output + i, width);
+  if constexpr (kMask == Mask::None) return g;
+  if constexpr (kMask == Mask::FromY) return load(y + i, width) > 0 ? g : V{};
+  return fma(centred, c.scale, c.bias) > rounds_to_zero(T()) ? g : V{};
+}
+
+// Whether reduce left the masked gradient where the residual's goes, for apply to read.
+bool is_masked(const Backward& op) { return op.grad_residual != nullptr && !op.sums_given; }
+const void* applied_gradient(const Backward& op) { return is_masked(op) ? op.grad_residual : op.grad_output; }
+
+// Calls f(mask, stream) with constants.
+template <class F>
+void with_mask(const Backward& op, bool is_masked, bool stream, const F& f) {
+  const auto go_on = [&](auto mask) { stream ? f(mask, std::true_type()) : f(mask, std::false_type()); };
+  if (!op.relu || is_masked) return go_on(std::integral_constant<Mask, Mask::None>());
+  op.y != nullptr ? go_on(std::integral_constant<Mask, Mask::FromY>())
+                  : go_on(std::integral_constant<Mask, Mask::FromX>());
+}
+
+// Whether outputs go past the caches: larger than these, and written in runs of `run` elements at a time.
+template <class T>
+bool should_stream(const Shape& shape, int64_t run) {
+  const int64_t bytes = shape.batch * shape.channels * shape.space * int64_t(sizeof(T));
+  return bytes >= streaming_threshold_bytes() && run * int64_t(sizeof(T)) >= 1024;
+}
+
+// The two outputs of backward are streamed together or not at all: where one is aligned, so is the other.
+bool are_aligned_alike(const Backward& op) {
+  return op.grad_input == nullptr || op.grad_residual == nullptr ||
+         (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
+}
+
+// Calls f(i, slot, width) over [begin, end) with the vectors of `output`, where it has any, at aligned addresses.
+template <class T, bool kStream, class F>
+DLKIT_INLINE void for_elements(const T* output, int64_t begin, int64_t end, const F& f) {
+  using A = accumulate_t<T>;
+  if constexpr (kStream) {
+    constexpr int64_t kBytes = kLanes<A> * int64_t(sizeof(T));
+    const int64_t past = int64_t(uintptr_t(output + begin) % kBytes) / int64_t(sizeof(T));
+    const int64_t head = past == 0 ? 0 : min64(kLanes<A> - past, end - begin);
+    if (head > 0) f(begin, 0, First{head});
+    begin += head;
+  }
+  for_columns<A, kSlots>(begin, end, f);
+}
+
+// The sums over one channel's share of a unit: of g, and of g * (x - mean).
+struct Sums {
+  double g = 0, gx = 0;
+};
+
+// What the gradients of a group take from its sums, both weighted where weight counts.
+template <class A>
+struct GroupGradient {
+  A offset = 0, slope = 0;
+  GroupGradient(const Backward& op, double rstd, double g, double gx) {
+    if (op.statistics_given) return;
+    offset = A(rstd * g / op.count);
+    slope = A(rstd * rstd * rstd * gx / op.count);
+  }
+};
+
+}  // namespace
+}  // namespace dlkit::batch_norm::DLKIT_ISA
