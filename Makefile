@@ -81,17 +81,16 @@ sanitize: install
 	  ../../tests/test_dropout_variants.py ../../tests/test_optim.py \
 	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
-# On a machine with a GPU, in the environment that has its torch: build, every test, the benchmarks; downloads nothing.
+# On a machine with a GPU, in the environment that has its torch: build, every test, the quick benchmark of every op with
+# the peers that are installed, JSON and (with matplotlib) PNG in bench/results; downloads nothing.
 GPU_PYTHON ?= python3
 gpu:
 	DLKIT_BUILD=cuda $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m dlkit info
 	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py tests/test_dropout.py \
 	  tests/test_dropout_variants.py tests/test_optim.py tests/test_optim_launches.py tests/test_surgery.py
-	for op in layer_norm batch_norm group_norm dropout optim; do \
-	  $(GPU_PYTHON) -m dlkit bench $$op --device cuda --compile --output bench/results || exit 1; done
-	$(GPU_PYTHON) -m dlkit bench layer_norm --device cuda --sweep --output bench/results
-	$(GPU_PYTHON) -m dlkit bench plot bench/results/layer_norm-*-sweep.json
+	$(GPU_PYTHON) -m dlkit bench --quick --device cuda --json bench/results
+	for file in bench/results/*-quick.json; do $(GPU_PYTHON) -m dlkit bench plot $$file || true; done
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) $(CUDA_VENV) dlkit/_C*.so dlkit/_build_facts.py

@@ -1,75 +1,97 @@
-"""Benchmarks: `python -m dlkit bench OP`, `bench table FILE.json`, `bench plot FILE.json`.
+"""Benchmarks: `python -m dlkit bench [OP …]` measures, `bench table FILE …` and `bench plot FILE …` show result files.
 
 Every file in this folder whose name does not begin with an underscore is the spec of one op: what is measured, on which
 inputs, by whom and against which reference. The runner (`_runner.py`) and the report (`_report.py`) know no op.
+What is not an op is a command: a word in COMMANDS, and a module with `add_arguments(parser)` and `main(args)`.
 Nothing but the standard library is imported before a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 _FOLDER = Path(__file__).parent
+
+# word: its module in this folder, what it does
+COMMANDS = {
+    "table": ("_table", "print result files as Markdown tables"),
+    "plot": ("_plot", "draw result files: a PNG, or the page that --html writes"),
+}
 
 
 def specs() -> list[str]:
     """Names of the ops that have a spec."""
-    return sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
+    commands = {module for module, _ in COMMANDS.values()}
+    return sorted(path.stem for path in _FOLDER.glob("[!_]*.py") if path.stem not in commands)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what follows `python -m dlkit bench` to `parser`."""
-    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="OP|table|plot")
-    for name in specs():
-        command = commands.add_parser(name, help=f"measure {name}: a table here, JSON under --output")
-        mode = command.add_mutually_exclusive_group()
-        mode.add_argument("--quick", action="store_const", const="quick", dest="mode", help="small cases, seconds")
-        mode.add_argument("--sweep", action="store_const", const="sweep", dest="mode", help="16 elements to 128 MB")
-        command.set_defaults(mode="default")
-        command.add_argument("--filter", default="", metavar="SUBSTRING", help="only cases whose name contains this")
-        command.add_argument("--compile", action="store_true", help="torch.compile of the native op as well (slow)")
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-        command.add_argument("--threads", type=int, metavar="N", help="CPU threads, default: torch's")
-        command.add_argument("--budget", type=float, metavar="SECONDS", help="time to sample a case, checks excluded")
-        command.add_argument(
-            "--allocator",
-            choices=("reuse", "default"),
-            default="reuse",
-            help="CPU memory: kept by the process between calls (default), or glibc's own habit",
-        )
-        command.add_argument(
-            "--output", type=Path, default=Path("bench-results"), metavar="PATH", help="folder or .json file to write"
-        )
-    table = commands.add_parser("table", help="print a result file as a Markdown table")
-    table.add_argument("file", type=Path)
-    plot = commands.add_parser("plot", help="draw a result file as a PNG: ratio to native over size")
-    plot.add_argument("file", type=Path)
-    plot.add_argument("--output", type=Path, metavar="PNG", help="default: beside the file")
+def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> None:
+    """Adds what follows `python -m dlkit bench` to `parser`: a command's arguments if `given` begins with its word.
+
+    `given` is by default what the process was started with. argparse itself cannot tell a list of ops from a command.
+    """
+    words = sys.argv[2:] if given is None else given
+    if words and words[0] in COMMANDS:
+        module, text = COMMANDS[words[0]]
+        command = parser.add_subparsers(required=True).add_parser(words[0], help=text, description=text)
+        command.set_defaults(bench_command=module)
+        importlib.import_module(f"{__name__}.{module}").add_arguments(command)
+        return
+    parser.set_defaults(bench_command="_ops")
+    parser.usage = "%(prog)s [OP ...] [options] | " + " | ".join(f"{word} ..." for word in COMMANDS)
+    parser.epilog = "Instead of ops: " + "; ".join(f"{word}: {text}" for word, (_, text) in COMMANDS.items()) + "."
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(specs())}")
+    parser.add_argument("--device", metavar="cpu|cuda", help="default: cuda where torch sees a GPU")
+    parser.add_argument("--dtype", metavar="fp32,bf16,...", help="default: those of the cases")
+    parser.add_argument(
+        "--sizes",
+        metavar="small|all",
+        help="all: 16 elements to 128 MB; small: up to 1 MB (of the few of --quick with it); default: representative",
+    )
+    parser.add_argument("--quick", action="store_true", help="few cases and rounds: all ops in less than a minute")
+    parser.add_argument("--filter", default="", metavar="SUBSTRING", help="only cases whose name contains this")
+    parser.add_argument(
+        "--against",
+        metavar="native,compile,...",
+        help="contestants beside native, which is always measured; default: all that are installed",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, default: torch's")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time to sample a case, checks excluded")
+    parser.add_argument(
+        "--allocator",
+        metavar="reuse|default",
+        default="reuse",
+        help="CPU memory: kept by the process between calls (default), or glibc's own habit",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench-results"), metavar="FILE", help="or a folder; default: bench-results/"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots, needs no network; wants plotly")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="measure nothing: what became slower between two result files; exit status 1 if anything did",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the command that `add_arguments` parsed. Returns the exit status: 1 where dlkit failed its parity check."""
-    if args.bench_command not in ("table", "plot"):
-        from . import _runner
-
-        return _runner.main(args)
-
-    from . import _report
-
+    """Runs what `add_arguments` parsed. Returns the exit status: 2 for bad input, 1 where dlkit was wrong or slower."""
     try:
-        report: dict[str, Any] = json.loads(args.file.read_text())
-    except (OSError, ValueError) as error:
-        print(f"cannot read {args.file}: {error}")
-        return 1
-    if args.bench_command == "table":
-        print(_report.markdown(report))
-        return 0
-    try:
-        print(_report.plot(report, args.output or args.file.with_suffix(".png")))
-    except ImportError:
-        print("bench plot needs matplotlib: pip install matplotlib")
-        return 1
-    return 0
+        status: int = importlib.import_module(f"{__name__}.{args.bench_command}").main(args)
+    except BadInput as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted before anything was measured", file=sys.stderr)
+        return 130
+    return status
+
+
+class BadInput(Exception):
+    """A user's mistake, in one line."""

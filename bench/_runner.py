@@ -9,31 +9,24 @@ more memory than the L2 holds.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import ctypes
 import functools
 import gc
 import importlib
-import json
 import math
 import operator
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-
-from . import _machine, _report
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward_backward")
@@ -114,6 +107,7 @@ class Settings:
     sample_s: float = 0.002
     warm_up_s: float = 0.05
     compile: bool = False
+    against: tuple[str, ...] | None = None  # contestants beside native and dlkit; None: all that the spec has
     seed: int = 0
 
 
@@ -156,6 +150,11 @@ def compiled(native: Contestant) -> Contestant:
         return cache[function], arguments
 
     return bind
+
+
+def peer(module: str, function: str, arguments: Callable[..., tuple[Any, ...]]) -> Contestant:
+    """Another library's function, imported when it is first called: that it fails to load is its own error alone."""
+    return lambda *tensors: (getattr(importlib.import_module(module), function), arguments(*tensors))
 
 
 def expected_outputs(spec: Spec, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -344,11 +343,24 @@ def _measuring(case: Case, settings: Settings) -> Iterator[None]:
         gc.enable()
 
 
-def _contestants(spec: Spec, case: Case, settings: Settings) -> dict[str, Contestant]:
+def contestants(spec: Spec, case: Case, settings: Settings) -> dict[str, Contestant]:
     found = spec.contestants(case, settings.device)
-    if not settings.compile:
+    if settings.compile:
+        found = {"native": found["native"], "compile": compiled(found["native"]), **found}
+    if settings.against is None:
         return found
-    return {"native": found["native"], "compile": compiled(found["native"]), **found}
+    return {name: value for name, value in found.items() if name in ("native", "dlkit", *settings.against)}
+
+
+def input_bytes(spec: Spec, case: Case) -> int:
+    """Size of the case's main tensor, or of what the spec counts instead (an optimizer's parameters)."""
+    elements: int = spec.elements(case) if hasattr(spec, "elements") else case.numel
+    return elements * case.itemsize
+
+
+def _message(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
@@ -365,13 +377,12 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
         # The spec of a random op has settled(case, inputs): it puts the values of the reference where chance decides.
         settle = spec.settled(case, sets[0]) if hasattr(spec, "settled") else None
         ready: dict[str, list[Call]] = {}
-        for name, contestant in _contestants(spec, case, settings).items():
+        for name, contestant in contestants(spec, case, settings).items():
             try:
                 calls = [prepare(*contestant(*inputs.tensors), inputs, case.direction) for inputs in sets]
                 found = errors(calls[0], expected, dtypes, settle)
             except Exception as error:
-                lines = str(error).strip().splitlines() or [""]
-                results[name] = {"status": "error", "message": f"{type(error).__name__}: {lines[0]}"}
+                results[name] = {"status": "error", "message": _message(error)}
                 continue
             exact = len(found) == len(allowed) and all(map(operator.le, found, allowed))
             # Native is what a user has today, so it is the baseline even where it is off: its weight gradients in bf16
@@ -386,8 +397,14 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
                 ready[name] = calls
         del expected
         ways = copies(least, settings.device, len(sets))
-        for name, calls in {**ready, **ways}.items():
-            samplers[name] = calibrated(calls, settings)
+        for name, calls in [*ready.items(), *ways.items()]:
+            try:
+                samplers[name] = calibrated(calls, settings)
+            except Exception as error:
+                if name in ways:
+                    raise
+                results[name] = {"status": "error", "message": _message(error)}
+                del ready[name]
         samples = interleave(samplers, settings.budget_s, settings.min_rounds, settings.max_rounds)
 
     for name in ready:
@@ -399,15 +416,31 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
                 for mine, native in zip(samples[name], samples["native"], strict=True)
             ]
             results[name]["rounds_slower_than_native"] = sum(slower) / len(slower)
-    copy_us = {name: summary(samples[name], settings.device)["median_us"] for name in ways}
-    fastest = min(copy_us, key=lambda name: copy_us[name])
+    floors = {name: summary(samples[name], settings.device) for name in ways}
+    fastest = min(floors, key=lambda name: floors[name]["median_us"])
+    floor = {key: floors[fastest][key] for key in ("median_us", "q1_us", "q3_us")}
     return {
         "id": case.id,
         **asdict(case),
         "bytes": least,
+        "input_bytes": input_bytes(spec, case),
         "tolerances": list(allowed),
-        "floor": {"median_us": copy_us[fastest], "by": fastest, "gb_per_s": least / copy_us[fastest] / 1e3},
+        "floor": {**floor, "by": fastest, "gb_per_s": least / floor["median_us"] / 1e3},
         "contestants": results,
+    }
+
+
+def failed(spec: Spec, case: Case, error: Exception) -> dict[str, Any]:
+    """The entry of a case that could not be measured at all: its inputs or its reference did not fit into memory."""
+    reason = {"status": "error", "message": _message(error)}
+    return {
+        "id": case.id,
+        **asdict(case),
+        "bytes": spec.minimal_bytes(case),
+        "input_bytes": input_bytes(spec, case),
+        "tolerances": [],
+        "floor": None,
+        "contestants": {"native": reason, "dlkit": reason},
     }
 
 
@@ -456,13 +489,13 @@ def peak_memory(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
     inputs = spec.inputs(case, settings.device, generator)
     entry: dict[str, Any] = {"id": case.id, "contestants": {}}
     with _measuring(case, settings):
-        for name, contestant in _contestants(spec, case, settings).items():
+        for name, contestant in contestants(spec, case, settings).items():
             try:
                 call = prepare(*contestant(*inputs.tensors), inputs, "forward_backward")
                 results = {tensor.data_ptr(): tensor.nbytes for tensor in _as_tuple(call())}
                 peak = _peak_cpu(call) if settings.device == "cpu" else _peak_cuda(call)
             except Exception as error:
-                entry["contestants"][name] = {"message": f"{type(error).__name__}: {error}"}
+                entry["contestants"][name] = {"message": _message(error)}
                 continue
             # Two gradients may be one tensor: it counts once.
             outputs = sum(results.values())
@@ -472,74 +505,3 @@ def peak_memory(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
 
 def load(name: str) -> Spec:
     return cast(Spec, importlib.import_module(f".{name}", __package__))
-
-
-def run(
-    name: str, spec: Spec, settings: Settings, only: str = "", echo: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Measures every case whose id contains `only`, a table line each through `echo`. Returns the file's content.
-
-    An interrupt (Ctrl-C) ends the run early; what was measured is returned.
-    """
-    cases = [case for case in spec.cases(settings.mode, settings.device) if only in case.id]
-    machine = _machine.facts(settings.device)
-    report: dict[str, Any] = {
-        "op": name,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
-        "settings": {**asdict(settings), "filter": only},
-        "allocator": "reuse" if _machine.keeps_memory() else "default",
-        "interrupted": False,
-        "copy_bandwidth": copy_bandwidth(settings),
-        "cases": [],
-        "memory": [],
-    }
-    names = list(dict.fromkeys(name for case in cases for name in _contestants(spec, case, settings)))
-    width = max((len(case.id) for case in cases), default=4)
-    echo(_report.heading(report))
-    echo(_report.line(_report.columns(names), width))
-    try:
-        for case in cases:
-            entry = measure(spec, case, settings)
-            report["cases"].append(entry)
-            echo(_report.line(_report.row(entry, names), width))
-        for case in spec.memory_cases(settings.device):
-            if only in case.id:
-                report["memory"].append(peak_memory(spec, case, settings))
-    except KeyboardInterrupt:
-        report["interrupted"] = True
-    echo(_report.footnotes(report))
-    return report
-
-
-def main(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU here", file=sys.stderr)
-        return 2
-    if device == "cpu" and args.allocator == "reuse":
-        _machine.keep_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    budgets = {"quick": 0.05, "default": 2.0, "sweep": 1.0}
-    settings = Settings(
-        mode=args.mode,
-        device=device,
-        budget_s=args.budget or budgets[args.mode],
-        min_rounds=3 if args.mode == "quick" else 7,
-        sample_s=0.0005 if args.mode == "quick" else 0.002,
-        warm_up_s=0.0 if args.mode == "quick" else 0.05,
-        compile=args.compile,
-    )
-    report = run(args.bench_command, load(args.bench_command), settings, args.filter)
-    if not report["cases"]:
-        print(f"no case was measured (--filter {args.filter!r})", file=sys.stderr)
-        return 2
-    path: Path = args.output
-    if path.suffix != ".json":
-        parts = [report["op"], _machine.slug(report["machine"]), *([] if args.mode == "default" else [args.mode])]
-        path = path / ("-".join(parts) + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    print(f"written: {path}")
-    return int(any(entry["contestants"].get("dlkit", {}).get("status") != "ok" for entry in report["cases"]))

@@ -44,6 +44,9 @@ IMAGES = (
 )
 
 
+QUICK = ((2, 3, 4, 4), (8, 64, 14, 14), (32, 64, 28, 28))
+
+
 def cases_of(variant: str, direction: str, shape: tuple[int, ...], dtype: str) -> list[Case]:
     """One case, or one per layout where there are two."""
     layouts = LAYOUTS if len(shape) > 3 else ("",)
@@ -53,8 +56,22 @@ def cases_of(variant: str, direction: str, shape: tuple[int, ...], dtype: str) -
 def cases(mode: str, device: str) -> list[Case]:
     both = DIRECTIONS[:2]
     if mode == "quick":
+        shapes = QUICK if device == "cpu" else (*QUICK, (128, 64, 56, 56))
+        found = [
+            case
+            for direction in both
+            for shape in shapes
+            for dtype in (("fp32", "bf16") if shape == shapes[-1] else ("fp32",))
+            for case in cases_of("batch_norm", direction, shape, dtype)
+        ]
+        found += [
+            case
+            for variant in FUNCTIONS[1:]
+            for direction in both
+            for case in cases_of(variant, direction, QUICK[-1], "fp32")
+        ]
         return [
-            *cases_of("batch_norm", "forward", (2, 3, 4, 4), "fp32"),
+            *found,
             *cases_of("batch_norm", "backward", (128, 16), "bf16"),
             *cases_of("batch_norm_relu", "backward", (4, 16, 5, 5), "bf16"),
             *cases_of("batch_norm_add_relu", "forward_backward", (4, 16, 5, 5), "fp32"),

@@ -23,13 +23,17 @@ P, EPS = 0.3, 1e-5
 NORMS = ("dropout_add_layer_norm", "dropout_add_rms_norm")
 FUNCTIONS = ("dropout", "dropout_add", *NORMS)
 LARGE = (8192, 4096)
+QUICK = ((16, 64), (256, 1024), (2048, 1024))
 
 
 def cases(mode: str, device: str) -> list[Case]:
     both = DIRECTIONS[:2]
     if mode == "quick":
+        sizes = QUICK if device == "cpu" else (*QUICK, LARGE)
+        found = [Case("dropout", way, shape, dtype) for dtype in ("fp32", "bf16") for way in both for shape in sizes]
+        found += [Case(variant, way, QUICK[-1], "fp32") for variant in FUNCTIONS[1:] for way in both]
         return [
-            Case("dropout", "forward", (16, 64), "fp32"),
+            *found,
             Case("dropout", "backward", (128, 65), "bf16"),
             Case("Dropout", "forward_backward", (16, 64), "fp64"),
             Case("dropout_add", "forward_backward", (16, 64), "fp32"),

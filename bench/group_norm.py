@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
+from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs, peer
 from .batch_norm import cases_of
 
 EPS = 1e-5
@@ -38,11 +38,23 @@ IMAGES = (
 ROWS = ((4, 512), (128, 1024), (8192, 1024))  # at least 16 values a group: of 2 that are close, nothing is exact
 
 
+QUICK = ((2, 64, 4, 4), (8, 64, 14, 14), (32, 64, 28, 28))
+
+
 def cases(mode: str, device: str) -> list[Case]:
     both = DIRECTIONS[:2]
     if mode == "quick":
+        shapes = QUICK if device == "cpu" else (*QUICK, (128, 64, 56, 56))
+        found = [
+            case
+            for direction in both
+            for shape in shapes
+            for dtype in (("fp32", "bf16") if shape == shapes[-1] else ("fp32",))
+            for case in cases_of("group_norm", direction, shape, dtype)
+        ]
+        found += [case for direction in both for case in cases_of("instance_norm", direction, QUICK[-1], "fp32")]
         return [
-            *cases_of("group_norm", "forward", (2, 64, 4, 4), "fp32"),
+            *found,
             *cases_of("group_norm", "backward", (2, 64, 5, 5), "bf16"),
             *cases_of("instance_norm", "forward_backward", (2, 3, 5, 5), "fp32"),
             *cases_of("GroupNorm", "forward_backward", (16, 512), "fp64"),
@@ -114,7 +126,14 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
     if case.variant in MODULES:
         return {"native": _module(case, nn), "dlkit": _module(case, dlkit_nn)}
-    return {"native": _functional(case, nn.functional), "dlkit": _functional(case, dlkit_functional)}
+    found = {"native": _functional(case, nn.functional), "dlkit": _functional(case, dlkit_functional)}
+    if device == "cuda" and case.variant == "group_norm" and case.dtype != "fp64" and case.layout != "channels_last":
+        found["liger"] = peer(
+            "liger_kernel.transformers.functional",
+            "liger_group_norm",
+            lambda x, weight, bias: (x, weight, bias, case.shape[1], GROUPS, EPS),
+        )
+    return found
 
 
 def reference(case: Case) -> Callable[..., Any]:

@@ -6,14 +6,13 @@ residual 4N each way (forward reads two and writes two; backward also reads the 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
+from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs, peer
 
 EPS = 1e-5
 FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
@@ -35,16 +34,27 @@ LARGE = (
 )
 
 
+QUICK = ((16, 64), (256, 1024), (2048, 1024))
+
+
 def cases(mode: str, device: str) -> list[Case]:
+    both = DIRECTIONS[:2]
     if mode == "quick":
+        sizes = QUICK if device == "cpu" else (*QUICK, (8192, 4096))
+        found = [
+            Case("layer_norm", direction, shape, dtype)
+            for dtype in ("fp32", "bf16")
+            for direction in both
+            for shape in sizes
+        ]
+        found += [Case("rms_norm", direction, sizes[-1], dtype) for dtype in ("fp32", "bf16") for direction in both]
+        found += [Case("add_layer_norm", direction, QUICK[-1], "fp32") for direction in both]
         return [
-            Case("layer_norm", "forward", (16, 64), "fp32"),
-            Case("layer_norm", "backward", (128, 128), "bf16"),
+            *found,
             Case("rms_norm", "backward", (16, 65), "fp32"),
             Case("add_layer_norm", "forward_backward", (16, 64), "fp64"),
             Case("RMSNorm", "forward_backward", (16, 64), "fp32"),
         ]
-    both = DIRECTIONS[:2]
     if mode == "sweep":
         found = [
             Case(variant, direction, shape, dtype)
@@ -148,31 +158,27 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 
 def _peers(case: Case) -> dict[str, Contestant]:
-    """Installed libraries that have this function; never in place, which overwrites the gradient they are given."""
-    found: dict[str, Contestant] = {}
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import functional as liger
-
-        if case.variant == "layer_norm":
-            found["liger"] = lambda x, weight, bias: (liger.liger_layer_norm, (x, weight, bias, EPS))
-        elif case.variant == "rms_norm":
-            found["liger"] = lambda x, weight: (liger.liger_rms_norm, (x, weight, EPS, 0.0, "llama", False))
-        elif case.variant == "add_rms_norm" and hasattr(liger, "liger_fused_add_rms_norm"):
-            found["liger"] = lambda x, residual, weight: (
-                liger.liger_fused_add_rms_norm,
-                (x, residual, weight, EPS, 0.0, "llama", False),
-            )
-    if importlib.util.find_spec("quack"):
-        import quack
-
-        if case.variant == "rms_norm":
-            found["quack"] = lambda x, weight: (quack.rmsnorm, (x, weight, None, None, None, None, EPS))
-        elif case.variant == "add_rms_norm":
-            found["quack"] = lambda x, residual, weight: (
-                quack.rmsnorm,
-                (x, weight, None, residual, None, None, EPS, True),
-            )
-    return found
+    """Libraries that have this function; never in place, which overwrites the gradient they are given."""
+    liger, quack = "liger_kernel.transformers.functional", "quack.rmsnorm"
+    llama = (EPS, 0.0, "llama", False)
+    if case.variant == "layer_norm":
+        found = {"liger": peer(liger, "liger_layer_norm", lambda x, weight, bias: (x, weight, bias, EPS))}
+        if case.direction == "forward" and case.dtype == "fp32":  # neither autograd nor weights of 16 bits
+            found["quack"] = peer(quack, "layernorm_fwd", lambda x, weight, bias: (x, weight, bias, EPS))
+        return found
+    if case.variant == "rms_norm":
+        return {
+            "liger": peer(liger, "liger_rms_norm", lambda x, weight: (x, weight, *llama)),
+            "quack": peer(quack, "rmsnorm", lambda x, weight: (x, weight, None, None, None, None, EPS)),
+        }
+    if case.variant == "add_rms_norm":
+        return {
+            "liger": peer(liger, "liger_fused_add_rms_norm", lambda x, residual, weight: (x, residual, weight, *llama)),
+            "quack": peer(
+                quack, "rmsnorm", lambda x, residual, weight: (x, weight, None, residual, None, None, EPS, True)
+            ),
+        }
+    return {}
 
 
 def reference(case: Case) -> Callable[..., Any]:

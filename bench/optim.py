@@ -7,6 +7,7 @@ reads 2 and writes 1, momentum and RMSprop's average add one each way, and the n
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,11 +26,20 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {  # variant: class, argumen
     "SGD_momentum": ("SGD", {"momentum": 0.9}),
     "RMSprop": ("RMSprop", {}),
 }
+# What bitsandbytes has no kernel for: SGD without momentum, amsgrad. Its SGD has no default rate; torch's is 1e-3.
+BITSANDBYTES: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "AdamW_clip": {},
+    "Adam": {},
+    "SGD_momentum": {"lr": 1e-3},
+    "RMSprop": {},
+}
 WORDS = {"AdamW": 7, "AdamW_clip": 8, "AdamW_amsgrad": 9, "Adam": 7, "SGD": 3, "SGD_momentum": 5, "RMSprop": 5}
 LARGE = (24, 1 << 20)
 MIXED = (100, 64, 100, 4096)
 # One layer of width 768: attention and MLP matrices, biases and two norms, twelve times, and an embedding.
 TRANSFORMER = (12, 768 * 2304, 12, 768 * 768, 24, 768 * 3072, 12, 2304, 12, 3072, 72, 768, 1, 50304 * 768)
+QUICK = ((1, 64), (10, 1000), (4, 1 << 19))
 SWEEP = (
     (1, 1),
     (1, 4096),
@@ -52,10 +62,17 @@ def _sizes(case: Case) -> Iterator[int]:
             yield size
 
 
+def elements(case: Case) -> int:
+    return sum(_sizes(case))
+
+
 def cases(mode: str, device: str) -> list[Case]:
     if mode == "quick":
+        shapes = QUICK if device == "cpu" else (*QUICK, LARGE)
+        found = [Case("AdamW", "forward", shape, dtype) for dtype in ("fp32", "bf16") for shape in shapes]
+        found += [Case(variant, "forward", QUICK[-1], "fp32") for variant in ("AdamW_clip", "SGD_momentum", "RMSprop")]
         return [
-            Case("AdamW", "forward", (3, 64), "fp32"),
+            *found,
             Case("AdamW_clip", "forward", (3, 65), "bf16"),
             Case("SGD_momentum", "forward", (2, 1), "fp64"),
             Case("RMSprop", "forward", (2, 300), "fp32"),
@@ -91,7 +108,7 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
 def _step(case: Case, library: Any, **arguments: Any) -> Contestant:
     name, shared = OPTIMIZERS[case.variant]
     clips = case.variant.endswith("_clip")
-    fused_clip = library is not torch.optim
+    fused_clip = library.__name__ == "dlkit.optim"
     if clips and fused_clip:
         arguments["max_norm"] = MAX_NORM
 
@@ -120,7 +137,13 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
     found = {"native": _step(case, torch.optim), "foreach": _step(case, torch.optim, foreach=True)}
     if not case.variant.startswith("RMSprop"):
         found["fused"] = _step(case, torch.optim, fused=True)
-    return {**found, "dlkit": _step(case, optim)}
+    found["dlkit"] = _step(case, optim)
+    if device == "cuda" and case.dtype != "fp64" and case.variant in BITSANDBYTES:
+        # Imported when it is first called: if it fails to load, that is its error and no one else's.
+        found["bitsandbytes"] = lambda *tensors: _step(
+            case, importlib.import_module("bitsandbytes.optim"), **BITSANDBYTES[case.variant]
+        )(*tensors)
+    return found
 
 
 def reference(case: Case) -> Callable[..., Any]:
@@ -138,4 +161,4 @@ def tolerances(case: Case) -> Sequence[float]:
 
 
 def minimal_bytes(case: Case) -> int:
-    return WORDS[case.variant] * sum(_sizes(case)) * case.itemsize
+    return WORDS[case.variant] * elements(case) * case.itemsize

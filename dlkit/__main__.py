@@ -36,10 +36,11 @@ def info() -> None:
     for name, value in rows:
         print(f"{name:<14}{value}")
     print()
+    serving = {device: _backends.serving(device) for device in ("cpu", "cuda")}
+    width = max(len(backend) for backend, _ in serving.values()) + 2
     for op in _backends.OPS:
-        for device in ("cpu", "cuda"):
-            backend, reason = _backends.serving(device)
-            print(f"{op:<14}{device:<6}{backend:<16}{reason}")
+        for device, (backend, reason) in serving.items():
+            print(f"{op:<14}{device:<6}{backend:<{width}}{reason}")
 
 
 def main() -> int:

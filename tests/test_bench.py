@@ -1,17 +1,20 @@
-"""The benchmark runner on itself: what it writes, what it refuses to time, in which order it samples."""
+"""The benchmark on itself: what it writes and draws, what it refuses to time, in which order it samples."""
 
 import argparse
 import json
 import math
 import platform
+import re
+import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from dlkit.bench import _machine, _report, _runner, batch_norm, group_norm, layer_norm
+from dlkit.bench import _compare, _machine, _ops, _report, _runner, batch_norm, group_norm, layer_norm, optim
 from dlkit.bench._runner import Case, Inputs, Settings
 
 from dlkit import bench
@@ -48,40 +51,95 @@ def measured(direction="forward", **contestants):
 
 def parsed(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    bench.add_arguments(parser, arguments)
     return parser.parse_args(arguments)
 
 
-@pytest.mark.parametrize("name", bench.specs())
-def test_quick_mode_end_to_end(tmp_path, name):
-    spec = _runner.load(name)
-    command = [sys.executable, "-m", "dlkit", "bench", name, "--quick", "--device", "cpu", "--output", tmp_path]
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """(stdout, result file, page) of the small cases of all ops; without torch.compile, and with the fewest rounds."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "dlkit", "bench", "--quick", "--sizes", "small", "--device", "cpu"]
+    command += ["--against", "native,liger", "--budget", "0.001", "--json", folder, "--html", folder / "page.html"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (path,) = tmp_path.glob(f"{name}-*-quick.json")
+    assert not finished.stderr  # no progress bar where there is no terminal
+    (path,) = folder.glob("*-quick.json")
+    return finished.stdout, path, folder / "page.html"
+
+
+def test_quick_run_of_all_ops(quick_run):
+    output, path, page = quick_run
     report = json.loads(path.read_text())
-    assert f"written: {path}" in finished.stdout
-    assert report["op"] == name and not report["interrupted"]
+    assert path.name == _machine.slug(report["machine"]) + "-small-quick.json"
+    assert f"written: {path}" in output and f"written: {page}" in output
+    assert report["ops"] == bench.specs() and not report["interrupted"]
+    assert "python -m dlkit bench --quick --sizes small --device cpu" in report["command"]
+    assert list(report["absent"]) == ["liger"] and "\nAbsent: liger (" in output
     assert report["allocator"] == ("reuse" if platform.libc_ver()[0] == "glibc" else "default")
     facts = {"cpu", "cores", "threads", "simd", "caches", "load_average", "torch", "dlkit", "python", "commit"}
     assert facts <= report["machine"].keys()
     assert all(row["copy_"] > 0 for row in report["copy_bandwidth"])
-    assert [entry["id"] for entry in report["cases"]] == [case.id for case in spec.cases("quick", "cpu")]
-    for entry in report["cases"]:
-        assert entry["bytes"] > 0 and entry["floor"]["median_us"] > 0
-        assert entry["id"] in finished.stdout
-        for contestant in ("native", "dlkit"):
-            found = entry["contestants"][contestant]
+
+
+@pytest.mark.parametrize("name", bench.specs())
+def test_quick_run_of_an_op(quick_run, name):
+    output, path, _ = quick_run
+    report = json.loads(path.read_text())
+    spec = _runner.load(name)
+    entries = [entry for entry in report["cases"] if entry["op"] == name]
+    small = [case for case in spec.cases("quick", "cpu") if _runner.input_bytes(spec, case) <= 1 << 20]
+    assert [entry["id"] for entry in entries] == [case.id for case in small]
+    for entry in entries:
+        assert entry["bytes"] > 0 and entry["input_bytes"] > 0
+        assert 0 < entry["floor"]["q1_us"] <= entry["floor"]["median_us"] <= entry["floor"]["q3_us"]
+        assert entry["id"] in output
+        assert set(entry["contestants"]) == {"native", "dlkit"}
+        for contestant, found in entry["contestants"].items():
             # Native's sums in bf16 are off by more on one thread than on two.
             assert found["status"] in ("ok", "inexact" if contestant == "native" else "ok"), (entry["id"], found)
             assert 0 < found["min_us"] <= found["q1_us"] <= found["median_us"] <= found["q3_us"]
             assert len(found["errors"]) == len(entry["tolerances"])
-    cases = {case.id: case for case in spec.memory_cases("cpu")}
-    assert [entry["id"] for entry in report["memory"]] == list(cases)
-    for entry in report["memory"]:
-        case = cases[entry["id"]]
-        found = entry["contestants"]["native"]
+
+
+@pytest.mark.parametrize("name", [name for name in bench.specs() if name != "optim"])
+def test_peak_memory_holds_outputs_and_gradients(name):
+    spec = _runner.load(name)
+    case = replace(spec.memory_cases("cpu")[0], shape=spec.cases("quick", "cpu")[0].shape)
+    for found in _runner.peak_memory(spec, case, QUICK)["contestants"].values():
         assert found["peak_bytes"] >= found["output_bytes"] >= 2 * case.numel * case.itemsize
+
+
+def browsed(page, folder, *arguments):
+    """(document, console, PNG) of `page` in headless Chromium."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium found")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", *arguments]
+    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    command += [f"--screenshot={folder / 'page.png'}", page.as_uri()]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    console = [line for line in finished.stderr.splitlines() if ":CONSOLE" in line]
+    return finished.stdout, console, folder / "page.png"
+
+
+def test_page_in_a_browser(quick_run, tmp_path):
+    numpy, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    _, _, page = quick_run
+    assert "http" not in re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL)
+    for dark in (False, True):
+        scheme = "--blink-settings=preferredColorScheme=0" if dark else "--blink-settings=preferredColorScheme=1"
+        document, console, picture = browsed(page, tmp_path, "--window-size=1000,1400", scheme)
+        assert console == []
+        # Two figures for every op but optim, whose steps have no backward; three layers each.
+        drawn = int(re.search(r'data-drawn="(\d+)"', document).group(1))
+        assert drawn >= 3 * (2 * len(bench.specs()) - 1)
+        pixels = numpy.asarray(image.open(picture).convert("RGB"))
+        assert pixels.shape == (1400, 1000, 3)
+        assert (pixels[0, 0].mean() < 64) == dark
+        different = (pixels != pixels[0, 0]).any(-1)
+        assert 0.02 < different.mean() < 0.9 and different[-400:].any()
 
 
 @pytest.mark.parametrize(
@@ -179,8 +237,12 @@ def _copied(call):
     return kept["sources"][0], kept["target"]
 
 
+def times(median_us):
+    return {"median_us": median_us, "q1_us": 0.95 * median_us, "q3_us": 1.05 * median_us}
+
+
 def result_file(tmp_path):
-    """A result file of two cases with figures that are easy to check by eye."""
+    """A result file of two cases with figures that are easy to check by eye, as written when a file held one op."""
 
     def entry(variant, direction, native_us, mine):
         return {
@@ -191,12 +253,12 @@ def result_file(tmp_path):
             "dtype": "fp32",
             "bytes": 128,
             "tolerances": [1e-6],
-            "floor": {"median_us": 9.0, "by": "copy_", "gb_per_s": 1.0},
-            "contestants": {"native": {"status": "ok", "errors": [0.0], "median_us": native_us}, "dlkit": mine},
+            "floor": {**times(9.0), "by": "copy_", "gb_per_s": 1.0},
+            "contestants": {"native": {"status": "ok", "errors": [0.0], **times(native_us)}, "dlkit": mine},
         }
 
-    fast = {"status": "ok", "errors": [0.0], "median_us": 10.0, "rounds_slower_than_native": 0.0}
-    slow = {"status": "ok", "errors": [0.0], "median_us": 40.0, "rounds_slower_than_native": 1.0}
+    fast = {"status": "ok", "errors": [0.0], **times(10.0), "rounds_slower_than_native": 0.0}
+    slow = {"status": "ok", "errors": [0.0], **times(40.0), "rounds_slower_than_native": 1.0}
     report = {
         "op": "layer_norm",
         "date": "2030-01-01T00:00:00+00:00",
@@ -225,40 +287,200 @@ def test_markdown_table_of_a_file(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "Test CPU, 2 threads, AVX2" in lines[0]
     assert "copy_ 30.0, memmove 40.0" in lines[1] and "reuse" in lines[1]
-    assert lines[3] == "| case | native us | dlkit us | vs native | of floor |  |"
-    assert lines[5] == "| layer_norm/forward/2x8/fp32 | 20 | 10 | 2.00 | 0.90 |  |"
-    assert lines[6] == "| layer_norm/backward/2x8/fp32 | 20 | 40 | 0.50 | 0.23 | slower |"
+    assert lines[3] == "| case | native us | dlkit us | vs native | spread | of floor |  |"
+    assert lines[5] == "| layer_norm/forward/2x8/fp32 | 20 | 10 | 2.00 | ±5% | 0.90 |  |"
+    assert lines[6] == "| layer_norm/backward/2x8/fp32 | 20 | 40 | 0.50 | ±5% | 0.23 | slower |"
     assert lines[8].startswith("2 cases; slower than native: 1,")
 
 
-def test_plot_of_a_file(tmp_path):
+def test_table_of_several_ops(tmp_path):
+    report = _report.load(result_file(tmp_path))
+    assert report["ops"] == ["layer_norm"] and report["cases"][0]["input_bytes"] == 64
+    other = {**report, "ops": ["other"], "cases": [entry | {"op": "other"} for entry in report["cases"]]}
+    text = _report.markdown(_report.merged([report, other]))
+    assert text.startswith("layer_norm, other on") and text.count("| case |") == 2 and "4 cases;" in text
+
+
+def test_plot_of_files(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert bench.main(parsed("plot", str(result_file(tmp_path)))) == 0
+    file = str(result_file(tmp_path))
+    assert bench.main(parsed("plot", file, file)) == 0
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"written: {tmp_path / 'result.png'}\n"
 
 
-def test_plot_of_layouts(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = result_file(tmp_path)
-    report = json.loads(path.read_text())
-    forward, backward = report["cases"]
-    report["cases"] = [forward | {"layout": layout} for layout in ("contiguous", "channels_last")] + [backward]
-    assert _report.plot(report, tmp_path / "layouts.png").read_bytes().startswith(b"\x89PNG")
+def changed(report, **changes):
+    """A copy of `report` whose first case has other times: of dlkit, native or the floor, in us."""
+    copy = json.loads(json.dumps(report))
+    entry = copy["cases"][0]
+    for name, time in changes.items():
+        (entry["floor"] if name == "floor" else entry["contestants"][name]).update(times(time))
+    return copy
 
 
-def test_unreadable_file_is_one_sentence(tmp_path, capsys):
-    assert bench.main(parsed("table", str(tmp_path / "absent.json"))) == 1
-    assert capsys.readouterr().out.startswith(f"cannot read {tmp_path / 'absent.json'}: ")
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({}, ""),
+        ({"dlkit": 10.8}, ""),  # the quartiles of 10 +- 5% and 10.8 +- 5% overlap
+        ({"dlkit": 14.0}, "slower"),
+        ({"dlkit": 7.0}, "faster"),
+        ({"dlkit": 14.0, "native": 28.0}, ""),  # the whole machine computes slower
+        ({"dlkit": 14.0, "floor": 12.6}, ""),  # its memory is slower
+        ({"native": 28.0}, ""),
+    ],
+)
+def test_compare_wants_more_than_the_spread(tmp_path, capsys, changes, wanted):
+    report = _report.load(result_file(tmp_path))
+    paths = []
+    for name, content in (("old.json", report), ("new.json", changed(report, **changes))):
+        paths.append(tmp_path / name)
+        paths[-1].write_text(json.dumps(content))
+    assert bench.main(parsed("--compare", *map(str, paths))) == (wanted == "slower")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("2 cases in both files;") and len(lines) == 1 + bool(wanted)
+    if wanted:
+        assert lines[0].startswith(f"{wanted}  layer_norm/forward/2x8/fp32") and "10.0 us -> " in lines[0]
 
 
-def test_every_spec_is_a_command():
-    assert {"batch_norm", "group_norm", "layer_norm"} <= set(bench.specs())
+def test_compare_names_what_cannot_be_compared(tmp_path):
+    old = _report.load(result_file(tmp_path))
+    new = changed(old)
+    new["machine"]["cpu"] = "Other CPU"
+    new["cases"][0]["contestants"]["dlkit"] = {"status": "wrong", "errors": [0.5]}
+    new["cases"][1]["id"] = "layer_norm/backward/4x8/fp32"
+    text, slower = _compare.compare(old, new)
+    assert slower
+    lines = text.splitlines()
+    assert lines[0].startswith("warning: another machine: Test CPU") and "Other CPU" in lines[0]
+    assert lines[1].startswith("slower") and "10.0 us -> wrong" in lines[1]
+    assert lines[2:4] == [
+        "only in the old file: layer_norm/backward/2x8/fp32",
+        "only in the new file: layer_norm/backward/4x8/fp32",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["softmax"], f"expected OP {', '.join(bench.specs())}; got 'softmax'"),
+        (["--sizes", "tiny"], "expected --sizes small, all; got 'tiny'"),
+        (["--dtype", "fp32,int8"], "expected --dtype fp64, fp32, bf16, fp16; got 'int8'"),
+        (["--device", "tpu"], "expected --device cpu, cuda; got 'tpu'"),
+        (["--against", "jax"], f"expected --against {', '.join(_ops.CONTESTANTS)}; got 'jax'"),
+        (["--allocator", "arena"], "expected --allocator reuse, default; got 'arena'"),
+        (["--threads", "0"], "expected --threads above 0; got 0"),
+        (["optim", "--device", "cpu", "--allocator", "default", "--filter", "none"], "no case has "),
+        (["table", "absent.json"], "cannot read absent.json: No such file or directory"),
+        (["table", __file__], f"cannot read {__file__}: expected a result file of bench"),
+        (["--compare", "absent.json", "absent.json"], "cannot read absent.json: No such file or directory"),
+        (["plot", "absent.json", "--output", "x.svg"], "expected --output to end in .png or .html; got x.svg"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, sentence, capsys):
+    assert bench.main(parsed(*arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"bench: {sentence}") and captured.err.count("\n") == 1
+
+
+def test_result_that_cannot_be_written_is_kept_elsewhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_ops.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    assert not _ops.save(tmp_path / "file" / "result.json", "content")
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"bench: cannot write {tmp_path / 'file' / 'result.json'}: ")
+    written = Path(captured.out.removeprefix("written: ").strip())
+    assert written.name == "result.json" and written.read_text() == "content"
+    monkeypatch.setattr(_ops.tempfile, "tempdir", str(tmp_path / "file"))
+    assert not _ops.save(tmp_path / "file" / "result.json", "content")
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_interrupt_keeps_what_was_measured(monkeypatch, capsys):
+    monkeypatch.setattr(_runner, "copy_bandwidth", lambda settings: [{"bytes": 1 << 20, "copy_": 1.0}])
+    spec = doubling(native=native, dlkit=native)
+    (case,) = spec.cases("quick", "cpu")
+
+    def stopped(x):
+        raise KeyboardInterrupt
+
+    other = doubling(native=native, dlkit=stopped)
+    report = _ops.run({"first": (spec, [case]), "second": (other, [case]), "third": (spec, [case])}, QUICK)
+    assert report["interrupted"] and [entry["op"] for entry in report["cases"]] == ["first"]
+    assert "interrupted" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        _ops.run({"second": (other, [case])}, QUICK)
+
+
+def test_case_without_memory_does_not_end_the_run(monkeypatch, capsys):
+    monkeypatch.setattr(_runner, "copy_bandwidth", lambda settings: [{"bytes": 1 << 20, "copy_": 1.0}])
+    spec = doubling(native=native, dlkit=native)
+    (case,) = spec.cases("quick", "cpu")
+    large = doubling(native=native, dlkit=native)
+    large.inputs = lambda case, device, generator: torch.empty(1 << 62)
+    report = _ops.run({"large": (large, [case]), "small": (spec, [case])}, QUICK)
+    assert [entry["contestants"]["dlkit"]["status"] for entry in report["cases"]] == ["error", "ok"]
+    assert "error: dlkit doubling/forward/4x8/fp32: RuntimeError" in capsys.readouterr().out
+
+
+def test_compile_takes_part_once_a_direction_in_quick():
     for name in bench.specs():
-        assert parsed(name, "--sweep").mode == "sweep"
+        spec = _runner.load(name)
+        cases = spec.cases("quick", "cpu")
+        few = _ops.compiled_cases(spec, cases, "quick")
+        ways = {case.direction for case in few}
+        assert "forward" in ways and ways <= {"forward", "backward"}
+        assert len(few) == len(ways) and {case.dtype for case in few} == {"fp32"}
+        assert _ops.compiled_cases(spec, cases, "default") == set(cases)
+
+
+def test_contestants_are_chosen_and_the_absent_named(monkeypatch):
+    case = Case("AdamW", "forward", (1, 64), "fp32")
+    names = lambda **changes: list(_runner.contestants(optim, case, replace(QUICK, **changes)))  # noqa: E731
+    assert names() == ["native", "foreach", "fused", "dlkit"]
+    assert names(against=("fused",)) == ["native", "fused", "dlkit"]
+    assert names(against=(), compile=True) == ["native", "dlkit"]
+    assert names(against=("compile",), compile=True) == ["native", "compile", "dlkit"]
+    assert list(optim.contestants(case, "cuda"))[-1] == "bitsandbytes"
+    assert list(layer_norm.contestants(Case("layer_norm", "forward", (4, 8), "fp32"), "cuda"))[2:] == ["liger", "quack"]
+    monkeypatch.setattr(_ops, "PEERS", {"liger": "no_such_module", "quack": "json"})
+    assert _ops.absent(["native", "liger", "quack"], "cpu") == {"liger": "not installed", "quack": "GPU only"}
+    assert _ops.absent(["native", "quack"], "cuda") == {}
+
+
+def test_peer_that_fails_to_load_is_an_error_of_its_own():
+    spec = doubling(native=native, dlkit=native)
+    found = spec.contestants(None, "cpu")
+    spec.contestants = lambda case, device: found | {"liger": _runner.peer("no_such_module", "f", lambda x: (x,))}
+    entry = _runner.measure(spec, spec.cases("quick", "cpu")[0], QUICK)
+    assert entry["contestants"]["liger"]["message"] == "ModuleNotFoundError: No module named 'no_such_module'"
+    assert entry["contestants"]["dlkit"]["status"] == "ok"
+
+
+def test_page_shows_failures_and_escapes_them(tmp_path):
+    _page = pytest.importorskip("dlkit.bench._page", reason="plotly")
+    report = changed(_report.load(result_file(tmp_path)))
+    forward, backward = (entry["contestants"] for entry in report["cases"])
+    forward["liger"] = {"status": "error", "message": "ValueError: <b> & more"}
+    backward["dlkit"] = {"status": "wrong", "errors": [0.25]}
+    text = _page.html(report)
+    assert '<td class="bad"><b>liger: error</b> ValueError: &lt;b&gt; &amp; more</td>' in text
+    assert '<td class="bad"><b>dlkit: wrong</b> largest error 0.25 of the largest value</td>' in text
+    assert re.search(r'<td class="up" [^>]*>2\.00</td>', text)
+
+
+def test_every_spec_has_cases_of_every_mode():
+    assert {"batch_norm", "group_norm", "layer_norm"} <= set(bench.specs())
+    assert not set(bench.specs()) & set(bench.COMMANDS)
+    for name in bench.specs():
         spec = _runner.load(name)
         for mode in ("quick", "default", "sweep"):
             ids = [case.id for case in spec.cases(mode, "cpu")]
             assert ids and len(ids) == len(set(ids)), (name, mode)
+    small = _ops.chosen(layer_norm, replace(QUICK, mode="sweep"), "small", ["bf16"], "rms_norm")
+    assert small and all(case.dtype == "bf16" and case.numel * 2 <= 1 << 20 for case in small)
+    assert _runner.input_bytes(optim, Case("SGD", "forward", (100, 64, 100, 4096), "bf16")) == 100 * 4160 * 2
 
 
 def test_spec_counts_bytes_and_outputs():
