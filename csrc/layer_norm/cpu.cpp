@@ -377,15 +377,11 @@ Cut cut(const Backward& op) {
   return {max64(1, min64(64, min64(by_work, by_rows)) / tiles), tiles};
 }
 
-// What a row's sums give: grad_input = rstd * (wdy - mean_wdy - centred * slope). centred is x - mean, and where T is
-// of 16 bits (x - mean) * rstd, found as fma(x, rstd, -mean * rstd): what cancels there is far below a rounding to T,
-// and 3 of 22 vector operations an element of backward go.
+// What a row's sums give: grad_input = rstd * (wdy - mean_wdy - (x - mean) * slope).
 template <class A>
 struct RowGradients {
-  A mean_wdy[kLanes<A>], slope[kLanes<A>];  // slope: mean(wdy * centred), times rstd^2 where centred is without rstd
+  A mean_wdy[kLanes<A>], slope[kLanes<A>];  // slope: rstd^2 * mean(wdy * (x - mean))
 };
-template <class T>
-constexpr bool kHasRoom = !std::is_same_v<T, accumulate_t<T>>;
 
 // Of short rows, each in a lane of its own as in forward_short_rows.
 template <class T, int kRows>
@@ -414,7 +410,7 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
     });
   }
   store(found.mean_wdy, op.rms ? V{} : sums_of_lanes(sums) / A(op.cols), All{});
-  store(found.slope, sums_of_lanes(products) * rstds * (kHasRoom<T> ? broadcast<A>(1) : rstds) / A(op.cols), All{});
+  store(found.slope, sums_of_lanes(products) * rstds * rstds / A(op.cols), All{});
 }
 
 // Rows first, first + period, ...; those of `found`, from `place` on, where there are any.
@@ -461,12 +457,10 @@ void backward_group(const Backward& op, const P* weight, int64_t first, int64_t 
         Vector<A> wdy = load(grad_output[r] + i, width);
         if (weight != nullptr) wdy *= load(weight + i, width);
         terms[0] += wdy;
-        const Vector<A> value = load(x[r] + i, width);
-        terms[1] = fma(wdy, kHasRoom<T> ? value : value - mean[r], terms[1]);
+        terms[1] = fma(wdy, load(x[r] + i, width) - mean[r], terms[1]);
       });
       mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
-      const double product = kHasRoom<T> ? totals[1] - double(mean[r]) * totals[0] : totals[1] * double(rstd[r]);
-      slope[r] = A(product * double(rstd[r]) / double(cols));
+      slope[r] = A(totals[1] * double(rstd[r]) * double(rstd[r]) / double(cols));
     }
   }
   for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
@@ -478,9 +472,7 @@ void backward_group(const Backward& op, const P* weight, int64_t first, int64_t 
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Vector<A> dy = load(grad_output[r] + i, width);
-      const Vector<A> value = load(x[r] + i, width);
-      const Vector<A> centred =
-          kHasRoom<T> ? fma(value, broadcast<A>(rstd[r]), broadcast<A>(-mean[r] * rstd[r])) : value - mean[r];
+      const Vector<A> centred = load(x[r] + i, width) - mean[r];
       if constexpr (kInput) {
         Vector<A> dx = fma(centred, broadcast<A>(-slope[r]), fma(dy, w, broadcast<A>(-mean_wdy[r]))) * rstd[r];
         if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
@@ -492,7 +484,7 @@ void backward_group(const Backward& op, const P* weight, int64_t first, int64_t 
                          select<A>(bits.template lanes<A>(element), kept, Vector<A>{}), width);
         }
       }
-      if constexpr (kWeight) weight_sum = fma(dy, kHasRoom<T> ? centred : centred * rstd[r], weight_sum);
+      if constexpr (kWeight) weight_sum = fma(dy, centred * rstd[r], weight_sum);
       if constexpr (kBias) bias_sum += dy;
     }
     if constexpr (kWeight) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);
