@@ -91,7 +91,11 @@ using Packed = typename PackedOf<T>::type;
 DLKIT_INLINE VectorF32 unpack(VectorF32 packed, float) { return packed; }
 DLKIT_INLINE VectorF64 unpack(VectorF64 packed, double) { return packed; }
 DLKIT_INLINE VectorF32 unpack(VectorU16 packed, BFloat16) {
+#if defined(__AVX512F__)  // GCC makes five instructions of __builtin_convertvector
+  return (VectorF32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)packed), 16);
+#else
   return (VectorF32)(__builtin_convertvector(packed, VectorU32) << 16);
+#endif
 }
 DLKIT_INLINE VectorF32 unpack(VectorU16 packed, Float16) {
 #if defined(__AVX512F__)
