@@ -81,7 +81,7 @@ class _Plan:
     def __init__(self, unserved: str = "") -> None:
         self.unserved = unserved  # why only torch's own step will do
         self.runs = torch.classes.dlkit.OptimPlan()
-        self.step = self.runs.step
+        self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
         self.params: list[Any] = []
         self.wrapped = False  # holds DTensors: their local parts are stepped
         self.fresh = False  # holds momentum buffers that no step has filled yet
@@ -496,9 +496,13 @@ class OnePass(Optimizer):
         options = [value for row in rows for value in row]
         if not gather_first:
             self._keep(plan)
-        status: int = plan.step(
-            gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
-        )
+        status: int
+        if gather_first and seed is None and grad_scale is None and found_inf is None and not rates:
+            status = plan.step_plainly(options)
+        else:
+            status = plan.step(
+                gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
+            )
         if plan.fresh and not self._is_skipped(found_inf):
             self._plan = None  # the next one finds full buffers
         return status
@@ -509,7 +513,7 @@ class OnePass(Optimizer):
     def _device_rates(self) -> list[Tensor]:
         """Learning rates that are on a device and stay there, one a group; none where all are numbers."""
         rates = [group["lr"] for group in self.param_groups]
-        if not any(isinstance(rate, Tensor) for rate in rates):
+        if set(map(type, rates)) == {float}:
             return []
         devices = [rate.device for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if not devices:
