@@ -217,24 +217,53 @@ def zero_redundancy(rank, folder):
 
 @case
 def checkpoint(rank, folder):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
     model, data = make_model(), batches()
     expected, _ = reference(model, data, 1e9, lr=0.05)
     model = sharded(model)
     optimizer = dlkit.optim.AdamW(model.parameters(), lr=0.05)
     train(model, optimizer, data[:2], rank)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/checkpoint")
-
-    model = sharded(make_model())
-    optimizer = dlkit.optim.AdamW(model.parameters(), lr=1.0)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/checkpoint")
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    model, optimizer = saved_and_loaded(model, optimizer, f"{folder}/checkpoint", lr=1.0)
     train(model, optimizer, data[2:], rank)
     assert_same(model.parameters(), expected)
+
+
+def saved_and_loaded(model, optimizer, path, **arguments):
+    """A new model and AdamW that hold what a distributed checkpoint of these gave them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    model = sharded(make_model().to(next(model.parameters()).dtype))
+    optimizer = dlkit.optim.AdamW(model.parameters(), **arguments)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    return model, optimizer
+
+
+@case
+def checkpoint_of_masters_and_averages(rank, folder):
+    """A run that was saved half way and loaded goes on with the bits of one that was not."""
+    data, arguments = [x.bfloat16() for x in batches()], {"master_weights": True, "ema_decay": 0.5}
+    model = make_model().bfloat16()
+    first, second = sharded(copy.deepcopy(model)), sharded(model)
+    one = dlkit.optim.AdamW(first.parameters(), lr=0.05, **arguments)
+    two = dlkit.optim.AdamW(second.parameters(), lr=0.05, **arguments)
+    train(first, one, data, rank)
+    train(second, two, data[:2], rank)
+    second, two = saved_and_loaded(second, two, f"{folder}/masters", lr=1.0, **arguments)
+    train(second, two, data[2:], rank)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a.to_local(), b.to_local())
+        assert one.state[a].keys() == two.state[b].keys()
+        for key, state in one.state[a].items():
+            other = two.state[b][key]
+            assert state.dtype == other.dtype
+            if key != "step":
+                assert other.placements == a.placements, key
+                state, other = state.to_local(), other.to_local()
+            assert torch.equal(state, other), key
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
