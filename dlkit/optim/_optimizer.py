@@ -65,6 +65,11 @@ def local(tensor: Any) -> Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
+def host_rate(lr: Any) -> float:
+    """A group's learning rate, or 0 where it is on a device: kernels read it there, and asking would wait for it."""
+    return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step function without the wrapper that runs hooks, which ours has already."""
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
@@ -518,7 +523,12 @@ class OnePass(Optimizer):
         devices = [rate.device for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if not devices:
             return []
-        return [torch.as_tensor(rate, dtype=torch.float32, device=devices[0]).reshape(()) for rate in rates]
+        return [
+            rate.to(devices[0], torch.float32).reshape(())
+            if isinstance(rate, Tensor)
+            else torch.full((), rate, dtype=torch.float32, device=devices[0])  # a copy would stop a graph's recording
+            for rate in rates
+        ]
 
     @torch.no_grad()
     def _norm(self, plan: _Plan, grad_scale: Tensor | None) -> Tensor:
