@@ -4,15 +4,13 @@ Every case runs in each process, with the whole batch at hand; the processes are
 """
 
 import copy
-import time
-import traceback
 import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.processes import run_cases, start
 from torch import nn
 
 import dlkit
@@ -27,31 +25,18 @@ def case(function):
 
 
 def run(rank, folder):
-    """What each process does: every case in turn. Writes what went wrong."""
+    """What each process does."""
     torch.set_num_threads(1)
-    start, timeout = f"file://{folder}/start", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=PROCESSES, timeout=timeout)
-    problems = {}
-    for seed, (name, function) in enumerate(CASES.items()):
-        torch.manual_seed(seed)
-        try:
-            function(rank, folder)
-            problems[name] = None
-        except Exception:
-            problems[name] = traceback.format_exc()
-        torch.save(problems, f"{folder}/{rank}.pt")
+    meeting, timeout = f"file://{folder}/start", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timeout)
+    run_cases(CASES, (rank, folder), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optim")
-    context = mp.start_processes(run, (str(folder),), PROCESSES, join=False, start_method="spawn")
-    deadline = time.monotonic() + 150
-    while not context.join(timeout=1) and time.monotonic() < deadline:
-        pass
-    for process in context.processes:
-        process.kill()
+    start(run, folder, PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
