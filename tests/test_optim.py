@@ -1156,3 +1156,65 @@ def test_param_groups():
     optimizer = dlkit.optim.AdamW(groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert len(dlkit.optim.param_groups([("w", torch.nn.Parameter(torch.ones(2, 2)))], 0.1)) == 1
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_rate_on_a_device_is_not_asked_for(name):
+    """The meta device has no values to ask for; a GPU would be waited for, which a graph's recording refuses."""
+    optimizer = getattr(dlkit.optim, name)([torch.zeros(3, requires_grad=True)], lr=0.1)
+    (group,) = optimizer.param_groups
+    group["lr"] = torch.tensor(0.1, device="meta")
+    optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)], "lr": 0.5})
+    assert [optimizer._row(group)[OPTIONS.index("lr")] for group in optimizer.param_groups] == [0.0, 0.5]
+    assert [(rate.device.type, rate.dtype) for rate in optimizer._device_rates()] == [("meta", torch.float32)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("AdamW", {"capturable": True, "amsgrad": True}),
+        ("Adam", {"capturable": True, "max_norm": 1.0, "ema_decay": 0.5}),
+        ("SGD", {"momentum": 0.9, "max_norm": 1.0}),
+        ("RMSprop", {"capturable": True, "centered": True}),
+    ],
+)
+def test_a_cuda_graph_replays_as_steps_do(name, arguments):
+    """Learning rate, gradients, clipping and step counters are read on the device at every replay."""
+
+    def make():
+        params = [torch.linspace(-1, 1, n, device="cuda").requires_grad_() for n in (5, 4096, 100_001)]
+        for param in params:
+            param.grad = param.detach() * 3
+        rate = torch.tensor(0.1, device="cuda")
+        return params, rate, getattr(dlkit.optim, name)(params, lr=rate, **arguments)
+
+    (params, rate, optimizer), (expected, expected_rate, eager) = make(), make()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # makes the states, and SGD's buffers full ones
+        for _ in range(2):
+            optimizer.step()
+            eager.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for i in range(3):
+        for param, other in zip(params, expected, strict=True):
+            param.grad.mul_(i + 0.5)
+            other.grad.mul_(i + 0.5)
+        rate.mul_(0.7)
+        expected_rate.mul_(0.7)
+        graph.replay()
+        torch.cuda.set_sync_debug_mode("error")  # nor does a step outside a graph wait
+        try:
+            eager.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for param, other in zip(params, expected, strict=True):
+            assert torch.equal(param, other)
+            for key, state in eager.state[other].items():
+                assert torch.equal(optimizer.state[param][key], state), key
+        if "max_norm" in arguments:
+            assert torch.equal(optimizer.grad_norm, eager.grad_norm)

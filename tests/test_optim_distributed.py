@@ -4,15 +4,13 @@ Every case runs in each process, with the whole batch at hand; the processes are
 """
 
 import copy
-import time
-import traceback
 import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.processes import run_cases, start
 from torch import nn
 
 import dlkit
@@ -27,31 +25,18 @@ def case(function):
 
 
 def run(rank, folder):
-    """What each process does: every case in turn. Writes what went wrong."""
+    """What each process does."""
     torch.set_num_threads(1)
-    start, timeout = f"file://{folder}/start", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=start, rank=rank, world_size=PROCESSES, timeout=timeout)
-    problems = {}
-    for seed, (name, function) in enumerate(CASES.items()):
-        torch.manual_seed(seed)
-        try:
-            function(rank, folder)
-            problems[name] = None
-        except Exception:
-            problems[name] = traceback.format_exc()
-        torch.save(problems, f"{folder}/{rank}.pt")
+    meeting, timeout = f"file://{folder}/start", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timeout)
+    run_cases(CASES, (rank, folder), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optim")
-    context = mp.start_processes(run, (str(folder),), PROCESSES, join=False, start_method="spawn")
-    deadline = time.monotonic() + 150
-    while not context.join(timeout=1) and time.monotonic() < deadline:
-        pass
-    for process in context.processes:
-        process.kill()
+    start(run, folder, PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
@@ -217,24 +202,53 @@ def zero_redundancy(rank, folder):
 
 @case
 def checkpoint(rank, folder):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
     model, data = make_model(), batches()
     expected, _ = reference(model, data, 1e9, lr=0.05)
     model = sharded(model)
     optimizer = dlkit.optim.AdamW(model.parameters(), lr=0.05)
     train(model, optimizer, data[:2], rank)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/checkpoint")
-
-    model = sharded(make_model())
-    optimizer = dlkit.optim.AdamW(model.parameters(), lr=1.0)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/checkpoint")
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    model, optimizer = saved_and_loaded(model, optimizer, f"{folder}/checkpoint", lr=1.0)
     train(model, optimizer, data[2:], rank)
     assert_same(model.parameters(), expected)
+
+
+def saved_and_loaded(model, optimizer, path, **arguments):
+    """A new model and AdamW that hold what a distributed checkpoint of these gave them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    model = sharded(make_model().to(next(model.parameters()).dtype))
+    optimizer = dlkit.optim.AdamW(model.parameters(), **arguments)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    return model, optimizer
+
+
+@case
+def checkpoint_of_masters_and_averages(rank, folder):
+    """A run that was saved half way and loaded goes on with the bits of one that was not."""
+    data, arguments = [x.bfloat16() for x in batches()], {"master_weights": True, "ema_decay": 0.5}
+    model = make_model().bfloat16()
+    first, second = sharded(copy.deepcopy(model)), sharded(model)
+    one = dlkit.optim.AdamW(first.parameters(), lr=0.05, **arguments)
+    two = dlkit.optim.AdamW(second.parameters(), lr=0.05, **arguments)
+    train(first, one, data, rank)
+    train(second, two, data[:2], rank)
+    second, two = saved_and_loaded(second, two, f"{folder}/masters", lr=1.0, **arguments)
+    train(second, two, data[2:], rank)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a.to_local(), b.to_local())
+        assert one.state[a].keys() == two.state[b].keys()
+        for key, state in one.state[a].items():
+            other = two.state[b][key]
+            assert state.dtype == other.dtype
+            if key != "step":
+                assert other.placements == a.placements, key
+                state, other = state.to_local(), other.to_local()
+            assert torch.equal(state, other), key
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")

@@ -7,13 +7,12 @@ import copy
 import inspect
 import os
 import time
-import traceback
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.processes import run_cases, start
 from torch import nn
 
 import dlkit
@@ -29,36 +28,23 @@ def case(function):
 
 
 def run(rank, folder):
-    """What each process does: every case in turn, among three processes and then two. Writes what went wrong."""
+    """What each process does: every case in turn, among three processes and then two."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     for processes in (3, 2):
         if rank >= processes:
             break
-        start = f"file://{folder}/start-{processes}"
-        dist.init_process_group("gloo", init_method=start, rank=rank, world_size=processes, timeout=TIMEOUT)
-        problems = {}
-        for seed, (name, function) in enumerate(CASES.items()):
-            torch.manual_seed(seed)
-            try:
-                function(rank, processes)
-                problems[name] = None
-            except Exception:
-                problems[name] = traceback.format_exc()
-            torch.save(problems, f"{folder}/{processes}-{rank}.pt")
+        meeting = f"file://{folder}/start-{processes}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes, timeout=TIMEOUT)
+        run_cases(CASES, (rank, processes), f"{folder}/{processes}-{rank}.pt")
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sync")
-    context = mp.start_processes(run, (str(folder),), 3, join=False, start_method="spawn")
-    deadline = time.monotonic() + 150
-    while not context.join(timeout=1) and time.monotonic() < deadline:
-        pass
-    for process in context.processes:
-        process.kill()
+    start(run, folder, 3)
     return {
         processes: [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)] for processes in (2, 3)
     }

@@ -484,7 +484,8 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
         auto codes = tile.states[s].elements(i);
 #pragma unroll
         for (int j = 0; j < part; ++j) {
-          codes.at[j].bits = uint8_t(encode(maps[has_sign(Which, s)].midpoints, values[s][i * part + j] / divisor));
+          const bool sign = has_sign(Which, s);
+          codes.at[j].bits = uint8_t(encode(maps[sign].midpoints, sign, values[s][i * part + j] / divisor));
         }
         tile.states[s].set(i, codes);
       }

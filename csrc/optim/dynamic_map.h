@@ -40,13 +40,25 @@ constexpr DynamicMap kSignedMap = make_dynamic_map(true), kUnsignedMap = make_dy
 constexpr uint8_t kSignedZero = 127, kUnsignedZero = 0;
 
 // The code of value / scale: how many midpoints lie below it. A scale of 0 counts as 1; a block with a NaN or an
-// infinity has that as its scale and is NaN throughout.
-DLKIT_HOST_DEVICE int encode(const float* midpoints, float value) {
-  int code = 0;
-  for (int step = 128; step > 0; step /= 2) {
-    if (midpoints[code + step - 1] < value) code += step;
-  }
-  return code;
+// infinity has that as its scale and is NaN throughout. The value's decade and its place in that give the code or a
+// neighbour, and two midpoints tell which: two lookups where a binary search has eight, each waiting for the one
+// before. For GPUs; on a CPU the table of cpu.cpp takes a third of the time.
+DLKIT_HOST_DEVICE int encode(const float* midpoints, bool with_sign, float value) {
+  const float magnitude = with_sign && value < 0 ? -value : value;
+  float power = 1e6f;  // over that of the decade
+  int count = with_sign ? 1 : 2;
+  if (magnitude > 1e-6f) power = 1e5f, count *= 2;
+  if (magnitude > 1e-5f) power = 1e4f, count *= 2;
+  if (magnitude > 1e-4f) power = 1e3f, count *= 2;
+  if (magnitude > 1e-3f) power = 1e2f, count *= 2;
+  if (magnitude > 1e-2f) power = 1e1f, count *= 2;
+  if (magnitude > 1e-1f) power = 1, count *= 2;
+  const float place = (magnitude * power - 0.1f) * (float(count) * (1 / 0.9f));
+  const int rank = count + (place > 0 ? int(place) : 0);  // among the values above zero
+  const int guess = with_sign ? (value < 0 ? 127 - rank : 127 + rank) : rank - 1;
+  const int code = guess < 0 ? 0 : guess;
+  const int below = code - (code > 0 && !(midpoints[code > 0 ? code - 1 : 0] < value));
+  return value != value ? 0 : below + (midpoints[code] < value);
 }
 
 }  // namespace dlkit::optim

@@ -533,6 +533,11 @@ class Plan : public torch::CustomClassHolder {
     return release(0);
   }
 
+  // step() of what is asked for most: each argument of a call from Python takes 0.2 us to convert.
+  int64_t step_plainly(const std::vector<double>& options) {
+    return step(true, options, {}, std::nullopt, 0, std::nullopt, std::nullopt, false, std::nullopt);
+  }
+
   // Lets go of the gradients.
   int64_t release(int64_t status) {
     for (Run& run : runs_) {
@@ -608,6 +613,7 @@ DLKIT_DEFINE_OPS(m) {
       .def("gather", &dlkit::optim::Plan::gather)
       .def("norms", &dlkit::optim::Plan::norms)
       .def("step", &dlkit::optim::Plan::step)
+      .def("step_plainly", &dlkit::optim::Plan::step_plainly)
       .def("release", &dlkit::optim::Plan::release);
 }
 

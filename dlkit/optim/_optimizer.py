@@ -65,6 +65,11 @@ def local(tensor: Any) -> Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
+def host_rate(lr: Any) -> float:
+    """A group's learning rate, or 0 where it is on a device: kernels read it there, and asking would wait for it."""
+    return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step function without the wrapper that runs hooks, which ours has already."""
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
@@ -81,7 +86,7 @@ class _Plan:
     def __init__(self, unserved: str = "") -> None:
         self.unserved = unserved  # why only torch's own step will do
         self.runs = torch.classes.dlkit.OptimPlan()
-        self.step = self.runs.step
+        self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
         self.params: list[Any] = []
         self.wrapped = False  # holds DTensors: their local parts are stepped
         self.fresh = False  # holds momentum buffers that no step has filled yet
@@ -496,9 +501,13 @@ class OnePass(Optimizer):
         options = [value for row in rows for value in row]
         if not gather_first:
             self._keep(plan)
-        status: int = plan.step(
-            gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
-        )
+        status: int
+        if gather_first and seed is None and grad_scale is None and found_inf is None and not rates:
+            status = plan.step_plainly(options)
+        else:
+            status = plan.step(
+                gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
+            )
         if plan.fresh and not self._is_skipped(found_inf):
             self._plan = None  # the next one finds full buffers
         return status
@@ -509,12 +518,17 @@ class OnePass(Optimizer):
     def _device_rates(self) -> list[Tensor]:
         """Learning rates that are on a device and stay there, one a group; none where all are numbers."""
         rates = [group["lr"] for group in self.param_groups]
-        if not any(isinstance(rate, Tensor) for rate in rates):
+        if set(map(type, rates)) == {float}:
             return []
         devices = [rate.device for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if not devices:
             return []
-        return [torch.as_tensor(rate, dtype=torch.float32, device=devices[0]).reshape(()) for rate in rates]
+        return [
+            rate.to(devices[0], torch.float32).reshape(())
+            if isinstance(rate, Tensor)
+            else torch.full((), rate, dtype=torch.float32, device=devices[0])  # a copy would stop a graph's recording
+            for rate in rates
+        ]
 
     @torch.no_grad()
     def _norm(self, plan: _Plan, grad_scale: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkit.optim._optimizer import OnePass
+from dlkit.optim._optimizer import OnePass, host_rate
 
 
 class RMSprop(OnePass, torch.optim.RMSprop):
@@ -44,7 +44,7 @@ class RMSprop(OnePass, torch.optim.RMSprop):
         )
 
     def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        lr, weight_decay, eps = float(group["lr"]), float(group["weight_decay"]), float(group["eps"])
+        lr, weight_decay, eps = host_rate(group["lr"]), float(group["weight_decay"]), float(group["eps"])
         alpha, momentum = float(group["alpha"]), float(group["momentum"])
         average = group.get("ema_decay") or 0.0
         return (lr, weight_decay, eps, 0.0, 0.0, momentum, 0.0, alpha, average, 0.0, 0.0, float(group["maximize"]))

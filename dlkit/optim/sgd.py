@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkit.optim._optimizer import OnePass
+from dlkit.optim._optimizer import OnePass, host_rate
 
 
 class SGD(OnePass, torch.optim.SGD):
@@ -53,7 +53,7 @@ class SGD(OnePass, torch.optim.SGD):
         )
 
     def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        lr, weight_decay, momentum = float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
+        lr, weight_decay, momentum = host_rate(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
         average = group.get("ema_decay") or 0.0
         nesterov, maximize = float(group["nesterov"]), float(group["maximize"])
         return (

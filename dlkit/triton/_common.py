@@ -15,6 +15,15 @@ def accumulate_type(dtype: torch.dtype) -> torch.dtype:
 
 
 @triton.jit
+def divide(numerator, denominator):
+    """Correctly rounded, as an IEEE division is."""
+    if numerator.dtype == tl.float64:
+        return numerator / denominator
+    else:
+        return tl.div_rn(numerator, denominator)
+
+
+@triton.jit
 def inverse_root(variance):
     if variance.dtype == tl.float64:
         return 1.0 / tl.sqrt(variance)

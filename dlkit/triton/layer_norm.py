@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_TYPE, accumulate_type, inverse_root
+from ._common import TRITON_TYPE, accumulate_type, divide, inverse_root
 
 # Widths and strides reach the kernels in units of VEC elements. That tells the compiler which vector loads are safe
 # (Triton itself looks for multiples of 16 only; 1000 columns allow 16-byte loads too), and one binary serves all sizes.
@@ -38,14 +38,6 @@ def _tile(pointer, first, stride, col, VEC: tl.constexpr, ROWS: tl.constexpr, OF
     """Pointers to a tile of ROWS rows: one 64-bit base, and offsets in 32 bits wherever a tile spans no more."""
     row = tl.arange(0, ROWS)[:, None].to(OFFSET)
     return _at(pointer, first, stride, VEC) + (row * (stride.to(OFFSET) * VEC) + col)
-
-
-@triton.jit
-def _divide(numerator, denominator):
-    if numerator.dtype == tl.float64:
-        return numerator / denominator
-    else:
-        return tl.div_rn(numerator, denominator)
 
 
 @triton.jit
@@ -75,18 +67,18 @@ def _forward_rows(
 
     count = cols.to(ACC)
     if not RMS:
-        average = _divide(tl.sum(value, 1, keep_dims=True), count)
+        average = divide(tl.sum(value, 1, keep_dims=True), count)
         value = tl.where(inside, value - average, 0.0)
         if mean is not None:
             tl.store(mean + row, average, mask=row < rows)
     if not RMS and x.dtype.element_ty == ACC:
         # What rounding took from the mean shows where the deviations are small beside it and the type can tell.
         squares, rest = _row_sums(value * value, value)
-        rest = _divide(rest, count)
-        variance = _divide(squares, count) - rest * rest
+        rest = divide(rest, count)
+        variance = divide(squares, count) - rest * rest
         value = tl.where(inside, value - rest, 0.0)
     else:
-        variance = _divide(tl.sum(value * value, 1, keep_dims=True), count)
+        variance = divide(tl.sum(value * value, 1, keep_dims=True), count)
     scale = inverse_root(variance + EPS)
     if rstd is not None:
         tl.store(rstd + row, scale, mask=row < rows)
@@ -134,12 +126,12 @@ def _forward_long_rows(
 
     count = cols.to(ACC)
     if RMS:
-        variance = _divide(tl.sum(deviation, 0), count)
+        variance = divide(tl.sum(deviation, 0), count)
     else:
         lane_count = ((cols - lane + (BLOCK - 1)) // BLOCK).to(ACC)
-        row_average = _divide(tl.sum(average * lane_count, 0), count)
+        row_average = divide(tl.sum(average * lane_count, 0), count)
         shift = average - row_average
-        variance = _divide(tl.sum(deviation + shift * shift * lane_count, 0), count)
+        variance = divide(tl.sum(deviation + shift * shift * lane_count, 0), count)
         if mean is not None:
             tl.store(mean + row, row_average)
     scale = inverse_root(variance + EPS)
@@ -202,10 +194,10 @@ def _backward_rows(
         # Outside the row grad is 0, so neither sum needs a mask.
         if mean is not None:
             grad_total, product_total = _row_sums(grad, grad * xhat)
-            grad -= _divide(grad_total, count)
+            grad -= divide(grad_total, count)
         else:
             product_total = tl.sum(grad * xhat, 1, keep_dims=True)
-        grad = (grad - xhat * _divide(product_total, count)) * scale
+        grad = (grad - xhat * divide(product_total, count)) * scale
         if grad_sum is not None:
             other = tl.load(_tile(grad_sum, first, grad_sum_stride, col, VEC, ROWS, OFFSET), mask=inside, other=0.0)
             grad += other.to(ACC)
@@ -252,8 +244,8 @@ def _backward_long_rows(
         grad_total += grad
         product_total += grad * (xhat * scale)
     count = cols.to(ACC)
-    grad_average = _divide(tl.sum(grad_total, 0), count)
-    product_average = _divide(tl.sum(product_total, 0), count)
+    grad_average = divide(tl.sum(grad_total, 0), count)
+    product_average = divide(tl.sum(product_total, 0), count)
 
     for block in range(blocks):
         start = (blocks - 1 - block) * BLOCK

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_TYPE, accumulate_type
+from ._common import TRITON_TYPE, accumulate_type, divide
 
 _OPTIONS = 12  # a group; csrc/optim/op.cpp says which
 _STATES = 3
@@ -92,14 +92,6 @@ def _power(base, exponent):
         base = base * base
         n = n // 2
     return result
-
-
-@triton.jit
-def _divide(a, b):
-    if a.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
 
 
 @triton.jit
@@ -320,7 +312,7 @@ def _step(
             denominator = tl.fma(_root(v), root_factor + v * 0, small + v * 0)
             if DECOUPLED:
                 p = p * shrink
-            p = tl.fma(_divide(s1, denominator), size + p * 0, p)
+            p = tl.fma(divide(s1, denominator), size + p * 0, p)
         elif ALGORITHM == "sgd":
             if HAS1:
                 s1 = tl.fma(s1, keep + g * 0, g * dampening_rest)
@@ -333,7 +325,7 @@ def _step(
                 s2 = _lerp(s2, g, average_rest)
                 v = tl.fma(-s2, s2, v)
                 v = tl.where(v < 0, 0.0, v)
-            update = _divide(g, _root(v) + small)
+            update = divide(g, _root(v) + small)
             if HAS3:
                 s3 = tl.fma(s3, keep + g * 0, update)
                 update = s3

@@ -1,0 +1,31 @@
+"""Tests in several processes, which are started once for all cases of a file: torch's imports take seconds."""
+
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+
+def start(run, folder: Path, count: int, seconds: float = 150) -> None:
+    """Calls run(rank, folder) in `count` processes and waits for them; after `seconds` they are killed."""
+    context = mp.start_processes(run, (str(folder),), count, join=False, start_method="spawn")
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=1) and time.monotonic() < deadline:
+        pass
+    for process in context.processes:
+        process.kill()
+
+
+def run_cases(cases: dict, arguments: tuple, results: str) -> None:
+    """In a process: every case in turn. `results` holds what went wrong in those done so far, or None, by name."""
+    problems = {}
+    for seed, (name, function) in enumerate(cases.items()):
+        torch.manual_seed(seed)
+        try:
+            function(*arguments)
+            problems[name] = None
+        except Exception:
+            problems[name] = traceback.format_exc()
+        torch.save(problems, results)
