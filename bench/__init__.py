@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import _commands
+
 _FOLDER = Path(__file__).parent
 
 
@@ -22,7 +24,7 @@ def specs() -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what follows `python -m dlkit bench` to `parser`."""
-    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="OP|table|plot")
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="OP|models|calls|table|plot")
     for name in specs():
         command = commands.add_parser(name, help=f"measure {name}: a table here, JSON under --output")
         mode = command.add_mutually_exclusive_group()
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--output", type=Path, default=Path("bench-results"), metavar="PATH", help="folder or .json file to write"
         )
+    _commands.add_parsers(commands)
     table = commands.add_parser("table", help="print a result file as a Markdown table")
     table.add_argument("file", type=Path)
     plot = commands.add_parser("plot", help="draw a result file as a PNG: ratio to native over size")
@@ -52,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command that `add_arguments` parsed. Returns the exit status: 1 where dlkit failed its parity check."""
+    if args.bench_command in _commands.NAMES:
+        return _commands.main(args)
     if args.bench_command not in ("table", "plot"):
         from . import _runner
 

@@ -81,7 +81,7 @@ class Reusing final : public c10::Allocator {
   std::mutex& mutex() { return mutex_; }
 
  private:
-  using Key = std::pair<size_t, uint64_t>;  // size, age
+  using Key = std::pair<size_t, uint64_t>;  // size, and a count that falls: the block freed last comes first
 
   static void* map(size_t n) {
     void* data = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -92,8 +92,7 @@ class Reusing final : public c10::Allocator {
     return data;
   }
 
-  // The smallest kept block of n to 2n bytes, of these the one kept longest. So what is kept of changing sizes adds up
-  // to no more than twice the most that was in use.
+  // The smallest kept block of n to 2n bytes, of these the one freed last, which the caches may still hold.
   void* take(size_t n) {
     const std::lock_guard lock(mutex_);
     const auto found = kept_.lower_bound({n, 0});
@@ -110,7 +109,7 @@ class Reusing final : public c10::Allocator {
     const auto found = used_.find(data);
     if (found == used_.end()) return false;
     c10::profiledCPUMemoryReporter().Delete(data);  // before another thread can be given the block
-    kept_.emplace(Key{found->second, age_++}, data);
+    kept_.emplace(Key{found->second, --count_}, data);
     kept_bytes_ += static_cast<int64_t>(found->second);
     used_.erase(found);
     return true;
@@ -120,7 +119,7 @@ class Reusing final : public c10::Allocator {
   void give_back(int64_t limit) {
     const std::lock_guard lock(mutex_);
     while (kept_bytes_ > limit) {
-      const auto oldest = std::min_element(
+      const auto oldest = std::max_element(
           kept_.begin(), kept_.end(), [](const auto& a, const auto& b) { return a.first.second < b.first.second; });
       munmap(oldest->second, oldest->first.first);
       kept_bytes_ -= static_cast<int64_t>(oldest->first.first);
@@ -134,7 +133,7 @@ class Reusing final : public c10::Allocator {
   std::unordered_map<void*, size_t> used_;
   std::map<Key, void*> kept_;
   int64_t kept_bytes_ = 0;
-  uint64_t age_ = 0;
+  uint64_t count_ = UINT64_MAX;
 };
 
 // Never destroyed: tensors may outlive every static object.
