@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from dlkit.bench import _commands, _models
+from dlkit.bench import _calls, _commands, _models
+from dlkit.bench._runner import Settings
 
 from dlkit import bench
 
@@ -131,3 +132,50 @@ def test_processes_apart():
 
 def _exit(status):
     os._exit(status)
+
+
+def test_calls_of_every_op_agree_with_native_hop_by_hop():
+    """What is timed as one computation is one; dropout draws otherwise, so only its shape is compared."""
+    for name, make in _calls.CASES.items():
+        for n in (1, 4096):
+            levels = make(n)
+            calls = [call for call in (levels.native, levels.module, levels.functional, levels.op) if call]
+            outputs = [call() for call in calls]
+            if not levels.leaves:
+                continue
+            assert len(calls) == 4, name
+            first, *others = [output if isinstance(output, tuple) else (output,) for output in outputs]
+            for other in others:
+                for a, b in zip(first, other, strict=True):
+                    assert a.shape == b.shape and b.requires_grad, name
+                    if "Drop" not in name:
+                        torch.testing.assert_close(a, b)
+
+
+def test_calls_prints_hops_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_calls, "SIZES", (1, 16))
+    monkeypatch.setattr(
+        _calls, "Settings", lambda **_: Settings(budget_s=0.0, sample_s=1e-5, min_rounds=2, warm_up_s=0)
+    )
+    path = tmp_path / "calls.json"
+    assert bench.main(parsed("calls", "--filter", "AddLayerNorm", "--json", str(path))) == 0
+    cases = json.loads(path.read_text())["cases"]
+    assert [(case["op"], case["elements"]) for case in cases] == [
+        (name, n) for name in ("AddLayerNorm", "DropoutAddLayerNorm") for n in (1, 16)
+    ]
+    for case in cases:
+        hops, us = case["hops"], case["us"]
+        assert tuple(hops) == _calls.HOPS
+        assert abs(sum(hops.values()) - us["dlkit_both"]) < 1e-9 * us["dlkit_both"]
+        assert us["native_both"] > 0 and us["native"] > 0
+    assert "AddLayerNorm, 16" in capsys.readouterr().out
+    assert bench.main(parsed("calls", "--filter", "Linear")) == 2
+    assert "expected part of one of LayerNorm, " in capsys.readouterr().err
+
+
+def test_calls_of_an_optimizer_have_no_hops():
+    entry = _calls.measure("AdamW", 16, Settings(budget_s=0.0, sample_s=1e-5, min_rounds=2, warm_up_s=0))
+    assert entry["hops"] == {} and set(entry["us"]) == {"native", "dlkit"}
+    assert _calls.line(entry).startswith("AdamW, 16")
+    entry["rounds_slower_than_native"] = {"forward": 0.8}
+    assert _calls.line(entry).endswith("slower: forward")
