@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("mlp", "cnn", "transformer", "gpt")
-CONTESTANTS = ("native", "native_best", "compile", "dlkit", "ceiling")
+CONTESTANTS = ("native", "native_best", "compile", "dlkit", "dlkit_best", "ceiling")
 NAMES = ("models", "calls")
 
 
