@@ -1,4 +1,5 @@
-"""Benchmarks: `python -m dlkit bench [OP …]` measures, `bench table FILE …` and `bench plot FILE …` show result files.
+"""Benchmarks: `python -m dlkit bench [OP …]` measures ops, `bench models` training steps, `bench calls` single calls;
+`bench table FILE …` and `bench plot FILE …` show result files.
 
 Every file in this folder whose name does not begin with an underscore is the spec of one op: what is measured, on which
 inputs, by whom and against which reference. The runner (`_runner.py`) and the report (`_report.py`) know no op.
@@ -19,6 +20,8 @@ _FOLDER = Path(__file__).parent
 # word: its module in this folder, what it does
 COMMANDS = {
     "table": ("_table", "print result files as Markdown tables"),
+    "models": ("_models", "training steps of four models: time, memory, profile"),
+    "calls": ("_calls", "the cost of one call from Python on small tensors, hop by hop"),
     "plot": ("_plot", "draw result files: a PNG, or the page that --html writes"),
 }
 

@@ -11,7 +11,19 @@ _backends.load()
 
 from dlkit import functional, nn, optim, random  # noqa: E402  (the ops exist only once the library is loaded)
 from dlkit.fusion import fuse  # noqa: E402
+from dlkit.memory import reuse_cpu_memory  # noqa: E402
 from dlkit.surgery import Change, replace, restore  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Change", "__version__", "functional", "fuse", "nn", "optim", "random", "replace", "restore"]
+__all__ = [
+    "Change",
+    "__version__",
+    "functional",
+    "fuse",
+    "nn",
+    "optim",
+    "random",
+    "replace",
+    "restore",
+    "reuse_cpu_memory",
+]

@@ -616,3 +616,13 @@ def test_changed_input_is_noticed():
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "layer", [dlkit.nn.LayerNorm(8), dlkit.nn.GroupNorm(2, 8)], ids=lambda layer: type(layer).__name__
+)
+def test_parametrized_weight_is_used(layer):
+    x = torch.randn(4, 8)
+    plain = layer(x)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Softplus())
+    torch.testing.assert_close(layer(x), plain * torch.nn.functional.softplus(torch.ones(())))

@@ -5,13 +5,15 @@ import torch.fx
 from torch import Tensor
 
 from dlkit import functional as F
+from dlkit.nn.layer_norm import affine
 
 
 class GroupNorm(torch.nn.GroupNorm):
     """:class:`torch.nn.GroupNorm` on fused kernels; see :func:`dlkit.functional.group_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        weight, bias = affine(self)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
 _TorchInstanceNorm = torch.nn.modules.instancenorm._InstanceNorm

@@ -6,11 +6,20 @@ from torch import Tensor
 from dlkit import functional as F
 
 
+def affine(layer: torch.nn.LayerNorm | torch.nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
+    """``layer.weight, layer.bias``, but 1 us faster: a call on a small tensor takes 8."""
+    parameters = layer._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias  # parametrized, or flattened by FSDP
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on fused kernels; see :func:`dlkit.functional.layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = affine(self)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -1,0 +1,163 @@
+// CPU memory that the next tensor reuses. glibc takes blocks above 32 MB from the kernel at every malloc and gives them
+// back at every free, so a fresh output is paid for in page faults: 8,193 of them for 32 MB, more than its LayerNorm.
+// Told by mallopt to keep such blocks in its heap, glibc loses them there: torch asks for aligned blocks, the scraps
+// cut off for the alignment go to small objects, and the freed block is a few bytes too short for the next of its size.
+// A loop that keeps one small tensor a step (a list of losses) then grew by a whole block a step, 3 GB in 48 steps. So
+// blocks of 128 KB and more (what glibc maps at first) get an allocator of their own here: mapped once, kept when
+// freed, handed to the next tensor of at least half the size. In huge pages where the system has them on request.
+#if !defined(DLKIT_CUDA_ON_CPU)
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+namespace dlkit::memory {
+namespace {
+
+constexpr size_t kLeast = 128 << 10;
+constexpr size_t kPage = 4096;
+constexpr int64_t kOff = -1;
+
+void deallocate(void* data);
+
+class Reusing final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t n) override {
+    if (n < kLeast) return under_->allocate(n);
+    n = (n + kPage - 1) / kPage * kPage;
+    void* data = take(n);
+    if (data == nullptr) {
+      data = map(n);
+      if (data == nullptr) {
+        give_back(0);
+        data = map(n);
+      }
+      TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "reuse_cpu_memory: cannot allocate ", n, " bytes");
+      const std::lock_guard lock(mutex_);
+      used_.emplace(data, n);
+    }
+    c10::profiledCPUMemoryReporter().New(data, n);
+    return {data, data, &deallocate, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &deallocate; }
+  void copy_data(void* to, const void* from, size_t n) const override { default_copy_data(to, from, n); }
+
+  void free(void* data) {
+    if (!keep(data)) return under_->raw_deallocate(data);  // a small one, from raw_allocate
+    give_back(std::max<int64_t>(limit_, 0));
+  }
+
+  // Keeps at most `limit` bytes from now on, or with kOff leaves new tensors to the allocator that was there before.
+  int64_t set_limit(int64_t limit) {
+    const int64_t before = limit_.exchange(limit);
+    if (before == kOff && limit != kOff) {
+      under_ = c10::GetCPUAllocator();
+      // What glibc's own rule makes of the first large tensor freed, which it no longer sees: blocks below 32 MB come
+      // from its heap from then on, and the heap shrinks only where 64 MB are free at its end.
+      void* volatile block = std::malloc((32 << 20) - kPage);
+      std::free(block);
+      c10::SetCPUAllocator(this);
+    } else if (before != kOff && limit == kOff) {
+      c10::SetCPUAllocator(under_);
+    }
+    give_back(std::max<int64_t>(limit, 0));
+    return before;
+  }
+
+  int64_t kept_bytes() {
+    const std::lock_guard lock(mutex_);
+    return kept_bytes_;
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  using Key = std::pair<size_t, uint64_t>;  // size, and a count that falls: the block freed last comes first
+
+  static void* map(size_t n) {
+    void* data = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    madvise(data, n, MADV_HUGEPAGE);
+#endif
+    return data;
+  }
+
+  // The smallest kept block of n to 2n bytes, of these the one freed last, which the caches may still hold.
+  void* take(size_t n) {
+    const std::lock_guard lock(mutex_);
+    const auto found = kept_.lower_bound({n, 0});
+    if (found == kept_.end() || found->first.first > 2 * n) return nullptr;
+    void* data = found->second;
+    kept_bytes_ -= static_cast<int64_t>(found->first.first);
+    used_.emplace(data, found->first.first);
+    kept_.erase(found);
+    return data;
+  }
+
+  bool keep(void* data) {
+    const std::lock_guard lock(mutex_);
+    const auto found = used_.find(data);
+    if (found == used_.end()) return false;
+    c10::profiledCPUMemoryReporter().Delete(data);  // before another thread can be given the block
+    kept_.emplace(Key{found->second, --count_}, data);
+    kept_bytes_ += static_cast<int64_t>(found->second);
+    used_.erase(found);
+    return true;
+  }
+
+  // Unmaps the blocks kept longest until `limit` bytes are left.
+  void give_back(int64_t limit) {
+    const std::lock_guard lock(mutex_);
+    while (kept_bytes_ > limit) {
+      const auto oldest = std::max_element(
+          kept_.begin(), kept_.end(), [](const auto& a, const auto& b) { return a.first.second < b.first.second; });
+      munmap(oldest->second, oldest->first.first);
+      kept_bytes_ -= static_cast<int64_t>(oldest->first.first);
+      kept_.erase(oldest);
+    }
+  }
+
+  std::mutex mutex_;
+  c10::Allocator* under_ = nullptr;
+  std::atomic<int64_t> limit_{kOff};
+  std::unordered_map<void*, size_t> used_;
+  std::map<Key, void*> kept_;
+  int64_t kept_bytes_ = 0;
+  uint64_t count_ = UINT64_MAX;
+};
+
+// Never destroyed: tensors may outlive every static object.
+Reusing& reusing() {
+  static Reusing* const instance = [] {
+    auto* made = new Reusing;
+    // A forked worker must not inherit a lock that a thread it does not have was holding.
+    pthread_atfork([] { reusing().mutex().lock(); }, [] { reusing().mutex().unlock(); },
+                   [] { reusing().mutex().unlock(); });
+    return made;
+  }();
+  return *instance;
+}
+
+void deallocate(void* data) { reusing().free(data); }
+
+int64_t set_limit(int64_t limit) { return reusing().set_limit(limit); }
+int64_t kept_bytes() { return reusing().kept_bytes(); }
+
+}  // namespace
+}  // namespace dlkit::memory
+
+TORCH_LIBRARY_FRAGMENT(dlkit, m) {
+  m.def("set_cpu_memory_limit(int limit) -> int", dlkit::memory::set_limit);
+  m.def("kept_cpu_memory() -> int", dlkit::memory::kept_bytes);
+}
+#endif
