@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dlkit
+from dlkit._ops import op as dlkit_op
 
 from . import _arguments, _machine
 from ._runner import Sample, Settings, calibrated, interleave
@@ -37,7 +38,8 @@ from ._runner import Sample, Settings, calibrated, interleave
 SIZES = (1, 16, 256, 4096)
 HOPS = ("module", "functional", "autograd", "dispatch", "kernel", "backward")
 P, EPS = 0.5, 1e-5
-ops: Any = torch.ops.dlkit
+
+batch_norm, group_norm, instance_norm = map(dlkit_op, ("batch_norm", "group_norm", "instance_norm"))
 
 Call = Callable[[], Any]
 
@@ -82,7 +84,7 @@ def _row_norm(n: int, cls: type[nn.Module], add: bool, drop: bool) -> Levels:
     parameters = (norm.weight, norm.bias) if is_layer else (norm.weight,)
     base = "layer_norm" if is_layer else "rms_norm"
     if not add:
-        function, op = getattr(dlkit.functional, base), getattr(ops, base).default
+        function, op = getattr(dlkit.functional, base), dlkit_op(base)
         return _levels(
             (x,),
             norm,
@@ -92,7 +94,7 @@ def _row_norm(n: int, cls: type[nn.Module], add: bool, drop: bool) -> Levels:
         )
     residual = torch.randn(x.shape).requires_grad_()
     name = f"dropout_add_{base}" if drop else f"add_{base}"
-    function, op = getattr(dlkit.functional, name), getattr(ops, name).default
+    function, op = getattr(dlkit.functional, name), dlkit_op(name)
     middle = "DropoutAdd" if drop else "Add"
     module_class = getattr(dlkit.nn, middle + cls.__name__)
     module = module_class(shape, P, eps=EPS, prenorm=True) if drop else module_class(shape, eps=EPS)
@@ -109,7 +111,7 @@ def _row_norm(n: int, cls: type[nn.Module], add: bool, drop: bool) -> Levels:
             native,
             module,
             lambda x, residual: function(x, residual, shape, *parameters, P, EPS, prenorm=True),
-            lambda x, residual: op(x, residual, shape, P, *parameters, EPS, generator=None, stream=None),
+            lambda x, residual: op(x, residual, shape, P, *parameters, EPS, None, None),
         )
     return _levels(
         (x, residual),
@@ -135,7 +137,7 @@ def _batch_norm(n: int, relu: bool) -> Levels:
         (lambda x: torch.relu(norm(x))) if relu else norm,
         twin,
         lambda x: function(x, *state, True, 0.1, EPS),
-        lambda x: ops.batch_norm.default(x, *state, None, counted, True, 0.1, EPS, relu),
+        lambda x: batch_norm(x, *state, None, counted, True, 0.1, EPS, relu),
     )
 
 
@@ -149,7 +151,7 @@ def _group_norm(n: int) -> Levels:
         norm,
         _twin(norm),
         lambda x: dlkit.functional.group_norm(x, groups, *parameters, EPS),
-        lambda x: ops.group_norm.default(x, groups, *parameters, EPS),
+        lambda x: group_norm(x, groups, *parameters, EPS),
     )
 
 
@@ -163,30 +165,32 @@ def _instance_norm(n: int) -> Levels:
         norm,
         _twin(norm),
         lambda x: dlkit.functional.instance_norm(x, None, None, *parameters),
-        lambda x: ops.instance_norm.default(x, None, None, *parameters, True, 0.1, EPS),
+        lambda x: instance_norm(x, None, None, *parameters, True, 0.1, EPS),
     )
 
 
 def _dropout(n: int, cls: type[nn.Module], name: str, mask_ndim: int, alpha: bool) -> Levels:
     x = _leaf(*_rows(n)) if mask_ndim == -1 else _leaf(1, *_rows(n))
     native, function = cls(P), getattr(dlkit.functional, name)
+    op = dlkit_op("dropout")
     return _levels(
         (x,),
         native,
         _twin(native),
         lambda x: function(x, P, True),
-        lambda x: ops.dropout.default(x, P, mask_ndim, alpha, generator=None, stream=None),
+        lambda x: op(x, P, mask_ndim, alpha, None, None),
     )
 
 
 def _dropout_add(n: int) -> Levels:
     x, residual = _leaf(*_rows(n)), _leaf(*_rows(n))
+    op = dlkit_op("dropout_add")
     return _levels(
         (x, residual),
         lambda x, residual: F.dropout(x, P) + residual,
         dlkit.nn.DropoutAdd(P),
         lambda x, residual: dlkit.functional.dropout_add(x, residual, P),
-        lambda x, residual: ops.dropout_add.default(x, residual, P, generator=None, stream=None),
+        lambda x, residual: op(x, residual, P, None, None),
     )
 
 
