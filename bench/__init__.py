@@ -22,6 +22,7 @@ COMMANDS = {
     "table": ("_table", "print result files as Markdown tables"),
     "models": ("_models", "training steps of four models: time, memory, profile"),
     "calls": ("_calls", "the cost of one call from Python on small tensors, hop by hop"),
+    "memory": ("_memory", "what reuse_cpu_memory() gains and costs"),
     "plot": ("_plot", "draw result files: a PNG, or the page that --html writes"),
 }
 
