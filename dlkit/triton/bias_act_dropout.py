@@ -48,6 +48,19 @@ def _gradient(g, x, KIND: tl.constexpr):
         return g * (tl.where(u < 0, e, 1.0) * inverse + x * slope * (e * inverse * inverse))
 
 
+@triton.jit
+def _tile(grad, x, bias, out, index, inside, keep, cols, scale, KIND: tl.constexpr, ACC: tl.constexpr):
+    """``inside``: a mask, or None where all of the tile is."""
+    value = tl.load(x + index, mask=inside).to(ACC)
+    if bias is not None:
+        value += tl.load(bias + index % cols, mask=inside).to(ACC)
+    if grad is not None:
+        value = _gradient(tl.load(grad + index, mask=inside).to(ACC) * scale, value, KIND)
+    else:
+        value = _value(value, KIND) * scale
+    tl.store(out + index, tl.where(keep, value, 0.0).to(out.dtype.element_ty), mask=inside)
+
+
 @_jit
 def _act_drop(
     grad, x, bias, out, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64, cols,
@@ -56,21 +69,18 @@ def _act_drop(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 8)[None, :]
-    index = program * (BLOCKS * 8) + tl.arange(0, BLOCKS)[:, None] * 8 + lane
-    inside = index < numel
-    value = tl.load(x + index, mask=inside, other=0.0).to(ACC)
-    if bias is not None:
-        value += tl.load(bias + index % cols, mask=inside, other=0.0).to(ACC)
-    if grad is not None:
-        value = _gradient(tl.load(grad + index, mask=inside, other=0.0).to(ACC) * scale, value, KIND)
-    else:
-        value = _value(value, KIND) * scale
     if ACTIVE:
         seed, counter = _begin(state, seed, offset, GIVEN)
-        block = program * BLOCKS + tl.arange(0, BLOCKS)
-        kept = _kept_bytes(seed, counter, block, high, low)
-        value = tl.where(((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0, value, 0.0)
-    tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
+        kept = _kept_bytes(seed, counter, program * BLOCKS + tl.arange(0, BLOCKS), high, low)
+        keep = ((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0
+    else:
+        keep = tl.full((BLOCKS, 8), True, tl.int1)
+    start = program * (BLOCKS * 8)
+    index = start + (tl.arange(0, BLOCKS)[:, None] * 8 + lane)
+    if start + BLOCKS * 8 <= numel:
+        _tile(grad, x, bias, out, index, None, keep, cols, scale, KIND, ACC)
+    else:
+        _tile(grad, x, bias, out, index, index < numel, keep, cols, scale, KIND, ACC)
 
 
 def _launch(
