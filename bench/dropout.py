@@ -1,11 +1,12 @@
-"""What is measured of dropout: plain, through the module, and in one pass with a residual add and a norm behind it.
+"""What is measured of dropout: plain, through the module, in one pass with a residual add and a norm behind it, and
+behind a bias and GELU.
 
 Masks differ between contestants. Each one's is read off its own outputs, and what it should have computed with that
 mask is worked out in float64; what its outputs miss that by counts as its error, and its mask must drop about p.
 
 Least bytes of N elements: dropout 2N either way; with the add forward 3N, backward 2N (the residual's gradient is the
 output's own); with the norm 4N forward (read two, write sum and result) and 5N backward (read grad_output, grad_sum and
-the sum, write two).
+the sum, write two); behind an activation 2N forward and 3N backward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
 
 P, EPS = 0.3, 1e-5
 NORMS = ("dropout_add_layer_norm", "dropout_add_rms_norm")
-FUNCTIONS = ("dropout", "dropout_add", *NORMS)
+ACTIVATION = "bias_gelu_dropout"
+FUNCTIONS = ("dropout", "dropout_add", *NORMS, ACTIVATION)
 LARGE = (8192, 4096)
 QUICK = ((16, 64), (256, 1024), (2048, 1024))
 
@@ -46,6 +48,7 @@ def cases(mode: str, device: str) -> list[Case]:
     found += [Case(NORMS[0], way, LARGE, dtype) for way in both for dtype in ("fp32", "bf16")]
     found += [Case(NORMS[1], way, LARGE, "fp32") for way in both]
     found += [Case(NORMS[0], way, (2048, 768), "fp32") for way in both]
+    found += [Case(ACTIVATION, way, (4096, 3072), dtype) for way in both for dtype in ("fp32", "bf16")]
     if mode == "sweep":
         shapes = ((4, 16), (128, 128), (1024, 128), (1000, 1003), (2048, 1024), (8192, 1024))
         found += [
@@ -64,11 +67,15 @@ def memory_cases(device: str) -> list[Case]:
 
 def _tensors(case: Case) -> int:
     """Inputs of the case's shape."""
-    return 1 if case.variant in ("dropout", "Dropout") else 2
+    return 1 if case.variant in ("dropout", "Dropout", ACTIVATION) else 2
 
 
 def _has_bias(case: Case) -> bool:
     return case.variant == "dropout_add_layer_norm"
+
+
+def _parameters(case: Case) -> int:
+    return 1 + _has_bias(case) if case.variant in NORMS else int(case.variant == ACTIVATION)
 
 
 def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
@@ -79,10 +86,8 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
         return values + values.sign() * 0.25  # away from 0, by which a dropped element is known
 
     tensors: list[Tensor] = [normal(*case.shape).requires_grad_() for _ in range(_tensors(case))]
-    outputs = 1
-    if case.variant in NORMS:
-        tensors += [nn.Parameter(normal(case.shape[-1])) for _ in range(1 + _has_bias(case))]
-        outputs = 2
+    tensors += [nn.Parameter(normal(case.shape[-1])) for _ in range(_parameters(case))]
+    outputs = 2 if case.variant in NORMS else 1
     return Inputs(tuple(tensors), tuple(normal(*case.shape) for _ in range(outputs)))
 
 
@@ -98,6 +103,10 @@ def _native_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
 def _native_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     total = nn.functional.dropout(x, P) + residual
     return nn.functional.rms_norm(total, x.shape[-1:], weight, EPS), total
+
+
+def _native_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return nn.functional.dropout(nn.functional.gelu(x + bias), P)
 
 
 def contestants(case: Case, device: str) -> dict[str, Contestant]:
@@ -117,6 +126,7 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
         "dropout": (plain(nn.functional.dropout, P), plain(fused.dropout, P)),
         "Dropout": (plain(nn.Dropout(P)), plain(fused_nn.Dropout(P))),
         "dropout_add": (plain(_native_add), plain(fused.dropout_add, P)),
+        ACTIVATION: (plain(_native_gelu), plain(fused.bias_gelu_dropout, P)),
         "dropout_add_layer_norm": (plain(_native_layer_norm), norm(fused.dropout_add_layer_norm)),
         "dropout_add_rms_norm": (plain(_native_rms_norm), norm(fused.dropout_add_rms_norm)),
     }
@@ -126,6 +136,8 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 def _formula(case: Case, keep: Tensor | None) -> Callable[..., Any]:
     def formula(x: Tensor, *others: Tensor) -> Any:
+        if case.variant == ACTIVATION:
+            x, others = nn.functional.gelu(x + others[0]), ()
         total = x / (1 - P) if keep is None else torch.where(keep, x / (1 - P), 0)
         if others:
             total = total + others[0]
@@ -195,13 +207,14 @@ def tolerances(case: Case) -> Sequence[float]:
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     rows, cols = case.numel // case.shape[-1], case.shape[-1]
     over_row, over_rows = (4 * torch.finfo(dtype).eps + accumulate * count**0.5 for count in (cols, rows))
-    parameters = 1 + _has_bias(case) if case.variant in NORMS else 0
     outputs = [over_row] * (2 if case.variant in NORMS else 1)
-    gradients = [over_row] * _tensors(case) + [over_rows] * parameters
+    gradients = [over_row] * _tensors(case) + [over_rows] * _parameters(case)
     return {"forward": outputs, "backward": gradients, "forward_backward": outputs + gradients}[case.direction]
 
 
 def minimal_bytes(case: Case) -> int:
-    forward, backward = (4, 5) if case.variant in NORMS else (3, 2) if _tensors(case) > 1 else (2, 2)
+    forward, backward = (2, 3) if case.variant == ACTIVATION else (2, 2)
+    if _tensors(case) > 1:
+        forward, backward = (4, 5) if case.variant in NORMS else (3, 2)
     tensors = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[case.direction]
     return tensors * case.numel * case.itemsize

@@ -20,6 +20,7 @@ _instance_norm = op("instance_norm")
 _dropout = op("dropout")
 _dropout_ = op("dropout_")
 _dropout_add = op("dropout_add")
+_bias_act_dropout = op("bias_act_dropout")
 _dropout_add_layer_norm = op("dropout_add_layer_norm")
 _dropout_add_rms_norm = op("dropout_add_rms_norm")
 
@@ -268,6 +269,65 @@ def dropout_add(
         return _dropout_add(input, residual, p, generator, stream)
     except RuntimeError:
         check_tensors("dropout_add", input=input, residual=residual)
+        raise
+
+
+def bias_gelu_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    approximate: str = "none",
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """``dropout(gelu(input + bias))`` in one pass over memory, forward and backward, for what comes out of a matrix
+    product.
+
+    The mask is that of :func:`dropout` for the same generator. Backward works it and the activation out again: input
+    and bias are all that is kept.
+
+    Args:
+        input: ``[*, C]``, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
+        bias: ``[C]``, in the input's dtype or fp32, or None.
+        p, training, generator: as in :func:`dropout`; with p = 0 or in evaluation nothing is dropped or drawn.
+        approximate: "none" or "tanh", as in :func:`torch.nn.functional.gelu`.
+
+    Returns:
+        The input's shape and dtype, contiguous; rounded once.
+
+    Raises:
+        RuntimeError: the shape, dtype or device of ``bias`` does not fit, or ``approximate`` is something else;
+        NotImplementedError: input is not of a floating type; the rest is as :func:`dropout`.
+
+    Source: `Gaussian Error Linear Units <https://arxiv.org/abs/1606.08415>`_.
+    """
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"bias_gelu_dropout(): expected approximate to be none or tanh, got {approximate!r}")
+    return _activate("bias_gelu_dropout", input, bias, 1 if approximate == "none" else 2, p, training, generator)
+
+
+def bias_relu_dropout(
+    input: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """``dropout(relu(input + bias))`` in one pass over memory; see :func:`bias_gelu_dropout`."""
+    return _activate("bias_relu_dropout", input, bias, 0, p, training, generator)
+
+
+def _activate(
+    name: str, input: Tensor, bias: Tensor | None, activation: int, p: float, training: bool, generator: Any
+) -> Tensor:
+    check_probability(name, p)
+    own, stream = split_generator(name, generator)
+    try:
+        return _bias_act_dropout(input, bias, activation, p if training else 0.0, own, stream)
+    except RuntimeError:
+        check_tensors(name, input=input, **({} if bias is None else {"bias": bias}))
         raise
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dlkit
+from dlkit.nn.transformer import feed_forward
 
 
 class BasicBlock(nn.Module):
@@ -744,3 +745,19 @@ def test_transformer_layers_that_cannot_be_fused_are_left():
     stack = dlkit.fuse(torch.nn.TransformerEncoder(made(), 2, enable_nested_tensor=False))
     assert all(type(layer) is dlkit.nn.TransformerEncoderLayer for layer in stack.layers)
     stack(torch.randn(2, 3, 16)).sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, "hooked"])
+def test_feed_forward_takes_the_activation_along(activation):
+    """The same mask and values as the dropout behind the activation; a dropout with a hook is called."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, 0.4, "relu" if activation == "hooked" else activation)
+    seen = []
+    if activation == "hooked":
+        layer.dropout.register_forward_hook(lambda *arguments: seen.append(1))
+    x = torch.randn(5, 3, 16)
+    with dlkit.random.use(dlkit.random.Philox(1)):
+        y = feed_forward(dlkit.replace(layer), x)
+    with dlkit.random.use(dlkit.random.Philox(1)):
+        hidden = dlkit.functional.dropout(layer.activation(layer.linear1(x)), 0.4)
+    torch.testing.assert_close(y, layer.linear2(hidden))
+    assert len(seen) == (activation == "hooked")

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from . import batch_norm, dropout, layer_norm, optim
+from . import batch_norm, bias_act_dropout, dropout, layer_norm, optim
 
-FUNCTIONS = {**layer_norm.FUNCTIONS, **batch_norm.FUNCTIONS, **dropout.FUNCTIONS, **optim.FUNCTIONS}
+FUNCTIONS = {
+    **layer_norm.FUNCTIONS,
+    **batch_norm.FUNCTIONS,
+    **dropout.FUNCTIONS,
+    **bias_act_dropout.FUNCTIONS,
+    **optim.FUNCTIONS,
+}
 
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
 

@@ -54,6 +54,19 @@ def _lane_masks(w0, w1, w2, w3, limit):
 
 
 @triton.jit
+def _kept_bytes(seed, counter, block, high, low):
+    """For each block a byte: bit j is set if its element j stays."""
+    w0, w1, w2, w3 = _philox(seed, counter, block)
+    kept = _lane_masks(w0, w1, w2, w3, high)
+    if low != 0:  # 16 bits may not be enough
+        ties = kept ^ _lane_masks(w0, w1, w2, w3, high + 1)
+        if tl.max(ties, 0) > 0:
+            w0, w1, w2, w3 = _philox(seed, counter + 1, block)
+            kept &= _lane_masks(w0, w1, w2, w3, low) | (ties ^ 0xFF)
+    return kept
+
+
+@triton.jit
 def _own_lane(seed, counter, element):
     """The 16 bits of each element, from a block of its own."""
     w0, w1, w2, w3 = _philox(seed, counter, element // 8)
@@ -98,13 +111,7 @@ def _drop_elements(
     seed, counter = _begin(state, seed, offset, GIVEN)
     program = tl.program_id(0).to(tl.int64)
     block = program * BLOCKS + tl.arange(0, BLOCKS)
-    w0, w1, w2, w3 = _philox(seed, counter, block)
-    kept = _lane_masks(w0, w1, w2, w3, high)
-    if low != 0:  # 16 bits may not be enough
-        ties = kept ^ _lane_masks(w0, w1, w2, w3, high + 1)
-        if tl.max(ties, 0) > 0:
-            w0, w1, w2, w3 = _philox(seed, counter + 1, block)
-            kept &= _lane_masks(w0, w1, w2, w3, low) | (ties ^ 0xFF)
+    kept = _kept_bytes(seed, counter, block, high, low)
     lane = tl.arange(0, 8)[None, :]
     keep = ((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0
 
@@ -216,33 +223,21 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _forward_into(
-    input: Tensor, output: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
-    generator: torch.Generator | None, residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    if input.numel() == 0:
-        return torch.zeros(2, dtype=torch.int64, device=input.device)
+def new_state(input: Tensor, p: float, generator: torch.Generator | None) -> tuple[Tensor, tuple[int, int] | None]:
+    """The state of a call, as ``state`` and ``drawn`` of a launch. Nothing is drawn for p = 0 or 1."""
     state = torch.empty(2, dtype=torch.int64, device=input.device)
-    drawn: tuple[int, int] | None = (0, 0)
-    if p < 1 and _capturing(input):
-        # The generator's numbers are on the device during a capture: drawn there, they differ at each replay.
-        state.random_(-(2**63), None, generator=generator)
-        drawn = None
-    elif p < 1:
-        drawn = _draw(input, generator)
-    _launch(input, output, state, drawn, p, inner, scale, shift, dropped, residual)
-    return state
+    if not 0 < p < 1:
+        return state, (0, 0)
+    if not _capturing(input):
+        return state, _draw(input, generator)
+    # The generator's numbers are on the device during a capture: drawn there, they differ at each replay.
+    return state.random_(-(2**63), None, generator=generator), None
 
 
-def _apply_into(
-    input: Tensor, output: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
-    residual: Tensor | None = None,
-) -> None:  # fmt: skip
-    if input.numel() == 0:
-        return
+def given_state(input: Tensor, state: Tensor) -> tuple[Tensor | None, tuple[int, int] | None]:
+    """A state that exists, as ``state`` and ``drawn`` of a launch."""
     if state.device == input.device:
-        _launch(input, output, state, None, p, inner, scale, shift, dropped, residual)
-        return
+        return state, None
     if state.device.type != "cpu":
         raise RuntimeError(
             f"dropout: expected state on {input.device} (the device of input) or cpu, got {state.device}"
@@ -253,7 +248,26 @@ def _apply_into(
             " mask; use a torch.Generator of the device"
         )
     seed, offset = state.tolist()
-    _launch(input, output, None, (seed, offset), p, inner, scale, shift, dropped, residual)
+    return None, (seed, offset)
+
+
+def _forward_into(
+    input: Tensor, output: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
+    generator: torch.Generator | None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if input.numel() == 0:
+        return torch.zeros(2, dtype=torch.int64, device=input.device)
+    state, drawn = new_state(input, p, generator)
+    _launch(input, output, state, drawn, p, inner, scale, shift, dropped, residual)
+    return state
+
+
+def _apply_into(
+    input: Tensor, output: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    if input.numel() > 0:
+        _launch(input, output, *given_state(input, state), p, inner, scale, shift, dropped, residual)
 
 
 def dropout_forward(

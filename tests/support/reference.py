@@ -1,5 +1,6 @@
 """The formulas of the kernel.h files in NumPy's longdouble (more exact than float64), short enough to check by eye."""
 
+import mpmath
 import numpy as np
 import torch
 from torch import Tensor
@@ -112,3 +113,21 @@ def optimizer_step(name: str, h: dict, t: int, param, grad, state: dict):
     if h["momentum"] > 0:
         update = state["momentum_buffer"] = np.longdouble(h["momentum"]) * state.get("momentum_buffer", zero) + update
     return param - np.longdouble(lr) * update
+
+
+def _normal_distribution(x: np.longdouble) -> np.longdouble:
+    return np.longdouble(mpmath.nstr(mpmath.ncdf(mpmath.mpf(float(x)) + float(x - np.longdouble(float(x)))), 25))
+
+
+def activation(name: str, x: np.ndarray):
+    """relu, gelu or gelu_tanh of x, and its derivative."""
+    if name == "relu":
+        return np.maximum(x, 0), (x > 0).astype(np.longdouble)
+    if name == "gelu":
+        with mpmath.workdps(30):
+            distribution = np.vectorize(_normal_distribution, [np.longdouble])(x)
+        return x * distribution, distribution + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.longdouble(np.pi))
+    # (1 + tanh(u)) / 2 is the logistic function of 2 u.
+    factor, cubic = np.sqrt(8 / np.longdouble(np.pi)), np.longdouble(0.044715)
+    share = 1 / (1 + np.exp(-factor * (x + cubic * x**3)))
+    return x * share, share + x * share * (1 - share) * factor * (1 + 3 * cubic * x**2)

@@ -166,6 +166,23 @@ def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], ob
         yield "runs of 65536", True, partial(apply, 65536, 65536)
 
 
+def _bias_act_dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Both directions of each activation, with a bias and without."""
+    import torch
+
+    op = _load("bias_act_dropout")
+    x, bias = torch.zeros(16, 512, dtype=getattr(torch, dtype_name)), torch.zeros(512, dtype=getattr(torch, dtype_name))
+
+    def both(activation: int, bias: torch.Tensor | None) -> None:
+        _, state = op.bias_act_dropout_forward(x, bias, None, activation, 0.1)
+        op.bias_act_dropout_backward(x, x, bias, state, activation, 0.1, False)
+
+    yield "gelu", True, partial(both, 1, bias)
+    if dtype_name == "bfloat16":
+        yield "relu", True, partial(both, 0, bias)
+        yield "tanh, no bias", True, partial(both, 2, None)
+
+
 def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """Each algorithm with all its states, and what a 16-bit parameter and 8-bit states add."""
     import torch
@@ -212,6 +229,7 @@ CASES = (
     _layer_norm_cases,
     _batch_norm_cases,
     _dropout_cases,
+    _bias_act_dropout_cases,
     _optim_cases,
 )
 

@@ -1,0 +1,212 @@
+// dropout(act(x + bias)) on the CPU. Chunks of kChunk elements: their keep bits first, then row by row what lies in
+// them. Bytes moved: x and y, each once; backward x, grad_output and grad_input, each once, and one partial row of
+// grad_bias a block of rows, summed in a fixed order.
+#include "../common/cpu/cache.h"
+#include "../common/cpu/math.h"
+#include "../common/cpu/parallel.h"
+#include "../common/cpu/philox.h"
+#include "../common/dispatch.h"
+#include "kernel.h"
+
+namespace dlkit::bias_act_dropout {
+namespace DLKIT_ISA {
+namespace {
+
+using namespace dlkit::DLKIT_ISA;
+
+constexpr int64_t kStepElements = kKeepStep * kBlockElements;
+constexpr int64_t kChunk = 2048;
+
+// act(x), and g * act'(x).
+template <class A, Activation kActivation>
+struct Act {
+  using V = Vector<A>;
+  // The logistic function of 2 sqrt(2 / pi) (x + 0.044715 x^3), which is (1 + tanh of half of that) / 2.
+  static constexpr A kLinear = A(1.5957691216057308), kCubic = kLinear * A(0.044715);
+
+  DLKIT_INLINE_MEMBER static V value(V x) {
+    if constexpr (kActivation == Activation::Relu) return x <= A(0) ? V{} : x;  // NaN stays
+    if constexpr (kActivation == Activation::Gelu) return x * normal<A>(x).distribution;
+    if constexpr (kActivation == Activation::GeluTanh) {
+      const V u = x * fma(x * x, broadcast<A>(kCubic), broadcast<A>(kLinear));
+      const V e = exp_of_negative<A>(-absolute<A>(u), V{});
+      return x * (u < A(0) ? e : broadcast<A>(1)) * reciprocal(A(1) + e);
+    }
+  }
+
+  DLKIT_INLINE_MEMBER static V gradient(V g, V x) {
+    if constexpr (kActivation == Activation::Relu) return x <= A(0) ? V{} : g;
+    if constexpr (kActivation == Activation::Gelu) {
+      const Normal<A> n = normal<A>(x);
+      return g * fma(x * A(0.3989422804014327), n.exponential, n.distribution);
+    }
+    if constexpr (kActivation == Activation::GeluTanh) {
+      const V square = x * x;
+      const V u = x * fma(square, broadcast<A>(kCubic), broadcast<A>(kLinear));
+      const V e = exp_of_negative<A>(-absolute<A>(u), V{});
+      const V inverse = reciprocal(A(1) + e);
+      const V slope = fma(square, broadcast<A>(3 * kCubic), broadcast<A>(kLinear));
+      return g * fma(x * slope, e * inverse * inverse, (u < A(0) ? e : broadcast<A>(1)) * inverse);
+    }
+  }
+};
+
+// Calls f(element, column, width, the element's keep bits) for each vector of elements [begin, end).
+template <class A, class F>
+DLKIT_INLINE void for_elements(const FusedDropout& dropout, int64_t cols, int64_t begin, int64_t end, const F& f) {
+  alignas(64) uint8_t bits[kChunk / kBlockElements + 8];
+  const PhiloxState state = dropout.active ? read(dropout.source) : PhiloxState{};
+  const PhiloxKeys keys(state);
+  if (!dropout.active) memset(bits, 0xff, sizeof(bits));
+  for (int64_t i = begin; i < end;) {
+    const int64_t first = i / kStepElements * kStepElements, last = min64(end, first + kChunk);
+    for (int64_t step = first; dropout.active && step < last; step += kStepElements) {
+      keep_step(keys, dropout.threshold, uint64_t(step / kBlockElements), bits + (step - first) / kBlockElements);
+    }
+    while (i < last) {
+      const int64_t column = i % cols, count = min64(cols - column, last - i);
+      for_columns<A, 2>(0, count, [&](int64_t k, int, auto width) DLKIT_INLINE_LAMBDA {
+        f(i + k, column + k, width, lanes_at<A>(bits, i + k - first));
+      });
+      i += count;
+    }
+  }
+}
+
+template <class A, class T, class Width>
+DLKIT_INLINE Vector<A> biased(const T* x, int64_t i, const A* bias, int64_t column, Width width) {
+  const Vector<A> v = load(x + i, width);
+  return bias == nullptr ? v : v + load(bias + column, width);
+}
+
+template <class T, Activation kActivation, bool kStream>
+void forward_elements(const Forward& op, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const A* const bias = static_cast<const A*>(op.bias);
+  const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
+  for_elements<A>(op.dropout, op.cols, begin, end,
+                  [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
+                    const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
+                    write<kStream>(static_cast<T*>(op.y) + i,
+                                   select<A>(keep, Act<A, kActivation>::value(x) * scale, Vector<A>{}), width);
+                  });
+  if constexpr (kStream) streaming_fence();
+}
+
+template <class T, Activation kActivation, bool kSum, bool kStream>
+void backward_elements(const Backward& op, int64_t begin, int64_t end, accumulate_t<T>* sums) {
+  using A = accumulate_t<T>;
+  const A* const bias = static_cast<const A*>(op.bias);
+  const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
+  if constexpr (kSum) memset(sums, 0, size_t(op.cols) * sizeof(A));
+  for_elements<A>(op.dropout, op.cols, begin, end,
+                  [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
+                    const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
+                    const Vector<A> g = load(static_cast<const T*>(op.grad_output) + i, width) * scale;
+                    const Vector<A> gradient = select<A>(keep, Act<A, kActivation>::gradient(g, x), Vector<A>{});
+                    write<kStream>(static_cast<T*>(op.grad_input) + i, gradient, width);
+                    if constexpr (kSum) store(sums + column, load(sums + column, width) + gradient, width);
+                  });
+  if constexpr (kStream) streaming_fence();
+}
+
+// Past the caches where the output is larger than them, in whole aligned vectors.
+bool should_stream(const void* output, int64_t rows, int64_t cols, int64_t element) {
+  return rows * cols * element >= streaming_threshold_bytes() && uintptr_t(output) % 64 == 0 &&
+         (rows == 1 || cols * element % 64 == 0);
+}
+
+// Into how many blocks of rows the sums of grad_bias are cut: a function of the shape alone.
+int64_t row_blocks(const Backward& op) {
+  const int64_t by_work = op.rows * op.cols / kGrain, by_rows = max64(op.rows / 8, min64(op.rows, 2));
+  return max64(1, min64(64, min64(by_work, by_rows)));
+}
+
+template <class F>
+void for_chunks(int64_t numel, const F& f) {
+  parallel_for((numel + kChunk - 1) / kChunk, kGrain / kChunk,
+               [&](int64_t begin, int64_t end) { f(begin * kChunk, min64(end * kChunk, numel)); });
+}
+
+template <class F>
+void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::Relu:
+      return f(std::integral_constant<Activation, Activation::Relu>());
+    case Activation::Gelu:
+      return f(std::integral_constant<Activation, Activation::Gelu>());
+    case Activation::GeluTanh:
+      return f(std::integral_constant<Activation, Activation::GeluTanh>());
+  }
+}
+
+}  // namespace
+
+void forward(const Forward& op) {
+  if (op.dropout.state != nullptr) {
+    const PhiloxState state = read(op.dropout.source);
+    op.dropout.state[0] = int64_t(state.seed);
+    op.dropout.state[1] = int64_t(state.offset);
+  }
+  with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    with_activation(op.activation, [&](auto activation) {
+      with_flags(
+          [&](auto stream) {
+            for_chunks(op.rows * op.cols,
+                       [&](int64_t begin, int64_t end) { forward_elements<T, activation, stream>(op, begin, end); });
+          },
+          should_stream(op.y, op.rows, op.cols, sizeof(T)));
+    });
+  });
+}
+
+void backward(const Backward& op) {
+  with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    with_activation(op.activation, [&](auto activation) {
+      with_flags(
+          [&](auto stream) {
+            if (op.grad_bias == nullptr) {
+              return for_chunks(op.rows * op.cols, [&](int64_t begin, int64_t end) {
+                backward_elements<T, activation, false, stream>(op, begin, end, nullptr);
+              });
+            }
+            const int64_t blocks = row_blocks(op);
+            A* const partials = static_cast<A*>(op.partials);
+            parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t block = begin; block < end; ++block) {
+                const int64_t first = op.rows * block / blocks, last = op.rows * (block + 1) / blocks;
+                backward_elements<T, activation, true, stream>(op, first * op.cols, last * op.cols,
+                                                               partials + block * op.cols);
+              }
+            });
+            parallel_for(op.cols, max64(64, kGrain / blocks), [&](int64_t begin, int64_t end) {
+              for_columns<A, 1>(begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+                Vector<A> sum = {};
+                for (int64_t block = 0; block < blocks; ++block) sum += load(partials + block * op.cols + i, width);
+                store(static_cast<A*>(op.grad_bias) + i, sum, width);
+              });
+            });
+          },
+          should_stream(op.grad_input, op.rows, op.cols, sizeof(T)));
+    });
+  });
+}
+
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t partials_bytes(const Backward& op) {
+  return op.grad_bias == nullptr ? 0 : row_blocks(op) * op.cols * (op.dtype == DType::F64 ? 8 : 4);
+}
+#endif
+
+}  // namespace DLKIT_ISA
+
+DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
+DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
+#if defined(DLKIT_ISA_IS_BASELINE)
+int64_t backward_partials_cpu(const Backward& op) { return baseline::partials_bytes(op); }
+#endif
+
+}  // namespace dlkit::bias_act_dropout

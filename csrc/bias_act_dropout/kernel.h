@@ -1,0 +1,51 @@
+// The contract of dropout(act(x + bias)):
+//
+//   forward    y = keep(i) ? act(x + bias) * scale : 0
+//   backward   grad_input = keep(i) ? grad_output * scale * act'(x + bias) : 0, grad_bias = its sum over the rows
+//
+// x, y, grad_output and grad_input are [rows, cols], contiguous; bias and grad_bias [cols], of the accumulation type
+// (fp64 where dtype is F64, else fp32), which is that of all arithmetic. Everything is rounded once. bias may be null:
+// then rows is 1 and cols all there are. i is the logical index of an element, keep() the stream of common/philox.h; an
+// inactive dropout keeps all. What is dropped is 0 whatever it was. Backward works mask and activation out again from
+// x.
+#pragma once
+
+#include "../common/philox.h"
+
+namespace dlkit::bias_act_dropout {
+
+enum class Activation : int64_t { Relu = 0, Gelu = 1, GeluTanh = 2 };
+
+struct Forward {
+  const void* x;
+  const void* bias;  // or null
+  void* y;
+  int64_t rows, cols;
+  FusedDropout dropout;
+  Activation activation;
+  DType dtype;
+};
+
+struct Backward {
+  const void* grad_output;
+  const void* x;
+  const void* bias;  // or null
+  void* grad_input;
+  void* grad_bias;  // or null, as where bias is
+  void* partials;   // as many bytes as backward_partials_*() says
+  int64_t rows, cols;
+  FusedDropout dropout;
+  Activation activation;
+  DType dtype;
+};
+
+void forward_cpu(const Forward& op);
+void backward_cpu(const Backward& op);
+int64_t backward_partials_cpu(const Backward& op);
+
+// `stream` is a cudaStream_t of the current device. Throw std::runtime_error when a launch fails.
+void forward_cuda(const Forward& op, void* stream);
+void backward_cuda(const Backward& op, void* stream);
+int64_t backward_partials_cuda(const Backward& op);
+
+}  // namespace dlkit::bias_act_dropout

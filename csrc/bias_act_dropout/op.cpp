@@ -1,0 +1,277 @@
+// dropout(act(input + bias)) as torch ops. The public one checks its arguments, then calls the forward op, through an
+// autograd node where a gradient is asked for; backward is an op of its own, so that compilers see both. Forward-mode
+// derivatives, torch.func transforms and double backward go through torch's formula with the same mask.
+#include "../common/op.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/zeros.h>
+
+#include "../common/autograd.h"
+#include "../common/random.h"
+#include "kernel.h"
+
+namespace dlkit::bias_act_dropout {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
+void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
+void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
+int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
+#endif
+#if !defined(DLKIT_CUDA_ON_CPU)
+void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
+void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
+int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
+#endif
+
+double scale_of(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+
+// What both kernels' arguments share. A bias of 16 bits is widened here: a row of it is nothing beside the input.
+template <class Op>
+Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t activation, double p) {
+  const Tensor wide = has(bias) ? bias->contiguous().to(accumulate_type(x.scalar_type())) : Tensor();
+  op.x = x.const_data_ptr();
+  op.bias = data_or_null(wide);
+  op.cols = has(bias) ? x.size(-1) : x.numel();
+  op.rows = x.numel() / op.cols;
+  op.dropout.threshold = drop_threshold(p);
+  op.dropout.scale = scale_of(p);
+  op.dropout.active = p > 0;
+  op.activation = static_cast<Activation>(activation);
+  op.dtype = dtype_of(x.scalar_type());
+  return wide;
+}
+
+// Nothing is drawn for nothing: an empty input, p = 0, or p = 1.
+template <class Device>
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bias, const OptionalTensor& state,
+                                   int64_t activation, double p, const OptionalGenerator& generator) {
+  const Device device(input);
+  Tensor y = at::empty(input.sizes(), input.options());
+  const bool draws = p > 0 && p < 1 && input.numel() > 0;
+  Tensor drawn = has(state) ? state->clone()
+                 : draws    ? empty_state(input)
+                            : at::zeros({2}, empty_state(input).options());
+  if (input.numel() == 0) return {std::move(y), std::move(drawn)};
+  const Tensor x = input.contiguous();
+  Forward op{};
+  const Tensor wide = describe(op, x, bias, activation, p);
+  op.y = y.mutable_data_ptr();
+  if (has(state)) {
+    op.dropout.source = source_of(*state, input);
+  } else if (draws) {
+    op.dropout.source = draw(device, input, generator);
+    op.dropout.state = drawn.mutable_data_ptr<int64_t>();
+  }
+  run(device, op);
+  return {std::move(y), std::move(drawn)};
+}
+
+// grad_bias is undefined where it is not asked for.
+template <class Device>
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& bias,
+                                    const Tensor& state, int64_t activation, double p, bool needs_bias) {
+  const Device device(input);
+  Tensor grad_input = at::empty(input.sizes(), input.options());
+  needs_bias = needs_bias && has(bias);
+  if (input.numel() == 0) {
+    return {std::move(grad_input), needs_bias ? at::zeros(bias->sizes(), bias->options()) : Tensor()};
+  }
+  const Tensor x = input.contiguous(), dy = grad_output.contiguous();
+  Backward op{};
+  const Tensor wide = describe(op, x, bias, activation, p);
+  op.grad_output = dy.const_data_ptr();
+  op.grad_input = grad_input.mutable_data_ptr();
+  Tensor sum, partials;
+  if (needs_bias) {
+    sum = at::empty_like(wide);
+    op.grad_bias = sum.mutable_data_ptr();
+    partials = at::empty({partials_bytes(device, op)}, input.options().dtype(at::kByte));
+    op.partials = partials.mutable_data_ptr();
+  }
+  if (p > 0) op.dropout.source = source_of(state, input);
+  run(device, op);
+  return {std::move(grad_input), needs_bias ? sum.to(bias->scalar_type()) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, int64_t,
+                                        double, const OptionalGenerator&) {
+  return {at::empty_symint(input.sym_sizes(), input.options()), empty_state(input)};
+}
+
+std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& input, const OptionalTensor& bias, const Tensor&,
+                                         int64_t, double, bool needs_bias) {
+  return {at::empty_symint(input.sym_sizes(), input.options()),
+          needs_bias && has(bias) ? at::empty_symint(bias->sym_sizes(), bias->options()) : Tensor()};
+}
+
+// act(input + bias) by torch's own ops, in the input's type.
+Tensor activate(const Tensor& input, const OptionalTensor& bias, int64_t activation) {
+  return in_one_type(input, bias, std::nullopt, [&](const Tensor& x, const OptionalTensor& b, const OptionalTensor&) {
+    const Tensor sum = has(b) ? x + *b : x;
+    if (activation == int64_t(Activation::Relu)) return at::relu(sum);
+    return at::gelu(sum, activation == int64_t(Activation::Gelu) ? "none" : "tanh");
+  });
+}
+
+struct BiasActDropoutBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable input, bias, state;
+  int64_t activation = 0;
+  double p = 0;
+
+  std::string name() const override { return "DlkitBiasActDropoutBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&input, &bias, &state}) saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(2);
+    const Tensor x = input.unpack(), b = bias.unpack(), drawn = state.unpack();
+    const bool needs_input = task_should_compute_output(0), needs_bias = task_should_compute_output(1);
+    if (at::GradMode::is_enabled()) return differentiable_backward(grads[0], x, b, drawn, {needs_input, needs_bias});
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find_op<decltype(backward_meta)>("bias_act_dropout_backward");
+    auto [grad_input, grad_bias] = op.call(grads[0], x, b, drawn, activation, p, needs_bias);
+    return {needs_input ? grad_input : Tensor(), grad_bias};
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const auto* saved : {&input, &bias, &state}) args.collect(*saved, false);
+    args.collect(activation);
+    args.collect(p);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (auto* saved : {&input, &bias, &state}) swap.before(*saved);
+    variable_list result = apply(variable_list(grads));
+    for (auto* saved : {&input, &bias, &state}) swap.after(*saved);
+    return result;
+  }
+
+  // Under create_graph: dropout's own backward, which is linear, then torch's of the activation.
+  variable_list differentiable_backward(const Tensor& grad_output, const Tensor& x, const Tensor& b,
+                                        const Tensor& drawn, std::array<bool, 2> mask) const {
+    static const auto drop =
+        find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
+    const Tensor grad = p > 0 ? drop.call(grad_output, drawn, p, 1, scale_of(p), 0, 0) : grad_output;
+    const auto found =
+        differentiable_gradients(activate(x, b, activation), grad, {x, b, Tensor()}, {mask[0], mask[1], false});
+    return {found[0], found[1]};
+  }
+};
+
+// torch's formula with this library's mask, for what has no kernel here, torch.func transforms and forward mode.
+Tensor formula(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
+               const OptionalGenerator& generator, const OptionalTensor& stream) {
+  static const auto drop =
+      find_op<Tensor(const Tensor&, double, int64_t, bool, const OptionalGenerator&, const OptionalTensor&)>("dropout");
+  const Tensor y = activate(input, bias, activation);
+  return p > 0 ? drop.call(y, p, -1, false, generator, stream) : y;
+}
+
+void check(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
+           const OptionalGenerator& generator, const OptionalTensor& stream) {
+  constexpr auto name = "bias_act_dropout";
+  check_dropout(name, input, p, generator, stream);
+  TORCH_CHECK_VALUE(activation >= 0 && activation <= 2, name, "(): expected activation 0, 1 or 2, got ", activation);
+  if (!has(bias)) return;
+  TORCH_CHECK(input.dim() > 0 && bias->dim() == 1 && bias->sym_size(0) == input.sym_size(-1), name,
+              "(): expected bias of one dimension, as long as the last one of input ", input.sym_sizes(),
+              ", got shape ", bias->sym_sizes());
+  TORCH_CHECK(bias->device() == input.device(), name, "(): expected bias on ", input.device(),
+              " (the device of input), got ", bias->device());
+  check_parameter_types(name, input, std::nullopt, bias);
+}
+
+Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
+                        const OptionalGenerator& generator, const OptionalTensor& stream) {
+  check(input, bias, activation, p, generator, stream);
+  static const auto op = find_op<decltype(forward_meta)>("bias_act_dropout_forward");
+  if (needs_native(op, input, bias)) return formula(input, bias, activation, p, generator, stream);
+  const OptionalTensor drawn = p > 0 ? draw_for(input, p, stream) : std::nullopt;
+  const bool graph = any_requires_grad(input, bias);
+  const auto node = make_node<BiasActDropoutBackward>();
+  if (graph) {
+    node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
+    node->activation = activation;
+    node->p = p;
+  }
+  std::tuple<Tensor, Tensor> result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = op.call(input, bias, drawn, activation, p, generator);
+  }
+  auto& [y, state] = result;
+  if (graph) {
+    torch::autograd::set_history(y, node);
+    node->input = torch::autograd::SavedVariable(input, false);
+    if (has(bias)) node->bias = torch::autograd::SavedVariable(*bias, false);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return std::move(y);
+}
+
+Tensor bias_act_dropout_vmap(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
+                             const OptionalGenerator& generator, const OptionalTensor& stream) {
+  check(input, bias, activation, p, generator, stream);
+  return formula(input, bias, activation, p, generator, stream);
+}
+
+template <class Device>
+void implement_kernels(torch::Library& m) {
+  m.impl("bias_act_dropout_forward", forward<Device>);
+  m.impl("bias_act_dropout_backward", backward<Device>);
+}
+
+}  // namespace
+}  // namespace dlkit::bias_act_dropout
+
+DLKIT_DEFINE_OPS(m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  m.def(
+      "bias_act_dropout(Tensor input, Tensor? bias, int activation, float p, *, Generator? generator=None,"
+      " Tensor(a!)? stream=None) -> Tensor",
+      random);
+  m.def(
+      "bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? state, int activation, float p,"
+      " Generator? generator=None) -> (Tensor y, Tensor state)",
+      random);
+  m.def(
+      "bias_act_dropout_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor state, int activation,"
+      " float p, bool needs_bias) -> (Tensor grad_input, Tensor grad_bias)",
+      tags);
+}
+
+#if defined(DLKIT_CUDA_ON_CPU)
+DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::bias_act_dropout::implement_kernels<dlkit::CudaDevice>(m); }
+#else
+DLKIT_IMPLEMENT_OPS(CPU, m) {
+  if (dlkit::cpu_kernels_wanted()) dlkit::bias_act_dropout::implement_kernels<dlkit::CpuDevice>(m);
+}
+#if defined(DLKIT_WITH_CUDA)
+DLKIT_IMPLEMENT_OPS(CUDA, m) {
+  if (dlkit::cuda_kernels_wanted()) dlkit::bias_act_dropout::implement_kernels<dlkit::CudaDevice>(m);
+}
+#endif
+#endif
+
+DLKIT_IMPLEMENT_OPS(Meta, m) {
+  m.impl("bias_act_dropout_forward", dlkit::bias_act_dropout::forward_meta);
+  m.impl("bias_act_dropout_backward", dlkit::bias_act_dropout::backward_meta);
+}
+DLKIT_IMPLEMENT_OPS(Autograd, m) { m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
+  m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout);
+}
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout_vmap); }

@@ -1,0 +1,137 @@
+"""dropout(act(x + bias)) in Triton, over the contract of csrc/bias_act_dropout/kernel.h and the random bits of dropout.
+
+One kernel for both directions: a thread draws one Philox block for 8 elements. Each byte is read and written once, but
+for grad_bias: the column sums of grad_input, rounded as it is, as torch's own backward has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import TRITON_TYPE, accumulate_type
+from .dropout import _TILE, _begin, _jit, _kept_bytes, _scale, given_state, new_state
+
+
+@triton.jit
+def _value(x, KIND: tl.constexpr):
+    """act(x); KIND as kernel.h numbers the activations."""
+    if KIND == 0:
+        return tl.where(x <= 0, 0.0, x)  # NaN stays
+    elif KIND == 1:
+        return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    else:
+        u = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
+        e = tl.exp(-tl.abs(u))
+        return x * (tl.where(u < 0, e, 1.0) / (1.0 + e))
+
+
+@triton.jit
+def _gradient(g, x, KIND: tl.constexpr):
+    """g * act'(x)."""
+    if KIND == 0:
+        return tl.where(x <= 0, 0.0, g)
+    elif KIND == 1:
+        distribution = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        return g * (distribution + x * 0.3989422804014327 * tl.exp(-0.5 * x * x))
+    else:
+        square = x * x
+        u = x * (1.5957691216057308 + 0.07135481627260025 * square)
+        e = tl.exp(-tl.abs(u))
+        inverse = 1.0 / (1.0 + e)
+        slope = 1.5957691216057308 + 0.21406444881780073 * square
+        return g * (tl.where(u < 0, e, 1.0) * inverse + x * slope * (e * inverse * inverse))
+
+
+@triton.jit
+def _tile(grad, x, bias, out, index, inside, keep, cols, scale, KIND: tl.constexpr, ACC: tl.constexpr):
+    """``inside``: a mask, or None where all of the tile is."""
+    value = tl.load(x + index, mask=inside).to(ACC)
+    if bias is not None:
+        value += tl.load(bias + index % cols, mask=inside).to(ACC)
+    if grad is not None:
+        value = _gradient(tl.load(grad + index, mask=inside).to(ACC) * scale, value, KIND)
+    else:
+        value = _value(value, KIND) * scale
+    tl.store(out + index, tl.where(keep, value, 0.0).to(out.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _act_drop(
+    grad, x, bias, out, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64, cols,
+    scale,
+    GIVEN: tl.constexpr, ACTIVE: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 8)[None, :]
+    if ACTIVE:
+        seed, counter = _begin(state, seed, offset, GIVEN)
+        kept = _kept_bytes(seed, counter, program * BLOCKS + tl.arange(0, BLOCKS), high, low)
+        keep = ((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0
+    else:
+        keep = tl.full((BLOCKS, 8), True, tl.int1)
+    start = program * (BLOCKS * 8)
+    index = start + (tl.arange(0, BLOCKS)[:, None] * 8 + lane)
+    if start + BLOCKS * 8 <= numel:
+        _tile(grad, x, bias, out, index, None, keep, cols, scale, KIND, ACC)
+    else:
+        _tile(grad, x, bias, out, index, index < numel, keep, cols, scale, KIND, ACC)
+
+
+def _launch(
+    grad: Tensor | None, input: Tensor, bias: Tensor | None, activation: int, p: float,
+    state: Tensor | None, drawn: tuple[int, int] | None,
+) -> Tensor:  # fmt: skip
+    """``state`` and ``drawn`` as in dropout's own launch."""
+    output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    if input.numel() == 0:
+        return output
+    accumulate = accumulate_type(input.dtype)
+    # A float argument has 32 bits, a constant has 64.
+    kind: Callable[[float], Any] = tl.constexpr if accumulate == torch.float64 else float
+    seed, offset = drawn or (0, 0)
+    threshold = int(p * 2.0**32 + 0.5)
+    tensors = [t if t is None else t.contiguous() for t in (grad, input, bias)]
+    cols = 1 if bias is None else len(bias)
+    with torch.cuda.device_of(input):
+        _act_drop[(triton.cdiv(input.numel(), _TILE),)](
+            *tensors, output, state, seed, offset, threshold >> 16, threshold & 0xFFFF, input.numel(), cols,
+            kind(_scale(p)), GIVEN=drawn is None, ACTIVE=p > 0, KIND=activation, ACC=TRITON_TYPE[accumulate],
+            BLOCKS=_TILE // 8, num_warps=4,
+        )  # fmt: skip
+    return output
+
+
+def bias_act_dropout_forward(
+    input: Tensor, bias: Tensor | None, state: Tensor | None, activation: int, p: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``dropout(act(input + bias))`` with the mask of ``state`` or a new one. Returns (y, state)."""
+    if state is not None:
+        return _launch(None, input, bias, activation, p, *given_state(input, state)), state.clone()
+    if p == 0 or input.numel() == 0:
+        new: tuple[Tensor, Any] = torch.zeros(2, dtype=torch.int64, device=input.device), (0, 0)
+    else:
+        new = new_state(input, p, generator)
+    return _launch(None, input, bias, activation, p, *new), new[0]
+
+
+def bias_act_dropout_backward(
+    grad_output: Tensor, input: Tensor, bias: Tensor | None, state: Tensor, activation: int, p: float, needs_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(grad_input, grad_bias), the latter None where it is not asked for."""
+    grad = _launch(grad_output, input, bias, activation, p, *given_state(input, state))
+    if bias is None or not needs_bias:
+        return grad, None
+    return grad, grad.reshape(-1, len(bias)).sum(0, dtype=accumulate_type(grad.dtype)).to(bias.dtype)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "bias_act_dropout_forward": bias_act_dropout_forward,
+    "bias_act_dropout_backward": bias_act_dropout_backward,
+}
