@@ -38,9 +38,10 @@ def info() -> None:
     print()
     serving = {device: _backends.serving(device) for device in ("cpu", "cuda")}
     width = max(len(backend) for backend, _ in serving.values()) + 2
+    name_width = max(map(len, _backends.OPS)) + 2
     for op in _backends.OPS:
         for device, (backend, reason) in serving.items():
-            print(f"{op:<14}{device:<6}{backend:<{width}}{reason}")
+            print(f"{op:<{name_width}}{device:<6}{backend:<{width}}{reason}")
 
 
 def main() -> int:

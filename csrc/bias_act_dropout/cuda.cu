@@ -144,8 +144,9 @@ Cut cut(const Backward& op) {
   return {std::max<int64_t>(1, std::min(divide_up(op.rows, 4 * thread_rows), 2048 / tiles)), tiles};
 }
 
+// Two blocks a processor: left to itself, ptxas spills at 80 registers for sm_80.
 template <class T, Activation Kind, int Count>
-__global__ void __launch_bounds__(threads) backward_columns(const Backward op, int64_t blocks, int64_t tiles) {
+__global__ void __launch_bounds__(threads, 2) backward_columns(const Backward op, int64_t blocks, int64_t tiles) {
   using A = accumulate_t<T>;
   __shared__ A sums[thread_rows][lanes * Count];
   const PhiloxState state = op.dropout.active ? read(op.dropout.source) : PhiloxState{};
