@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import dlkit
 from dlkit._ops import op as dlkit_op
 
-from . import _arguments, _machine
+from . import _arguments, _machine, _report
 from ._runner import Sample, Settings, calibrated, interleave
 
 SIZES = (1, 16, 256, 4096)
@@ -367,4 +367,4 @@ def main(args: argparse.Namespace) -> int:
     settings = Settings(budget_s=args.budget or 0.3, sample_s=0.0005, warm_up_s=0.01)
     report = run(names, settings)
     path = args.json or Path("bench-results") / f"calls-{_machine.slug(report['machine'])}.json"
-    return _machine.write(path, report)
+    return int(not _report.save(path, report))

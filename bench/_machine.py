@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -110,18 +109,6 @@ def facts(device: str) -> dict[str, Any]:
         machine["liger_kernel"] = _version("liger_kernel")
         machine["quack"] = _version("quack-kernels")
     return machine
-
-
-def write(path: Path, report: dict[str, Any]) -> int:
-    """Writes a result file; the exit status, 1 where that failed: what was printed is all there is then."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        print(f"cannot write {path}: {error}", file=sys.stderr)
-        return 1
-    print(f"written: {path}")
-    return 0
 
 
 def slug(machine: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import dlkit
 from dlkit.lab import models as lab
 
-from . import _arguments, _machine
+from . import _arguments, _machine, _report
 from ._runner import interleave
 
 MAX_NORM, LR = 1.0, 1e-3
@@ -410,6 +410,6 @@ def main(args: argparse.Namespace) -> int:
     contestants = [name for name in CONTESTANTS if name in {"native", "dlkit", *args.against}]
     report = run(args.models, contestants, threads, args.budget or 20.0)
     path = args.json or Path("bench-results") / f"models-{_machine.slug(report['machine'])}.json"
-    status = _machine.write(path, report)
+    status = int(not _report.save(path, report))
     mine = [entry["contestants"].get("dlkit", {}).get("status") for entry in report["models"]]
     return status or int(any(found != "ok" for found in mine))

@@ -6,11 +6,9 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import json
 import logging
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -153,26 +151,6 @@ def run(
     return report
 
 
-def save(path: Path, text: str) -> bool:
-    """Writes `text`; where `path` cannot be written, to a new folder for temporary files. Says where."""
-    try:
-        _write(path, text)
-        return True
-    except OSError as error:
-        print(f"bench: cannot write {path}: {error.strerror or error}", file=sys.stderr)
-    try:
-        _write(Path(tempfile.mkdtemp(prefix="dlkit-bench-")) / path.name, text)
-    except OSError as error:
-        print(f"bench: cannot write it elsewhere: {error.strerror or error}", file=sys.stderr)
-    return False
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"written: {path}")
-
-
 def _result_path(args: argparse.Namespace, report: dict[str, Any]) -> Path:
     """`--json` itself, or in that folder a name made of the ops (unless all were asked for), machine and cases."""
     path: Path = args.json
@@ -233,10 +211,10 @@ def main(args: argparse.Namespace) -> int:
     if not plan:
         raise BadInput(f"no case has --dtype {','.join(dtypes)} and --filter {args.filter!r} in its name")
     report = run(plan, settings, left_out, args.filter)
-    saved = save(_result_path(args, report), json.dumps(report, indent=1, allow_nan=False) + "\n")
+    saved = _report.save(_result_path(args, report), report)
     if args.html:
         from . import _page
 
-        saved = save(args.html, _page.html(report)) and saved
+        saved = _report.save_text(args.html, _page.html(report)) and saved
     right = all(entry["contestants"].get("dlkit", {}).get("status") == "ok" for entry in report["cases"])
     return int(not (saved and right))

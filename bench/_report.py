@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,28 @@ def size(value: float) -> str:
             return f"{value:.0f} {unit}"
         value /= 1024
     return f"{value:.0f} GB"
+
+
+def save(path: Path, report: dict[str, Any]) -> bool:
+    """Writes a result file, as :func:`save_text` does."""
+    return save_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def save_text(path: Path, text: str) -> bool:
+    """Writes `text`; where `path` cannot be written, to a new folder for temporary files. Says where."""
+    try:
+        _write(path, text)
+        return True
+    except OSError as error:
+        print(f"bench: cannot write {path}: {error.strerror or error}", file=sys.stderr)
+    try:
+        _write(Path(tempfile.mkdtemp(prefix="dlkit-bench-")) / path.name, text)
+    except OSError as error:
+        print(f"bench: cannot write it elsewhere: {error.strerror or error}", file=sys.stderr)
+    return False
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"written: {path}")

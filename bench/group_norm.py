@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs, peer
-from .batch_norm import cases_of
+from .batch_norm import cases_of, quick_cases
 
 EPS = 1e-5
 GROUPS = 32
@@ -44,14 +44,7 @@ QUICK = ((2, 64, 4, 4), (8, 64, 14, 14), (32, 64, 28, 28))
 def cases(mode: str, device: str) -> list[Case]:
     both = DIRECTIONS[:2]
     if mode == "quick":
-        shapes = QUICK if device == "cpu" else (*QUICK, (128, 64, 56, 56))
-        found = [
-            case
-            for direction in both
-            for shape in shapes
-            for dtype in (("fp32", "bf16") if shape == shapes[-1] else ("fp32",))
-            for case in cases_of("group_norm", direction, shape, dtype)
-        ]
+        found = quick_cases("group_norm", QUICK, device)
         found += [case for direction in both for case in cases_of("instance_norm", direction, QUICK[-1], "fp32")]
         return [
             *found,

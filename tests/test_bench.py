@@ -385,15 +385,15 @@ def test_bad_input_is_one_line(arguments, sentence, capsys):
 
 
 def test_result_that_cannot_be_written_is_kept_elsewhere(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_ops.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(_report.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "file").touch()
-    assert not _ops.save(tmp_path / "file" / "result.json", "content")
+    assert not _report.save_text(tmp_path / "file" / "result.json", "content")
     captured = capsys.readouterr()
     assert captured.err.startswith(f"bench: cannot write {tmp_path / 'file' / 'result.json'}: ")
     written = Path(captured.out.removeprefix("written: ").strip())
     assert written.name == "result.json" and written.read_text() == "content"
-    monkeypatch.setattr(_ops.tempfile, "tempdir", str(tmp_path / "file"))
-    assert not _ops.save(tmp_path / "file" / "result.json", "content")
+    monkeypatch.setattr(_report.tempfile, "tempdir", str(tmp_path / "file"))
+    assert not _report.save_text(tmp_path / "file" / "result.json", "content")
     assert capsys.readouterr().err.count("\n") == 2
 
 

@@ -128,18 +128,6 @@ void for_chunks(int64_t numel, const F& f) {
                [&](int64_t begin, int64_t end) { f(begin * kChunk, min64(end * kChunk, numel)); });
 }
 
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::Relu:
-      return f(std::integral_constant<Activation, Activation::Relu>());
-    case Activation::Gelu:
-      return f(std::integral_constant<Activation, Activation::Gelu>());
-    case Activation::GeluTanh:
-      return f(std::integral_constant<Activation, Activation::GeluTanh>());
-  }
-}
-
 }  // namespace
 
 void forward(const Forward& op) {

@@ -191,18 +191,6 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 // A grid's blocks loop over what it cannot hold.
 unsigned grid_of(int64_t items) { return unsigned(std::min<int64_t>(divide_up(items, threads), 0x7fffffff)); }
 
-template <class F>
-void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::Relu:
-      return f(std::integral_constant<Activation, Activation::Relu>());
-    case Activation::Gelu:
-      return f(std::integral_constant<Activation, Activation::Gelu>());
-    case Activation::GeluTanh:
-      return f(std::integral_constant<Activation, Activation::GeluTanh>());
-  }
-}
-
 // Calls f with the elements a thread takes together: 8 where rows and addresses allow.
 template <class F>
 void with_count(bool whole, const F& f) {

@@ -10,11 +10,26 @@
 // x.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/philox.h"
 
 namespace dlkit::bias_act_dropout {
 
 enum class Activation : int64_t { Relu = 0, Gelu = 1, GeluTanh = 2 };
+
+// Calls f with the activation as a constant. Internal linkage, for the reason given in scalar.h.
+template <class F>
+[[maybe_unused]] static void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::Relu:
+      return f(std::integral_constant<Activation, Activation::Relu>());
+    case Activation::Gelu:
+      return f(std::integral_constant<Activation, Activation::Gelu>());
+    case Activation::GeluTanh:
+      return f(std::integral_constant<Activation, Activation::GeluTanh>());
+  }
+}
 
 struct Forward {
   const void* x;

@@ -199,25 +199,20 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   static const auto op = find_op<decltype(forward_meta)>("bias_act_dropout_forward");
   if (needs_native(op, input, bias)) return formula(input, bias, activation, p, generator, stream);
   const OptionalTensor drawn = p > 0 ? draw_for(input, p, stream) : std::nullopt;
-  const bool graph = any_requires_grad(input, bias);
-  const auto node = make_node<BiasActDropoutBackward>();
-  if (graph) {
-    node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
-    node->activation = activation;
-    node->p = p;
-  }
-  std::tuple<Tensor, Tensor> result;
-  {
+  const auto call = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = op.call(input, bias, drawn, activation, p, generator);
-  }
-  auto& [y, state] = result;
-  if (graph) {
-    torch::autograd::set_history(y, node);
-    node->input = torch::autograd::SavedVariable(input, false);
-    if (has(bias)) node->bias = torch::autograd::SavedVariable(*bias, false);
-    node->state = torch::autograd::SavedVariable(state, false);
-  }
+    return op.call(input, bias, drawn, activation, p, generator);
+  };
+  if (!any_requires_grad(input, bias)) return std::get<0>(call());
+  const auto node = make_node<BiasActDropoutBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
+  auto [y, state] = call();
+  torch::autograd::set_history(y, node);
+  node->input = torch::autograd::SavedVariable(input, false);
+  if (has(bias)) node->bias = torch::autograd::SavedVariable(*bias, false);
+  node->state = torch::autograd::SavedVariable(state, false);
+  node->activation = activation;
+  node->p = p;
   return std::move(y);
 }
 
