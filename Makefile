@@ -78,7 +78,7 @@ sanitize: install
 	"$$python" -c 'import dlkit._C as library; assert "build/sanitize" in library.__file__, library.__file__' && \
 	"$$python" -m pytest -q -n auto -c ../../pyproject.toml --rootdir ../.. \
 	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py ../../tests/test_dropout.py \
-	  ../../tests/test_dropout_variants.py ../../tests/test_bias_act_dropout.py ../../tests/test_optim.py \
+	  ../../tests/test_dropout_variants.py ../../tests/test_dropblock2d.py ../../tests/test_bias_act_dropout.py ../../tests/test_optim.py \
 	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build, every test, the quick benchmark of every op with
@@ -88,7 +88,7 @@ gpu:
 	DLKIT_BUILD=cuda $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m dlkit info
 	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py tests/test_dropout.py \
-	  tests/test_dropout_variants.py tests/test_bias_act_dropout.py tests/test_optim.py tests/test_optim_launches.py tests/test_surgery.py
+	  tests/test_dropout_variants.py tests/test_dropblock2d.py tests/test_bias_act_dropout.py tests/test_optim.py tests/test_optim_launches.py tests/test_surgery.py
 	$(GPU_PYTHON) -m dlkit bench --quick --device cuda --json bench/results
 	for file in bench/results/*-quick.json; do $(GPU_PYTHON) -m dlkit bench plot $$file || true; done
 

@@ -21,6 +21,8 @@ _dropout = op("dropout")
 _dropout_ = op("dropout_")
 _dropout_add = op("dropout_add")
 _bias_act_dropout = op("bias_act_dropout")
+_dropblock2d = op("dropblock2d")
+_dropblock2d_ = op("dropblock2d_")
 _dropout_add_layer_norm = op("dropout_add_layer_norm")
 _dropout_add_rms_norm = op("dropout_add_rms_norm")
 
@@ -493,7 +495,7 @@ def dropblock2d(
             ``[N, C, H - block_size + 1, W - block_size + 1]``.
 
     Returns:
-        The input's shape, dtype and memory format. Backward keeps a byte an element.
+        The input's shape, dtype and memory format. Backward draws the mask again and keeps none.
 
     Raises:
         ValueError: p is not between 0 and 1, block_size is below 1, or the shape is another; the rest is as
@@ -502,38 +504,14 @@ def dropblock2d(
     Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
     """
     check_probability("dropblock2d", p)
-    if input.dim() != 4:
-        raise ValueError(f"dropblock2d(): expected input [N, C, H, W], got shape {list(input.shape)}")
-    if block_size < 1:
-        raise ValueError(f"dropblock2d(): expected block_size of at least 1, got {block_size}")
-    if not training or p == 0 or input.numel() == 0:
+    check_tensors("dropblock2d", input=input)
+    if not training or p == 0:
         return input
-    dropped = _blocks("dropblock2d", input, p, block_size, generator)
-    scale = dropped.numel() / (dropped.numel() - dropped.sum()).clamp(min=1)
-    scaled = input.mul_(scale) if inplace else input * scale
-    return scaled.masked_fill_(dropped, 0)
-
-
-@torch.no_grad()
-def _blocks(name: str, input: Tensor, p: float, block_size: int, generator: Generator | None) -> Tensor:
-    """DropBlock's mask, True where an element is dropped."""
-    height, width = input.shape[2:]
-    size = min(block_size, height, width)
-    rows, columns = height - size + 1, width - size + 1
-    seeds = input.new_ones((*input.shape[:2], rows, columns), dtype=torch.float32)
-    seeds = _drop(name, seeds, p / size**2 * height * width / (rows * columns), True, True, generator)
-    mask = torch.zeros_like(input, dtype=torch.bool)
-    mask[:, :, :rows, :columns] = seeds == 0
-    # Along one side, then the other, each in steps that double: 6 passes over bytes for a square of 7.
-    for dim in (2, 3):
-        reach = 1
-        while reach < size:
-            step = min(reach, size - reach)
-            grown = mask.clone()
-            rest = input.shape[dim] - step
-            grown.narrow(dim, step, rest).logical_or_(mask.narrow(dim, 0, rest))
-            mask, reach = grown, reach + step
-    return mask
+    own, stream = split_generator("dropblock2d", generator)
+    if inplace:
+        _dropblock2d_(input, p, block_size, own, stream)
+        return input
+    return _dropblock2d(input, p, block_size, own, stream)
 
 
 def _drop(

@@ -3,7 +3,6 @@
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as native
@@ -198,60 +197,6 @@ def test_every_backend_draws_alike(backend):
             states.append(function(torch.ones(count), p, 1, 1.0, 0.0, 0.0, generator)[1])
     states = torch.stack(states).view(2, 4, 2)
     assert torch.equal(*states) and not states[0, :2].any() and states[0, 2, 0] != states[0, 3, 0]
-
-
-# DropBlock: the paper's definition, step by step.
-
-
-def blocks(shape, p, block_size, seed):
-    """Which elements stay."""
-    samples, channels, height, width = shape
-    size = min(block_size, height, width)
-    rows, columns = height - size + 1, width - size + 1
-    gamma = p / size**2 * height * width / (rows * columns)
-    count = samples * channels * rows * columns
-    seeds = ~reference.keep_mask(seed, 0, gamma, count).reshape(samples, channels, rows, columns)
-    keep = np.ones(shape, bool)
-    for n, c, i, j in np.argwhere(seeds):
-        keep[n, c, i : i + size, j : j + size] = False
-    return torch.from_numpy(keep)
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 9, 50])
-def test_dropblock_is_the_paper_s(block_size):
-    shape = (3, 4, 12, 9)
-    keep = blocks(shape, 0.3, block_size, 5)
-    assert 0 < keep.sum() < keep.numel()
-    scale = keep.numel() / keep.sum()
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
-        y = fused.dropblock2d(x, 0.3, block_size, generator=Philox(5))
-        assert torch.equal(y, torch.where(keep, x * scale, 0))
-        assert y.is_contiguous(memory_format=layout)
-        (grad,) = torch.autograd.grad(y.sum(), x)
-        assert torch.equal(grad, torch.where(keep, scale, 0).expand(shape))
-        again = x.detach().clone()
-        assert fused.dropblock2d(again, 0.3, block_size, inplace=True, generator=Philox(5)) is again
-        assert torch.equal(again, y.detach())
-
-
-def test_dropblock_edges():
-    x = torch.full((2, 3, 4, 4), math.nan)
-    assert fused.dropblock2d(x, 0.3, 3, False) is x and fused.dropblock2d(x, 0, 3) is x
-    assert torch.equal(fused.dropblock2d(x, 1.0, 4), torch.zeros(2, 3, 4, 4))
-    assert fused.dropblock2d(x[:0], 0.3, 3).shape == (0, 3, 4, 4)
-    y = fused.dropblock2d(torch.ones(64, 32, 16, 16), 0.2, 5)
-    assert abs(y.mean().item() - 1) < 1e-5 and 0.12 < (y == 0).float().mean() < 0.2
-    for bad in (lambda: fused.dropblock2d(x, 1.5, 3), lambda: fused.dropblock2d(x, 0.5, 0)):
-        with pytest.raises(ValueError, match="expected"):
-            bad()
-    with pytest.raises(ValueError, match="N, C, H, W"):
-        fused.dropblock2d(torch.ones(3, 4), 0.5, 3)
-    module = dlkit.nn.DropBlock2d(0.3, 3)
-    with use(Philox(1)):
-        y = module(torch.ones(2, 3, 8, 8))
-    assert torch.equal(y, fused.dropblock2d(torch.ones(2, 3, 8, 8), 0.3, 3, generator=Philox(1)))
-    assert repr(module) == "DropBlock2d(p=0.3, block_size=3, inplace=False)" and module.eval()(x) is x
 
 
 def test_dropconnect_drops_weights():

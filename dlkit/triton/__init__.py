@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from . import batch_norm, bias_act_dropout, dropout, layer_norm, optim
+from . import batch_norm, bias_act_dropout, dropblock2d, dropout, layer_norm, optim
 
 FUNCTIONS = {
     **layer_norm.FUNCTIONS,
     **batch_norm.FUNCTIONS,
     **dropout.FUNCTIONS,
     **bias_act_dropout.FUNCTIONS,
+    **dropblock2d.FUNCTIONS,
     **optim.FUNCTIONS,
 }
 

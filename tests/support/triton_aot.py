@@ -166,6 +166,17 @@ def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], ob
         yield "runs of 65536", True, partial(apply, 65536, 65536)
 
 
+def _dropblock2d_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Counting and applying, the state drawn and given."""
+    import torch
+
+    op = _load("dropblock2d")
+    x = torch.zeros(2, 3, 28, 28, dtype=getattr(torch, dtype_name))
+    yield "forward", False, partial(op.dropblock2d_forward, x, None, 0.1, 7)
+    if dtype_name == "float32":
+        yield "apply", False, partial(op.dropblock2d_apply, x, torch.zeros(3, dtype=torch.int64), 0.1, 3)
+
+
 def _bias_act_dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """Both directions of each activation, with a bias and without."""
     import torch
@@ -229,6 +240,7 @@ CASES = (
     _layer_norm_cases,
     _batch_norm_cases,
     _dropout_cases,
+    _dropblock2d_cases,
     _bias_act_dropout_cases,
     _optim_cases,
 )

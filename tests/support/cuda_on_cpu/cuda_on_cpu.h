@@ -493,6 +493,21 @@ T __ldg(const T* address) {
   return *address;
 }
 
+// Blocks run one after another and a fiber until it waits, so nothing comes between.
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+template <class T>
+T atomicOr(T* address, T value) {
+  const T old = *address;
+  *address = old | value;
+  return old;
+}
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 inline cudaError_t cudaGetLastError() {

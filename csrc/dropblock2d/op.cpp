@@ -1,0 +1,356 @@
+// DropBlock as torch ops. The public two, dropblock2d and dropblock2d_, check their arguments and call the forward op,
+// through an autograd node where a gradient is asked for. Backward is dropblock2d_apply, the pure function of forward's
+// state (seed, offset, how many elements were dropped), and its own backward as well. Forward-mode derivatives go
+// through a differentiable formula with the same mask; vmap and devices without a kernel through torch's own ops.
+#include "../common/op.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/bernoulli.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include "../common/autograd.h"
+#include "../common/random.h"
+#include "kernel.h"
+
+namespace dlkit::dropblock2d {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
+void run(const CudaDevice& device, const DropBlock2d& op) { dropblock2d_cuda(op, device.stream()); }
+#endif
+#if !defined(DLKIT_CUDA_ON_CPU)
+void run(const CpuDevice&, const DropBlock2d& op) { dropblock2d_cpu(op); }
+#endif
+
+template <class Int>
+struct Corners {  // where a square has room
+  Int size, rows, columns;
+  Corners(const Int& height, const Int& width, int64_t block_size)
+      : size(std::min(std::min(Int(block_size), height), width)), rows(height - size + 1), columns(width - size + 1) {}
+};
+
+// Such that p of all elements would be dropped if no squares overlapped.
+double seed_probability(double p, int64_t height, int64_t width, const Corners<int64_t>& corners) {
+  return p / double(corners.size * corners.size) * double(height * width) / double(corners.rows * corners.columns);
+}
+
+Tensor new_state(const Tensor& input) { return at::zeros({3}, empty_state(input).options()); }
+
+// `drawn`: seed and offset where they are given; `state` receives or, where it is known, gives all three numbers. Other
+// layouts than the two fast ones go through contiguous memory.
+template <class Device>
+void run(const Device& device, const Tensor& input, Tensor& output, double p, int64_t block_size,
+         const OptionalTensor& drawn, const Tensor& state, bool known, const OptionalGenerator& generator) {
+  if (input.numel() == 0) return;
+  const bool by_channels = !input.is_contiguous() && input.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor x = by_channels ? input : input.contiguous();
+  Tensor y = output.strides() == x.strides() ? output : at::empty_like(x);
+  DropBlock2d op{};
+  op.x = x.const_data_ptr();
+  op.y = y.mutable_data_ptr();
+  op.planes = x.size(0) * x.size(1);
+  op.height = x.size(2);
+  op.width = x.size(3);
+  op.channels = by_channels ? x.size(1) : 1;
+  const Corners<int64_t> corners(op.height, op.width, block_size);
+  op.size = corners.size;
+  op.rows = corners.rows;
+  op.columns = corners.columns;
+  const double seeds = seed_probability(p, op.height, op.width, corners);
+  op.threshold = drop_threshold(seeds);
+  if (has(drawn)) {
+    op.source = source_of(*drawn, input);
+  } else if (seeds < 1) {
+    op.source = draw(device, input, generator);
+  }
+  op.state = state.mutable_data_ptr<int64_t>();
+  op.known = known;
+  const Tensor bits = at::zeros({mask_words(op)}, input.options().dtype(at::kInt));
+  op.dropped = reinterpret_cast<uint32_t*>(bits.mutable_data_ptr<int32_t>());
+  op.dtype = dtype_of(x.scalar_type());
+  run(device, op);
+  if (!y.is_same(output)) output.copy_(y);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& drawn, double p, int64_t block_size,
+                                   const OptionalGenerator& generator) {
+  const Device device(input);
+  Tensor y = at::empty_like(input), state = new_state(input);
+  run(device, input, y, p, block_size, drawn, state, false, generator);
+  return {std::move(y), std::move(state)};
+}
+
+template <class Device>
+Tensor forward_(Tensor& input, const OptionalTensor& drawn, double p, int64_t block_size,
+                const OptionalGenerator& generator) {
+  at::assert_no_internal_overlap(input);
+  const Device device(input);
+  Tensor state = new_state(input);
+  run(device, input, input, p, block_size, drawn, state, false, generator);
+  return state;
+}
+
+template <class Device>
+Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t block_size) {
+  const Device device(input);
+  Tensor y = at::empty_like(input);
+  const Tensor here = state.to(input.device());
+  run(device, input, y, p, block_size, here, here, true, std::nullopt);
+  return y;
+}
+
+// Shapes and dtypes of the above, for tracing.
+Tensor state_meta(const Tensor& input) { return at::empty({3}, empty_state(input).options()); }
+
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, double, int64_t,
+                                        const OptionalGenerator&) {
+  return {at::empty_like(input), state_meta(input)};
+}
+
+Tensor forward_meta_(Tensor& input, const OptionalTensor&, double, int64_t, const OptionalGenerator&) {
+  return state_meta(input);
+}
+
+Tensor apply_meta(const Tensor& input, const Tensor&, double, int64_t) { return at::empty_like(input); }
+
+const auto& forward_op() {
+  static const auto op = find_op<decltype(forward_meta)>("dropblock2d_forward");
+  return op;
+}
+
+const auto& apply_op() {
+  static const auto op = find_op<decltype(apply_meta)>("dropblock2d_apply");
+  return op;
+}
+
+struct DropBlock2dBackward : torch::autograd::Node {
+  torch::autograd::SavedVariable state;
+  double p = 0;
+  int64_t block_size = 1;
+
+  std::string name() const override { return "DlkitDropBlock2dBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    state.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined() || !task_should_compute_output(0)) return variable_list(1);
+    if (at::GradMode::is_enabled()) return {apply_op().call(grads[0], state.unpack(), p, block_size)};
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return {apply_op().call(grads[0], state.unpack(), p, block_size)};
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(state, false);
+    args.collect(p);
+    args.collect(block_size);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    swap.before(state);
+    variable_list result = apply(variable_list(grads));
+    swap.after(state);
+    return result;
+  }
+};
+
+// A node for this call, or null where no gradient is asked for.
+auto node_for(const Tensor& input, double p, int64_t block_size) {
+  decltype(make_node<DropBlock2dBackward>()) node;
+  if (!any_requires_grad(input)) return node;
+  node = make_node<DropBlock2dBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input));
+  node->p = p;
+  node->block_size = block_size;
+  return node;
+}
+
+bool has_tangent(const Tensor& input) { return input._fw_grad(0).defined(); }
+
+// What dropblock2d makes of ones: 0 where an element is dropped, else what it is multiplied by.
+template <class F>
+Tensor masked(const Tensor& input, const F& of_ones) {
+  const Tensor factors =
+      of_ones(at::ones_symint(input.sym_sizes(), input.options().dtype(accumulate_type(input.scalar_type()))));
+  return at::where(factors.ne(0), input * factors, 0).to(input.scalar_type());
+}
+
+Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_t block_size) {
+  if (has_tangent(input)) {
+    return masked(input, [&](const Tensor& ones) { return apply_op().call(ones, state, p, block_size); });
+  }
+  const auto node = node_for(input, p, block_size);
+  Tensor y;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    y = apply_op().call(input, state, p, block_size);
+  }
+  if (node) {
+    torch::autograd::set_history(y, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return y;
+}
+
+// By torch's own ops and from torch's own stream: other devices, vmap.
+Tensor native(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
+              const OptionalTensor& stream) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(generator.has_value() && generator->defined()) && !has(stream),
+                              "dropblock2d(): expected no generator for ", input.scalar_type(), " input on ",
+                              input.device(), " or under vmap, where torch's own ops serve; got one");
+  return masked(input, [&](const Tensor& ones) {
+    const Corners<int64_t> corners(input.size(2), input.size(3), block_size);
+    const int64_t size = corners.size, margin = size - 1;
+    const Tensor seeds = at::bernoulli(ones.slice(2, 0, corners.rows).slice(3, 0, corners.columns),
+                                       seed_probability(p, input.size(2), input.size(3), corners));
+    const Tensor dropped =
+        at::max_pool2d(at::constant_pad_nd(seeds, {margin, margin, margin, margin}), {size, size}, {1, 1});
+    const Tensor kept = 1 - dropped;
+    return kept * (double(input.numel()) / kept.sum().clamp_min(1));
+  });
+}
+
+void check(const char* name, const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
+           const OptionalTensor& stream) {
+  check_dropout(name, input, p, generator, stream);
+  TORCH_CHECK_VALUE(input.dim() == 4, name, "(): expected input [N, C, H, W], got shape ", input.sym_sizes());
+  TORCH_CHECK_VALUE(block_size >= 1, name, "(): expected block_size of at least 1, got ", block_size);
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()), name, "(): expected input of a floating type, got ",
+              input.scalar_type());
+}
+
+bool has_kernel(const Tensor& input) {
+  return is_supported(input.scalar_type()) && input.layout() == at::kStrided &&
+         forward_op().hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
+}
+
+Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
+                   const OptionalTensor& stream) {
+  check("dropblock2d", input, p, block_size, generator, stream);
+  if (!has_kernel(input)) return native(input, p, block_size, generator, stream);
+  const OptionalTensor drawn = draw_for(input, 0, stream);
+  if (has_tangent(input)) {
+    return masked(input, [&](const Tensor& ones) {
+      return std::get<0>(forward_op().call(ones, drawn, p, block_size, generator));
+    });
+  }
+  const auto node = node_for(input, p, block_size);
+  std::tuple<Tensor, Tensor> result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    result = forward_op().call(input, drawn, p, block_size, generator);
+  }
+  auto& [y, state] = result;
+  if (node) {
+    torch::autograd::set_history(y, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+  return std::move(y);
+}
+
+void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
+                  const OptionalTensor& stream) {
+  check("dropblock2d_", input, p, block_size, generator, stream);
+  torch::autograd::check_inplace(input, any_requires_grad(input));
+  if (!has_kernel(input) || has_tangent(input)) {
+    input.copy_(dropblock2d(input, p, block_size, generator, stream));
+    return;
+  }
+  at::assert_no_internal_overlap(input);
+  const OptionalTensor drawn = draw_for(input, 0, stream);
+  const auto node = node_for(input, p, block_size);
+  static const auto op = find_op<decltype(forward_meta_)>("dropblock2d_forward_");
+  Tensor state;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    state = op.call(input, drawn, p, block_size, generator);
+  }
+  if (!input.is_inference()) torch::autograd::increment_version(input);
+  if (node) {
+    torch::autograd::rebase_history(input, node);
+    node->state = torch::autograd::SavedVariable(state, false);
+  }
+}
+
+Tensor dropblock2d_vmap(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
+                        const OptionalTensor& stream) {
+  check("dropblock2d", input, p, block_size, generator, stream);
+  return native(input, p, block_size, generator, stream);
+}
+
+template <class Device>
+void implement_kernels(torch::Library& m) {
+  m.impl("dropblock2d_forward", forward<Device>);
+  m.impl("dropblock2d_forward_", forward_<Device>);
+  m.impl("dropblock2d_apply", apply<Device>);
+}
+
+void implement_public(torch::Library& m) {
+  m.impl("dropblock2d", dropblock2d);
+  m.impl("dropblock2d_", dropblock2d_);
+}
+
+}  // namespace
+}  // namespace dlkit::dropblock2d
+
+DLKIT_DEFINE_OPS(m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  m.def(
+      "dropblock2d(Tensor input, float p, int block_size, *, Generator? generator=None, Tensor(a!)? stream=None)"
+      " -> Tensor",
+      random);
+  m.def(
+      "dropblock2d_(Tensor(a!) input, float p, int block_size, *, Generator? generator=None,"
+      " Tensor(b!)? stream=None) -> ()",
+      random);
+  m.def(
+      "dropblock2d_forward(Tensor input, Tensor? state, float p, int block_size, Generator? generator=None)"
+      " -> (Tensor y, Tensor state)",
+      random);
+  m.def(
+      "dropblock2d_forward_(Tensor(a!) input, Tensor? state, float p, int block_size, Generator? generator=None)"
+      " -> Tensor",
+      random);
+  m.def("dropblock2d_apply(Tensor input, Tensor state, float p, int block_size) -> Tensor", tags);
+}
+
+#if defined(DLKIT_CUDA_ON_CPU)
+DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::dropblock2d::implement_kernels<dlkit::CudaDevice>(m); }
+#else
+DLKIT_IMPLEMENT_OPS(CPU, m) {
+  if (dlkit::cpu_kernels_wanted()) dlkit::dropblock2d::implement_kernels<dlkit::CpuDevice>(m);
+}
+#if defined(DLKIT_WITH_CUDA)
+DLKIT_IMPLEMENT_OPS(CUDA, m) {
+  if (dlkit::cuda_kernels_wanted()) dlkit::dropblock2d::implement_kernels<dlkit::CudaDevice>(m);
+}
+#endif
+#endif
+
+DLKIT_IMPLEMENT_OPS(Meta, m) {
+  m.impl("dropblock2d_forward", dlkit::dropblock2d::forward_meta);
+  m.impl("dropblock2d_forward_", dlkit::dropblock2d::forward_meta_);
+  m.impl("dropblock2d_apply", dlkit::dropblock2d::apply_meta);
+}
+DLKIT_IMPLEMENT_OPS(Autograd, m) {
+  dlkit::dropblock2d::implement_public(m);
+  m.impl("dropblock2d_apply", dlkit::dropblock2d::apply_autograd);
+}
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { m.impl("dropblock2d", dlkit::dropblock2d::dropblock2d_vmap); }
