@@ -19,15 +19,22 @@ bool any_requires_grad(const at::Tensor& input, const Optionals&... others) {
   return at::GradMode::is_enabled() && (input.requires_grad() || (required(others) || ...));
 }
 
-// Where only torch's own ops will do: types and devices without a kernel of `op`, torch.func transforms, forward-mode
-// derivatives.
+inline bool has_tangent(const at::Tensor& input) { return input._fw_grad(0).defined(); }
+
+// Whether `op` has a kernel for this type, layout and device.
+template <class Op>
+bool has_kernel(const Op& op, const at::Tensor& input) {
+  return is_supported(input.scalar_type()) && input.layout() == at::kStrided &&
+         op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
+}
+
+// Where only torch's own ops will do: what has no kernel, torch.func transforms, forward-mode derivatives.
 template <class Op, class... Optionals>
 bool needs_native(const Op& op, const at::Tensor& input, const Optionals&... others) {
-  [[maybe_unused]] const auto has_tangent = [](const OptionalTensor& t) { return has(t) && t->_fw_grad(0).defined(); };
-  return !is_supported(input.scalar_type()) || input.layout() != at::kStrided ||
-         !op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device())) ||
+  [[maybe_unused]] const auto with_tangent = [](const OptionalTensor& t) { return has(t) && has_tangent(*t); };
+  return !has_kernel(op, input) ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         input._fw_grad(0).defined() || (has_tangent(others) || ...);
+         has_tangent(input) || (with_tangent(others) || ...);
 }
 
 // The gradients of y with respect to those of `sources` that the mask names, differentiable themselves.

@@ -180,8 +180,6 @@ auto node_for(const Tensor& input, double p, int64_t block_size) {
   return node;
 }
 
-bool has_tangent(const Tensor& input) { return input._fw_grad(0).defined(); }
-
 // What dropblock2d makes of ones: 0 where an element is dropped, else what it is multiplied by.
 template <class F>
 Tensor masked(const Tensor& input, const F& of_ones) {
@@ -234,15 +232,10 @@ void check(const char* name, const Tensor& input, double p, int64_t block_size, 
               input.scalar_type());
 }
 
-bool has_kernel(const Tensor& input) {
-  return is_supported(input.scalar_type()) && input.layout() == at::kStrided &&
-         forward_op().hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
-}
-
 Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
                    const OptionalTensor& stream) {
   check("dropblock2d", input, p, block_size, generator, stream);
-  if (!has_kernel(input)) return native(input, p, block_size, generator, stream);
+  if (!has_kernel(forward_op(), input)) return native(input, p, block_size, generator, stream);
   const OptionalTensor drawn = draw_for(input, 0, stream);
   if (has_tangent(input)) {
     return masked(input, [&](const Tensor& ones) {
@@ -267,7 +260,7 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
                   const OptionalTensor& stream) {
   check("dropblock2d_", input, p, block_size, generator, stream);
   torch::autograd::check_inplace(input, any_requires_grad(input));
-  if (!has_kernel(input) || has_tangent(input)) {
+  if (!has_kernel(forward_op(), input) || has_tangent(input)) {
     input.copy_(dropblock2d(input, p, block_size, generator, stream));
     return;
   }

@@ -268,8 +268,6 @@ auto node_for(const Tensor& input, const Form<c10::SymInt>& form) {
   return node;
 }
 
-bool has_tangent(const Tensor& input) { return input._fw_grad(0).defined(); }
-
 // `keep`: not zero where an element stays.
 Tensor select(const Tensor& input, const Tensor& keep, const Form<c10::SymInt>& form) {
   const auto constant = [&](double value) { return at::scalar_tensor(value, input.options()); };
@@ -334,15 +332,10 @@ Tensor native(const char* name, const Tensor& input, double p, int64_t mask_ndim
   return alpha ? at::feature_alpha_dropout(input, p, true) : at::feature_dropout(input, p, true);
 }
 
-bool has_kernel(const Tensor& input) {
-  return is_supported(input.scalar_type()) && input.layout() == at::kStrided &&
-         forward_op().hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
-}
-
 Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
                const OptionalTensor& stream) {
   const auto form = form_of("dropout", input, p, mask_ndim, alpha, generator, stream);
-  if (!has_kernel(input)) return native("dropout", input, p, mask_ndim, alpha, generator, stream);
+  if (!has_kernel(forward_op(), input)) return native("dropout", input, p, mask_ndim, alpha, generator, stream);
   const OptionalTensor drawn = draw_for(input, p, stream);
   if (has_tangent(input)) {
     const auto keep = std::get<0>(call_forward(ones_like_input(input), drawn, {p, form.inner, 1, 0, 0}, generator));
@@ -405,7 +398,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   const auto form = form_of("dropout_", input, p, mask_ndim, alpha, generator, stream);
   const bool graph = any_requires_grad(input);
   torch::autograd::check_inplace(input, graph);
-  if (!has_kernel(input) || has_tangent(input)) {
+  if (!has_kernel(forward_op(), input) || has_tangent(input)) {
     input.copy_(dropout(input, p, mask_ndim, alpha, generator, stream));
     return;
   }

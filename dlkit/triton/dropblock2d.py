@@ -19,7 +19,7 @@ from ._common import TRITON_TYPE, accumulate_type
 from .dropout import _begin, _kept_bytes, given_state, new_state
 
 _jit = triton.jit(do_not_specialize=["seed", "offset", "high", "low", "blocks", "numel", "rows", "columns", "width"])
-_TILE = 1024  # elements of a program
+_TILE = 512  # elements of a program
 
 
 @_jit
