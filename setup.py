@@ -165,15 +165,17 @@ class Build:
         self.torch_includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
         self.library_folders = [*library_paths()]
         self.libraries = ["c10", "torch", "torch_cpu"]
-        # A folder that stays, so that a second build compiles only what changed.
-        self.folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}")
-        if self.extra:
-            self.folder = self.folder / hashlib.sha256(shlex.join(self.extra).encode()).hexdigest()[:8]
+        # They stay, so that a second build compiles only what changed; kernels know no torch: theirs serve every one.
+        variant = hashlib.sha256(shlex.join(self.extra).encode()).hexdigest()[:8] if self.extra else ""
+        self.folder = Path("build", "objects", name, variant)
+        self.torch_folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}", variant)
         self.commands: dict[Path, list[str]] = {}
 
-    def add(self, source: Path, command: list[str], suffix: str = "") -> None:
-        object_file = self.folder / source.with_name(f"{source.stem}{suffix}.o")
-        compiled = [*command, *self.extra, "-c", str(source), "-o", str(object_file)]
+    def add(self, source: Path, command: list[str], suffix: str = "", *, includes_torch: bool = False) -> None:
+        folder = self.torch_folder if includes_torch else self.folder
+        object_file = folder / source.with_name(f"{source.stem}{suffix}.o")
+        includes = self.torch_includes if includes_torch else []
+        compiled = [*command, *includes, *self.extra, "-c", str(source), "-o", str(object_file)]
         self.commands[object_file] = [*compiled, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
 
     def compile(self) -> None:
@@ -235,7 +237,7 @@ class BuildExtension(build_ext):
                 if cuda_home:
                     build.add(source, nvcc)
             else:
-                build.add(source, [*build.cxx, "-O2", *definitions, *build.torch_includes])
+                build.add(source, [*build.cxx, "-O2", *definitions], includes_torch=True)
 
         output = Path(self.get_ext_fullpath(ext.name))
         build.link(output)
@@ -274,7 +276,7 @@ class BuildCudaOnCpu(Command):
             if source.name == "cuda.cu":
                 build.add(source, [*build.cxx, "-O2", *definitions, "-Itests/support/cuda_on_cpu", "-xc++"])
             elif source.name == "op.cpp":
-                build.add(source, [*build.cxx, "-O2", *definitions, *build.torch_includes])
+                build.add(source, [*build.cxx, "-O2", *definitions], includes_torch=True)
         build.link(Path(self.output))
 
 

@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from support.training import assert_same_training
 from torch import nn
 
 import dlkit
@@ -123,16 +124,8 @@ def fused_layers(model):
 
 
 def assert_same_results(model, fused, x):
-    """Outputs, gradients and buffers over training steps, then evaluation with and without gradients."""
-    for training in (True, True, False):
-        results = []
-        for net in (model.train(training), fused.train(training)):
-            net.zero_grad()
-            leaf = x.clone().requires_grad_()
-            y = net(leaf)
-            (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-            results.append([y, leaf.grad, *(p.grad for p in net.parameters()), *net.buffers()])
-        torch.testing.assert_close(results[1], results[0])
+    """In training, then in evaluation with and without gradients."""
+    assert_same_training(model, fused, x)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
 

@@ -14,14 +14,14 @@ from dlkit import _backends
 ROOT = Path(__file__).parents[1]
 
 
-def build(tmp_path, *, torch_module=None, **environment):
+def build(tmp_path, *, torch_module=None, root=ROOT, **environment):
     """setup.py build_ext in a process that sees `torch_module` in place of torch; returns (exit status, output)."""
     if torch_module is not None:
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch" / "__init__.py").write_text(torch_module)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
     command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path / 'out'}"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -117,6 +117,42 @@ def test_unknown_build_kind_and_architecture(tmp_path):
     status, output = build(tmp_path, DLKIT_BUILD="gpu")
     assert status != 0
     assert_one_sentence(output, "DLKIT_BUILD=gpu is not one of auto, cpu, cuda")
+
+
+FAKE_COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in
+    -o) touch "$2";;
+    -MF) echo "object: csrc/common/scalar.h" > "$2";;
+  esac
+  shift
+done
+"""
+
+
+def test_a_second_torch_takes_the_kernels_that_the_first_one_made(tmp_path):
+    root, compiler = tmp_path / "tree", tmp_path / "compiler"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    fake_utils(tmp_path)
+
+    def compiled(version):
+        """Names of the sources that were."""
+        (tmp_path / "torch" / "__init__.py").write_text(fake_torch(version, None))
+        status, output = build(tmp_path, root=root, DLKIT_BUILD="cpu", CXX=str(compiler), MAX_JOBS="1")
+        assert status == 0, output
+        commands = [line.split() for line in output.splitlines() if line.startswith(str(compiler)) and " -c " in line]
+        return [Path(command[command.index("-c") + 1]).name for command in commands]
+
+    first = compiled("2.13.0+cpu")
+    second = compiled("2.14.0+cpu")
+    assert "cpu.cpp" in first and second == [name for name in first if name != "cpu.cpp"]
+    assert compiled("2.13.0+cpu") == compiled("2.14.0+cpu") == []
+    (root / "csrc" / "common" / "scalar.h").touch()
+    assert compiled("2.14.0+cpu").count("cpu.cpp") == first.count("cpu.cpp")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.training import assert_same_training
 
 import dlkit
 from dlkit.surgery import TWINS
@@ -128,18 +129,9 @@ OPTIONS = [
 
 
 def assert_twins_agree(layer, x, modes=(True, True, False)):
-    """Results, gradients and buffers of a layer and its twin over training steps and evaluation."""
     twin = dlkit.replace(copy.deepcopy(layer))
     assert type(twin) is TWINS[type(layer)]
-    for training in modes:
-        results = []
-        for norm in (layer.train(training), twin.train(training)):
-            norm.zero_grad()
-            leaf = x.clone().requires_grad_()
-            y = norm(leaf)
-            (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-            results.append([y, leaf.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
-        torch.testing.assert_close(results[1], results[0])
+    assert_same_training(layer, twin, x, modes)
     assert [type(buffer) for buffer in twin.buffers()] == [type(buffer) for buffer in layer.buffers()]
 
 

@@ -46,7 +46,7 @@ void finish_parameters(const Backward& op, const F& sums_of) {
 }  // namespace
 
 void forward(const Forward& op) {
-  if (groups_are_rows(op)) return op.dtype == DType::F64 ? forward_rows<double>(op) : forward_rows<float>(op);
+  if (groups_are_rows(op)) return with_accumulate(op.dtype, [&](auto a) { forward_rows<decltype(a)>(op); });
   if (has_short_slices(op)) return with_type(op.dtype, [&](auto t) { forward_slices<decltype(t)>(op); });
   const Plan p = plan(op.shape);
   const bool compute = op.statistics == Statistics::Compute;
@@ -64,7 +64,7 @@ void forward(const Forward& op) {
 }
 
 void backward(const Backward& op) {
-  if (groups_are_rows(op)) return op.dtype == DType::F64 ? backward_rows<double>(op) : backward_rows<float>(op);
+  if (groups_are_rows(op)) return with_accumulate(op.dtype, [&](auto a) { backward_rows<decltype(a)>(op); });
   if (has_short_slices(op)) return with_type(op.dtype, [&](auto t) { backward_slices<decltype(t)>(op); });
   const Plan p = plan(op.shape);
   // With given statistics reduce does everything.
@@ -97,17 +97,18 @@ void backward(const Backward& op) {
 #if defined(DLKIT_ISA_IS_BASELINE)
 static int64_t scratch_bytes(const Shape& shape, DType type) {
   const Plan p = plan(shape);
-  const int64_t pitch = Matrix(shape).pitch;
-  return p.units * p.parts * (type == DType::F64 ? Scratch<double>::bytes(pitch) : Scratch<float>::bytes(pitch));
+  return with_accumulate(type,
+                         [&](auto a) { return p.units * p.parts * Scratch<decltype(a)>::bytes(Matrix(shape).pitch); });
 }
 
 static int64_t slices_bytes(const Shape& shape, DType type) {
-  return type == DType::F64 ? SliceValues<double>::bytes(shape) : SliceValues<float>::bytes(shape);
+  return with_accumulate(type, [&](auto a) { return SliceValues<decltype(a)>::bytes(shape); });
 }
 
 int64_t forward_bytes(const Forward& op) {
-  if (groups_are_rows(op))
-    return op.dtype == DType::F64 ? forward_rows_bytes<double>(op) : forward_rows_bytes<float>(op);
+  if (groups_are_rows(op)) {
+    return with_accumulate(op.dtype, [&](auto a) { return forward_rows_bytes<decltype(a)>(op); });
+  }
   if (has_short_slices(op)) return slices_bytes(op.shape, op.dtype);
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
   const Plan p = plan(op.shape);
@@ -116,7 +117,7 @@ int64_t forward_bytes(const Forward& op) {
 
 int64_t backward_bytes(const Backward& op) {
   if (groups_are_rows(op)) {
-    return op.dtype == DType::F64 ? backward_rows_bytes<double>(op) : backward_rows_bytes<float>(op);
+    return with_accumulate(op.dtype, [&](auto a) { return backward_rows_bytes<decltype(a)>(op); });
   }
   if (has_short_slices(op)) return slices_bytes(op.shape, op.dtype);
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);

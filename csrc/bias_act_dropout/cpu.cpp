@@ -4,6 +4,7 @@
 #include "../common/cpu/cache.h"
 #include "../common/cpu/math.h"
 #include "../common/cpu/parallel.h"
+#include "../common/cpu/partials.h"
 #include "../common/cpu/philox.h"
 #include "../common/dispatch.h"
 #include "kernel.h"
@@ -131,11 +132,7 @@ void for_chunks(int64_t numel, const F& f) {
 }  // namespace
 
 void forward(const Forward& op) {
-  if (op.dropout.state != nullptr) {
-    const PhiloxState state = read(op.dropout.source);
-    op.dropout.state[0] = int64_t(state.seed);
-    op.dropout.state[1] = int64_t(state.offset);
-  }
+  write_state(read(op.dropout.source), op.dropout.state);
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     with_activation(op.activation, [&](auto activation) {
@@ -170,13 +167,7 @@ void backward(const Backward& op) {
                                                                partials + block * op.cols);
               }
             });
-            parallel_for(op.cols, max64(64, kGrain / blocks), [&](int64_t begin, int64_t end) {
-              for_columns<A, 1>(begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-                Vector<A> sum = {};
-                for (int64_t block = 0; block < blocks; ++block) sum += load(partials + block * op.cols + i, width);
-                store(static_cast<A*>(op.grad_bias) + i, sum, width);
-              });
-            });
+            sum_partials<A>(partials, blocks, op.cols, op.cols, op.grad_bias);
           },
           should_stream(op.grad_input, op.rows, op.cols, sizeof(T)));
     });
@@ -185,7 +176,7 @@ void backward(const Backward& op) {
 
 #if defined(DLKIT_ISA_IS_BASELINE)
 int64_t partials_bytes(const Backward& op) {
-  return op.grad_bias == nullptr ? 0 : row_blocks(op) * op.cols * (op.dtype == DType::F64 ? 8 : 4);
+  return op.grad_bias == nullptr ? 0 : row_blocks(op) * op.cols * accumulate_size(op.dtype);
 }
 #endif
 

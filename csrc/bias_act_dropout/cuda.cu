@@ -85,10 +85,7 @@ template <class T, Activation Kind, int Count>
 __global__ void __launch_bounds__(threads) forward_elements(const Forward op) {
   using A = accumulate_t<T>;
   const PhiloxState state = op.dropout.active ? read(op.dropout.source) : PhiloxState{};
-  if (op.dropout.state != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
-    op.dropout.state[0] = int64_t(state.seed);
-    op.dropout.state[1] = int64_t(state.offset);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.dropout.state);
   const A* const bias = static_cast<const A*>(op.bias);
   const A scale = A(op.dropout.scale);
   const int64_t numel = op.rows * op.cols;
@@ -242,7 +239,7 @@ void backward_cuda(const Backward& op, void* stream) {
 int64_t backward_partials_cuda(const Backward& op) {
   int64_t blocks = 0;
   with_count(is_whole(op), [&](auto count) { blocks = cut<count.value>(op).blocks; });
-  return op.grad_bias == nullptr ? 0 : blocks * op.cols * (op.dtype == DType::F64 ? 8 : 4);
+  return op.grad_bias == nullptr ? 0 : blocks * op.cols * accumulate_size(op.dtype);
 }
 
 }  // namespace dlkit::bias_act_dropout

@@ -30,8 +30,6 @@ void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
 int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
 #endif
 
-double scale_of(double p) { return p < 1 ? 1 / (1 - p) : 0; }
-
 // What both kernels' arguments share. A bias of 16 bits is widened here: a row of it is nothing beside the input.
 template <class Op>
 Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t activation, double p) {
@@ -41,7 +39,7 @@ Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t act
   op.cols = has(bias) ? x.size(-1) : x.numel();
   op.rows = x.numel() / op.cols;
   op.dropout.threshold = drop_threshold(p);
-  op.dropout.scale = scale_of(p);
+  op.dropout.scale = dropout_scale(p);
   op.dropout.active = p > 0;
   op.activation = static_cast<Activation>(activation);
   op.dtype = dtype_of(x.scalar_type());
@@ -163,7 +161,7 @@ struct BiasActDropoutBackward : torch::autograd::Node {
                                         const Tensor& drawn, std::array<bool, 2> mask) const {
     static const auto drop =
         find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
-    const Tensor grad = p > 0 ? drop.call(grad_output, drawn, p, 1, scale_of(p), 0, 0) : grad_output;
+    const Tensor grad = p > 0 ? drop.call(grad_output, drawn, p, 1, dropout_scale(p), 0, 0) : grad_output;
     const auto found =
         differentiable_gradients(activate(x, b, activation), grad, {x, b, Tensor()}, {mask[0], mask[1], false});
     return {found[0], found[1]};

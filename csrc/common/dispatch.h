@@ -22,6 +22,12 @@ static void with_type(DType type, const F& f) {
   }
 }
 
+// f(A()): A the type in which statistics and sums of `type` are kept.
+template <class F>
+static auto with_accumulate(DType type, const F& f) {
+  return type == DType::F64 ? f(double()) : f(float());
+}
+
 // Calls f(T(), P()): T the data's type, P the parameters' type, which is T or float.
 template <class F>
 static void with_types(DType data, DType parameters, const F& f) {

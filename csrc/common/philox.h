@@ -41,6 +41,13 @@ DLKIT_HOST_DEVICE PhiloxState read(const PhiloxSource& source) {
   return {uint64_t(*source.seed_at), uint64_t(*source.offset_at) + source.offset};
 }
 
+// Hands what was read on to backward; output is [2], or null.
+DLKIT_HOST_DEVICE void write_state(const PhiloxState& state, int64_t* output) {
+  if (output == nullptr) return;
+  output[0] = int64_t(state.seed);
+  output[1] = int64_t(state.offset);
+}
+
 // A dropout as a part of another op: keep ? x * scale : 0.
 struct FusedDropout {
   PhiloxSource source{};
@@ -122,6 +129,9 @@ DLKIT_HOST_DEVICE uint32_t lane_bits(const PhiloxBlock& block, int lane) {
 
 // T of above, from 0 to 2^32.
 DLKIT_HOST_DEVICE uint64_t drop_threshold(double p) { return uint64_t(p * 4294967296.0 + 0.5); }
+
+// What is kept grows by this, so that the mean stays.
+DLKIT_HOST_DEVICE double dropout_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
 
 // Bit j is set if element 8 * block + j is kept. The definition; cpu/philox.h and cuda/philox.cuh are faster.
 DLKIT_HOST_DEVICE uint32_t keep_block(const PhiloxState& state, uint64_t threshold, uint64_t block) {

@@ -40,6 +40,7 @@ struct Accumulate<double> {
 };
 template <class T>
 using accumulate_t = typename Accumulate<T>::type;
+DLKIT_HOST_DEVICE int64_t accumulate_size(DType type) { return type == DType::F64 ? 8 : 4; }
 
 template <class To, class From>
 DLKIT_HOST_DEVICE To bit_cast(const From& from) {

@@ -138,13 +138,11 @@ Tensor forward_(Tensor& input, const OptionalTensor& state, double p, int64_t in
   return state->clone();
 }
 
-double scale_of(double p) { return p < 1 ? 1 / (1 - p) : 0; }
-
 template <class Device>
 std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
                                        double p, const OptionalGenerator& generator) {
   Tensor y = at::empty(input.sizes(), input.options());
-  const Form<int64_t> form{p, 1, scale_of(p), 0, 0};
+  const Form<int64_t> form{p, 1, dropout_scale(p), 0, 0};
   if (!has(state)) {
     Tensor drawn = forward_into<Device>(input, residual, y, form, generator);
     return {std::move(y), std::move(drawn)};
@@ -311,7 +309,7 @@ Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64
     for (const auto& size : input.sym_sizes().slice(mask_ndim)) inner = inner * size;
     inner = inner.max(1);
   }
-  if (!alpha) return {p, inner, scale_of(p), 0, 0};
+  if (!alpha) return {p, inner, dropout_scale(p), 0, 0};
   // Klambauer et al., "Self-normalizing neural networks", 2017: what is dropped becomes SELU's lower bound, then the
   // mean and the variance of normal input are put back. p = 1 makes zeros, as in torch.
   constexpr double saturated = 1.7580993408473766;

@@ -9,6 +9,7 @@
 
 #include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
+#include "../common/cpu/partials.h"
 #include "../common/cpu/philox.h"
 #include "../common/cpu/simd.h"
 #include "../common/dispatch.h"
@@ -541,17 +542,6 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
   if constexpr (kStream) streaming_fence();
 }
 
-template <class A, class P>
-void sum_partials(const A* partials, int64_t blocks, int64_t block_stride, int64_t cols, void* output) {
-  parallel_for(cols, max64(64, kGrain / max64(1, blocks)), [&](int64_t begin, int64_t end) {
-    for_columns<A, 1>(begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      Vector<A> sum = {};
-      for (int64_t block = 0; block < blocks; ++block) sum += load(partials + block * block_stride + i, width);
-      store(static_cast<P*>(output) + i, sum, width);
-    });
-  });
-}
-
 template <class T, class P, bool kInput, bool kWeight, bool kBias>
 void backward_typed(const Backward& op) {
   using A = accumulate_t<T>;
@@ -572,8 +562,8 @@ void backward_typed(const Backward& op) {
             at<A>(bias_partials, block * block_stride));
       }
     });
-    if constexpr (kWeight) sum_partials<A, P>(weight_partials, blocks, block_stride, parameters, op.grad_weight);
-    if constexpr (kBias) sum_partials<A, P>(bias_partials, blocks, block_stride, parameters, op.grad_bias);
+    if constexpr (kWeight) sum_partials<P>(weight_partials, blocks, block_stride, parameters, op.grad_weight);
+    if constexpr (kBias) sum_partials<P>(bias_partials, blocks, block_stride, parameters, op.grad_bias);
   };
   constexpr bool kNothingToKeep = std::is_same_v<A, P>;
   if (kNothingToKeep || op.cols <= kScratch) {
@@ -586,11 +576,7 @@ void backward_typed(const Backward& op) {
 }  // namespace
 
 void forward(const Forward& op) {
-  if (op.dropout.state != nullptr) {
-    const PhiloxState state = read(op.dropout.source);
-    op.dropout.state[0] = int64_t(state.seed);
-    op.dropout.state[1] = int64_t(state.offset);
-  }
+  write_state(read(op.dropout.source), op.dropout.state);
   with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);
@@ -615,9 +601,8 @@ void backward(const Backward& op) {
 #if defined(DLKIT_ISA_IS_BASELINE)
 constexpr int64_t most_dropped = kScratch;  // columns: the keep bits of a group of rows lie on the stack
 int64_t partials_bytes(const Backward& op) {
-  const int64_t element = op.dtype == DType::F64 ? 8 : 4;
   const int64_t arrays = int64_t(op.grad_weight != nullptr) + int64_t(op.grad_bias != nullptr);
-  return cut(op).blocks * arrays * op.period * op.cols * element;
+  return cut(op).blocks * arrays * op.period * op.cols * accumulate_size(op.dtype);
 }
 #endif
 

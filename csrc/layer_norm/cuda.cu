@@ -145,11 +145,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, (forward_resident<T, PackBy
   constexpr int width = PackBytes / sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
   __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
   const int lane = threadIdx.x % Lanes;
-  if (Drop && op.dropout.state != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
-    const PhiloxState state = read(op.dropout.source);
-    op.dropout.state[0] = int64_t(state.seed);
-    op.dropout.state[1] = int64_t(state.offset);
-  }
+  if (Drop && blockIdx.x == 0 && threadIdx.x == 0) write_state(read(op.dropout.source), op.dropout.state);
   for (int64_t first = int64_t(blockIdx.x) * rows_per_block; first < op.rows;
        first += int64_t(gridDim.x) * rows_per_block) {
     const int64_t row = first + threadIdx.x / Lanes;

@@ -66,7 +66,7 @@ Shape shape_of(const Tensor& input, int64_t normalized_ndim) {
 
 // What of an op's dropout the kernels do not decide themselves. `state`: given, or drawn here.
 FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* state) {
-  return {source, state, drop_threshold(p), p < 1 ? 1 / (1 - p) : 0, true};
+  return {source, state, drop_threshold(p), dropout_scale(p), true};
 }
 
 // `dropout`, if there is one, may be filled in from what only the kernels' limits decide: false if they cannot drop.
@@ -327,7 +327,7 @@ std::tuple<ForwardOutputs, Tensor> call_forward(const Tensor& input, const Optio
 Tensor drop(const Tensor& input, const Tensor& state, double p) {
   static const auto op =
       find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
-  return op.call(input, state, p, 1, p < 1 ? 1 / (1 - p) : 0, 0, 0);
+  return op.call(input, state, p, 1, dropout_scale(p), 0, 0);
 }
 
 // A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.

@@ -389,10 +389,6 @@ DLKIT_INLINE void for_blocks(const Array* tensors, const int64_t* first_block, i
 
 constexpr int64_t kGrainBlocks = kGrain / kBlock;
 
-DLKIT_INLINE double read(const void* scalar, DType type) {
-  return type == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
-}
-
 // Sum of squares of adjacent elements; within one block in fp32.
 template <class T>
 double sum_squares(const T* grad, int64_t begin, int64_t end) {

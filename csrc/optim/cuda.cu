@@ -119,10 +119,6 @@ struct Math {
   static __device__ __forceinline__ A choose(bool condition, A a, A b) { return condition ? a : b; }
 };
 
-__device__ __forceinline__ double read(const void* scalar, DType type) {
-  return type == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
-}
-
 // Wide accesses of global memory. The addresses come from the launch's words, where the compiler does not see by itself
 // that they are global, and generic accesses take an instruction more to find out.
 template <int Bytes>

@@ -1,5 +1,7 @@
 """Transformer layers whose dropouts, residual adds and norms run in one pass each. :func:`dlkit.fuse` makes them."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,25 +37,25 @@ def why_not_plain(part: torch.nn.Module, kinds: tuple[type, ...], path: str) -> 
     return ""
 
 
-def add_norm(norm: torch.nn.LayerNorm, dropout: torch.nn.Dropout, branch: Tensor, x: Tensor) -> Tensor:
-    """``norm(x + dropout(branch))``."""
+def add_norm(norm: torch.nn.LayerNorm, dropout: torch.nn.Dropout, branch: Tensor, x: Tensor, prenorm: bool) -> Any:
+    """``norm(sum)`` of ``sum = x + dropout(branch)``, or ``(norm(sum), sum)`` if ``prenorm``."""
     return F.dropout_add_layer_norm(
-        branch, x, norm.normalized_shape, norm.weight, norm.bias, dropout.p, norm.eps, dropout.training
+        branch, x, norm.normalized_shape, norm.weight, norm.bias, dropout.p, norm.eps, dropout.training, prenorm
     )
 
 
-def add_then_norm(
-    norm: torch.nn.LayerNorm, dropout: torch.nn.Dropout, branch: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``(norm(sum), sum)`` of ``sum = x + dropout(branch)``."""
-    return F.dropout_add_layer_norm(
-        branch, x, norm.normalized_shape, norm.weight, norm.bias, dropout.p, norm.eps, dropout.training, True
-    )
-
-
-def add(dropout: torch.nn.Dropout, branch: Tensor, x: Tensor) -> Tensor:
-    """``x + dropout(branch)``."""
-    return F.dropout_add(branch, x, dropout.p, dropout.training)
+def run(layer: Any, x: Tensor, *branches: Callable[[Tensor], Tensor]) -> Tensor:
+    """A layer's residual branches in turn, each with the norm and the dropout of its number."""
+    norms = [getattr(layer, f"norm{i + 1}") for i in range(len(branches))]
+    dropouts = [getattr(layer, f"dropout{i + 1}") for i in range(len(branches))]
+    if not layer.norm_first:
+        for branch, norm, dropout in zip(branches, norms, dropouts, strict=True):
+            x = add_norm(norm, dropout, branch(x), x, False)
+        return x
+    y = norms[0](x)
+    for branch, norm, dropout in zip(branches[:-1], norms[1:], dropouts[:-1], strict=True):
+        y, x = add_norm(norm, dropout, branch(y), x, True)
+    return F.dropout_add(branches[-1](y), x, dropouts[-1].p, dropouts[-1].training)
 
 
 def attend(
@@ -104,11 +106,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         def attend_self(x: Tensor) -> Tensor:
             return attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
-        if self.norm_first:
-            y, x = add_then_norm(self.norm2, self.dropout1, attend_self(self.norm1(src)), src)
-            return add(self.dropout2, feed_forward(self, y), x)
-        x = add_norm(self.norm1, self.dropout1, attend_self(src), src)
-        return add_norm(self.norm2, self.dropout2, feed_forward(self, x), x)
+        return run(self, src, attend_self, partial(feed_forward, self))
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -143,10 +141,4 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         def attend_memory(x: Tensor) -> Tensor:
             return attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
 
-        if self.norm_first:
-            y, x = add_then_norm(self.norm2, self.dropout1, attend_self(self.norm1(tgt)), tgt)
-            y, x = add_then_norm(self.norm3, self.dropout2, attend_memory(y), x)
-            return add(self.dropout3, feed_forward(self, y), x)
-        x = add_norm(self.norm1, self.dropout1, attend_self(tgt), tgt)
-        x = add_norm(self.norm2, self.dropout2, attend_memory(x), x)
-        return add_norm(self.norm3, self.dropout3, feed_forward(self, x), x)
+        return run(self, tgt, attend_self, attend_memory, partial(feed_forward, self))

@@ -17,9 +17,6 @@ bool groups_are_rows(const Backward& op) {
          op.grad_residual == nullptr && !op.relu;
 }
 
-template <class A>
-constexpr DType kDType = std::is_same_v<A, double> ? DType::F64 : DType::F32;
-
 // Hands out the workspace. layer_norm takes a period's parameters in the type it accumulates in; where they are of
 // another, they are converted here, and their gradients back.
 template <class A>

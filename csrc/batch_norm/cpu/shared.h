@@ -58,6 +58,9 @@ void run(const Side& side, const Plan& plan, bool reduce, bool apply) {
   }
 }
 
+template <class A>
+constexpr DType kDType = std::is_same_v<A, double> ? DType::F64 : DType::F32;
+
 // Elements of a small array whose type is known at run time.
 double read(const void* array, DType type, int64_t i) {
   double value = 0;
@@ -85,8 +88,7 @@ void read_all(const void* array, DType type, A otherwise, int64_t count, A* outp
 template <class A>
 A read_or(const void* array, DType type, int64_t i, double otherwise) {
   if (array == nullptr) return A(otherwise);
-  return type == (std::is_same_v<A, double> ? DType::F64 : DType::F32) ? static_cast<const A*>(array)[i]
-                                                                       : A(read(array, type, i));
+  return type == kDType<A> ? static_cast<const A*>(array)[i] : A(read(array, type, i));
 }
 
 // Mean and sum of squared deviations of what was added so far.
