@@ -113,8 +113,7 @@ void drop_blocks(const DropBlock2d& op) {
     dropped += marked;
   });
   if (!op.known) {
-    op.state[0] = int64_t(state.seed);
-    op.state[1] = int64_t(state.offset);
+    write_state(state, op.state);
     op.state[2] = dropped;
   }
   const double scale = scale_of(op);

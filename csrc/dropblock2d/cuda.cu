@@ -65,10 +65,7 @@ __global__ void __launch_bounds__(threads, 4) mark(const DropBlock2d op, int64_t
     }
   }
   if (op.known) return;
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    op.state[0] = int64_t(state.seed);
-    op.state[1] = int64_t(state.offset);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.state);
   if (fresh > 0) atomicAdd(reinterpret_cast<unsigned long long*>(op.state + 2), fresh);
 }
 
