@@ -19,10 +19,7 @@ import argparse
 import functools
 import gc
 import statistics
-import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +29,7 @@ from torch import Tensor, nn
 import dlkit
 from dlkit._ops import op as dlkit_op
 
-from . import _arguments, _machine, _report
+from . import BadInput, _arguments, _machine, _report
 from ._runner import Sample, Settings, calibrated, interleave
 
 SIZES = (1, 16, 256, 4096)
@@ -331,8 +328,7 @@ def run(names: list[str], settings: Settings, echo: Callable[[str], None] = prin
     """Measures every size of the ops, a line each through `echo`. Returns the file's content; Ctrl-C keeps the rest."""
     report: dict[str, Any] = {
         "bench": "calls",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine.facts("cpu"),
+        **_machine.header("cpu"),
         "settings": {"budget_s": settings.budget_s, "p": P},
         "interrupted": False,
         "cases": [],
@@ -360,11 +356,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     names = [name for name in CASES if args.filter in name]
     if not names:
-        print(f"--filter {args.filter!r}: expected part of one of {', '.join(CASES)}", file=sys.stderr)
-        return 2
+        raise BadInput(f"expected --filter to be part of one of {', '.join(CASES)}; got {args.filter!r}")
+    _arguments.check_common(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(budget_s=args.budget or 0.3, sample_s=0.0005, warm_up_s=0.01)
     report = run(names, settings)
-    path = args.json or Path("bench-results") / f"calls-{_machine.slug(report['machine'])}.json"
+    path = _arguments.result_path(args, "calls", _machine.slug(report["machine"]))
     return int(not _report.save(path, report))

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 import dlkit
 
-from . import _machine, _report
+from . import _arguments, _machine, _report
 
 WAYS = ("default", "reuse")
 LIBRARIES = ("torch", "dlkit")
@@ -99,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--way", choices=(*WAYS, *LIBRARIES), help="measure one in this process; default: a process each"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: one in ./bench-results")
+    _arguments.add_json(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -116,7 +115,6 @@ def main(args: argparse.Namespace) -> int:
         for name in found[pair[0]]:
             print(f"| {name} | " + " | ".join(found[way][name] for way in pair) + " |")
         print()
-    machine = _machine.facts("cpu")
-    path = args.json or Path("bench-results") / f"memory-{_machine.slug(machine)}.json"
-    report = {"bench": "memory", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine}
-    return int(not _report.save(path, {**report, "found": found}))
+    report = {"bench": "memory", **_machine.header("cpu"), "found": found}
+    path = _arguments.result_path(args, "memory", _machine.slug(report["machine"]))
+    return int(not _report.save(path, report))

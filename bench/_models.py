@@ -8,7 +8,8 @@ weights and see the same batches. Parity first: with dropout off the losses of t
 not timed. Then they take turns, some steps each, so that each finds its own weights in the caches as in training.
 
 Twice, each in a process of its own: with memory as it comes, and after dlkit.reuse_cpu_memory(), for every contestant.
-Peak memory is what a process that trains one contestant alone grows by, the model included.
+Peak memory is what a process that trains one contestant alone grows by, the model included. Last, by the profiler, what
+dlkit's step is made of.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,11 +302,11 @@ def run(
     """Measures the models, a table each through `echo`. Returns the file's content; Ctrl-C keeps what there is."""
     report: dict[str, Any] = {
         "bench": "models",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine.facts("cpu") | {"threads": threads},
+        **_machine.header("cpu"),
         "settings": {"budget_s": budget_s, "max_norm": MAX_NORM, "lr": LR, "tolerance": TOLERANCE},
         "interrupted": False,
         "models": [],
+        "shares": {},
     }
     echo(heading(report))
     try:
@@ -323,6 +323,8 @@ def run(
                 report["models"].append(entry | {"target": workload.target})
                 for line in lines(report["models"][-1]):
                     echo(line)
+            report["shares"][name] = apart(shares, name, threads, None)
+            echo(share_line(name, report["shares"][name]))
     except KeyboardInterrupt:
         report["interrupted"] = True
     return report
@@ -357,8 +359,8 @@ def lines(entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def profile(name: str, threads: int, path: Path) -> dict[str, float]:
-    """Writes a trace of dlkit's steps; returns the share of the time of each kind of op (of all ops' own time)."""
+def shares(name: str, threads: int, trace: Path | None) -> dict[str, float]:
+    """What each kind of op takes of dlkit's step, its own time; writes a trace of some steps."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(threads)
     trained = trainer(name, "dlkit")
@@ -368,33 +370,36 @@ def profile(name: str, threads: int, path: Path) -> dict[str, float]:
         for _ in range(5):
             with torch.profiler.record_function("step"):
                 trained.step()
-    profiler.export_chrome_trace(str(path))
+    if trace:
+        profiler.export_chrome_trace(str(trace))
     events = profiler.key_averages()
     whole = sum(event.cpu_time_total for event in events if event.key == "step")
-    shares = {event.key: event.self_cpu_time_total / whole for event in events if event.key != "step"}
-    shares["Python and what no op is"] = 1 - sum(shares.values())
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+    found = {event.key: event.self_cpu_time_total / whole for event in events if event.key != "step"}
+    found["Python and what no op is"] = 1 - sum(found.values())
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def share_line(name: str, found: dict[str, float]) -> str:
+    """dlkit's share, and the largest ones of others."""
+    own = sum(share for op, share in found.items() if "dlkit" in op.lower())
+    others = [f"{op} {share:.1%}" for op, share in found.items() if "dlkit" not in op.lower()]
+    return f"{name}: dlkit's ops are {own:.1%} of its step; {', '.join(others[:4])}"
 
 
 def _profile(names: list[str], threads: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        path = folder / f"{name}.json"
-        shares = apart(profile, name, threads, path)
-        own = sum(share for op, share in shares.items() if "dlkit" in op.lower())
-        print(f"{name}: dlkit's ops are {own:.1%} of the step; trace: {path}")
-        for op, share in list(shares.items())[:12]:
+        found = apart(shares, name, threads, folder / f"{name}.json")
+        print(share_line(name, found))
+        for op, share in list(found.items())[:12]:
             print(f"  {share:6.1%}  {op}")
+        print(f"written: {folder / name}.json", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", type=_arguments.names(MODELS), default=list(MODELS), metavar="A,B", help=",".join(MODELS)
-    )
+    parser.add_argument("--models", metavar="A,B", help=f"default: {','.join(MODELS)}")
     parser.add_argument(
         "--against",
-        type=_arguments.names(CONTESTANTS),
-        default=list(CONTESTANTS),
         metavar="A,B",
         help=f"contestants beside native and dlkit: {','.join(CONTESTANTS)}",
     )
@@ -403,13 +408,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    threads = args.threads or torch.get_num_threads()
+    names = _arguments.listed("--models", args.models, MODELS)
+    against = _arguments.listed("--against", args.against, CONTESTANTS)
+    _arguments.check_common(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    threads = torch.get_num_threads()
     if args.profile:
-        _profile(args.models, threads, args.profile)
+        _profile(names, threads, args.profile)
         return 0
-    contestants = [name for name in CONTESTANTS if name in {"native", "dlkit", *args.against}]
-    report = run(args.models, contestants, threads, args.budget or 20.0)
-    path = args.json or Path("bench-results") / f"models-{_machine.slug(report['machine'])}.json"
+    contestants = [name for name in CONTESTANTS if name in {"native", "dlkit", *against}]
+    report = run(names, contestants, threads, args.budget or 20.0)
+    path = _arguments.result_path(args, "models", _machine.slug(report["machine"]))
     status = int(not _report.save(path, report))
     mine = [entry["contestants"].get("dlkit", {}).get("status") for entry in report["models"]]
     return status or int(any(found != "ok" for found in mine))
