@@ -15,7 +15,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dlkit.bench import _compare, _machine, _models, _ops, _report, _runner, batch_norm, group_norm, layer_norm, optim
+from dlkit.bench import (
+    _compare,
+    _machine,
+    _models,
+    _ops,
+    _report,
+    _runner,
+    batch_norm,
+    dropout,
+    group_norm,
+    layer_norm,
+    optim,
+)
 from dlkit.bench._runner import Case, Inputs, Settings
 
 from dlkit import bench
@@ -188,6 +200,32 @@ def test_gradient_has_the_dtype_of_its_tensor():
     expected = (torch.ones(3, dtype=torch.float64),)
     assert _runner.errors(lambda: torch.ones(3), expected, both[2:]) == [0.0]
     assert _runner.errors(lambda: torch.ones(3).bfloat16(), expected, both[2:]) == [math.inf]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("variant", ["dropout", *dropout.ACTIVATIONS])
+def test_wrong_dropout_is_shown_and_not_timed(variant, direction):
+    activation = dropout.ACTIVATIONS.get(variant, lambda x: x)
+
+    def act(x, *bias):
+        return activation(sum(bias, x))
+
+    def too_few(*given):
+        return torch.nn.functional.dropout(act(*given), dropout.P - 0.05)
+
+    def unscaled(*given):
+        return torch.nn.functional.dropout(act(*given), dropout.P) * (1 - dropout.P)
+
+    def shifted(*given):
+        return torch.nn.functional.dropout(act(*given), dropout.P) * 1.001
+
+    wrong = {function.__name__: function for function in (too_few, unscaled, shifted)}
+    found = dropout.contestants(Case(variant, direction, (512, 128), "fp32"), "cpu")
+    found |= {name: lambda *given, function=function: (function, given) for name, function in wrong.items()}
+    spec = SimpleNamespace(**{**vars(dropout), "contestants": lambda case, device: found})
+    entry = _runner.measure(spec, Case(variant, direction, (512, 128), "fp32"), QUICK)
+    statuses = {name: result["status"] for name, result in entry["contestants"].items()}
+    assert statuses == {"native": "ok", "dlkit": "ok", **dict.fromkeys(wrong, "wrong")}
 
 
 def test_failing_contestant_does_not_stop_the_others():
