@@ -32,6 +32,7 @@ from dlkit.bench._runner import Case, Inputs, Settings
 
 from dlkit import bench
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Settings(mode="quick", budget_s=0.0, min_rounds=2, sample_s=0.0, warm_up_s=0.0)
 
 

@@ -14,13 +14,7 @@ from dlkit import bench
 BRIEF = Settings(budget_s=0.0, sample_s=1e-5, min_rounds=2, warm_up_s=0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Where other work runs, two threads of which one waits for a core take seconds for small tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parsed(*arguments):
