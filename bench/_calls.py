@@ -324,6 +324,29 @@ def line(entry: dict[str, Any]) -> str:
     return f"{text}  {hops}" + (f"  slower: {flag}" if flag else "")
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """A row for each op and size, in microseconds."""
+    times = {"native": "native", "dlkit": "dlkit", "native + backward": "native_both", "dlkit + backward": "dlkit_both"}
+    rows = []
+    for entry in report["cases"]:
+        figures = [entry["us"].get(key) for key in times.values()] + [entry["hops"].get(hop) for hop in HOPS[:-1]]
+        cells = ["-" if value is None else f"{round(value, 1) + 0:.1f}" for value in figures]  # + 0: no "-0.0"
+        rows.append([f"{entry['op']}, {entry['elements']}", *cells])
+    return f"{heading(report)}\n\n{_report.table(['op, elements', *times, *HOPS[:-1]], rows)}\n\n{footnotes(report)}"
+
+
+def heading(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"Microseconds a call on {where}.{_report.busy(machine)}"
+
+
+def footnotes(report: dict[str, Any]) -> str:
+    behind = [f"{entry['op']} of {entry['elements']}" for entry in report["cases"] if slower(entry)]
+    text = f"{len(report['cases'])} cases; slower than native: {', '.join(behind) or 'none'}"
+    return text + (f"\n{_report.INTERRUPTED}" if report["interrupted"] else "")
+
+
 def run(names: list[str], settings: Settings, echo: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures every size of the ops, a line each through `echo`. Returns the file's content; Ctrl-C keeps the rest."""
     report: dict[str, Any] = {
@@ -333,8 +356,7 @@ def run(names: list[str], settings: Settings, echo: Callable[[str], None] = prin
         "interrupted": False,
         "cases": [],
     }
-    machine = report["machine"]
-    echo(f"Microseconds a call on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    echo(heading(report))
     echo(HEAD)
     try:
         for name in names:
@@ -342,9 +364,10 @@ def run(names: list[str], settings: Settings, echo: Callable[[str], None] = prin
                 report["cases"].append(measure(name, n, settings))
                 echo(line(report["cases"][-1]))
     except KeyboardInterrupt:
+        if not report["cases"]:
+            raise
         report["interrupted"] = True
-    behind = [f"{entry['op']} of {entry['elements']}" for entry in report["cases"] if slower(entry)]
-    echo(f"{len(report['cases'])} cases; slower than native: {', '.join(behind) or 'none'}")
+    echo(footnotes(report))
     return report
 
 

@@ -1,6 +1,7 @@
 """The benchmark on itself: what it writes and draws, what it refuses to time, in which order it samples."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -334,6 +335,27 @@ def test_markdown_table_of_a_file(tmp_path, capsys):
     assert lines[8].startswith("2 cases; slower than native: 1,")
 
 
+RESULTS = Path(bench.__file__).parent / "results"
+KEPT = [path for path in sorted(RESULTS.glob("*.json")) if path.stem != "fashion_mnist"]  # which is the demo's
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_table_of_every_file_that_is_kept(path, capsys):
+    report = json.loads(path.read_text())
+    assert bench.main(parsed("table", str(path))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {"models": "models", "calls": "cases", "memory": "found"}.get(report.get("bench"), "cases")
+    tables = [line for line in lines if line.startswith("| ")]
+    assert len(tables) > len(report[rows]) and len([line for line in lines if line.startswith("| ---")]) >= 1
+    # Pictures and comparisons are of ops alone.
+    status = bench.main(parsed("--compare", str(path), str(path)))
+    captured = capsys.readouterr()
+    if "bench" in report:
+        assert status == 2 and captured.err.endswith(f"got one of bench {report['bench']}\n")
+    else:
+        assert status == 0 and "slower: 0, faster: 0" in captured.out
+
+
 def test_table_of_several_ops(tmp_path):
     report = _report.load(result_file(tmp_path))
     assert report["ops"] == ["layer_norm"] and report["cases"][0]["input_bytes"] == 64
@@ -444,6 +466,20 @@ def test_result_that_cannot_be_written_is_kept_elsewhere(tmp_path, capsys, monke
     monkeypatch.setattr(_report.tempfile, "tempdir", str(tmp_path / "file"))
     assert not _report.save_text(tmp_path / "file" / "result.json", "content")
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_full_disk_keeps_the_file_of_before(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "result.json"
+    assert _report.save_text(path, "before")
+
+    def full(part, text, **_):
+        part.write_bytes(text[:3].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert not _report.save_text(path, "content")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    assert f"cannot write {path}: No space left on device" in capsys.readouterr().err
 
 
 def test_interrupt_keeps_what_was_measured(monkeypatch, capsys):

@@ -40,7 +40,9 @@ def run(path, *arguments):
 def test_a_run_checks_times_and_writes(in_process, tmp_path, capsys):
     path = tmp_path / "new" / "models.json"
     assert run(path, "--against", "native_best,ceiling") == 0
-    (entry,) = json.loads(path.read_text())["models"]
+    report = json.loads(path.read_text())
+    (entry,) = report["models"]
+    assert abs(sum(report["shares"]["mlp"].values()) - 1) < 1e-6
     assert (entry["model"], entry["memory"], entry["target"]) == ("mlp", "default", 1.7)
     assert list(entry["contestants"]) == ["native", "native_best", "dlkit", "ceiling"]
     for figures in entry["contestants"].values():
@@ -48,6 +50,7 @@ def test_a_run_checks_times_and_writes(in_process, tmp_path, capsys):
         assert 0 < figures["min_ms"] <= figures["q1_ms"] <= figures["median_ms"] <= figures["q3_ms"]
     printed = capsys.readouterr().out
     assert "mlp, default, native_best" in printed and f"written: {path}" in printed
+    assert "\nmlp: dlkit's ops are " in printed
 
 
 def test_who_fails_is_shown_and_not_timed(in_process, tmp_path, capsys, monkeypatch):
@@ -79,6 +82,9 @@ def test_an_interrupt_keeps_what_was_measured(in_process, tmp_path, monkeypatch)
     monkeypatch.setattr(_models, "apart", apart)
     report = _models.run(["mlp"], ["native", "dlkit"], 1, 0.001, echo=lambda line: None)
     assert report["interrupted"] and len(report["models"]) == 1
+    monkeypatch.setattr(_models, "MEMORY", ("reuse",))
+    assert bench.main(parsed("models", "--models", "mlp", "--json", str(tmp_path / "never.json"))) == 130
+    assert not (tmp_path / "never.json").exists()
 
 
 def test_a_folder_that_cannot_be_written_loses_no_table(in_process, tmp_path, capsys):
