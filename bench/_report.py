@@ -140,7 +140,7 @@ def heading(report: dict[str, Any]) -> str:
     absent = ", ".join(f"{name} ({reason})" for name, reason in report.get("absent", {}).items())
     return (
         f"{', '.join(report['ops'])} on {where(machine)}; {software}; {report['date']}.\n"
-        f"Copy of {copy['bytes'] >> 20} MB (read + write), GB/s: {ways}.{memory}{busy(machine)}"
+        f"Copy of {copy['bytes'] >> 20} MB (half read, half written), GB/s: {ways}.{memory}{busy(machine)}"
     ) + (f"\nAbsent: {absent}." if absent else "")
 
 

@@ -275,7 +275,8 @@ def copies(total_bytes: int, device: str, sets: int = 1) -> dict[str, list[Call]
     """Ways to move `total_bytes` (half read, half written), the floor of a case that moves as many.
 
     On a CPU torch's copy has no streaming stores and so reads each line it writes; the C library's memmove has them for
-    large blocks, so halves on two threads can be a third faster. The best of the two is the floor.
+    blocks above a threshold of its own (a MB on some machines, 240 where it takes the cache for larger than it is), so
+    halves on two threads can be a third faster. The best of the two is the floor.
     """
     elements = max(1, total_bytes // 8)
     sources = [torch.rand(elements, device=device) for _ in range(sets)]
@@ -445,10 +446,15 @@ def failed(spec: Spec, case: Case, error: Exception) -> dict[str, Any]:
 
 
 def copy_bandwidth(settings: Settings) -> list[dict[str, Any]]:
-    """Copy bandwidth over size: bytes read and written, and GB/s of each way (median)."""
+    """Copy bandwidth over size: bytes read and written, and GB/s of each way (median).
+
+    in_place writes where it has read, so that no line is read only to be overwritten: out of caches, what kernels with
+    streaming stores can reach and copies do not. It is no floor, as half as much memory has to fit into a cache.
+    """
     rows = []
     for exponent in (16, 20, 23, 25, 27, 28):
         ways = copies(1 << exponent, settings.device)
+        ways["in_place"] = [torch.rand((1 << exponent) // 8, device=settings.device).neg_]
         samplers = {name: calibrated(calls, settings) for name, calls in ways.items()}
         samples = interleave(samplers, settings.budget_s / 10, settings.min_rounds, settings.max_rounds)
         row: dict[str, Any] = {"bytes": 1 << exponent}

@@ -90,11 +90,12 @@ def test_quick_run_of_all_ops(quick_run):
     assert f"written: {path}" in output and f"written: {page}" in output
     assert report["ops"] == bench.specs() and not report["interrupted"]
     assert "python -m dlkit bench --quick --sizes small --device cpu" in report["command"]
-    assert list(report["absent"]) == ["liger"] and "\nAbsent: liger (" in output
+    assert set(report["absent"]) == {"liger", "compile", "foreach", "fused", "quack", "bitsandbytes"}
+    assert "\nAbsent: liger (" in output and "compile (left out)" in output
     assert report["allocator"] == ("reuse_cpu_memory" if platform.libc_ver()[0] == "glibc" else "default")
     facts = {"cpu", "cores", "threads", "simd", "caches", "load_average", "torch", "dlkit", "python", "commit"}
     assert facts <= report["machine"].keys()
-    assert all(row["copy_"] > 0 for row in report["copy_bandwidth"])
+    assert all(row["copy_"] > 0 and row["in_place"] > 0 for row in report["copy_bandwidth"])
 
 
 @pytest.mark.parametrize("name", bench.specs())
@@ -480,6 +481,25 @@ def test_a_full_disk_keeps_the_file_of_before(tmp_path, capsys, monkeypatch):
     assert not _report.save_text(path, "content")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
     assert f"cannot write {path}: No space left on device" in capsys.readouterr().err
+
+
+def test_memory_shows_each_way_and_which_one_failed(tmp_path, capsys, monkeypatch):
+    def ended(command, **_):
+        if command[-1] == failing:
+            return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=0, stdout=f"x + x\t{command[-1]}'s\n")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    monkeypatch.setattr(_machine, "_commit", lambda: None)
+    failing = None
+    assert bench.main(parsed("memory", "--json", str(tmp_path))) == 0
+    printed = capsys.readouterr().out
+    assert "|  | as it comes | reuse_cpu_memory() |" in printed and "| x + x | default's | reuse's |" in printed
+    (path,) = tmp_path.glob("memory-*.json")
+    assert json.loads(path.read_text())["found"]["dlkit"] == {"x + x": "dlkit's"}
+    failing = "torch"
+    assert bench.main(parsed("memory", "--json", str(tmp_path))) == 1
+    assert capsys.readouterr().err == "bench: memory --way torch ended with status 1\n"
 
 
 def test_interrupt_keeps_what_was_measured(monkeypatch, capsys):
