@@ -86,7 +86,6 @@ def run(
     settings: Settings,
     left_out: Mapping[str, str] | None = None,
     only: str = "",
-    allocator: str = "default",
 ) -> dict[str, Any]:
     """Measures the cases of each op, a table line each. Returns the result file's content.
 
@@ -95,7 +94,7 @@ def run(
     report: dict[str, Any] = {
         **_machine.header(settings.device),
         "settings": {**asdict(settings), "filter": only},
-        "allocator": allocator,
+        "allocator": settings.allocator,
         "interrupted": False,
         "absent": dict(left_out or {}),
         "copy_bandwidth": [],
@@ -173,11 +172,16 @@ def main(args: argparse.Namespace) -> int:
     sweep = args.sizes == "all" or (args.sizes == "small" and not args.quick)
     mode = "sweep" if sweep else "quick" if args.quick else "default"
     gone = absent(against, device)
+    reuses = False
+    if device == "cpu" and args.allocator == "reuse":
+        with dlkit.reuse_cpu_memory() as memory:  # which some systems do without
+            reuses = memory.active
     settings = Settings(
         mode=mode,
         device=device,
         budget_s=args.budget or {"quick": 0.05, "default": 2.0, "sweep": 1.0}[mode],
         compile="compile" in against,
+        allocator="reuse_cpu_memory" if reuses else "default",
         against=tuple(name for name in against if name not in gone),
     )
     if args.quick:
@@ -190,13 +194,7 @@ def main(args: argparse.Namespace) -> int:
             plan[name] = (spec, cases)
     if not plan:
         raise BadInput(f"no case has --dtype {','.join(dtypes)} and --filter {args.filter!r} in its name")
-    with contextlib.ExitStack() as stack:
-        allocator = "default"
-        # By default every block above 32 MB is mapped afresh at each call and paid for in page faults: 32,769 of them
-        # for an output of 128 MB, which cost more than the work itself.
-        if device == "cpu" and args.allocator == "reuse" and stack.enter_context(dlkit.reuse_cpu_memory()).active:
-            allocator = "reuse_cpu_memory"
-        report = run(plan, settings, gone, args.filter, allocator)
+    report = run(plan, settings, gone, args.filter)
     # All ops are not named.
     parts = (*args.ops, _machine.slug(report["machine"]), args.sizes, "quick" if args.quick else None)
     saved = _report.save(result_path(args, *parts), report)
