@@ -315,7 +315,10 @@ def run(
             for memory in MEMORY:
                 reuse = memory == "reuse"
                 taking_part = [one for one in contestants if one != "dlkit_best" or name == "cnn"]
-                found = apart(measure, name, taking_part, reuse, threads, budget_s)
+                try:
+                    found = apart(measure, name, taking_part, reuse, threads, budget_s)
+                except RuntimeError as error:  # no contestant's exception: its process died
+                    found = {one: {"status": "error", "message": str(error)} for one in taking_part}
                 for contestant, entry in found.items():
                     if entry["status"] == "ok":
                         entry["peak_bytes"] = _memory(name, contestant, reuse, threads)
@@ -324,8 +327,9 @@ def run(
                 report["models"].append(entry | {"target": workload.target})
                 for line in lines(report["models"][-1]):
                     echo(line)
-            report["shares"][name] = apart(shares, name, threads, None)
-            echo(share_line(name, report["shares"][name]))
+            if found["dlkit"]["status"] == "ok":
+                report["shares"][name] = apart(shares, name, threads, None)
+                echo(share_line(name, report["shares"][name]))
     except KeyboardInterrupt:
         if not report["models"]:
             raise

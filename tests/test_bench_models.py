@@ -71,6 +71,19 @@ def test_who_fails_is_shown_and_not_timed(in_process, tmp_path, capsys, monkeypa
     assert "error: RuntimeError: no such setting" in capsys.readouterr().out
 
 
+def test_a_process_that_dies_ends_its_model_alone(monkeypatch):
+    monkeypatch.setattr(_models, "MEMORY", ("default",))
+    monkeypatch.setattr(_models, "apart", lambda *arguments: _dies())
+    printed = []
+    report = _models.run(["mlp", "gpt"], ["native", "dlkit"], 1, 0.001, echo=printed.append)
+    assert [entry["contestants"]["dlkit"]["status"] for entry in report["models"]] == ["error", "error"]
+    assert "the process ended with status -9" in printed[-1] and report["shares"] == {}
+
+
+def _dies():
+    raise RuntimeError("the process ended with status -9")
+
+
 def test_an_interrupt_keeps_what_was_measured(in_process, tmp_path, monkeypatch):
     monkeypatch.setattr(_models, "MEMORY", ("default", "reuse"))
 
