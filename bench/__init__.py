@@ -63,17 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None =
         metavar="native,compile,...",
         help="contestants beside native, which is always measured; default: all that are installed",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, default: torch's")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time to sample a case, checks excluded")
     parser.add_argument(
         "--allocator",
         metavar="reuse|default",
         default="reuse",
-        help="CPU memory: kept by the process between calls (default), or glibc's own habit",
+        help="CPU memory: dlkit.reuse_cpu_memory() for every contestant (default), or as it comes",
     )
-    parser.add_argument(
-        "--json", type=Path, default=Path("bench-results"), metavar="FILE", help="or a folder; default: bench-results/"
-    )
+    importlib.import_module(f"{__name__}._arguments").add_common(parser, "a case, checks excluded")
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots, needs no network; wants plotly")
     parser.add_argument(
         "--compare",

@@ -1,41 +1,49 @@
-"""What the commands `models` and `calls` parse their arguments with."""
+"""Arguments that the commands share. A mistake in them is BadInput: one line, with what is valid."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from . import BadInput
 
 
-def names(allowed: Sequence[str]) -> Any:
-    """A parser of "a,b" for argparse, whose error names what is allowed."""
-
-    def parse(text: str) -> list[str]:
-        given = [name for name in text.split(",") if name]
-        unknown = [name for name in given if name not in allowed]
-        if unknown or not given:
-            raise argparse.ArgumentTypeError(
-                f"expected some of {','.join(allowed)}, got {','.join(unknown) or 'nothing'}"
-            )
-        return [name for name in allowed if name in given]
-
-    return parse
-
-
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
-def add_common(command: argparse.ArgumentParser, budget: str) -> None:
+def add_common(parser: argparse.ArgumentParser, budget: str) -> None:
     """Threads, the time to sample `budget`, and where the result goes."""
-    command.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads, default: torch's")
-    command.add_argument("--budget", type=_positive(float), metavar="SECONDS", help=f"time to sample {budget}")
-    command.add_argument("--json", type=Path, metavar="FILE", help="default: one in ./bench-results")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, default: torch's")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"time to sample {budget}")
+    add_json(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    folder = Path("bench-results")
+    parser.add_argument("--json", type=Path, default=folder, metavar="FILE", help=f"or a folder; default: {folder}/")
+
+
+def check_common(args: argparse.Namespace) -> None:
+    cores = os.cpu_count() or 1
+    if args.threads is not None and not 1 <= args.threads <= cores:
+        raise BadInput(f"expected --threads from 1 to {cores}; got {args.threads}")
+    if args.budget is not None and not args.budget > 0:
+        raise BadInput(f"expected --budget above 0; got {args.budget}")
+
+
+def checked(what: str, given: Sequence[str], valid: Sequence[str]) -> list[str]:
+    """`given` without repetitions, if all of it is valid."""
+    for word in given:
+        if word not in valid:
+            raise BadInput(f"expected {what} {', '.join(valid)}; got {word!r}")
+    return list(dict.fromkeys(given))
+
+
+def listed(what: str, text: str | None, valid: Sequence[str]) -> list[str]:
+    """The words of "a,b"; all that are valid where nothing was given."""
+    return list(valid) if text is None else checked(what, text.split(","), valid)
+
+
+def result_path(args: argparse.Namespace, *parts: str | None) -> Path:
+    """`--json` itself, or in that folder a name made of `parts`."""
+    path: Path = args.json
+    return path if path.suffix == ".json" else path / ("-".join(filter(None, parts)) + ".json")

@@ -19,10 +19,7 @@ import argparse
 import functools
 import gc
 import statistics
-import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +29,7 @@ from torch import Tensor, nn
 import dlkit
 from dlkit._ops import op as dlkit_op
 
-from . import _arguments, _machine, _report
+from . import BadInput, _arguments, _machine, _report
 from ._runner import Sample, Settings, calibrated, interleave
 
 SIZES = (1, 16, 256, 4096)
@@ -327,18 +324,39 @@ def line(entry: dict[str, Any]) -> str:
     return f"{text}  {hops}" + (f"  slower: {flag}" if flag else "")
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """A row for each op and size, in microseconds."""
+    times = {"native": "native", "dlkit": "dlkit", "native + backward": "native_both", "dlkit + backward": "dlkit_both"}
+    rows = []
+    for entry in report["cases"]:
+        figures = [entry["us"].get(key) for key in times.values()] + [entry["hops"].get(hop) for hop in HOPS[:-1]]
+        cells = ["-" if value is None else f"{round(value, 1) + 0:.1f}" for value in figures]  # + 0: no "-0.0"
+        rows.append([f"{entry['op']}, {entry['elements']}", *cells])
+    return f"{heading(report)}\n\n{_report.table(['op, elements', *times, *HOPS[:-1]], rows)}\n\n{footnotes(report)}"
+
+
+def heading(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"Microseconds a call on {where}.{_report.busy(machine)}"
+
+
+def footnotes(report: dict[str, Any]) -> str:
+    behind = [f"{entry['op']} of {entry['elements']}" for entry in report["cases"] if slower(entry)]
+    text = f"{len(report['cases'])} cases; slower than native: {', '.join(behind) or 'none'}"
+    return text + (f"\n{_report.INTERRUPTED}" if report["interrupted"] else "")
+
+
 def run(names: list[str], settings: Settings, echo: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures every size of the ops, a line each through `echo`. Returns the file's content; Ctrl-C keeps the rest."""
     report: dict[str, Any] = {
         "bench": "calls",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine.facts("cpu"),
+        **_machine.header("cpu"),
         "settings": {"budget_s": settings.budget_s, "p": P},
         "interrupted": False,
         "cases": [],
     }
-    machine = report["machine"]
-    echo(f"Microseconds a call on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    echo(heading(report))
     echo(HEAD)
     try:
         for name in names:
@@ -346,9 +364,10 @@ def run(names: list[str], settings: Settings, echo: Callable[[str], None] = prin
                 report["cases"].append(measure(name, n, settings))
                 echo(line(report["cases"][-1]))
     except KeyboardInterrupt:
+        if not report["cases"]:
+            raise
         report["interrupted"] = True
-    behind = [f"{entry['op']} of {entry['elements']}" for entry in report["cases"] if slower(entry)]
-    echo(f"{len(report['cases'])} cases; slower than native: {', '.join(behind) or 'none'}")
+    echo(footnotes(report))
     return report
 
 
@@ -360,11 +379,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     names = [name for name in CASES if args.filter in name]
     if not names:
-        print(f"--filter {args.filter!r}: expected part of one of {', '.join(CASES)}", file=sys.stderr)
-        return 2
+        raise BadInput(f"expected --filter to be part of one of {', '.join(CASES)}; got {args.filter!r}")
+    _arguments.check_common(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(budget_s=args.budget or 0.3, sample_s=0.0005, warm_up_s=0.01)
     report = run(names, settings)
-    path = args.json or Path("bench-results") / f"calls-{_machine.slug(report['machine'])}.json"
+    path = _arguments.result_path(args, "calls", _machine.slug(report["machine"]))
     return int(not _report.save(path, report))

@@ -1,4 +1,4 @@
-"""What a result file records of the machine and the build, and the allocator setting of a benchmark process."""
+"""What a result file records of the machine, the build and the run."""
 
 from __future__ import annotations
 
@@ -6,38 +6,14 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-
-_KEEP = {"mmap_max": 0, "trim_threshold": 1 << 62, "tcache_count": 0}
-
-
-def keeps_memory() -> bool:
-    """Whether this process was started by `keep_memory`."""
-    given = os.environ.get("GLIBC_TUNABLES", "").split(":")
-    return all(f"glibc.malloc.{name}={value}" in given for name, value in _KEEP.items())
-
-
-def keep_memory() -> None:
-    """Starts this process again with a glibc that keeps freed blocks; returns where that is done or there is no glibc.
-
-    By default every block above 32 MB is mapped afresh at each call and paid for in page faults: 32,769 of them for an
-    output of 128 MB, which cost more than the work itself. The heap alone, never trimmed, does not yet help: torch asks
-    for aligned blocks, glibc cuts what it adds for the alignment off again, and as soon as its thread cache has handed
-    that scrap to someone else the freed block is too short for the next request and the heap grows instead (16,384
-    faults in 7 of 8 calls for 64 MB). Without the thread cache it is none; a small call costs 2 to 4% more,
-    for every contestant. That cache can only be turned off at the start of a process, hence not mallopt.
-    """
-    if keeps_memory() or platform.libc_ver()[0] != "glibc":
-        return
-    given = [os.environ["GLIBC_TUNABLES"]] if os.environ.get("GLIBC_TUNABLES") else []
-    os.environ["GLIBC_TUNABLES"] = ":".join(given + [f"glibc.malloc.{name}={value}" for name, value in _KEEP.items()])
-    sys.stdout.flush()
-    os.execv(sys.executable, sys.orig_argv)
 
 
 def _first_match(path: str, pattern: str) -> str | None:
@@ -109,6 +85,15 @@ def facts(device: str) -> dict[str, Any]:
         machine["liger_kernel"] = _version("liger_kernel")
         machine["quack"] = _version("quack-kernels")
     return machine
+
+
+def header(device: str) -> dict[str, Any]:
+    """What every result file begins with."""
+    return {
+        "command": shlex.join(["python", "-m", "dlkit", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": facts(device),
+    }
 
 
 def slug(machine: dict[str, Any]) -> str:

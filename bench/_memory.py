@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 
 import dlkit
 
-from . import _machine, _report
+from . import _arguments, _machine, _report
 
 WAYS = ("default", "reuse")
 LIBRARIES = ("torch", "dlkit")
@@ -95,11 +94,22 @@ def measure(way: str) -> None:
     print(f"resident after 48 times x + x of 64 MB, a small tensor kept each time\t{_resident_mb():,.0f} MB")
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """A table of the ways memory is had, and one of the libraries."""
+    found = report["found"]
+    parts = [
+        _report.table(["", *heads], [[name, *(found[way][name] for way in pair)] for name in found[pair[0]]])
+        for pair, heads in ((WAYS, ("as it comes", "reuse_cpu_memory()")), (LIBRARIES, LIBRARIES))
+        if pair[0] in found
+    ]
+    return "\n\n".join(parts)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--way", choices=(*WAYS, *LIBRARIES), help="measure one in this process; default: a process each"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: one in ./bench-results")
+    _arguments.add_json(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -109,14 +119,12 @@ def main(args: argparse.Namespace) -> int:
     found = {}
     for way in (*WAYS, *LIBRARIES):
         command = [sys.executable, "-m", "dlkit", "bench", "memory", "--way", way]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[way] = dict(line.split("\t") for line in output.splitlines())
-    for pair, heads in ((WAYS, ("as it comes", "reuse_cpu_memory()")), (LIBRARIES, LIBRARIES)):
-        print("| | " + " | ".join(heads) + " |\n| --- | ---: | ---: |")
-        for name in found[pair[0]]:
-            print(f"| {name} | " + " | ".join(found[way][name] for way in pair) + " |")
-        print()
-    machine = _machine.facts("cpu")
-    path = args.json or Path("bench-results") / f"memory-{_machine.slug(machine)}.json"
-    report = {"bench": "memory", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine}
-    return int(not _report.save(path, {**report, "found": found}))
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if finished.returncode:
+            print(f"bench: memory --way {way} ended with status {finished.returncode}", file=sys.stderr)
+            return 1
+        found[way] = dict(line.split("\t") for line in finished.stdout.splitlines())
+    report = {"bench": "memory", **_machine.header("cpu"), "found": found}
+    print(markdown(report))
+    path = _arguments.result_path(args, "memory", _machine.slug(report["machine"]))
+    return int(not _report.save(path, report))

@@ -8,7 +8,8 @@ weights and see the same batches. Parity first: with dropout off the losses of t
 not timed. Then they take turns, some steps each, so that each finds its own weights in the caches as in training.
 
 Twice, each in a process of its own: with memory as it comes, and after dlkit.reuse_cpu_memory(), for every contestant.
-Peak memory is what a process that trains one contestant alone grows by, the model included.
+Peak memory is what a process that trains one contestant alone grows by, the model included. Last, by the profiler, what
+dlkit's step is made of.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,19 +302,23 @@ def run(
     """Measures the models, a table each through `echo`. Returns the file's content; Ctrl-C keeps what there is."""
     report: dict[str, Any] = {
         "bench": "models",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine.facts("cpu") | {"threads": threads},
+        **_machine.header("cpu"),
         "settings": {"budget_s": budget_s, "max_norm": MAX_NORM, "lr": LR, "tolerance": TOLERANCE},
         "interrupted": False,
         "models": [],
+        "shares": {},
     }
     echo(heading(report))
+    echo(HEAD)
     try:
         for name in names:
             for memory in MEMORY:
                 reuse = memory == "reuse"
                 taking_part = [one for one in contestants if one != "dlkit_best" or name == "cnn"]
-                found = apart(measure, name, taking_part, reuse, threads, budget_s)
+                try:
+                    found = apart(measure, name, taking_part, reuse, threads, budget_s)
+                except RuntimeError as error:  # no contestant's exception: its process died
+                    found = {one: {"status": "error", "message": str(error)} for one in taking_part}
                 for contestant, entry in found.items():
                     if entry["status"] == "ok":
                         entry["peak_bytes"] = _memory(name, contestant, reuse, threads)
@@ -323,20 +327,44 @@ def run(
                 report["models"].append(entry | {"target": workload.target})
                 for line in lines(report["models"][-1]):
                     echo(line)
+            if found["dlkit"]["status"] == "ok":
+                report["shares"][name] = apart(shares, name, threads, None)
+                echo(share_line(name, report["shares"][name]))
     except KeyboardInterrupt:
+        if not report["models"]:
+            raise
         report["interrupted"] = True
+        echo(_report.INTERRUPTED)
     return report
+
+
+HEAD = f"{'model, memory, contestant':<34}{'ms a step':>10}{'quartiles':>16}{'vs native':>11}{'peak MB':>9}"
 
 
 def heading(report: dict[str, Any]) -> str:
     machine = report["machine"]
-    load = machine["load_average"]
-    busy = f" Other work was running: load average {load:.1f}." if load > 0.5 else ""
     return (
         f"Training steps on {machine['cpu']}, {machine['threads']} threads, {machine['simd']}; "
-        f"torch {machine['torch']}, dlkit {machine['dlkit'] or 'not installed'}; {report['date']}.{busy}\n"
-        f"{'model, memory, contestant':<34}{'ms a step':>10}{'quartiles':>16}{'vs native':>11}{'peak MB':>9}"
+        f"torch {machine['torch']}, dlkit {machine['dlkit'] or 'not installed'}; {report['date']}."
+        f"{_report.busy(machine)}"
     )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A row for each model and kind of memory, in ms a step, and native's time over dlkit's beside its target."""
+    names = [name for name in CONTESTANTS if any(name in entry["contestants"] for entry in report["models"])]
+    rows = []
+    for entry in report["models"]:
+        times = {name: entry["contestants"].get(name, {}).get("median_ms") for name in names}
+        cells = ["-" if time is None else _report.number(time) for time in times.values()]
+        native, mine = times.get("native"), times.get("dlkit")
+        ratio = f"{native / mine:.2f}" if native and mine else "-"
+        rows.append([f"{entry['model']}, {entry['memory']}", *cells, f"{ratio} ({entry['target']})"])
+    shown = [share_line(name, found) for name, found in report.get("shares", {}).items()]
+    if report["interrupted"]:
+        shown.append(_report.INTERRUPTED)
+    head = ["ms a step", *names, "vs native (target)"]
+    return "\n\n".join([heading(report), _report.table(head, rows), *shown])
 
 
 def lines(entry: dict[str, Any]) -> list[str]:
@@ -357,44 +385,51 @@ def lines(entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def profile(name: str, threads: int, path: Path) -> dict[str, float]:
-    """Writes a trace of dlkit's steps; returns the share of the time of each kind of op (of all ops' own time)."""
+def shares(name: str, threads: int, trace: Path | None) -> dict[str, float]:
+    """What each kind of op takes of dlkit's step, its own time; writes a trace of some steps."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(threads)
     trained = trainer(name, "dlkit")
     for _ in range(3):
         trained.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(5):
-            with torch.profiler.record_function("step"):
-                trained.step()
-    profiler.export_chrome_trace(str(path))
-    events = profiler.key_averages()
-    whole = sum(event.cpu_time_total for event in events if event.key == "step")
-    shares = {event.key: event.self_cpu_time_total / whole for event in events if event.key != "step"}
-    shares["Python and what no op is"] = 1 - sum(shares.values())
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+    # Of five profiles the one of median time: a thread that waits for its core is booked on the op that waits.
+    profiles = []
+    for _ in range(5):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(3):
+                with torch.profiler.record_function("step"):
+                    trained.step()
+        events = profiler.key_averages()
+        profiles.append((sum(event.cpu_time_total for event in events if event.key == "step"), events, profiler))
+    whole, events, profiler = sorted(profiles, key=lambda found: found[0])[2]
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+    found = {event.key: event.self_cpu_time_total / whole for event in events if event.key != "step"}
+    found["Python and what no op is"] = 1 - sum(found.values())
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def share_line(name: str, found: dict[str, float]) -> str:
+    """dlkit's share, and the largest ones of others."""
+    own = sum(share for op, share in found.items() if "dlkit" in op.lower())
+    others = [f"{op} {share:.1%}" for op, share in found.items() if "dlkit" not in op.lower()]
+    return f"{name}: dlkit's ops are {own:.1%} of its step; {', '.join(others[:4])}"
 
 
 def _profile(names: list[str], threads: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        path = folder / f"{name}.json"
-        shares = apart(profile, name, threads, path)
-        own = sum(share for op, share in shares.items() if "dlkit" in op.lower())
-        print(f"{name}: dlkit's ops are {own:.1%} of the step; trace: {path}")
-        for op, share in list(shares.items())[:12]:
+        found = apart(shares, name, threads, folder / f"{name}.json")
+        print(share_line(name, found))
+        for op, share in list(found.items())[:12]:
             print(f"  {share:6.1%}  {op}")
+        print(f"written: {folder / name}.json", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", type=_arguments.names(MODELS), default=list(MODELS), metavar="A,B", help=",".join(MODELS)
-    )
+    parser.add_argument("--models", metavar="A,B", help=f"default: {','.join(MODELS)}")
     parser.add_argument(
         "--against",
-        type=_arguments.names(CONTESTANTS),
-        default=list(CONTESTANTS),
         metavar="A,B",
         help=f"contestants beside native and dlkit: {','.join(CONTESTANTS)}",
     )
@@ -403,13 +438,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    threads = args.threads or torch.get_num_threads()
+    names = _arguments.listed("--models", args.models, MODELS)
+    against = _arguments.listed("--against", args.against, CONTESTANTS)
+    _arguments.check_common(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    threads = torch.get_num_threads()
     if args.profile:
-        _profile(args.models, threads, args.profile)
+        _profile(names, threads, args.profile)
         return 0
-    contestants = [name for name in CONTESTANTS if name in {"native", "dlkit", *args.against}]
-    report = run(args.models, contestants, threads, args.budget or 20.0)
-    path = args.json or Path("bench-results") / f"models-{_machine.slug(report['machine'])}.json"
+    contestants = [name for name in CONTESTANTS if name in {"native", "dlkit", *against}]
+    report = run(names, contestants, threads, args.budget or 20.0)
+    path = _arguments.result_path(args, "models", _machine.slug(report["machine"]))
     status = int(not _report.save(path, report))
     mine = [entry["contestants"].get("dlkit", {}).get("status") for entry in report["models"]]
     return status or int(any(found != "ok" for found in mine))

@@ -7,17 +7,17 @@ import contextlib
 import gc
 import importlib.util
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
+import dlkit
+
 from . import BadInput, _compare, _machine, _report, _runner, specs
+from ._arguments import check_common, checked, listed, result_path
 from ._runner import DTYPES, Case, Settings, Spec
 
 # Contestant: the module it comes from. They have GPU kernels only.
@@ -45,7 +45,8 @@ def chosen(spec: Spec, settings: Settings, sizes: str | None, dtypes: Sequence[s
 def compiled_cases(spec: Spec, cases: Sequence[Case], mode: str) -> set[Case]:
     """Where torch.compile takes part: everywhere, but with --quick once an op and direction.
 
-    A compilation takes 1 to 3 seconds (10 the first one), so of the op's first variant in fp32 the largest case.
+    A compilation takes 1.5 to 3 s (12 the first one; 0.1 where inductor's cache on disk has it from an earlier run), so
+    of the op's first variant in fp32 the largest case.
     """
     if mode != "quick":
         return set(cases)
@@ -91,11 +92,9 @@ def run(
     An interrupt (Ctrl-C) ends the run early; what was measured is returned.
     """
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "dlkit", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine.facts(settings.device),
+        **_machine.header(settings.device),
         "settings": {**asdict(settings), "filter": only},
-        "allocator": "reuse" if _machine.keeps_memory() else "default",
+        "allocator": settings.allocator,
         "interrupted": False,
         "absent": dict(left_out or {}),
         "copy_bandwidth": [],
@@ -151,58 +150,43 @@ def run(
     return report
 
 
-def _result_path(args: argparse.Namespace, report: dict[str, Any]) -> Path:
-    """`--json` itself, or in that folder a name made of the ops (unless all were asked for), machine and cases."""
-    path: Path = args.json
-    if path.suffix == ".json":
-        return path
-    parts = [*args.ops, _machine.slug(report["machine"]), args.sizes, "quick" if args.quick else None]
-    return path / ("-".join(filter(None, parts)) + ".json")
-
-
-def _checked(what: str, given: Sequence[str], valid: Sequence[str]) -> list[str]:
-    for word in given:
-        if word not in valid:
-            raise BadInput(f"expected {what} {', '.join(valid)}; got {word!r}")
-    return list(dict.fromkeys(given))
-
-
 def main(args: argparse.Namespace) -> int:
     if args.compare:
         return _compare.main(*args.compare)
-    ops = _checked("OP", args.ops, specs()) or specs()
-    dtypes = _checked("--dtype", args.dtype.split(","), list(DTYPES)) if args.dtype else list(DTYPES)
-    against = _checked("--against", args.against.split(","), CONTESTANTS) if args.against else list(CONTESTANTS)
-    _checked("--sizes", [args.sizes] if args.sizes else [], ("small", "all"))
-    _checked("--allocator", [args.allocator], ("reuse", "default"))
+    ops = checked("OP", args.ops, specs()) or specs()
+    dtypes = listed("--dtype", args.dtype, list(DTYPES))
+    against = listed("--against", args.against, CONTESTANTS)
+    checked("--sizes", [] if args.sizes is None else [args.sizes], ("small", "all"))
+    checked("--allocator", [args.allocator], ("reuse", "default"))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _checked("--device", [device], ("cpu", "cuda"))
+    checked("--device", [device], ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("expected --device cpu, as torch sees no GPU here; got 'cuda'")
-    for name in ("threads", "budget"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise BadInput(f"expected --{name} above 0; got {value}")
+    check_common(args)
     if args.html and importlib.util.find_spec("plotly") is None:
         raise BadInput("--html needs plotly: pip install plotly")
-    if device == "cpu" and args.allocator == "reuse":
-        _machine.keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
 
     # --quick picks its own few cases, of which "small" leaves some, but "all" are all.
     sweep = args.sizes == "all" or (args.sizes == "small" and not args.quick)
     mode = "sweep" if sweep else "quick" if args.quick else "default"
-    left_out = absent(against, device)
+    gone = absent(against, device)
+    reuses = False
+    if device == "cpu" and args.allocator == "reuse":
+        with dlkit.reuse_cpu_memory() as memory:  # which some systems do without
+            reuses = memory.active
     settings = Settings(
         mode=mode,
         device=device,
         budget_s=args.budget or {"quick": 0.05, "default": 2.0, "sweep": 1.0}[mode],
         compile="compile" in against,
-        against=tuple(name for name in against if name not in left_out),
+        allocator="reuse_cpu_memory" if reuses else "default",
+        against=tuple(name for name in against if name not in gone),
     )
     if args.quick:
         settings = replace(settings, budget_s=args.budget or 0.05, min_rounds=3, sample_s=0.0005, warm_up_s=0.0)
+    gone |= {name: "left out" for name in CONTESTANTS[1:] if name not in against}  # native takes part
     plan = {}
     for name in ops:
         spec = _runner.load(name)
@@ -210,8 +194,10 @@ def main(args: argparse.Namespace) -> int:
             plan[name] = (spec, cases)
     if not plan:
         raise BadInput(f"no case has --dtype {','.join(dtypes)} and --filter {args.filter!r} in its name")
-    report = run(plan, settings, left_out, args.filter)
-    saved = _report.save(_result_path(args, report), report)
+    report = run(plan, settings, gone, args.filter)
+    # All ops are not named.
+    parts = (*args.ops, _machine.slug(report["machine"]), args.sizes, "quick" if args.quick else None)
+    saved = _report.save(result_path(args, *parts), report)
     if args.html:
         from . import _page
 

@@ -267,8 +267,8 @@ select { font: inherit; color: inherit; background: var(--head); border: 1px sol
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 18px;
   margin: .6em 0 1em; }
 .plots > div { min-width: 0; } h3 { font-size: 1rem; font-weight: 600; margin: .4em 0 0; }
-.scroll { overflow: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: 6px; width: fit-content;
-  max-width: 100%; }
+.scroll { overflow: auto; scrollbar-gutter: stable; max-height: 34rem; border: 1px solid var(--line);
+  border-radius: 6px; width: fit-content; max-width: 100%; }
 .heat { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .87rem; }
 .heat th, .heat td { padding: 2px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 .heat thead { position: sticky; top: 0; z-index: 2; } .heat thead th { background: var(--head); text-align: center; }
@@ -281,7 +281,7 @@ select { font: inherit; color: inherit; background: var(--head); border: 1px sol
   text-align: left; overflow-wrap: anywhere; font-size: .8rem; }
 @media (max-width: 600px) { body { padding: 8px 10px 32px; } dl { grid-template-columns: 1fr; } dt { margin-top: 4px; }
   .heat th, .heat td { padding: 2px 6px; } .heat th:first-child { min-width: 8em; max-width: 42vw; white-space: normal;
-  overflow-wrap: anywhere; } }
+  overflow-wrap: anywhere; } .heat .group th:first-child { max-width: none; } .heat .group span { left: 6px; } }
 """
 
 SCRIPT = """

@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             from . import _page
 
-            output.write_text(_page.html(report), encoding="utf-8")
+            return int(not _report.save_text(output, _page.html(report)))
     except OSError as error:
         raise BadInput(f"cannot write {output}: {error.strerror or error}") from None
     print(f"written: {output}")

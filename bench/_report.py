@@ -18,13 +18,28 @@ from typing import Any
 from . import BadInput
 
 SUBJECT = "dlkit"
+INTERRUPTED = "interrupted: the cases above are all that was measured"
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads a result file, also one of the time when a file held one op and no size of its inputs."""
+def read(path: Path) -> dict[str, Any]:
+    """A result file of any command."""
     try:
         report: dict[str, Any] = json.loads(path.read_text())
+        report["machine"]["torch"]
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"cannot read {path}: expected a result file of bench") from None
+    return report
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a result file of ops, also one of the time when a file held one op and no size of its inputs."""
+    report = read(path)
+    if "bench" in report:
+        raise BadInput(f"cannot read {path}: expected a result file of ops, got one of bench {report['bench']}")
+    try:
         if "op" in report:
             report["ops"] = [report.pop("op")]
             for entry in report["cases"]:
@@ -33,10 +48,8 @@ def load(path: Path) -> dict[str, Any]:
                 optimizer = report["ops"] == ["optim"]
                 elements = sum(map(math.prod, pairs)) if optimizer else math.prod(shape)
                 entry.update(op=report["ops"][0], input_bytes=elements * ITEMSIZE[entry["dtype"]])
-        report["ops"], report["cases"], report["machine"]
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        report["ops"], report["cases"]
+    except (KeyError, TypeError, AttributeError):
         raise BadInput(f"cannot read {path}: expected a result file of bench") from None
     return report
 
@@ -109,6 +122,12 @@ def where(machine: dict[str, Any]) -> str:
     return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}"
 
 
+def busy(machine: dict[str, Any]) -> str:
+    """A warning where more than half a core was at work when the run began: the figures are not to be trusted."""
+    load = machine["load_average"]
+    return f" Other work was running: load average {load:.1f}." if load > 0.5 else ""
+
+
 def heading(report: dict[str, Any]) -> str:
     """Where and with what the figures were taken, in two or three lines."""
     machine = report["machine"]
@@ -118,13 +137,10 @@ def heading(report: dict[str, Any]) -> str:
     copy = report["copy_bandwidth"][-1]
     ways = ", ".join(f"{name} {value:,.1f}" for name, value in copy.items() if name != "bytes")
     memory = "" if "gpu" in machine else f" Allocator: {report['allocator']}."
-    # More than half a core at work when the run began: the figures are not to be trusted.
-    load = machine["load_average"]
-    busy = f" Other work was running: load average {load:.1f}." if load > 0.5 else ""
     absent = ", ".join(f"{name} ({reason})" for name, reason in report.get("absent", {}).items())
     return (
         f"{', '.join(report['ops'])} on {where(machine)}; {software}; {report['date']}.\n"
-        f"Copy of {copy['bytes'] >> 20} MB (read + write), GB/s: {ways}.{memory}{busy}"
+        f"Copy of {copy['bytes'] >> 20} MB (half read, half written), GB/s: {ways}.{memory}{busy(machine)}"
     ) + (f"\nAbsent: {absent}." if absent else "")
 
 
@@ -162,7 +178,7 @@ def footnotes(report: dict[str, Any]) -> str:
         ]
         lines.append(f"peak memory beyond outputs, {entry['id']}: {', '.join(amounts)}")
     if report["interrupted"]:
-        lines.append("interrupted: the cases above are all that was measured")
+        lines.append(INTERRUPTED)
     return "\n".join(lines)
 
 
@@ -175,14 +191,18 @@ def cases(report: dict[str, Any], op: str) -> list[dict[str, Any]]:
     return [entry for entry in report["cases"] if entry["op"] == op]
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: words on the left, numbers on the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown, a table for each op."""
     parts = [heading(report)]
     for op in report["ops"]:
         names = contestants(report, op)
-        head = columns(names)
-        rows = [head, ["---"] + ["---:"] * (len(head) - 1), *(row(entry, names) for entry in cases(report, op))]
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in rows))
+        parts.append(table(columns(names), [row(entry, names) for entry in cases(report, op)]))
     return "\n\n".join([*parts, footnotes(report)])
 
 
@@ -215,5 +235,11 @@ def save_text(path: Path, text: str) -> bool:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    # What the file held before is lost only to a whole new one.
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     print(f"written: {path}")

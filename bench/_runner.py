@@ -28,6 +28,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+import dlkit
+
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward_backward")
 
@@ -107,6 +109,7 @@ class Settings:
     sample_s: float = 0.002
     warm_up_s: float = 0.05
     compile: bool = False
+    allocator: str = "default"  # or reuse_cpu_memory
     against: tuple[str, ...] | None = None  # contestants beside native and dlkit; None: all that the spec has
     seed: int = 0
 
@@ -275,7 +278,8 @@ def copies(total_bytes: int, device: str, sets: int = 1) -> dict[str, list[Call]
     """Ways to move `total_bytes` (half read, half written), the floor of a case that moves as many.
 
     On a CPU torch's copy has no streaming stores and so reads each line it writes; the C library's memmove has them for
-    large blocks, so halves on two threads can be a third faster. The best of the two is the floor.
+    blocks above a threshold of its own (a MB on some machines, 240 where it takes the cache for larger than it is), so
+    halves on two threads can be a third faster. The best of the two is the floor.
     """
     elements = max(1, total_bytes // 8)
     sources = [torch.rand(elements, device=device) for _ in range(sets)]
@@ -325,6 +329,15 @@ def _input_sets(spec: Spec, case: Case, settings: Settings) -> list[Inputs]:
     return sets
 
 
+def _memory(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+    """Memory that calls reuse, and that goes back after a case: the blocks of all sizes would add up.
+
+    By default every block above 32 MB is mapped afresh at each call and paid for in page faults: 32,769 of them for an
+    output of 128 MB, which cost more than the work itself.
+    """
+    return dlkit.reuse_cpu_memory() if settings.allocator == "reuse_cpu_memory" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _measuring(case: Case, settings: Settings) -> Iterator[None]:
     """Autograd only where the case needs it, and no garbage collection inside a sample."""
@@ -332,6 +345,7 @@ def _measuring(case: Case, settings: Settings) -> Iterator[None]:
     gc.disable()
     try:
         with torch.set_grad_enabled(case.direction != "forward"), contextlib.ExitStack() as stack:
+            stack.enter_context(_memory(settings))
             if settings.compile:
                 from torch._functorch import config
 
@@ -445,12 +459,18 @@ def failed(spec: Spec, case: Case, error: Exception) -> dict[str, Any]:
 
 
 def copy_bandwidth(settings: Settings) -> list[dict[str, Any]]:
-    """Copy bandwidth over size: bytes read and written, and GB/s of each way (median)."""
+    """Copy bandwidth over size: bytes read and written, and GB/s of each way (median).
+
+    in_place writes where it has read, so that no line is read only to be overwritten: out of caches, what kernels with
+    streaming stores can reach and copies do not. It is no floor, as half as much memory has to fit into a cache.
+    """
     rows = []
     for exponent in (16, 20, 23, 25, 27, 28):
-        ways = copies(1 << exponent, settings.device)
-        samplers = {name: calibrated(calls, settings) for name, calls in ways.items()}
-        samples = interleave(samplers, settings.budget_s / 10, settings.min_rounds, settings.max_rounds)
+        with _memory(settings):
+            ways = copies(1 << exponent, settings.device)
+            ways["in_place"] = [torch.rand((1 << exponent) // 8, device=settings.device).neg_]
+            samplers = {name: calibrated(calls, settings) for name, calls in ways.items()}
+            samples = interleave(samplers, settings.budget_s / 10, settings.min_rounds, settings.max_rounds)
         row: dict[str, Any] = {"bytes": 1 << exponent}
         for name, taken in samples.items():
             row[name] = (1 << exponent) / statistics.median(sample.seconds for sample in taken) / 1e9

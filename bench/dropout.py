@@ -1,5 +1,5 @@
 """What is measured of dropout: plain, through the module, in one pass with a residual add and a norm behind it, and
-behind a bias and GELU.
+behind a bias and GELU or ReLU.
 
 Masks differ between contestants. Each one's is read off its own outputs, and what it should have computed with that
 mask is worked out in float64; what its outputs miss that by counts as its error, and its mask must drop about p.
@@ -22,8 +22,11 @@ from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
 
 P, EPS = 0.3, 1e-5
 NORMS = ("dropout_add_layer_norm", "dropout_add_rms_norm")
-ACTIVATION = "bias_gelu_dropout"
-FUNCTIONS = ("dropout", "dropout_add", *NORMS, ACTIVATION)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bias_gelu_dropout": nn.functional.gelu,
+    "bias_relu_dropout": nn.functional.relu,
+}
+FUNCTIONS = ("dropout", "dropout_add", *NORMS, *ACTIVATIONS)
 LARGE = (8192, 4096)
 QUICK = ((16, 64), (256, 1024), (2048, 1024))
 
@@ -48,7 +51,9 @@ def cases(mode: str, device: str) -> list[Case]:
     found += [Case(NORMS[0], way, LARGE, dtype) for way in both for dtype in ("fp32", "bf16")]
     found += [Case(NORMS[1], way, LARGE, "fp32") for way in both]
     found += [Case(NORMS[0], way, (2048, 768), "fp32") for way in both]
-    found += [Case(ACTIVATION, way, (4096, 3072), dtype) for way in both for dtype in ("fp32", "bf16")]
+    found += [
+        Case(variant, way, (4096, 3072), dtype) for variant in ACTIVATIONS for way in both for dtype in ("fp32", "bf16")
+    ]
     if mode == "sweep":
         shapes = ((4, 16), (128, 128), (1024, 128), (1000, 1003), (2048, 1024), (8192, 1024))
         found += [
@@ -67,7 +72,7 @@ def memory_cases(device: str) -> list[Case]:
 
 def _tensors(case: Case) -> int:
     """Inputs of the case's shape."""
-    return 1 if case.variant in ("dropout", "Dropout", ACTIVATION) else 2
+    return 1 if case.variant in ("dropout", "Dropout", *ACTIVATIONS) else 2
 
 
 def _has_bias(case: Case) -> bool:
@@ -75,7 +80,7 @@ def _has_bias(case: Case) -> bool:
 
 
 def _parameters(case: Case) -> int:
-    return 1 + _has_bias(case) if case.variant in NORMS else int(case.variant == ACTIVATION)
+    return 1 + _has_bias(case) if case.variant in NORMS else int(case.variant in ACTIVATIONS)
 
 
 def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
@@ -105,8 +110,8 @@ def _native_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tenso
     return nn.functional.rms_norm(total, x.shape[-1:], weight, EPS), total
 
 
-def _native_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    return nn.functional.dropout(nn.functional.gelu(x + bias), P)
+def _native_activation(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, bias: nn.functional.dropout(activation(x + bias), P)
 
 
 def contestants(case: Case, device: str) -> dict[str, Contestant]:
@@ -126,18 +131,19 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
         "dropout": (plain(nn.functional.dropout, P), plain(fused.dropout, P)),
         "Dropout": (plain(nn.Dropout(P)), plain(fused_nn.Dropout(P))),
         "dropout_add": (plain(_native_add), plain(fused.dropout_add, P)),
-        ACTIVATION: (plain(_native_gelu), plain(fused.bias_gelu_dropout, P)),
         "dropout_add_layer_norm": (plain(_native_layer_norm), norm(fused.dropout_add_layer_norm)),
         "dropout_add_rms_norm": (plain(_native_rms_norm), norm(fused.dropout_add_rms_norm)),
     }
+    for name, activation in ACTIVATIONS.items():
+        pairs[name] = (plain(_native_activation(activation)), plain(getattr(fused, name), P))
     native, ours = pairs[case.variant]
     return {"native": native, "dlkit": ours}
 
 
 def _formula(case: Case, keep: Tensor | None) -> Callable[..., Any]:
     def formula(x: Tensor, *others: Tensor) -> Any:
-        if case.variant == ACTIVATION:
-            x, others = nn.functional.gelu(x + others[0]), ()
+        if case.variant in ACTIVATIONS:
+            x, others = ACTIVATIONS[case.variant](x + others[0]), ()
         total = x / (1 - P) if keep is None else torch.where(keep, x / (1 - P), 0)
         if others:
             total = total + others[0]
@@ -182,15 +188,18 @@ def settled(case: Case, inputs: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[
         return keep | (doubtful & (misses[1] < misses[0]))
 
     def settle(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # The mask is read off the sum, or off the gradient of x: where that is what nothing at all would leave.
         if case.direction == "forward":
-            total = outputs[-1].detach()
-            keep = total != (inputs.tensors[1].detach() if _tensors(case) > 1 else 0)
+            read, nothing = -1, inputs.tensors[1].detach() if _tensors(case) > 1 else 0
         else:
-            keep = outputs[-len(inputs.tensors)].detach() != 0  # the gradient of x
-            if case.variant in NORMS:
-                keep = with_cancelled(keep, outputs[1 - len(inputs.tensors)].detach())
-        share = 1 - keep.double().mean().item()
-        if abs(share - P) > 6 * math.sqrt(P * (1 - P) / case.numel) + 0.005:  # sums that rounding left as they were
+            read, nothing = -len(inputs.tensors), 0
+        keep = outputs[read].detach() != nothing
+        if case.direction != "forward" and case.variant in NORMS:
+            keep = with_cancelled(keep, outputs[1 - len(inputs.tensors)].detach())
+        shows = plain[read].detach() != nothing  # not where ReLU leaves nothing to drop
+        share = 1 - keep[shows].double().mean().item()
+        keep |= ~shows
+        if abs(share - P) > 6 * math.sqrt(P * (1 - P) / shows.sum().item()) + 0.005:  # sums that rounding left as is
             return tuple(torch.full_like(output, math.nan) for output in outputs)
         exact = results(keep)
         return tuple(
@@ -213,7 +222,7 @@ def tolerances(case: Case) -> Sequence[float]:
 
 
 def minimal_bytes(case: Case) -> int:
-    forward, backward = (2, 3) if case.variant == ACTIVATION else (2, 2)
+    forward, backward = (2, 3) if case.variant in ACTIVATIONS else (2, 2)
     if _tensors(case) > 1:
         forward, backward = (4, 5) if case.variant in NORMS else (3, 2)
     tensors = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[case.direction]

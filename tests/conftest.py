@@ -39,3 +39,12 @@ def backend(request):
         pytest.skip(request.param.missing)
     with request.param.active():
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Where other work runs, two threads of which one waits for a core take seconds for small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,8 +1,10 @@
 """The benchmark on itself: what it writes and draws, what it refuses to time, in which order it samples."""
 
 import argparse
+import errno
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -14,11 +16,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dlkit.bench import _compare, _machine, _ops, _report, _runner, batch_norm, group_norm, layer_norm, optim
+from dlkit.bench import (
+    _compare,
+    _machine,
+    _models,
+    _ops,
+    _report,
+    _runner,
+    batch_norm,
+    dropout,
+    group_norm,
+    layer_norm,
+    optim,
+)
 from dlkit.bench._runner import Case, Inputs, Settings
 
 from dlkit import bench
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Settings(mode="quick", budget_s=0.0, min_rounds=2, sample_s=0.0, warm_up_s=0.0)
 
 
@@ -75,11 +90,12 @@ def test_quick_run_of_all_ops(quick_run):
     assert f"written: {path}" in output and f"written: {page}" in output
     assert report["ops"] == bench.specs() and not report["interrupted"]
     assert "python -m dlkit bench --quick --sizes small --device cpu" in report["command"]
-    assert list(report["absent"]) == ["liger"] and "\nAbsent: liger (" in output
-    assert report["allocator"] == ("reuse" if platform.libc_ver()[0] == "glibc" else "default")
+    assert set(report["absent"]) == {"liger", "compile", "foreach", "fused", "quack", "bitsandbytes"}
+    assert "\nAbsent: liger (" in output and "compile (left out)" in output
+    assert report["allocator"] == ("reuse_cpu_memory" if platform.libc_ver()[0] == "glibc" else "default")
     facts = {"cpu", "cores", "threads", "simd", "caches", "load_average", "torch", "dlkit", "python", "commit"}
     assert facts <= report["machine"].keys()
-    assert all(row["copy_"] > 0 for row in report["copy_bandwidth"])
+    assert all(row["copy_"] > 0 and row["in_place"] > 0 for row in report["copy_bandwidth"])
 
 
 @pytest.mark.parametrize("name", bench.specs())
@@ -98,6 +114,7 @@ def test_quick_run_of_an_op(quick_run, name):
         for contestant, found in entry["contestants"].items():
             # Native's sums in bf16 are off by more on one thread than on two.
             assert found["status"] in ("ok", "inexact" if contestant == "native" else "ok"), (entry["id"], found)
+            assert report["allocator"] == "default" or found["page_faults"] < 1
             assert 0 < found["min_us"] <= found["q1_us"] <= found["median_us"] <= found["q3_us"]
             assert len(found["errors"]) == len(entry["tolerances"])
 
@@ -186,6 +203,32 @@ def test_gradient_has_the_dtype_of_its_tensor():
     expected = (torch.ones(3, dtype=torch.float64),)
     assert _runner.errors(lambda: torch.ones(3), expected, both[2:]) == [0.0]
     assert _runner.errors(lambda: torch.ones(3).bfloat16(), expected, both[2:]) == [math.inf]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("variant", ["dropout", *dropout.ACTIVATIONS])
+def test_wrong_dropout_is_shown_and_not_timed(variant, direction):
+    activation = dropout.ACTIVATIONS.get(variant, lambda x: x)
+
+    def act(x, *bias):
+        return activation(sum(bias, x))
+
+    def too_few(*given):
+        return torch.nn.functional.dropout(act(*given), dropout.P - 0.05)
+
+    def unscaled(*given):
+        return torch.nn.functional.dropout(act(*given), dropout.P) * (1 - dropout.P)
+
+    def shifted(*given):
+        return torch.nn.functional.dropout(act(*given), dropout.P) * 1.001
+
+    wrong = {function.__name__: function for function in (too_few, unscaled, shifted)}
+    found = dropout.contestants(Case(variant, direction, (512, 128), "fp32"), "cpu")
+    found |= {name: lambda *given, function=function: (function, given) for name, function in wrong.items()}
+    spec = SimpleNamespace(**{**vars(dropout), "contestants": lambda case, device: found})
+    entry = _runner.measure(spec, Case(variant, direction, (512, 128), "fp32"), QUICK)
+    statuses = {name: result["status"] for name, result in entry["contestants"].items()}
+    assert statuses == {"native": "ok", "dlkit": "ok", **dict.fromkeys(wrong, "wrong")}
 
 
 def test_failing_contestant_does_not_stop_the_others():
@@ -293,6 +336,27 @@ def test_markdown_table_of_a_file(tmp_path, capsys):
     assert lines[8].startswith("2 cases; slower than native: 1,")
 
 
+RESULTS = Path(bench.__file__).parent / "results"
+KEPT = [path for path in sorted(RESULTS.glob("*.json")) if path.stem != "fashion_mnist"]  # which is the demo's
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_table_of_every_file_that_is_kept(path, capsys):
+    report = json.loads(path.read_text())
+    assert bench.main(parsed("table", str(path))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {"models": "models", "calls": "cases", "memory": "found"}.get(report.get("bench"), "cases")
+    tables = [line for line in lines if line.startswith("| ")]
+    assert len(tables) > len(report[rows]) and len([line for line in lines if line.startswith("| ---")]) >= 1
+    # Pictures and comparisons are of ops alone.
+    status = bench.main(parsed("--compare", str(path), str(path)))
+    captured = capsys.readouterr()
+    if "bench" in report:
+        assert status == 2 and captured.err.endswith(f"got one of bench {report['bench']}\n")
+    else:
+        assert status == 0 and "slower: 0, faster: 0" in captured.out
+
+
 def test_table_of_several_ops(tmp_path):
     report = _report.load(result_file(tmp_path))
     assert report["ops"] == ["layer_norm"] and report["cases"][0]["input_bytes"] == 64
@@ -322,12 +386,12 @@ def changed(report, **changes):
     "changes, wanted",
     [
         ({}, ""),
-        ({"dlkit": 10.8}, ""),  # the quartiles of 10 +- 5% and 10.8 +- 5% overlap
-        ({"dlkit": 14.0}, "slower"),
-        ({"dlkit": 7.0}, "faster"),
-        ({"dlkit": 14.0, "native": 28.0}, ""),  # the whole machine computes slower
-        ({"dlkit": 14.0, "floor": 12.6}, ""),  # its memory is slower
-        ({"native": 28.0}, ""),
+        ({"dlkit": 12.0}, ""),  # twice the spreads of 10 +- 5% and 12 +- 5% overlap
+        ({"dlkit": 17.0}, "slower"),
+        ({"dlkit": 6.0}, "faster"),
+        ({"dlkit": 17.0, "native": 34.0}, ""),  # the whole machine computes slower
+        ({"dlkit": 17.0, "floor": 15.3}, ""),  # its memory is slower
+        ({"native": 34.0}, ""),
     ],
 )
 def test_compare_wants_more_than_the_spread(tmp_path, capsys, changes, wanted):
@@ -346,15 +410,16 @@ def test_compare_wants_more_than_the_spread(tmp_path, capsys, changes, wanted):
 def test_compare_names_what_cannot_be_compared(tmp_path):
     old = _report.load(result_file(tmp_path))
     new = changed(old)
-    new["machine"]["cpu"] = "Other CPU"
+    new["machine"]["cpu"], new["allocator"] = "Other CPU", "default"
     new["cases"][0]["contestants"]["dlkit"] = {"status": "wrong", "errors": [0.5]}
     new["cases"][1]["id"] = "layer_norm/backward/4x8/fp32"
     text, slower = _compare.compare(old, new)
     assert slower
     lines = text.splitlines()
     assert lines[0].startswith("warning: another machine: Test CPU") and "Other CPU" in lines[0]
-    assert lines[1].startswith("slower") and "10.0 us -> wrong" in lines[1]
-    assert lines[2:4] == [
+    assert lines[1] == "warning: another allocator: reuse before, default now"
+    assert lines[2].startswith("slower") and "10.0 us -> wrong" in lines[2]
+    assert lines[3:5] == [
         "only in the old file: layer_norm/backward/2x8/fp32",
         "only in the new file: layer_norm/backward/4x8/fp32",
     ]
@@ -369,7 +434,14 @@ def test_compare_names_what_cannot_be_compared(tmp_path):
         (["--device", "tpu"], "expected --device cpu, cuda; got 'tpu'"),
         (["--against", "jax"], f"expected --against {', '.join(_ops.CONTESTANTS)}; got 'jax'"),
         (["--allocator", "arena"], "expected --allocator reuse, default; got 'arena'"),
-        (["--threads", "0"], "expected --threads above 0; got 0"),
+        (["--threads", "0"], f"expected --threads from 1 to {os.cpu_count()}; got 0"),
+        (["--budget", "nan"], "expected --budget above 0; got nan"),
+        (["--against", ""], f"expected --against {', '.join(_ops.CONTESTANTS)}; got ''"),
+        (["models", "--models", "mlp,resnet"], "expected --models mlp, cnn, transformer, gpt; got 'resnet'"),
+        (["models", "--against", "liger"], f"expected --against {', '.join(_models.CONTESTANTS)}; got 'liger'"),
+        (["models", "--threads", "99999"], f"expected --threads from 1 to {os.cpu_count()}; got 99999"),
+        (["calls", "--budget", "0"], "expected --budget above 0; got 0.0"),
+        (["calls", "--filter", "Linear"], "expected --filter to be part of one of LayerNorm, "),
         (["optim", "--device", "cpu", "--allocator", "default", "--filter", "none"], "no case has "),
         (["table", "absent.json"], "cannot read absent.json: No such file or directory"),
         (["table", __file__], f"cannot read {__file__}: expected a result file of bench"),
@@ -395,6 +467,39 @@ def test_result_that_cannot_be_written_is_kept_elsewhere(tmp_path, capsys, monke
     monkeypatch.setattr(_report.tempfile, "tempdir", str(tmp_path / "file"))
     assert not _report.save_text(tmp_path / "file" / "result.json", "content")
     assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_full_disk_keeps_the_file_of_before(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "result.json"
+    assert _report.save_text(path, "before")
+
+    def full(part, text, **_):
+        part.write_bytes(text[:3].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert not _report.save_text(path, "content")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    assert f"cannot write {path}: No space left on device" in capsys.readouterr().err
+
+
+def test_memory_shows_each_way_and_which_one_failed(tmp_path, capsys, monkeypatch):
+    def ended(command, **_):
+        if command[-1] == failing:
+            return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=0, stdout=f"x + x\t{command[-1]}'s\n")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    monkeypatch.setattr(_machine, "_commit", lambda: None)
+    failing = None
+    assert bench.main(parsed("memory", "--json", str(tmp_path))) == 0
+    printed = capsys.readouterr().out
+    assert "|  | as it comes | reuse_cpu_memory() |" in printed and "| x + x | default's | reuse's |" in printed
+    (path,) = tmp_path.glob("memory-*.json")
+    assert json.loads(path.read_text())["found"]["dlkit"] == {"x + x": "dlkit's"}
+    failing = "torch"
+    assert bench.main(parsed("memory", "--json", str(tmp_path))) == 1
+    assert capsys.readouterr().err == "bench: memory --way torch ended with status 1\n"
 
 
 def test_interrupt_keeps_what_was_measured(monkeypatch, capsys):
@@ -557,24 +662,3 @@ def test_slug_and_settings_are_plain():
     assert _machine.slug({"cpu": "AMD EPYC(TM) 9B14", "threads": 2}) == "amd-epyc-tm-9b14-2-threads"
     assert _machine.slug({"cpu": "any", "gpu": "NVIDIA H200", "threads": 2}) == "nvidia-h200"
     json.dumps({field.name: getattr(QUICK, field.name) for field in fields(QUICK)})
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunables of glibc")
-def test_kept_memory_takes_no_page_faults():
-    code = """
-import resource, sys, torch
-from dlkit.bench import _machine
-if sys.argv[1] == "reuse":
-    _machine.keep_memory()
-x = torch.ones(16 << 20)
-x + x
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8): x + x
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    taken = {}
-    for mode in ("reuse", "default"):
-        finished = subprocess.run([sys.executable, "-c", code, mode], capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
-        taken[mode] = int(finished.stdout)
-    assert taken["reuse"] < taken["default"] / 20, taken

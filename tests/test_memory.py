@@ -104,6 +104,24 @@ def test_only_blocks_of_one_to_two_times_the_size_serve():
         del small, large, half
 
 
+def test_blocks_begin_at_different_places_and_leave_nothing_behind():
+    def mapped_kb():
+        return int(open("/proc/self/status").read().split("VmSize:")[1].split()[0])
+
+    sizes = [200 << 10, 3 * MB + 4096, 2 * MB] * 6
+    with dlkit.reuse_cpu_memory():
+        assert torch.ones(8 * MB).sum() == 8 * MB  # starts the threads
+    before = mapped_kb()
+    with dlkit.reuse_cpu_memory():
+        blocks = [torch.ones(size, dtype=torch.uint8) for size in sizes]
+        assert all(block.sum() == size for block, size in zip(blocks, sizes, strict=True))
+        places = [block.data_ptr() % 4096 for block in blocks]
+        assert all(place % 64 == 0 for place in places) and len(set(places)) == len(places)
+        assert all(block.data_ptr() % (2 * MB) < 4096 for block in blocks if len(block) >= 2 * MB)
+        del blocks
+    assert mapped_kb() < before + 1024
+
+
 def test_resize_clone_and_small_tensors():
     with dlkit.reuse_cpu_memory():
         x = torch.arange(100)
