@@ -200,11 +200,12 @@ __global__ void __launch_bounds__(threads) drop_turns(const Dropout op, int64_t 
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
   T* y = static_cast<T*>(op.y);
-  const int64_t packs = op.period / width, items = op.numel / op.inner * groups * packs;
+  const int64_t spatial = op.inner / op.period, packs = op.period / width;
+  const int64_t items = op.numel / op.inner * groups * packs;
   for (int64_t item = int64_t(blockIdx.x) * threads + threadIdx.x; item < items; item += int64_t(gridDim.x) * threads) {
     const int64_t others = item / packs, channel = (item - others * packs) * width;
     const int64_t sample = others / groups, pixel = (others - sample * groups) * kBlockElements;
-    const int64_t at = (sample * op.spatial + pixel) * op.period + channel, left = op.spatial - pixel;
+    const int64_t at = (sample * spatial + pixel) * op.period + channel, left = spatial - pixel;
     Pack<PackBytes> values[kBlockElements];
 #pragma unroll
     for (int k = 0; k < kBlockElements; ++k) {
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(threads) drop_turns(const Dropout op, int64_t 
     uint32_t kept[width];  // bit k: pixel k
 #pragma unroll
     for (int w = 0; w < width; ++w) {
-      const int64_t mask = (sample * op.period + channel + w) * op.spatial + pixel;
+      const int64_t mask = (sample * op.period + channel + w) * spatial + pixel;
       const int lane = int(mask % kBlockElements);
       const uint64_t block = uint64_t(mask / kBlockElements);
       kept[w] = keep_bits(state, op.threshold, block) >> lane;
@@ -269,7 +270,7 @@ void run(const Dropout& op, void* stream) {
 
 template <class T, int PackBytes>
 void run_turns(const Dropout& op, void* stream) {
-  const int64_t groups = divide_up(op.spatial, kBlockElements);
+  const int64_t groups = divide_up(op.inner / op.period, kBlockElements);
   const unsigned grid =
       grid_of(divide_up(op.numel / op.inner * groups * (op.period * int64_t(sizeof(T)) / PackBytes), threads));
   launch("dropout drop_turns", drop_turns<T, PackBytes>, grid, threads, 0, stream, op, groups);
@@ -281,7 +282,7 @@ void dropout_cuda(const Dropout& op, void* stream) {
   if (op.numel == 0) return;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (op.spatial > 1) {
+    if (op.apart) {
       constexpr int pair = sizeof(T) == 2 ? 4 : sizeof(T);
       return aligned(op, pair) && op.period * int64_t(sizeof(T)) % pair == 0 ? run_turns<T, pair>(op, stream)
                                                                              : run_turns<T, sizeof(T)>(op, stream);

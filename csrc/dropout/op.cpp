@@ -105,7 +105,7 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
              form.dropped,
              dtype_of(input.scalar_type())};
   op.period = layout.period;
-  op.spatial = layout.spatial;
+  op.apart = layout.spatial > 1;
   run(device, op);
   if (!y.is_same(output)) output.copy_(y);
 }
