@@ -169,9 +169,9 @@ struct Draws {
 };
 
 // `period` channels take turns, innermost in memory: columns of up to 64 pixels of a sample, begin and end counted in
-// them. A tile's bits are drawn in logical order and transposed a column at a time: 0.02 to 0.03 ns an element, beside
-// Philox's 0.17. They are drawn while the tile before is written, a step for each step's elements, so that Philox still
-// hides memory's latency.
+// them. A tile's bits are drawn in logical order and transposed a column at a time: in cache 0.02 to 0.03 ns an element
+// beside Philox's 0.17, in 28 x 28 x 256 some 0.05. They are drawn while the tile before is written, a step for each
+// step's elements, so that Philox still hides memory's latency: 2.1 ms there against 2.4 in fp32.
 template <class T, Form kForm, bool kStream>
 void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
   const Constants<T> constants(op);
