@@ -185,6 +185,75 @@ def test_channels_that_take_turns(backend, channels):
                 torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+SPATIAL = [(1, 1), (7, 7), (28, 28), (2, 3, 5), (1, 2)]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16, 60, 64, 65, 300])
+def test_elements_whose_channels_take_turns(backend, channels):
+    """channels_last, a bit for every element: bit for bit what contiguous memory gives, in place as well."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    apply, apply_ = backend.op("dropout_apply"), backend.op("dropout_forward_")
+    few = backend.draws < 32
+    for i, (samples, spatial) in enumerate([(n, size) for size in SPATIAL for n in (1, 3)]):
+        if few and channels * math.prod(spatial) > 20_000:
+            continue
+        dtype, constants = dtypes[(i + channels) % 4], ((1.25, 0.0, 0.0), (0.5, -0.25, 2.0))[i % 2]
+        x = torch.randn(samples, channels, *spatial, dtype=dtype)
+        state = torch.tensor([3, 8 * i], device=backend.device)
+        dropped = torch.from_numpy(~reference.keep_mask(3, 8 * i, P, x.numel()).reshape(x.shape))
+        x[dropped] = math.nan
+        rank = torch.channels_last if len(spatial) == 2 else torch.channels_last_3d
+        x = x.to(backend.device).contiguous(memory_format=rank)
+        wanted = apply(x.contiguous(), state, P, 1, *constants)
+        y = apply(x, state, P, 1, *constants)
+        assert y.stride() == x.stride() and not y.isnan().any()
+        assert torch.equal(y, wanted)
+        again = x.clone()
+        apply_(again, state, P, 1, *constants, None)
+        assert torch.equal(again, wanted)
+
+
+def test_planes_larger_than_a_tile_and_other_orders():
+    """Parts of a plane, whose channels have ranges of their own; one dimension innermost wherever it stands."""
+    apply, state = torch.ops.dlkit.dropout_apply, torch.tensor([5, 0])
+    threads = torch.get_num_threads()
+    try:
+        for shape, dim, dtype in (
+            ((1, 66, 141, 143), 1, torch.float32),
+            ((2, 64, 160, 160), 1, torch.bfloat16),
+            ((1, 2, 1025, 1031), 1, torch.float32),
+            ((7000, 301), 0, torch.float32),
+            ((20, 3, 50, 4), 2, torch.float64),
+            ((64, 301, 14, 33), 1, torch.float32),
+        ):
+            x = torch.randn(shape, dtype=dtype).movedim(dim, -1).contiguous().movedim(-1, dim)
+            wanted = apply(x.contiguous(), state, P, 1, 1.25, 0.0, 0.0)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                y = apply(x, state, P, 1, 1.25, 0.0, 0.0)
+                assert y.stride() == x.stride() and torch.equal(y, wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("module", ["Dropout", "AlphaDropout"])
+def test_modules_in_channels_last(module):
+    layer = getattr(dlkit.nn, module)(P)
+    for shape, rank in (((3, 5, 6, 7), torch.channels_last), ((2, 65, 2, 3, 4), torch.channels_last_3d)):
+        results = []
+        for layout in (torch.contiguous_format, rank):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+            x.requires_grad_()
+            with use(Philox(3)):
+                y = layer(x)
+            weights = torch.randn(shape, generator=torch.Generator().manual_seed(2)).contiguous(memory_format=layout)
+            (grad,) = torch.autograd.grad(y, x, weights)
+            assert y.is_contiguous(memory_format=layout) and grad.is_contiguous(memory_format=layout)
+            results.append((y, grad))
+        for plain, other in zip(*results, strict=True):
+            assert torch.equal(plain, other)
+
+
 def test_every_backend_draws_alike(backend):
     """From the same generator the same state, and nothing for p = 1 or an empty input."""
     if backend.device != "cpu":

@@ -6,7 +6,9 @@
 // adjacent bytes: the bits travel by shuffles. On sm_90 a bf16 block takes some 150 instructions, 85 of them random
 // bits: at 4.3 TB/s 1.1e12 elements a second, 2.0e13 of the 3.3e13 instructions that an H200 issues. Tiles tiles of
 // loads go out before the arithmetic: 32 bytes a thread, 40 KB with the 1280 threads that 48 registers leave; 29 KB
-// would do. Whole channels or samples: a group of lanes a run, each lane with the run's bit. Not yet run on a GPU.
+// would do. Whole channels or samples: a group of lanes a run, each lane with the run's bit. Elements in channels_last:
+// the 8 that a block decides are pixels of one channel, far apart; a thread takes those of a narrow pack of channels,
+// so that a warp's accesses are 128 adjacent bytes of a pixel. Not yet run on a GPU.
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/philox.cuh"
 #include "../common/cuda/vec.cuh"
@@ -157,8 +159,8 @@ __global__ void __launch_bounds__(threads) drop_runs(const Dropout op, int64_t p
   }
 }
 
-// `period` elements take turns (channels_last): a thread has the same pack of them in several rows of a sample, and
-// draws for it once. Neighbouring threads have neighbouring packs.
+// `period` channels take turns and have one bit each: a thread has the same pack of them in several rows of a sample,
+// and draws for it once. Neighbouring threads have neighbouring packs.
 constexpr int part_rows = 16;
 
 template <class T, int PackBytes>
@@ -188,9 +190,55 @@ __global__ void __launch_bounds__(threads) drop_periods(const Dropout op, int64_
   }
 }
 
+// `period` channels take turns and every element has a bit of its own: a thread has a pack of them in 8 adjacent
+// pixels, so that one block decides a channel's, or two where a plane has not a multiple of 8. Neighbouring threads
+// have neighbouring packs. Plain loads: where channels are few, other threads read the rest of a line.
+template <class T, int PackBytes>
+__global__ void __launch_bounds__(threads) drop_turns(const Dropout op, int64_t groups) {
+  constexpr int width = PackBytes / sizeof(T);
+  const PhiloxState state = begin(op);
+  const Constants<T> constants(op);
+  const T* x = static_cast<const T*>(op.x);
+  T* y = static_cast<T*>(op.y);
+  const int64_t spatial = op.inner / op.period, packs = op.period / width;
+  const int64_t items = op.numel / op.inner * groups * packs;
+  for (int64_t item = int64_t(blockIdx.x) * threads + threadIdx.x; item < items; item += int64_t(gridDim.x) * threads) {
+    const int64_t others = item / packs, channel = (item - others * packs) * width;
+    const int64_t sample = others / groups, pixel = (others - sample * groups) * kBlockElements;
+    const int64_t at = (sample * spatial + pixel) * op.period + channel, left = spatial - pixel;
+    Pack<PackBytes> values[kBlockElements];
+#pragma unroll
+    for (int k = 0; k < kBlockElements; ++k) {
+      if (k < left) values[k] = load<PackBytes>(x + at + k * op.period);
+    }
+    uint32_t kept[width];  // bit k: pixel k
+#pragma unroll
+    for (int w = 0; w < width; ++w) {
+      const int64_t mask = (sample * op.period + channel + w) * spatial + pixel;
+      const int lane = int(mask % kBlockElements);
+      const uint64_t block = uint64_t(mask / kBlockElements);
+      kept[w] = keep_bits(state, op.threshold, block) >> lane;
+      if (lane > 0 && left > kBlockElements - lane) {
+        kept[w] |= keep_bits(state, op.threshold, block + 1) << (kBlockElements - lane);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kBlockElements; ++k) {
+      if (k >= left) break;
+      uint32_t keep = 0;
+#pragma unroll
+      for (int w = 0; w < width; ++w) keep |= (kept[w] >> k & 1) << w;
+      store<PackBytes>(y + at + k * op.period, drop<T, PackBytes>(values[k], keep, constants));
+    }
+  }
+}
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+bool aligned(const Dropout& op, uintptr_t bytes) {
+  const auto fits = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
+  return fits(op.x) && fits(op.residual) && fits(op.y);
+}
 
 // Blocks loop over what a grid cannot hold.
 unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
@@ -220,15 +268,27 @@ void run(const Dropout& op, void* stream) {
   }
 }
 
+template <class T, int PackBytes>
+void run_turns(const Dropout& op, void* stream) {
+  const int64_t groups = divide_up(op.inner / op.period, kBlockElements);
+  const unsigned grid =
+      grid_of(divide_up(op.numel / op.inner * groups * (op.period * int64_t(sizeof(T)) / PackBytes), threads));
+  launch("dropout drop_turns", drop_turns<T, PackBytes>, grid, threads, 0, stream, op, groups);
+}
+
 }  // namespace
 
 void dropout_cuda(const Dropout& op, void* stream) {
   if (op.numel == 0) return;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    if (op.apart) {
+      constexpr int pair = sizeof(T) == 2 ? 4 : sizeof(T);
+      return aligned(op, pair) && op.period * int64_t(sizeof(T)) % pair == 0 ? run_turns<T, pair>(op, stream)
+                                                                             : run_turns<T, sizeof(T)>(op, stream);
+    }
     const int64_t run_elements = op.period > 1 ? op.period : op.inner;
-    const bool wide = aligned(op.x) && aligned(op.residual) && aligned(op.y) &&
-                      (op.inner == 1 || run_elements * int64_t(sizeof(T)) % 16 == 0);
+    const bool wide = aligned(op, 16) && (op.inner == 1 || run_elements * int64_t(sizeof(T)) % 16 == 0);
     if (wide) {
       run<T, 16>(op, stream);
     } else {

@@ -44,36 +44,50 @@ struct Form {
   double scale, shift, dropped;
 };
 
-// Whether memory as it lies can be given to the kernels, and as which inner and period of kernel.h.
+// Whether memory as it lies can be given to the kernels, and as what of kernel.h.
 struct Layout {
   bool direct;
-  int64_t inner, period;
+  int64_t inner, period, spatial;
 };
 
-// inner > 1 leaves the order free in which the elements of a channel or sample lie, and channels may be innermost.
+// Whether dimensions [first, last) lie in the order of a contiguous tensor, the last of them in steps of `stride`.
+bool in_order(const Tensor& x, int64_t first, int64_t last, int64_t stride) {
+  for (int64_t d = last - 1; d >= first; stride *= x.size(d--)) {
+    if (x.size(d) != 1 && x.stride(d) != stride) return false;
+  }
+  return true;
+}
+
+// One dimension innermost and the others in order, as in channels_last; inner > 1 leaves the order free in which the
+// elements of a channel or sample lie.
 Layout layout_of(const Tensor& x, int64_t inner) {
-  if (x.is_contiguous()) return {true, inner, 1};
-  if (inner == 1 || !x.is_non_overlapping_and_dense()) return {false, inner, 1};
-  int64_t dim = x.dim(), elements = 1;
+  const Layout other{false, inner, 1, 1};
+  if (x.is_contiguous()) return {true, inner, 1, 1};
+  int64_t dim = x.dim();
+  if (inner == 1) {
+    while (dim > 0 && (x.stride(dim - 1) != 1 || x.size(dim - 1) == 1)) --dim;
+    if (dim == 0) return other;
+    const int64_t period = x.size(dim - 1);
+    int64_t spatial = 1;
+    for (int64_t d = dim; d < x.dim(); ++d) spatial *= x.size(d);
+    if (!in_order(x, dim, x.dim(), period) || !in_order(x, 0, dim - 1, period * spatial)) return other;
+    return {true, period * spatial, period, spatial};
+  }
+  if (!x.is_non_overlapping_and_dense()) return other;
+  int64_t elements = 1;
   while (dim > 0 && (elements < inner || x.size(dim - 1) == 1)) elements *= x.size(--dim);
-  if (elements != inner || dim == 0) return {false, inner, 1};
-  const auto in_order = [&](int64_t dims, int64_t stride) {
-    for (int64_t d = dims - 1; d >= 0; stride *= x.size(d--)) {
-      if (x.size(d) != 1 && x.stride(d) != stride) return false;
-    }
-    return true;
-  };
-  if (in_order(dim, inner)) return {true, inner, 1};
+  if (elements != inner || dim == 0) return other;
+  if (in_order(x, 0, dim, inner)) return {true, inner, 1, 1};
   const int64_t period = x.size(dim - 1);
-  if (x.stride(dim - 1) == 1 && in_order(dim - 1, inner * period)) return {true, inner * period, period};
-  return {false, inner, 1};
+  if (x.stride(dim - 1) == 1 && in_order(x, 0, dim - 1, inner * period)) return {true, inner * period, period, 1};
+  return other;
 }
 
 // Other layouts go through contiguous memory, in which the logical order is that of addresses.
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
          const PhiloxSource& source, int64_t* state) {
-  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1} : layout_of(input, form.inner);
+  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1, 1} : layout_of(input, form.inner);
   const bool fits = layout.direct && output.strides() == input.strides();
   const Tensor x = layout.direct ? input : input.contiguous();
   const Tensor added = residual.defined() ? residual.contiguous() : residual;
@@ -91,6 +105,7 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
              form.dropped,
              dtype_of(input.scalar_type())};
   op.period = layout.period;
+  op.apart = layout.spatial > 1;
   run(device, op);
   if (!y.is_same(output)) output.copy_(y);
 }

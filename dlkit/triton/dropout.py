@@ -4,7 +4,8 @@ y = keep(i // inner) ? x * scale + shift : dropped. Each byte is read and writte
 read. Elements with bits of their own (inner 1): a thread draws one Philox block, whose eight 16-bit lanes shrink to a
 byte of keep bits, so that little moves where another thread holds some of the 8 elements (in types wider than 16 bits).
 Whole channels or samples: a tile of runs, a block for each run. The second block, which breaks ties, is drawn only in
-tiles where 16 bits met the threshold: 1 in 32 tiles of 2048 elements.
+tiles where 16 bits met the threshold: 1 in 32 tiles of 2048 elements. Layouts other than contiguous are copied, there
+and back.
 """
 
 from __future__ import annotations
