@@ -307,10 +307,7 @@ bool should_stream(const Dropout& op, int64_t element) {
 
 void drop(const Dropout& op) {
   const PhiloxState state = read(op.source);
-  if (op.state != nullptr) {
-    op.state[0] = int64_t(state.seed);
-    op.state[1] = int64_t(state.offset);
-  }
+  write_state(state, op.state);
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto form, auto stream) {

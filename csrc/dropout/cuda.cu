@@ -24,10 +24,7 @@ constexpr int threads = 256, warps = threads / 32;
 
 __device__ __forceinline__ PhiloxState begin(const Dropout& op) {
   const PhiloxState state = read(op.source);
-  if (op.state != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
-    op.state[0] = int64_t(state.seed);
-    op.state[1] = int64_t(state.offset);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.state);
   return state;
 }
 
@@ -65,13 +62,16 @@ __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uin
   return narrow<T, PackBytes>(values);
 }
 
-// On a multiprocessor, so that ptxas keeps to 48, 64, or 128 registers for what holds twice as many packs.
-template <class T, bool Residual>
-constexpr int resident_blocks = sizeof(T) > 4 ? (Residual ? 2 : 4) : (Residual ? 4 : 5);
+// On a multiprocessor, so that ptxas keeps to 48, 64, or 128 registers for what holds twice as many packs. Of single
+// elements there are more: 128, too.
+template <class T, int PackBytes, bool Residual>
+constexpr int resident_blocks = PackBytes < 16 || (sizeof(T) > 4 && Residual) ? 2
+                                : sizeof(T) > 4 || Residual                   ? 4
+                                                                              : 5;
 
 // A warp's tile is 32 blocks, Packs packs a lane.
 template <class T, int PackBytes, int Tiles, bool Residual>
-__global__ void __launch_bounds__(threads, resident_blocks<T, Residual>) drop_elements(const Dropout op) {
+__global__ void __launch_bounds__(threads, resident_blocks<T, PackBytes, Residual>) drop_elements(const Dropout op) {
   constexpr int width = PackBytes / sizeof(T), packs = kBlockElements / width;
   const PhiloxState state = begin(op);
   const Constants<T> constants(op);
