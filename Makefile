@@ -81,14 +81,19 @@ sanitize: install
 	  ../../tests/test_dropout_variants.py ../../tests/test_dropblock2d.py ../../tests/test_bias_act_dropout.py ../../tests/test_optim.py \
 	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
 
-# On a machine with a GPU, in the environment that has its torch: build, every test, the quick benchmark of every op with
-# the peers that are installed, JSON and (with matplotlib) PNG in bench/results; downloads nothing.
+# On a machine with a GPU, in the environment that has its torch: build for that GPU, every test that is not of the CPU's
+# kernels (side by side with pytest-xdist), the quick benchmark of every op with the peers that are installed, JSON and
+# (with matplotlib) PNG in bench/results; downloads nothing.
 GPU_PYTHON ?= python3
 gpu:
-	DLKIT_BUILD=cuda $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	arch=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') && \
+	  TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch} DLKIT_BUILD=cuda \
+	  $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m dlkit info
-	$(GPU_PYTHON) -m pytest -q tests/test_layer_norm.py tests/test_batch_norm.py tests/test_dropout.py \
-	  tests/test_dropout_variants.py tests/test_dropblock2d.py tests/test_bias_act_dropout.py tests/test_optim.py tests/test_optim_launches.py tests/test_surgery.py
+	$(GPU_PYTHON) -m pytest -q -k 'not cpu-' $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null) \
+	  tests/test_layer_norm.py tests/test_batch_norm.py tests/test_dropout.py tests/test_dropout_variants.py \
+	  tests/test_dropblock2d.py tests/test_bias_act_dropout.py tests/test_optim.py tests/test_optim_launches.py \
+	  tests/test_surgery.py
 	$(GPU_PYTHON) -m dlkit bench --quick --device cuda --json bench/results
 	for file in bench/results/*-quick.json; do $(GPU_PYTHON) -m dlkit bench plot $$file || true; done
 
