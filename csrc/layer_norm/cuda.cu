@@ -131,16 +131,19 @@ __device__ __forceinline__ void store_statistics(const Forward& op, int64_t row,
   if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd;
 }
 
-// Threads that share a multiprocessor, so that ptxas keeps to 64, 80 or 128 registers for each. One step fewer spills
-// on sm_100 or sm_120.
-template <class T, int PackBytes, int Packs>
-constexpr int forward_resident = Packs > 4 || sizeof(T) > 4               ? 512
-                                 : Packs* PackBytes > 16 * int(sizeof(T)) ? 768
-                                                                          : 1024;
+// Blocks that share a multiprocessor, so that ptxas keeps to 64, 80 or 128 registers a thread. One step fewer spills on
+// sm_100 or sm_120, where a dropout wants more of them for its bits.
+template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
+constexpr int forward_resident() {
+  constexpr int threads = threads_of<Lanes>, bytes = Packs * PackBytes, words = 16 * int(sizeof(T));
+  if (Packs > 4 || sizeof(T) > 4) return (512 + threads - 1) / threads;
+  if (Drop && Packs == 4 && PackBytes == 16) return threads > 256 ? 1 : 768 / threads;
+  return ((bytes > words ? 768 : 1024) + threads - 1) / threads;
+}
 
 template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
-__global__ void __launch_bounds__(threads_of<Lanes>, (forward_resident<T, PackBytes, Packs> + threads_of<Lanes> - 1) /
-                                                         threads_of<Lanes>) forward_rows(const Forward op) {
+__global__ void __launch_bounds__(threads_of<Lanes>, forward_resident<T, PackBytes, Lanes, Packs, Drop>())
+    forward_rows(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
   __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
@@ -329,7 +332,7 @@ struct Gradients {
   }
 };
 
-// As forward_resident: 64 registers are enough for a few columns' sums, else 128.
+// As above: 64 registers are enough for a few columns' sums, else 128.
 template <class T, int PackBytes, int Packs>
 constexpr int backward_resident = Packs * PackBytes <= 8 * int(sizeof(T)) && Packs <= 4 && sizeof(T) <= 4 ? 1024 : 512;
 

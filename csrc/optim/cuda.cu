@@ -496,8 +496,13 @@ struct Code {
 };
 static_assert(sizeof(Code) == 1);
 
+// Without a number of blocks to be resident ptxas for sm_120 spills where states are codes; others keep its own choice.
+template <class S>
+constexpr int resident_blocks = sizeof(S) == 1 ? 2 : 0;
+
 template <class T, int PackBytes, class S, Algorithm Which>
-__global__ void __launch_bounds__(kThreads) step_tensors(const __grid_constant__ StepArguments arguments) {
+__global__ void __launch_bounds__(kThreads, resident_blocks<S>)
+    step_tensors(const __grid_constant__ StepArguments arguments) {
   using A = accumulate_t<T>;
   constexpr int width = width_of<T, S>, warp_width = 32 * width;
   constexpr bool coded = sizeof(S) == 1;
