@@ -77,13 +77,22 @@ __device__ __forceinline__ void store_narrow(T* to, const accumulate_t<T> (&valu
     accumulate_t<T> part[step];
 #pragma unroll
     for (int k = 0; k < step; ++k) part[k] = values[i + k];
-    store<bytes>(to + i, narrow<T, bytes>(part));
+    // A plain store of 16 bytes is taken apart into words in backward_columns, __stcs is not.
+    store_once<bytes>(to + i, narrow<T, bytes>(part));
   }
 }
 
-template <class T, Activation Kind, int Count>
+// Kernels are named by what one access moves: 16 bytes where a thread takes the elements of a Philox block together,
+// else an element.
+template <class T, int Count>
+constexpr int pack_bytes = Count > 1 ? 16 : int(sizeof(T));
+template <int PackBytes>
+constexpr int count_of = PackBytes == 16 ? kBlockElements : 1;
+
+template <class T, int PackBytes, Activation Kind>
 __global__ void __launch_bounds__(threads) forward_elements(const Forward op) {
   using A = accumulate_t<T>;
+  constexpr int Count = count_of<PackBytes>;
   const PhiloxState state = op.dropout.active ? read(op.dropout.source) : PhiloxState{};
   if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.dropout.state);
   const A* const bias = static_cast<const A*>(op.bias);
@@ -115,9 +124,10 @@ __device__ __forceinline__ void backward_group(const Backward& op, const PhiloxS
   store_narrow<T>(static_cast<T*>(op.grad_input) + i, gradient);
 }
 
-template <class T, Activation Kind, int Count>
+template <class T, int PackBytes, Activation Kind>
 __global__ void __launch_bounds__(threads) backward_elements(const Backward op) {
   using A = accumulate_t<T>;
+  constexpr int Count = count_of<PackBytes>;
   const PhiloxState state = op.dropout.active ? read(op.dropout.source) : PhiloxState{};
   const A* const bias = static_cast<const A*>(op.bias);
   const int64_t numel = op.rows * op.cols;
@@ -142,9 +152,10 @@ Cut cut(const Backward& op) {
 }
 
 // Two blocks a processor: left to itself, ptxas spills at 80 registers for sm_80.
-template <class T, Activation Kind, int Count>
+template <class T, int PackBytes, Activation Kind>
 __global__ void __launch_bounds__(threads, 2) backward_columns(const Backward op, int64_t blocks, int64_t tiles) {
   using A = accumulate_t<T>;
+  constexpr int Count = count_of<PackBytes>;
   __shared__ A sums[thread_rows][lanes * Count];
   const PhiloxState state = op.dropout.active ? read(op.dropout.source) : PhiloxState{};
   const int lane = threadIdx.x % lanes, thread_row = threadIdx.x / lanes;
@@ -215,7 +226,8 @@ void dispatch(const Op& op, const F& f) {
 
 void forward_cuda(const Forward& op, void* stream) {
   dispatch(op, [&](auto type, auto activation, auto count) {
-    launch("bias_act_dropout forward", forward_elements<decltype(type), activation.value, count.value>,
+    launch("bias_act_dropout forward",
+           forward_elements<decltype(type), pack_bytes<decltype(type), count.value>, activation.value>,
            grid_of(divide_up(op.rows * op.cols, count.value)), threads, 0, stream, op);
   });
 }
@@ -225,11 +237,11 @@ void backward_cuda(const Backward& op, void* stream) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     if (op.grad_bias == nullptr) {
-      return launch("bias_act_dropout backward", backward_elements<T, activation.value, count.value>,
+      return launch("bias_act_dropout backward", backward_elements<T, pack_bytes<T, count.value>, activation.value>,
                     grid_of(divide_up(op.rows * op.cols, count.value)), threads, 0, stream, op);
     }
     const Cut parts = cut<count.value>(op);
-    launch("bias_act_dropout backward", backward_columns<T, activation.value, count.value>,
+    launch("bias_act_dropout backward", backward_columns<T, pack_bytes<T, count.value>, activation.value>,
            unsigned(parts.blocks * parts.tiles), threads, 0, stream, op, parts.blocks, parts.tiles);
     launch("bias_act_dropout sum_partials", sum_partials<A>, grid_of(op.cols), threads, 0, stream,
            static_cast<const A*>(op.partials), static_cast<A*>(op.grad_bias), parts.blocks, op.cols);
