@@ -655,18 +655,7 @@ DLKIT_DEFINE_OPS(m) {
       tags);
 }
 
-#if defined(DLKIT_CUDA_ON_CPU)
-DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::batch_norm::implement_kernels<dlkit::CudaDevice>(m); }
-#else
-DLKIT_IMPLEMENT_OPS(CPU, m) {
-  if (dlkit::cpu_kernels_wanted()) dlkit::batch_norm::implement_kernels<dlkit::CpuDevice>(m);
-}
-#if defined(DLKIT_WITH_CUDA)
-DLKIT_IMPLEMENT_OPS(CUDA, m) {
-  if (dlkit::cuda_kernels_wanted()) dlkit::batch_norm::implement_kernels<dlkit::CudaDevice>(m);
-}
-#endif
-#endif
+DLKIT_IMPLEMENT_KERNELS(dlkit::batch_norm::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("batch_norm_forward", dlkit::batch_norm::forward_meta);

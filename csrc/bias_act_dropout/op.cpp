@@ -246,18 +246,7 @@ DLKIT_DEFINE_OPS(m) {
       tags);
 }
 
-#if defined(DLKIT_CUDA_ON_CPU)
-DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::bias_act_dropout::implement_kernels<dlkit::CudaDevice>(m); }
-#else
-DLKIT_IMPLEMENT_OPS(CPU, m) {
-  if (dlkit::cpu_kernels_wanted()) dlkit::bias_act_dropout::implement_kernels<dlkit::CpuDevice>(m);
-}
-#if defined(DLKIT_WITH_CUDA)
-DLKIT_IMPLEMENT_OPS(CUDA, m) {
-  if (dlkit::cuda_kernels_wanted()) dlkit::bias_act_dropout::implement_kernels<dlkit::CudaDevice>(m);
-}
-#endif
-#endif
+DLKIT_IMPLEMENT_KERNELS(dlkit::bias_act_dropout::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("bias_act_dropout_forward", dlkit::bias_act_dropout::forward_meta);

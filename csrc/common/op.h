@@ -164,3 +164,23 @@ inline bool cpu_kernels_wanted() { return !backend_is("native"); }
 inline bool cuda_kernels_wanted() { return backend_is("") || backend_is("cuda"); }
 
 }  // namespace dlkit
+
+// Registers implement<Device>(library) for the devices that this build has kernels for.
+#if defined(DLKIT_CUDA_ON_CPU)
+#define DLKIT_IMPLEMENT_KERNELS(implement) \
+  DLKIT_IMPLEMENT_OPS(CPU, m) { implement<dlkit::CudaDevice>(m); }
+#else
+#define DLKIT_IMPLEMENT_CPU_KERNELS(implement)                       \
+  DLKIT_IMPLEMENT_OPS(CPU, m) {                                      \
+    if (dlkit::cpu_kernels_wanted()) implement<dlkit::CpuDevice>(m); \
+  }
+#if defined(DLKIT_WITH_CUDA)
+#define DLKIT_IMPLEMENT_KERNELS(implement)                             \
+  DLKIT_IMPLEMENT_CPU_KERNELS(implement)                               \
+  DLKIT_IMPLEMENT_OPS(CUDA, m) {                                       \
+    if (dlkit::cuda_kernels_wanted()) implement<dlkit::CudaDevice>(m); \
+  }
+#else
+#define DLKIT_IMPLEMENT_KERNELS(implement) DLKIT_IMPLEMENT_CPU_KERNELS(implement)
+#endif
+#endif

@@ -32,15 +32,14 @@ void run(const CudaDevice& device, const DropBlock2d& op) { dropblock2d_cuda(op,
 void run(const CpuDevice&, const DropBlock2d& op) { dropblock2d_cpu(op); }
 #endif
 
-template <class Int>
 struct Corners {  // where a square has room
-  Int size, rows, columns;
-  Corners(const Int& height, const Int& width, int64_t block_size)
-      : size(std::min(std::min(Int(block_size), height), width)), rows(height - size + 1), columns(width - size + 1) {}
+  int64_t size, rows, columns;
+  Corners(int64_t height, int64_t width, int64_t block_size)
+      : size(std::min({block_size, height, width})), rows(height - size + 1), columns(width - size + 1) {}
 };
 
 // Such that p of all elements would be dropped if no squares overlapped.
-double seed_probability(double p, int64_t height, int64_t width, const Corners<int64_t>& corners) {
+double seed_probability(double p, int64_t height, int64_t width, const Corners& corners) {
   return p / double(corners.size * corners.size) * double(height * width) / double(corners.rows * corners.columns);
 }
 
@@ -62,7 +61,7 @@ void run(const Device& device, const Tensor& input, Tensor& output, double p, in
   op.height = x.size(2);
   op.width = x.size(3);
   op.channels = by_channels ? x.size(1) : 1;
-  const Corners<int64_t> corners(op.height, op.width, block_size);
+  const Corners corners(op.height, op.width, block_size);
   op.size = corners.size;
   op.rows = corners.rows;
   op.columns = corners.columns;
@@ -212,7 +211,7 @@ Tensor native(const Tensor& input, double p, int64_t block_size, const OptionalG
                               "dropblock2d(): expected no generator for ", input.scalar_type(), " input on ",
                               input.device(), " or under vmap, where torch's own ops serve; got one");
   return masked(input, [&](const Tensor& ones) {
-    const Corners<int64_t> corners(input.size(2), input.size(3), block_size);
+    const Corners corners(input.size(2), input.size(3), block_size);
     const int64_t size = corners.size, margin = size - 1;
     const Tensor seeds = at::bernoulli(ones.slice(2, 0, corners.rows).slice(3, 0, corners.columns),
                                        seed_probability(p, input.size(2), input.size(3), corners));
@@ -323,18 +322,7 @@ DLKIT_DEFINE_OPS(m) {
   m.def("dropblock2d_apply(Tensor input, Tensor state, float p, int block_size) -> Tensor", tags);
 }
 
-#if defined(DLKIT_CUDA_ON_CPU)
-DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::dropblock2d::implement_kernels<dlkit::CudaDevice>(m); }
-#else
-DLKIT_IMPLEMENT_OPS(CPU, m) {
-  if (dlkit::cpu_kernels_wanted()) dlkit::dropblock2d::implement_kernels<dlkit::CpuDevice>(m);
-}
-#if defined(DLKIT_WITH_CUDA)
-DLKIT_IMPLEMENT_OPS(CUDA, m) {
-  if (dlkit::cuda_kernels_wanted()) dlkit::dropblock2d::implement_kernels<dlkit::CudaDevice>(m);
-}
-#endif
-#endif
+DLKIT_IMPLEMENT_KERNELS(dlkit::dropblock2d::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("dropblock2d_forward", dlkit::dropblock2d::forward_meta);

@@ -497,18 +497,7 @@ DLKIT_DEFINE_OPS(m) {
 
 DLKIT_IMPLEMENT_OPS(CPU, m) { m.impl("philox_draw", dlkit::dropout::philox_draw); }
 
-#if defined(DLKIT_CUDA_ON_CPU)
-DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::dropout::implement_kernels<dlkit::CudaDevice>(m); }
-#else
-DLKIT_IMPLEMENT_OPS(CPU, m) {
-  if (dlkit::cpu_kernels_wanted()) dlkit::dropout::implement_kernels<dlkit::CpuDevice>(m);
-}
-#if defined(DLKIT_WITH_CUDA)
-DLKIT_IMPLEMENT_OPS(CUDA, m) {
-  if (dlkit::cuda_kernels_wanted()) dlkit::dropout::implement_kernels<dlkit::CudaDevice>(m);
-}
-#endif
-#endif
+DLKIT_IMPLEMENT_KERNELS(dlkit::dropout::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("dropout_forward", dlkit::dropout::forward_meta);

@@ -617,18 +617,7 @@ DLKIT_DEFINE_OPS(m) {
       .def("release", &dlkit::optim::Plan::release);
 }
 
-#if defined(DLKIT_CUDA_ON_CPU)
-DLKIT_IMPLEMENT_OPS(CPU, m) { dlkit::optim::implement_kernels<dlkit::CudaDevice>(m); }
-#else
-DLKIT_IMPLEMENT_OPS(CPU, m) {
-  if (dlkit::cpu_kernels_wanted()) dlkit::optim::implement_kernels<dlkit::CpuDevice>(m);
-}
-#if defined(DLKIT_WITH_CUDA)
-DLKIT_IMPLEMENT_OPS(CUDA, m) {
-  if (dlkit::cuda_kernels_wanted()) dlkit::optim::implement_kernels<dlkit::CudaDevice>(m);
-}
-#endif
-#endif
+DLKIT_IMPLEMENT_KERNELS(dlkit::optim::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
   m.impl("optim_step_", dlkit::optim::step_meta);
