@@ -156,14 +156,130 @@ def fsdp2_with_masters_and_averages(rank, folder):
         two.step()
     for a, b in zip(alone.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, whole(b.detach()))
-        for key in ("remainder", "ema"):  # gloo gathers no int16
-            assert torch.equal(one.state[a][key].float(), whole(two.state[b][key].float()))
+        assert torch.equal(one.state[a]["ema"], whole(two.state[b]["ema"]))
+        rest = whole(two.state[b]["remainder"])
+        assert torch.equal(one.state[a]["remainder"].view(torch.int16), rest.view(torch.int16))
     two.swap_ema()
     for a, b in zip(one.ema_parameters(), model.parameters(), strict=True):
         assert torch.equal(a.bfloat16(), whole(b.detach()))
-    eight = dlkit.optim.AdamW(model.parameters(), state_dtype="int8")
-    with pytest.raises(ValueError, match="DTensors, and parameter 0 of group 0 is one"):
-        eight.step()
+
+
+@case
+def fsdp2_moved_between_steps(rank, folder):
+    """model.to() gives the same parameters new local tensors."""
+    for moved in (lambda model: model._apply(lambda t: t.clone()), lambda model: model.to(torch.float64).float()):
+        model, data = make_model(), batches()
+        expected, norms = reference(model, data, 0.1, "SGD", lr=0.05)
+        model = sharded(model)
+        optimizer = dlkit.optim.SGD(model.parameters(), lr=0.05, max_norm=0.1)
+        train(model, optimizer, data[:2], rank)
+        optimizer.zero_grad()
+        moved(model)
+        assert_same(train(model, optimizer, data[2:], rank), norms[2:])
+        assert_same(model.parameters(), expected)
+
+
+def big_model():
+    """Two weights of which each process's half has 8-bit states, and biases that have none."""
+    return nn.Sequential(nn.Linear(96, 130), nn.Tanh(), nn.Linear(130, 96))
+
+
+def set_gradients(model, step):
+    """The same gradients in each process, over a few decades, cut as the parameters are."""
+    generator = torch.Generator().manual_seed(step)
+    for param in model.parameters():
+        grad = torch.randn(param.shape, generator=generator) * torch.logspace(-2, 0, param.shape[0]).view(
+            -1, *[1] * (param.dim() - 1)
+        )
+        if hasattr(param, "placements"):
+            grad = torch.distributed.tensor.distribute_tensor(grad, param.device_mesh, param.placements)
+        param.grad = grad
+
+
+@case
+def fsdp2_with_8_bit_states(rank, folder):
+    """Each process has blocks of its own; near fp32 states, and a checkpoint can be cut anew."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    model = big_model()
+    alone = copy.deepcopy(model)
+    plain = torch.optim.AdamW(alone.parameters(), lr=0.01)
+    model = sharded_linear(model)
+    optimizer = dlkit.optim.AdamW(model.parameters(), lr=0.01, state_dtype="int8")
+    for step in range(5):
+        set_gradients(alone, step)
+        set_gradients(model, step)
+        plain.step()
+        optimizer.step()
+    weight = model[0].weight
+    assert optimizer.state[weight]["exp_avg_codes"].placements == weight.placements
+    assert optimizer.state[weight]["exp_avg_codes"].to_local().dtype == torch.uint8
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (whole(a.detach()) - b).abs().mean() < 0.1 * 5 * 0.01
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_optimizer_state_dict(model, optimizer, options=options)  # on process 0
+    saved = optimizer.state_dict()
+    for number, (name, _) in enumerate(model.named_parameters()):
+        whole_state = whole(saved["state"][number]["exp_avg"]).cpu()
+        assert rank > 0 or torch.equal(gathered["state"][name]["exp_avg"], whole_state), name
+    again = sharded_linear(big_model())
+    again.load_state_dict(model.state_dict())
+    following = dlkit.optim.AdamW(again.parameters(), lr=0.01, state_dtype="int8")
+    following.load_state_dict(copy.deepcopy(saved))
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        for key, value in optimizer.state[one].items():
+            other = following.state[two][key]
+            value, other = (v.to_local() if hasattr(v, "to_local") else v for v in (value, other))
+            assert torch.equal(value, other), key
+    set_gradients(model, 9)
+    set_gradients(again, 9)
+    optimizer.step()
+    following.step()
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.to_local(), two.to_local())
+
+
+def sharded_linear(model):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+@case
+def whole_state_dicts_of_masters(rank, folder):
+    """gloo gathers remainders, and a tool may set them in another model."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    arguments = {"lr": 0.05, "master_weights": True, "ema_decay": 0.5, "state_dtype": torch.bfloat16}
+    data = [x.bfloat16() for x in batches()]
+    model = sharded(make_model().bfloat16())
+    optimizer = dlkit.optim.AdamW(model.parameters(), **arguments)
+    train(model, optimizer, data[:2], rank)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    again = sharded(make_model().bfloat16())
+    again.load_state_dict(model.state_dict())
+    following = dlkit.optim.AdamW(again.parameters(), **arguments)
+    set_optimizer_state_dict(again, following, copy.deepcopy(saved), options=options)  # loading copies nothing
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        for key in ("remainder", "ema", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(bits_of(optimizer.state[a][key]), bits_of(following.state[b][key])), key
+    torch.manual_seed(3)
+    train(model, optimizer, data[2:], rank)
+    torch.manual_seed(3)
+    train(again, following, data[2:], rank)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a.to_local(), b.to_local())
+
+
+def bits_of(tensor):
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 @case
@@ -198,6 +314,75 @@ def zero_redundancy(rank, folder):
         optimizer = ZeroRedundancyOptimizer(model.parameters(), dlkit.optim.AdamW, lr=0.05)
     train(model, optimizer, data, rank)
     assert_same(model.parameters(), expected)
+
+
+@case
+def zero_redundancy_with_clipping(rank, folder):
+    """The norm is that of all gradients, though each process steps some of the parameters."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, data = make_model(), batches()
+    expected, norms = reference(model, data, 0.1, "SGD", lr=0.05)
+    model = nn.parallel.DistributedDataParallel(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), dlkit.optim.SGD, lr=0.05, max_norm=0.1)
+    found = []
+    for x in data:
+        optimizer.zero_grad()
+        loss_of(model, part(x, rank)).backward()
+        optimizer.step()
+        found.append(optimizer.optim.grad_norm)
+    assert_same(found, norms)
+    assert_same(model.parameters(), expected)
+
+
+@case
+def fsdp1(rank, folder):
+    """Flat parameters: the norm needs a group, and says so."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for originals in (False, True):
+        model, data = make_model(), batches()
+        expected, norms = reference(model, data, 0.1, lr=0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = FullyShardedDataParallel(model, use_orig_params=originals, device_id=torch.device("cpu"))
+        optimizer = dlkit.optim.AdamW(model.parameters(), lr=0.05, max_norm=0.1)
+        loss_of(model, part(data[0], rank)).backward()
+        with pytest.raises(RuntimeError, match="max_norm needs the process group of all gradients"):
+            optimizer.step()
+        optimizer = dlkit.optim.AdamW(model.parameters(), lr=0.05, max_norm=0.1, process_group=dist.group.WORLD)
+        assert_same(train(model, optimizer, data, rank), norms)
+        with FullyShardedDataParallel.summon_full_params(model):
+            assert_same(model.parameters(), expected)
+
+
+@case
+def pipeline_stages(rank, folder):
+    """Each process has other parameters, and clips by the norm of all."""
+    for process_group in (dist.group.WORLD, dist.init_device_mesh("cpu", (PROCESSES,))):
+        torch.manual_seed(11)
+        params = [nn.Parameter(torch.randn(5)) for _ in range(3)]
+        grads = [torch.randn(5) for _ in params]
+        own = params[:1] if rank == 0 else params[1:]
+        optimizer = dlkit.optim.SGD(own, lr=1.0, max_norm=0.1, process_group=process_group)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        before = [param.detach().clone() for param in own]
+        optimizer.step()
+        total = torch.cat(grads).norm()
+        torch.testing.assert_close(optimizer.grad_norm, total)
+        for param, old in zip(own, before, strict=True):
+            torch.testing.assert_close(param.detach(), old - param.grad * 0.1 / total)
+        if rank == 1:  # a stage without gradients takes part
+            for param in own:
+                param.grad = None
+        optimizer.step()
+        torch.testing.assert_close(optimizer.grad_norm, grads[0].norm())
+        other = copy.deepcopy(optimizer)
+        with pytest.raises(RuntimeError, match="a copy has none"):
+            other.step()
 
 
 @case

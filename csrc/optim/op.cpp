@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <deque>
+#include <unordered_map>
 
 #include "kernel.h"
 
@@ -41,7 +42,7 @@ Algorithm algorithm_of(c10::string_view name) {
 }
 
 // One row of `options` a group; dlkit/optim names the columns in the same order.
-constexpr int64_t kOptions = 12;
+constexpr int64_t kOptions = 14;
 
 Group group_of(const double* row, const float* lr_pointer) {
   return {row[0], row[1], row[2],      row[3],       row[4],       row[5],    row[6],
@@ -133,7 +134,8 @@ void check(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups, int6
     if (!lists.remainders.empty()) {
       TORCH_CHECK(type == at::kBFloat16 || type == at::kHalf, "optim_step_(): expected params[", i,
                   "] of BFloat16 or Half with a remainder, got ", type);
-      check_like("remainders", i, lists.remainders[i], param, at::kShort);
+      const bool as_short = lists.remainders[i].scalar_type() == at::kShort;
+      check_like("remainders", i, lists.remainders[i], param, as_short ? at::kShort : type);
     }
     if (!lists.ema.empty()) check_like("ema", i, lists.ema[i], param, average_type(type));
     if (!lists.steps.empty()) {
@@ -421,29 +423,94 @@ void step_meta(c10::string_view, TensorList, TensorList, TensorList, TensorList,
 
 void clip_meta(TensorList, const Tensor&, double) {}
 
-// An optimizer's tensors between steps. A run is what one op can serve: one device, the same arrays in every tensor.
+// Tensors that something else holds: no reference is counted. Safe to use only while that holds them.
+class Unowned {
+ public:
+  Unowned() = default;
+  explicit Unowned(const std::vector<Tensor>& tensors) {
+    tensors_.reserve(tensors.size());
+    for (const Tensor& tensor : tensors) add(tensor);
+  }
+  Unowned(Unowned&&) = default;
+  Unowned& operator=(Unowned&& other) noexcept {
+    std::swap(tensors_, other.tensors_);
+    return *this;
+  }
+  ~Unowned() { clear(); }
+  void clear() {
+    for (Tensor& tensor : tensors_) c10::MaybeOwnedTraits<Tensor>::destroyBorrow(tensor);
+    tensors_.clear();
+  }
+  void reserve(size_t count) { tensors_.reserve(count); }
+  void add(const Tensor& tensor) { tensors_.push_back(c10::MaybeOwnedTraits<Tensor>::createBorrow(tensor)); }
+  bool empty() const { return tensors_.empty(); }
+  size_t size() const { return tensors_.size(); }
+  const Tensor& operator[](size_t i) const { return tensors_[i]; }
+  auto begin() const { return tensors_.begin(); }
+  auto end() const { return tensors_.end(); }
+  operator TensorList() const { return tensors_; }
+
+ private:
+  std::vector<Tensor> tensors_;
+};
+
+// The version of each parameter with a remainder as the last step left it. Every change in place that autograd sees
+// counts a tensor's version up. An optimizer keeps one of these for all its plans.
+class Versions : public torch::CustomClassHolder {
+ public:
+  static constexpr int64_t kUnknown = -1;
+  static int64_t of(const Tensor& param) { return param.is_inference() ? kUnknown : int64_t(param._version()); }
+  int64_t& at(const Tensor& param) {
+    return versions_.emplace(param.unsafeGetTensorImpl(), kUnknown).first->second;  // a map's values stay in place
+  }
+  void trust(const std::vector<Tensor>& params) {
+    for (const Tensor& param : params) at(param) = of(param);
+  }
+  std::vector<bool> changed(const std::vector<Tensor>& params) {
+    std::vector<bool> result;
+    for (const Tensor& param : params) result.push_back(is_changed(at(param), param));
+    return result;
+  }
+  static bool is_changed(int64_t seen, const Tensor& param) { return seen != kUnknown && seen != of(param); }
+  void clear() {
+    for (auto& [param, version] : versions_) version = kUnknown;
+  }
+
+ private:
+  std::unordered_map<const at::TensorImpl*, int64_t> versions_;
+};
+
+// An optimizer's tensors between steps. A run is what one op can serve: one device, the same arrays in every tensor, no
+// two parameters that overlap. The optimizer's groups and state hold the tensors; dlkit._C.holds() says before each step
+// whether they still do.
 class Plan : public torch::CustomClassHolder {
  public:
-  void add(std::string algorithm, std::vector<Tensor> params, std::vector<std::vector<Tensor>> states,
-           std::vector<std::vector<Tensor>> scales, std::vector<Tensor> remainders, std::vector<Tensor> ema,
-           std::vector<Tensor> steps, std::vector<int64_t> groups, std::vector<std::string> labels) {
+  explicit Plan(c10::intrusive_ptr<Versions> versions) : versions_(std::move(versions)) {}
+
+  void add(std::string algorithm, const std::vector<Tensor>& params, const std::vector<std::vector<Tensor>>& states,
+           const std::vector<std::vector<Tensor>>& scales, const std::vector<Tensor>& remainders,
+           const std::vector<Tensor>& ema, const std::vector<Tensor>& steps, std::vector<int64_t> groups,
+           std::vector<std::string> labels) {
     Run run;
     run.algorithm = std::move(algorithm);
-    run.params = std::move(params);
+    run.params = Unowned(params);
     for (int s = 0; s < kStates; ++s) {
-      run.states[s] = std::move(states.at(s));
-      run.scales[s] = std::move(scales.at(s));
+      run.states[s] = Unowned(states.at(s));
+      run.scales[s] = Unowned(scales.at(s));
     }
-    run.remainders = std::move(remainders);
-    run.ema = std::move(ema);
-    run.steps = std::move(steps);
+    run.remainders = Unowned(remainders);
+    run.ema = Unowned(ema);
+    run.steps = Unowned(steps);
     run.groups = std::move(groups);
     run.labels = std::move(labels);
+    if (!remainders.empty()) {
+      for (const Tensor& param : params) run.versions.push_back(&versions_->at(param));
+    }
     runs_.push_back(std::move(run));
   }
 
   // Parameters that have no state yet, since they had no gradient.
-  void watch(std::vector<Tensor> params) { stateless_ = std::move(params); }
+  void watch(const std::vector<Tensor>& params) { stateless_ = Unowned(params); }
 
   // Takes hold of the gradients, or of those given, one for each parameter in the order of add(). 0: ready; 1: a
   // parameter without state has a gradient; 2: a gradient is not dense.
@@ -452,22 +519,28 @@ class Plan : public torch::CustomClassHolder {
       if (param.grad().defined()) return 1;
     }
     size_t next = 0;
+    idle_.clear();
     for (Run& run : runs_) {
+      const int64_t first = int64_t(next);
+      run.selected.reset();
       run.grads.clear();
+      run.kept.clear();
       run.grads.reserve(run.params.size());
       run.all = true;
-      for (size_t i = 0; i < run.params.size(); ++i) {
+      for (size_t i = 0; i < run.params.size(); ++i, ++next) {
         const Tensor& param = run.params[i];
-        run.grads.push_back(given ? or_undefined((*given)[next++]) : param.grad());
-        const Tensor& grad = run.grads.back();
+        const Tensor& held = given ? run.keep(or_undefined((*given)[next])) : param.grad();
+        const bool lazy = held.defined() && (held.is_conj() || held.is_neg());
+        const Tensor& grad = lazy ? run.keep(held.resolve_conj().resolve_neg()) : held;
+        run.grads.add(grad);
         if (!grad.defined()) {
           run.all = false;
+          if (!run.ema.empty()) idle_.push_back(first + int64_t(i));
           continue;
         }
         if (grad.layout() != at::kStrided) return release(2);
-        if (grad.is_conj() || grad.is_neg()) run.grads.back() = grad.resolve_conj().resolve_neg();
-        if (grad.scalar_type() != param.scalar_type() || grad.device() != param.device() ||
-            grad.sizes() != param.sizes()) {
+        if (!is_real_or_complex(grad.scalar_type()) || grad.is_complex() != param.is_complex() ||
+            grad.device() != param.device() || grad.sizes() != param.sizes()) {
           const std::string found = c10::str(grad.scalar_type(), " ", grad.sizes(), " on ", grad.device());
           release(0);
           TORCH_CHECK(false, "step(): expected the gradient of ", run.labels.at(i), " to be ", param.scalar_type(), " ",
@@ -477,6 +550,21 @@ class Plan : public torch::CustomClassHolder {
       if (!run.all) select(run);
     }
     return 0;
+  }
+
+  // Those that gather() found without a gradient and that have an average, in the order of add().
+  std::vector<int64_t> idle() const { return idle_; }
+
+  // Which parameters with a remainder were written since the last step, counted over those that have one.
+  std::vector<int64_t> written() const {
+    std::vector<int64_t> result;
+    int64_t next = 0;
+    for (const Run& run : runs_) {
+      for (size_t i = 0; i < run.versions.size(); ++i, ++next) {
+        if (Versions::is_changed(*run.versions[i], run.params[i])) result.push_back(next);
+      }
+    }
+    return result;
   }
 
   // The norm of all gradients on each device.
@@ -530,6 +618,9 @@ class Plan : public torch::CustomClassHolder {
       release(0);
       throw;
     }
+    for (const Run& run : runs_) {
+      for (size_t i = 0; i < run.versions.size(); ++i) *run.versions[i] = Versions::of(run.params[i]);
+    }
     return release(0);
   }
 
@@ -541,8 +632,9 @@ class Plan : public torch::CustomClassHolder {
   // Lets go of the gradients.
   int64_t release(int64_t status) {
     for (Run& run : runs_) {
-      run.grads.clear();
       run.selected.reset();
+      run.grads.clear();
+      run.kept.clear();
     }
     return status;
   }
@@ -550,12 +642,15 @@ class Plan : public torch::CustomClassHolder {
  private:
   struct Run {
     std::string algorithm;
-    std::vector<Tensor> params, grads, states[kStates], scales[kStates], remainders, ema, steps;
+    Unowned params, grads, states[kStates], scales[kStates], remainders, ema, steps;
+    std::deque<Tensor> kept;  // gradients that nothing else holds
     std::vector<int64_t> groups;
     std::vector<std::string> labels;  // what errors call the parameters
+    std::vector<int64_t*> versions;   // with remainders: the parameters' in Versions
     bool all = true;                  // every parameter has a gradient
     std::unique_ptr<Run> selected;    // those that have one, where not all do
     const Run& active() const { return selected ? *selected : *this; }
+    const Tensor& keep(Tensor tensor) { return kept.emplace_back(std::move(tensor)); }
     Lists lists() const {
       return {params, grads, {states[0], states[1], states[2]}, {scales[0], scales[1], scales[2]}, remainders,
               ema,    steps};
@@ -567,11 +662,11 @@ class Plan : public torch::CustomClassHolder {
     some->algorithm = run.algorithm;
     for (size_t i = 0; i < run.params.size(); ++i) {
       if (!run.grads[i].defined()) continue;
-      const auto pick = [i](std::vector<Tensor>& to, const std::vector<Tensor>& from) {
-        if (!from.empty()) to.push_back(from[i]);
+      const auto pick = [i](Unowned& to, const Unowned& from) {
+        if (!from.empty()) to.add(from[i]);
       };
       pick(some->params, run.params);
-      pick(some->grads, run.grads);
+      some->grads.add(run.grads[i]);
       for (int s = 0; s < kStates; ++s) {
         pick(some->states[s], run.states[s]);
         pick(some->scales[s], run.scales[s]);
@@ -584,8 +679,10 @@ class Plan : public torch::CustomClassHolder {
     run.selected = std::move(some);
   }
 
+  c10::intrusive_ptr<Versions> versions_;
   std::vector<Run> runs_;
-  std::vector<Tensor> stateless_;
+  Unowned stateless_;
+  std::vector<int64_t> idle_;
 };
 
 template <class Device>
@@ -606,11 +703,18 @@ DLKIT_DEFINE_OPS(m) {
       "Tensor? grad_norm, float max_norm, Tensor? grad_scale, Tensor? found_inf, bool write_grads, int? seed) -> ()");
   m.def("optim_grad_norm(Tensor[] grads) -> Tensor");
   m.def("optim_clip_grads_(Tensor(a!)[] grads, Tensor grad_norm, float max_norm) -> ()");
-  m.class_<dlkit::optim::Plan>("OptimPlan")
+  m.class_<dlkit::optim::Versions>("OptimVersions")
       .def(torch::init<>())
+      .def("trust", &dlkit::optim::Versions::trust)
+      .def("changed", &dlkit::optim::Versions::changed)
+      .def("clear", &dlkit::optim::Versions::clear);
+  m.class_<dlkit::optim::Plan>("OptimPlan")
+      .def(torch::init<c10::intrusive_ptr<dlkit::optim::Versions>>())
       .def("add", &dlkit::optim::Plan::add)
       .def("watch", &dlkit::optim::Plan::watch)
       .def("gather", &dlkit::optim::Plan::gather)
+      .def("idle", &dlkit::optim::Plan::idle)
+      .def("written", &dlkit::optim::Plan::written)
       .def("norms", &dlkit::optim::Plan::norms)
       .def("step", &dlkit::optim::Plan::step)
       .def("step_plainly", &dlkit::optim::Plan::step_plainly)

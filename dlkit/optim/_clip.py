@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dlkit.optim._optimizer import _SERVED
+from dlkit.optim._tensors import SERVED, has_kernels
 
 _grad_norm = torch.ops.dlkit.optim_grad_norm.default
 _clip_grads_ = torch.ops.dlkit.optim_clip_grads_.default
@@ -51,7 +51,7 @@ def clip_grad_norm_(
 
 def _is_served(grads: list[Tensor]) -> bool:
     device = grads[0].device
-    return torch._C._dispatch_has_kernel_for_dispatch_key("dlkit::optim_grad_norm", device.type.upper()) and all(
-        type(grad) is Tensor and grad.layout == torch.strided and grad.dtype in _SERVED and grad.device == device
+    return has_kernels(device, "optim_grad_norm") and all(
+        type(grad) is Tensor and grad.layout == torch.strided and grad.dtype in SERVED and grad.device == device
         for grad in grads
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def param_groups(
@@ -14,27 +15,45 @@ def param_groups(
     """Param groups of a model: weight decay on matrices and filters, none on biases, scales and normalization layers.
 
     Args:
-        model: a module, or what its ``named_parameters()`` gives.
+        model: a module, or what its ``named_parameters()`` gives. Names that a module's ``no_weight_decay()`` returns,
+            as timm's models have it, get no decay either.
         weight_decay: of parameters with two dimensions or more that belong to no normalization layer; others have 0.
         options: entries of both groups.
 
     Returns:
         One group or two, each with the parameters' names, which error messages use. Parameters that do not require a
         gradient are left out; one that is used in several places is there once.
+
+    Raises:
+        TypeError: what was given is not pairs of a name and a parameter, for example ``model.parameters()``.
+        ValueError: a parameter is lazy, so that its shape is not known yet.
     """
-    norms: set[int] = set()
+    undecayed: set[int] = set()
     if isinstance(model, nn.Module):
-        for module in model.modules():
+        for prefix, module in model.named_modules():
             if "Norm" in type(module).__name__:
-                norms.update(id(p) for p in module.parameters(recurse=False))
-        named: Iterable[tuple[str, Tensor]] = model.named_parameters()
+                undecayed.update(id(p) for p in module.parameters(recurse=False))
+            if callable(listed := getattr(module, "no_weight_decay", None)):
+                own = dict(module.named_parameters(remove_duplicate=False))
+                undecayed.update(id(own[name]) for name in listed() if name in own)
+        named: Iterable[Any] = model.named_parameters()
     else:
         named = model
     decayed: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
-    for name, param in named:
+    for item in named:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                "param_groups(): expected a module, or pairs of a name and a parameter as model.named_parameters() "
+                f"gives them, got {type(item).__name__}"
+            )
+        name, param = item
+        if is_lazy(param):
+            raise ValueError(
+                f"param_groups(): expected parameters with a shape, and {name!r} is lazy; run the model once before"
+            )
         if param.requires_grad:
-            (decayed if param.dim() >= 2 and id(param) not in norms else others).append((name, param))
+            (decayed if param.dim() >= 2 and id(param) not in undecayed else others).append((name, param))
     groups = [
         {"params": decayed, "weight_decay": weight_decay, **options},
         {"params": others, "weight_decay": 0.0, **options},

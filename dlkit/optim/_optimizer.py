@@ -1,23 +1,37 @@
 """What the optimizers share: a plan of the tensors that is kept between steps, and the step that runs it.
 
 torch's constructor, param groups, state and hooks stay; only step() is dlkit's. A plan (torch.classes.dlkit.OptimPlan)
-holds the tensors of all groups. It is made anew when groups or state no longer hold the very objects it was made from,
-which one C function checks at about 5 ns an object; gradients are fetched at each step, in C++. So a step costs Python
-nothing per parameter: 200 parameters take some 15 us of it, where torch's step takes 1 ms.
+knows the tensors of all groups. It holds none of them alive: before each step one C function checks, at some 5 ns an
+object, that groups and state still hold the same tensors. Gradients are fetched at each step, in C++. So a step costs
+Python nothing per parameter: 200 parameters take some 15 us of it, where torch's step takes 1 ms.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dlkit.optim import _int8
+from dlkit.optim import _masters
+from dlkit.optim._average import AveragingOptimizer
+from dlkit.optim._state import GROUP_OPTIONS, name_of_dtype
+from dlkit.optim._tensors import (
+    SERVED,
+    SIXTEEN_BITS,
+    average_dtype,
+    has_kernels,
+    is_dtensor,
+    is_flat_shard,
+    layers_without_overlap,
+    local,
+)
 
 _C = importlib.import_module("dlkit._C")
 
@@ -35,34 +49,25 @@ OPTIONS = (
     "decoupled_weight_decay",
     "nesterov",
     "maximize",
+    "stochastic_rounding",
+    "stochastic_states",
 )
-_DAMPENING = OPTIONS.index("dampening")
+_LR, _DAMPENING, _EMA_DECAY = (OPTIONS.index(name) for name in ("lr", "dampening", "ema_decay"))
 _STATES = 3
 _READY, _STATE_MISSING, _NOT_DENSE = range(3)  # what OptimPlan.gather returns
 
-# What dlkit adds to torch's arguments. The first four are the optimizer's, the others can differ between groups.
-_CLIPPING = {"max_norm": None, "norm_type": 2.0, "error_if_nonfinite": False, "clip_gradients_in_place": False}
-_GROUP_OPTIONS = {"master_weights": False, "stochastic_rounding": False, "state_dtype": None, "ema_decay": None}
+# Arguments of the whole optimizer, beyond torch's; those of groups are GROUP_OPTIONS.
+_CLIPPING = {
+    "max_norm": None,
+    "norm_type": 2.0,
+    "error_if_nonfinite": False,
+    "clip_gradients_in_place": False,
+    "process_group": None,
+}
+_LOST = "lost"  # in place of a process group, which can be neither pickled nor copied
 
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_FLOATING = (torch.float32, torch.float64, *_SIXTEEN_BITS)
-_SERVED = (*_FLOATING, torch.complex64, torch.complex128)
-
-
-def average_dtype(param: Tensor) -> torch.dtype:
-    """What the running average of a parameter is kept in."""
-    return torch.float32 if param.dtype in _SIXTEEN_BITS else param.dtype
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Without importing torch.distributed."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return not plain and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
-
-
-def local(tensor: Any) -> Tensor:
-    """This process's part of a DTensor; any other tensor itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+# A moving average that keeps more than this of itself stands still in bf16: what it loses in a step rounds away.
+_STANDS_STILL = 1 - 2.0**-7
 
 
 def host_rate(lr: Any) -> float:
@@ -70,9 +75,9 @@ def host_rate(lr: Any) -> float:
     return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
-def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step function without the wrapper that runs hooks, which ours has already."""
-    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+def stands_still(decay: Any) -> bool:
+    """Whether an average with this decay has to be rounded stochastically where it is kept in 16 bits."""
+    return float(decay) > _STANDS_STILL
 
 
 def scalar_dtype(fused: bool | None = None) -> torch.dtype:
@@ -81,100 +86,117 @@ def scalar_dtype(fused: bool | None = None) -> torch.dtype:
 
 
 class _Plan:
-    """The tensors of a step, and what they were found in."""
+    """The tensors of a step, and what they were found in. `where` says of each the group and the place in it."""
 
-    def __init__(self, unserved: str = "") -> None:
+    def __init__(self, versions: Any = None, unserved: str = "") -> None:
         self.unserved = unserved  # why only torch's own step will do
-        self.runs = torch.classes.dlkit.OptimPlan()
-        self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
-        self.params: list[Any] = []
-        self.wrapped = False  # holds DTensors: their local parts are stepped
-        self.fresh = False  # holds momentum buffers that no step has filled yet
-        self.simple = False  # step() may gather gradients itself
+        if not unserved:
+            self.runs = torch.classes.dlkit.OptimPlan(versions)
+            self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
+        self.where: list[tuple[int, int]] = []
+        self.masters: list[tuple[int, int]] = []  # of those that have a remainder
+        self.copies = False  # some masters have a copy of what the last step wrote
+        self.averages = False
         self.stochastic = False
+        self.wrapped = False  # there are DTensors: their local parts are stepped
+        self.flat_shards = False  # there are flat parameters of FSDP1
+        self.fresh = False  # there are momentum buffers that no step has filled yet
+        self.simple = False  # step() may gather gradients itself
         self.captures = False  # a graph of the device may be recording
         self.pending: list[tuple[Tensor, dict[str, Tensor]]] = []  # new state, which a step that raises must not leave
-        self.contents: list[Any] = []
+        self.contents: Any = None
         self.structure: list[Any] = []
 
-    def gradients(self) -> list[Tensor | None] | None:
-        """For gather(): None where C++ can fetch them itself."""
-        if not self.wrapped:
-            return None
-        found: list[Tensor | None] = []
-        for param in self.params:
-            grad = param.grad
-            if grad is not None and is_dtensor(param):
-                if is_dtensor(grad) and grad.placements != param.placements:
-                    grad = grad.redistribute(placements=param.placements)
-                grad = local(grad)
-            found.append(grad)
-        return found
 
-
-class OnePass(Optimizer):
+class OnePass(AveragingOptimizer):
     """step() in one pass over memory; mixed into a subclass of torch's optimizer of the same name.
 
-    Args, beyond torch's, by keyword:
+    Args, beyond torch's, by keyword. The first five belong to the optimizer, the others may differ between groups:
         max_norm (float): before the update, gradients are scaled so that the 2-norm of all of them together is at most
             this, as :func:`torch.nn.utils.clip_grad_norm_` does; the norm before that is ``optimizer.grad_norm``, a
-            tensor. Unlike there ``p.grad`` keeps its values, unless ``clip_gradients_in_place=True``.
+            tensor. Unlike there ``p.grad`` keeps its values, unless ``clip_gradients_in_place=True``. Costs one more
+            reading of the gradients.
         norm_type (float): 2.
-        error_if_nonfinite (bool): raise RuntimeError, with nothing changed, where that norm is NaN or infinite.
+        error_if_nonfinite (bool): raise RuntimeError, with nothing changed, where that norm is NaN or infinite. Waits
+            for the device.
         clip_gradients_in_place (bool): write the scaled gradients to ``p.grad``.
+        process_group (ProcessGroup or DeviceMesh): with ``max_norm``, the norm is that of the gradients of all its
+            processes: needed where each process has parameters of its own (FSDP1's flat parameters, pipeline stages).
+            DTensors (FSDP2, tensor parallelism) and ZeroRedundancyOptimizer need none; for DDP it would be wrong.
         master_weights (bool): bf16 and fp16 parameters are kept as fp32 ones in two halves, the parameter itself and
-            16 bits in ``state["remainder"]``. Exact for bf16; for fp16 from 2^-17 to 65504 in magnitude, and within
-            2^-41 below. States are fp32 then, unless ``state_dtype`` says otherwise.
-        stochastic_rounding (bool): bf16 and fp16 parameters without master weights are rounded up or down at random,
-            so that small updates count on average. Each step draws its seed from torch's default CPU generator.
+            16 bits in ``state["remainder"]``. Exact for bf16 down to 2^-134; for fp16 from 2^-17 to 65504 in magnitude,
+            and within 2^-41 below. States are fp32 then, unless ``state_dtype`` says otherwise. A parameter that is
+            written between steps keeps what was written. Its remainders start again at 0, and from then on a copy of
+            it in ``state["param_copy"]``, 2 bytes an element, tells which elements are written. A write through
+            ``p.data`` goes unseen before there is such a copy; then zeros, infinities and NaN are exact, and others
+            within half a unit of the last place of what was written.
+        stochastic_rounding (bool): bf16 and fp16 parameters without master weights, and their states in 16 bits, are
+            rounded up or down at random, so that small updates count on average. Each step draws its seed from torch's
+            default CPU generator.
         state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16, or "int8", a code
             of 8 bits an element and a scale every 256 (Dettmers et al. 2022). None: as torch does, in the parameter's.
+            In bf16 the averages that would stand still (second moments, and others with a decay above 0.992) are
+            rounded stochastically, by a seed as above. With "int8", tensors below 4,096 elements and the weights of
+            nn.Embedding keep fp32.
         ema_decay (float): keeps ``ema = ema_decay * ema + (1 - ema_decay) * p`` of each parameter, in fp32 at least,
-            from the parameter before its first step on; see :meth:`ema_parameters` and :meth:`swap_ema`.
+            from the parameter before its first step on, at every step, whether it has a gradient or not. See
+            :meth:`ema`, :meth:`ema_state_dict`, :meth:`ema_parameters` and :meth:`reset_ema`.
+        ema_warmup (bool): the decay of step n is at most n / (9 + n), so that the start is soon forgotten.
 
-    Under torch.amp.GradScaler the step unscales gradients itself, writes them back so, and leaves everything as it is
-    where one of them is not finite. Where no kernel serves (``differentiable=True``, sparse gradients, other dtypes and
-    devices, inside torch.compile) torch's own step runs; it refuses what is said above.
+    Gradients may be fp32 for bf16 and fp16 parameters and the reverse. Under torch.amp.GradScaler the step behaves as
+    torch's: with ``fused=True`` it unscales gradients itself, writes them back so, and leaves everything as it is where
+    one of them is not finite; otherwise the scaler does. Where no kernel serves (``differentiable=True``, sparse
+    gradients, other dtypes and devices, inside torch.compile) torch's own step runs; it refuses what is said above.
     """
 
     max_norm: float | None
     norm_type: float
     error_if_nonfinite: bool
     clip_gradients_in_place: bool
+    process_group: Any
     grad_norm: Tensor | None  # of the last step with max_norm
     grad_scale: Tensor | None  # set by a GradScaler while it calls step()
     found_inf: Tensor | None
-    _algorithm = ""
 
     def _accept(self, options: dict[str, Any]) -> None:
         """Takes dlkit's own arguments; called before torch's constructor."""
         name = type(self).__name__
         for key in options:
-            if key not in _CLIPPING and key not in _GROUP_OPTIONS:
+            if key not in _CLIPPING and key not in GROUP_OPTIONS:
                 raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
         for key, default in _CLIPPING.items():
             setattr(self, key, options.get(key, default))
-        self.grad_norm = None
-        self._plan: _Plan | None = None
-        self._swapped: list[tuple[Tensor, Tensor]] | None = None
-        self._group_options = {key: value for key, value in options.items() if key in _GROUP_OPTIONS}
+        self._reset()
+        self._group_options = {key: value for key, value in options.items() if key in GROUP_OPTIONS}
+        if "state_dtype" in self._group_options:
+            self._group_options["state_dtype"] = name_of_dtype(self._group_options["state_dtype"])
         if self.max_norm is not None and not self.max_norm >= 0:
             raise ValueError(f"{name}(): expected max_norm of at least 0, got {self.max_norm}")
         if self.norm_type != 2:
             raise ValueError(f"{name}(): expected norm_type of 2, got {self.norm_type}")
+        if self.process_group is None and self.max_norm is not None:
+            if "torch.distributed.optim.zero_redundancy_optimizer" in sys.modules:
+                from dlkit.optim import _distributed
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        return not any(group["differentiable"] for group in self.param_groups)
+                self.process_group = _distributed.group_of_zero_optimizer()
+        elif self.process_group is not None and self.max_norm is None:
+            raise ValueError(f"{name}(): expected max_norm with process_group, got None")
 
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch sets it with fused=True."""
+    def _reset(self) -> None:
+        """What a new optimizer and a copy begin with."""
+        self.__dict__.setdefault("grad_norm", None)
+        self._plan: _Plan | None = None
+        self._versions = torch.classes.dlkit.OptimVersions()
+        self._embeddings = None
 
     # What each optimizer says of itself.
 
-    def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """A group's hyperparameters in the order of OPTIONS."""
+    def _numbers(self, group: dict[str, Any], average: float) -> tuple[float, ...]:
+        """A group's hyperparameters in the order of OPTIONS, but for the last two."""
+        raise NotImplementedError
+
+    def _still_states(self, group: dict[str, Any]) -> int:
+        """Which states stand still in bf16 unless they are rounded stochastically: bit s for state s."""
         raise NotImplementedError
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
@@ -182,105 +204,70 @@ class OnePass(Optimizer):
         raise NotImplementedError
 
     def _creation_order(self, group: dict[str, Any]) -> list[str]:
-        """The states in the order in which torch's state dict has them."""
         return [name for name in self._state_names(group) if name is not None]
 
     _counts_steps = True
     _sparse_error = ""  # empty: torch serves sparse gradients
+
+    def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """A group's hyperparameters in the order of OPTIONS."""
+        average = 0.0 if group.get("ema_decay") is None else self._decay(group, host_rate(group["lr"]))
+        numbers = self._numbers(group, average)
+        if not self._is_stochastic(group):
+            return (*numbers, 0.0, 0.0)
+        return (*numbers, float(bool(group.get("stochastic_rounding"))), float(self._still_states(group)))
+
+    @staticmethod
+    def _is_stochastic(group: dict[str, Any]) -> bool:
+        """Whether something of this group is rounded stochastically."""
+        return group.get("stochastic_rounding") or group.get("state_dtype") == "bfloat16"
 
     # Groups and state.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.defaults.update(self._group_options)
         if isinstance(param_group, dict):
+            # ZeroRedundancyOptimizer copies the arguments of the whole optimizer into its groups.
+            same = {key for key in _CLIPPING if key in param_group and param_group[key] == getattr(self, key)}
+            param_group = {key: value for key, value in param_group.items() if key not in same}
+            for key in _CLIPPING:
+                if key in param_group:
+                    raise ValueError(
+                        f"{type(self).__name__}(): {key} is of the whole optimizer, since the norm is that of all "
+                        f"gradients, and a param group has it; give it to {type(self).__name__}() itself"
+                    )
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._normalise(self.param_groups[-1])
         self._plan = None
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        name = type(self).__name__
-        dtype, decay = group.get("state_dtype"), group.get("ema_decay")
-        if dtype not in (None, "int8", *_FLOATING):
-            raise ValueError(
-                f"{name}(): expected state_dtype of torch.float32, torch.bfloat16 or 'int8', got {dtype!r}"
-            )
-        if decay is not None and not 0 <= decay <= 1:
-            raise ValueError(f"{name}(): expected ema_decay between 0 and 1, got {decay}")
-        if group.get("master_weights") and group.get("stochastic_rounding"):
-            raise ValueError(f"{name}(): expected master_weights or stochastic_rounding, got both")
+    def _normalise(self, group: dict[str, Any]) -> None:
+        if group.get("state_dtype") is not None:
+            group["state_dtype"] = name_of_dtype(group["state_dtype"])
+        if group.get("ema_decay") is not None:
+            group.setdefault("ema_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (*_CLIPPING, "_group_options")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in kept}}
+        self._finish_offloading()
+        kept = {key: getattr(self, key) for key in (*_CLIPPING, "_group_options", "_swapped")}
+        if kept["process_group"] is not None:
+            kept["process_group"] = _LOST
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("grad_norm", None)
-        self._plan = None
-        self._swapped = None
+        for key, value in _CLIPPING.items():
+            self.__dict__.setdefault(key, value)
+        self._reset()
         for group in self.param_groups:
             for key, value in self._group_options.items():
                 group.setdefault(key, value)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does, except that states keep the dtypes of this optimizer, not always the parameter's."""
-        given: dict[str, Any] = {}
-        # Hooks may put another dictionary in its place: the last hook sees what is loaded.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        old = [index for group in given["param_groups"] for index in group["params"]]
-        params = [(group, param) for group in self.param_groups for param in group["params"]]
-        for index, (group, param) in zip(old, params, strict=True):
-            if index in given["state"] and param in self.state:
-                self._restore_types(group, param, given["state"][index], self.state[param])
-
-    def _restore_types(
-        self, group: dict[str, Any], param: Tensor, given: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        """torch has cast every state to the parameter's dtype; this gives `state` those of `given` that are to be."""
-        names = self._creation_order(group)
-        for key, value in given.items():
-            if not isinstance(value, Tensor) or key == "step":
-                continue
-            if key in ("remainder", "ema"):
-                state[key] = value.to(param.device)
-            elif key in names:
-                self._restore_state(key, group, param, given, state)
-
-    def _restore_state(
-        self, key: str, group: dict[str, Any], param: Tensor, given: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        signed, wanted = self._is_signed(key), self._state_type(group, param)
-        value, scale = given[key].to(param.device), given.get(f"{key}_scale")
-        if value.dtype == torch.uint8 and scale is not None:
-            scale = scale.to(param.device)
-            if wanted == torch.uint8:
-                state[key], state[f"{key}_scale"] = value, scale
-                return
-            value = _int8.decode(value, scale, signed)
-            del state[f"{key}_scale"]
-        if wanted == torch.uint8:
-            state[key], state[f"{key}_scale"] = _int8.encode(value, signed)
-        else:
-            state[key] = value.to(wanted)
-
-    def _is_signed(self, key: str) -> bool:
-        return not key.endswith(("_sq", "square_avg"))
-
-    def _state_type(self, group: dict[str, Any], param: Tensor) -> torch.dtype:
-        wanted = group.get("state_dtype")
-        if wanted is None:
-            masters = group.get("master_weights") and param.dtype in _SIXTEEN_BITS
-            return torch.float32 if masters else param.dtype
-        if wanted == param.dtype:
-            return param.dtype
-        if param.dtype not in (torch.float32, *_SIXTEEN_BITS) or wanted not in ("int8", torch.float32, torch.bfloat16):
-            name = type(self).__name__
-            raise ValueError(f"{name}.step(): expected a state_dtype that goes with {param.dtype}, got {wanted!r}")
-        return torch.uint8 if wanted == "int8" else wanted
+        if self._loading is not None:
+            self._take_loaded()
+        elif self._swapped is not None:  # a copy: its tensors count versions anew
+            self._swapped = [(param, kept, local(param)._version) for param, kept, _ in self._swapped]
+        for group in self.param_groups:
+            self._normalise(group)
 
     def _arrays(self, group: dict[str, Any], param: Tensor, label: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(everything that a step of `param` needs by name, the part of it that is new)."""
@@ -301,28 +288,31 @@ class OnePass(Optimizer):
             dtype, device = scalar_dtype(group.get("fused")), param.device if on_device else "cpu"
             get("step", lambda: torch.zeros((), dtype=dtype, device=device), needed=True)
         wanted = self._state_type(group, param)
-        if wanted == torch.uint8 and is_dtensor(param):
-            # A checkpoint could not cut the scales as it cuts the states.
-            raise ValueError(
-                f"{type(self).__name__}.step(): expected no state_dtype='int8' for DTensors, and {label} is one"
-            )
+        if state:
+            self._bring_into_form(group, param, state)
         for key in self._creation_order(group):
-            needed = self._counts_steps
-            if wanted == torch.uint8:
-                zero = _int8.zero(self._is_signed(key))
-                get(key, lambda zero=zero: torch.full_like(param, zero, dtype=torch.uint8), needed)  # type: ignore[misc]
-                get(f"{key}_scale", lambda: _int8.scales(local(param)), needed)
-            else:
-                get(key, lambda: torch.zeros_like(param, dtype=wanted), needed)
-            if found[key].shape != param.shape:
+            made: dict[str, Tensor] = {}
+            if not self._is_in_form(key, wanted, state):
+                made = self._new_state(key, wanted, param)
+            for entry in (f"{key}_codes", f"{key}_scale") if wanted == torch.uint8 else (key,):
+                get(entry, lambda entry=entry: made[entry], needed=self._counts_steps)  # type: ignore[misc]
+        if group.get("master_weights") and param.dtype in SIXTEEN_BITS:
+            get("remainder", lambda: torch.zeros_like(param))
+        if group.get("ema_decay") is not None:
+            get("ema", lambda: self._exact(param).to(average_dtype(param)))
+        for key, value in found.items():
+            if key == "step":
+                continue
+            if not key.endswith("_scale") and value.shape != param.shape:
                 raise RuntimeError(
                     f"{type(self).__name__}.step(): expected {key} of {label} to be {list(param.shape)} as the "
-                    f"parameter is, got {list(found[key].shape)}"
+                    f"parameter is, got {list(value.shape)}"
                 )
-        if group.get("master_weights") and param.dtype in _SIXTEEN_BITS:
-            get("remainder", lambda: torch.zeros_like(param, dtype=torch.int16))
-        if group.get("ema_decay") is not None:
-            get("ema", lambda: param.detach().to(average_dtype(param), copy=True))
+            if local(value).device != local(param).device:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step(): expected {key} of {label} on {local(param).device} as the "
+                    f"parameter is, got {local(value).device}; after offload_states() call onload_states()"
+                )
         return found, new
 
     def _structure(self) -> list[Any]:
@@ -345,73 +335,108 @@ class OnePass(Optimizer):
 
     def _unserved(self, group: dict[str, Any], param: Tensor, label: str) -> str:
         """Why dlkit cannot step this parameter; empty where it can."""
-        if group["differentiable"]:
-            return "differentiable=True"
-        if param.dtype not in _SERVED:
+        if param.dtype not in SERVED:
             return f"{label} is of {param.dtype}"
         if group.get("fused") and param.is_complex():
             return f"fused=True, and {label} is complex"
         if group.get("capturable") and param.device.type == "cpu":
             return "capturable=True on the CPU"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("dlkit::optim_step_", param.device.type.upper()):
+        if not has_kernels(param.device, "optim_step_"):
             return f"{label} is on {param.device}"
         plain = type(param) in (Tensor, torch.nn.Parameter)
         if not plain and not is_dtensor(param) and torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python):
             return f"{label} is a {type(param).__name__}"
         return ""
 
+    def _label(self, g: int, i: int) -> str:
+        """What errors call a parameter."""
+        names = self.param_groups[g].get("param_names")
+        return f"parameter {i} of group {g}" + (f" ({names[i]!r})" if names else "")
+
     def _make_plan(self) -> _Plan:
-        plan = _Plan()
+        plan = _Plan(self._versions)
         plan.structure = self._structure()
-        runs: dict[Any, list[list[Any]]] = {}
         stateless: list[Tensor] = []
+        stepped: list[tuple[int, int, Tensor]] = []
         seen: set[int] = set()
         for g, group in enumerate(self.param_groups):
-            names = group.get("param_names")
+            if group["differentiable"]:
+                return _Plan(unserved="differentiable=True")
             for i, param in enumerate(group["params"]):
-                label = f"parameter {i} of group {g}" + (f" ({names[i]!r})" if names else "")
+                if param.grad is None and not self.state.get(param):
+                    stateless.append(param)  # whatever it is: frozen parameters of any kind do no harm
+                    continue
+                label = self._label(g, i)
                 unserved = self._unserved(group, param, label)
                 if id(param) in seen:
                     unserved = f"{label} is there twice"
                 if unserved:
-                    return _Plan(unserved)
+                    return _Plan(unserved=unserved)
                 seen.add(id(param))
-                if param.grad is None and not self.state.get(param):
-                    stateless.append(param)
-                    continue
-                found, new = self._arrays(group, param, label)
-                if new:
-                    plan.pending.append((param, new))
-                states = self._state_names(group)
-                # torch's SGD takes a new buffer's first gradient as it is: no dampening, on a buffer of zeros.
-                fresh = not self._counts_steps and states[0] in new
-                plan.fresh = plan.fresh or fresh
-                stored = [local(found[key]) if key in found else None for key in states]
-                scaled = [found.get(f"{key}_scale") for key in states]
-                rest = [local(found[key]) if key in found else None for key in ("remainder", "ema", "step")]
-                row = [local(param), *stored, *scaled, *rest, g + fresh * len(self.param_groups), label]
-                plan.wrapped = plan.wrapped or is_dtensor(param)
-                plan.captures = plan.captures or (self._counts_steps and param.device.type != "cpu")
-                key = (param.device, *(value is None for value in row))
-                columns = runs.setdefault(key, [[] for _ in (*row, None)])
-                for column, value in zip(columns, (*row, param), strict=True):
-                    if value is not None:
-                        column.append(value)
-        for params, *columns, remainders, ema, steps, numbers, labels, whole in runs.values():
-            arrays, scales = columns[:_STATES], columns[_STATES:]
-            plan.runs.add(self._algorithm, params, arrays, scales, remainders, ema, steps, numbers, labels)
-            plan.params += whole
+                stepped.append((g, i, param))
+
+        runs: dict[Any, list[list[Any]]] = {}
+        layers = layers_without_overlap([local(param) for _, _, param in stepped])
+        for layer, (g, i, param) in zip(layers, stepped, strict=True):
+            group, label = self.param_groups[g], self._label(g, i)
+            found, new = self._arrays(group, param, label)
+            if new:
+                plan.pending.append((param, new))
+            states = self._state_names(group)
+            # torch's SGD takes a new buffer's first gradient as it is: no dampening, on a buffer of zeros.
+            fresh = not self._counts_steps and any(str(key).startswith("momentum_buffer") for key in new)
+            plan.fresh = plan.fresh or fresh
+            stored = [found.get(f"{key}_codes", found.get(str(key))) for key in states]
+            scaled = [found.get(f"{key}_scale") for key in states]
+            rest = [found.get(key) for key in ("remainder", "ema", "step")]
+            arrays = [None if value is None else local(value) for value in (*stored, *scaled, *rest)]
+            row = [local(param), *arrays, g + fresh * len(self.param_groups), label, (g, i)]
+            plan.wrapped = plan.wrapped or is_dtensor(param)
+            plan.flat_shards = plan.flat_shards or is_flat_shard(param)
+            plan.captures = plan.captures or (self._counts_steps and param.device.type != "cpu")
+            plan.averages = plan.averages or "ema" in found
+            plan.copies = plan.copies or "param_copy" in self.state.get(param, {})
+            key = (layer, param.device, *(value is None for value in row))
+            columns = runs.setdefault(key, [[] for _ in row])
+            for column, value in zip(columns, row, strict=True):
+                if value is not None:
+                    column.append(value)
+        for _, (params, *columns, remainders, ema, steps, numbers, labels, where) in sorted(
+            runs.items(), key=lambda run: run[0][0]
+        ):
+            states, scales = columns[:_STATES], columns[_STATES:]
+            plan.runs.add(self._algorithm, params, states, scales, remainders, ema, steps, numbers, labels)
+            plan.where += where
+            if remainders:
+                plan.masters += where
         if stateless:
             plan.runs.watch(stateless)
-        plan.stochastic = any(group.get("stochastic_rounding") for group in self.param_groups)
+        plan.stochastic = any(map(self._is_stochastic, self.param_groups))
         return plan
+
+    def _param_at(self, where: tuple[int, int]) -> Tensor:
+        return self.param_groups[where[0]]["params"][where[1]]
 
     def _current_plan(self) -> _Plan | None:
         """The plan of the last step, if nothing has changed since."""
         plan = self._plan
-        if plan is None or not _C.holds(plan.contents, *self._containers()) or plan.structure != self._structure():
+        if plan is None or plan.contents is None or plan.structure != self._structure():
             return None
-        return plan
+        return plan if _C.holds(plan.contents, *self._containers()) else None
+
+    def _gradients(self, plan: _Plan) -> list[Tensor | None] | None:
+        """For gather(): None where C++ can fetch them itself."""
+        if not plan.wrapped:
+            return None
+        found: list[Tensor | None] = []
+        for param in map(self._param_at, plan.where):
+            grad: Any = param.grad
+            if grad is not None and is_dtensor(param):
+                if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+                    grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+                grad = local(grad)
+            found.append(grad)
+        return found
 
     def _ready_plan(self) -> _Plan:
         """A plan that has taken hold of the gradients, or one that says why torch's step is needed."""
@@ -419,19 +444,21 @@ class OnePass(Optimizer):
         self._plan = None
         if plan.unserved:
             return plan
-        status = plan.runs.gather(plan.gradients())
+        status = plan.runs.gather(self._gradients(plan))
         if status == _STATE_MISSING:
             plan = self._make_plan()
-            status = plan.runs.gather(plan.gradients())
+            if plan.unserved:
+                return plan
+            status = plan.runs.gather(self._gradients(plan))
         if status == _NOT_DENSE:
             if self._sparse_error:
                 raise RuntimeError(self._sparse_error)
-            return _Plan("a gradient is sparse")
+            return _Plan(unserved="a gradient is sparse")
         return plan
 
     def _keep(self, plan: _Plan) -> None:
         """Puts new state where it belongs; the next step finds this plan."""
-        if plan.pending or not plan.contents:
+        if plan.pending or plan.contents is None:
             for param, new in plan.pending:
                 self.state[param].update(new)
             plan.pending = []
@@ -444,45 +471,51 @@ class OnePass(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what ``closure`` does, which reevaluates the model, or None without one."""
         if torch.compiler.is_compiling():
-            return self._step_outside_graphs(closure) if self._extras() else self._torch_step("torch.compile", closure)
+            return self._step_outside_graphs(closure) if self._extras() else self._bare_torch_step(closure)
         if self.defaults["differentiable"]:
             return self._torch_step("differentiable=True", closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._current_plan()
-        if plan is not None and plan.simple and self.max_norm is None:
-            if self._run(plan, True) == _READY:
-                return loss
-            plan.runs.release(0)
-        plan = self._ready_plan()
-        if plan.unserved:
-            self._torch_step(plan.unserved, None)
-        else:
-            self._run(plan, False)
+        try:
+            plan = self._current_plan()
+            if plan is not None and plan.simple and self.max_norm is None:
+                if self._run(plan, True) == _READY:
+                    return loss
+                plan.runs.release(0)
+            plan = self._ready_plan()
+            if plan.unserved:
+                self._torch_step(plan.unserved, None)
+            else:
+                self._run(plan, False)
+        except BaseException:
+            # A GradScaler takes its attributes away only after a step that returns.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
         return loss
 
     @torch._disable_dynamo
     def _step_outside_graphs(self, closure: Callable[[], Any] | None) -> Any:
-        return _unhooked(type(self).step)(self, closure)
+        return OnePass.step(self, closure)
 
     def _run(self, plan: _Plan, gather_first: bool) -> int:
         """What OptimPlan.step returns."""
         if self._swapped is not None:
             plan.runs.release(0)
-            raise RuntimeError(f"{type(self).__name__}.step(): averaged weights are swapped in; call swap_ema() first")
+            self._refuse_if_swapped("step")
         if plan.captures:
             check = "_accelerator_graph_capture_health_check"  # torch up to 2.10: _cuda_...
             (getattr(self, check, None) or self._cuda_graph_capture_health_check)()
-        amp = self.__dict__
-        grad_scale: Tensor | None = amp.get("grad_scale")
-        found_inf: Tensor | None = amp.get("found_inf")
-        groups = self.param_groups
-        rows = [self._row(group) for group in groups]
+        grad_scale, found_inf = self._scaling()
+        if plan.masters:
+            self._restart_written(plan)
+        rows = [self._row(group) for group in self.param_groups]
         rates = self._device_rates()
+        options = [value for row in rows for value in row]
         if plan.fresh:
-            rows += [(*row[:_DAMPENING], 0.0, *row[_DAMPENING + 1 :]) for row in rows]
+            options += [v for row in rows for v in (*row[:_DAMPENING], 0.0, *row[_DAMPENING + 1 :])]
             rates += rates
         norm = None
         if self.max_norm is not None:
@@ -496,11 +529,12 @@ class OnePass(Optimizer):
                 )
         seed = None
         if plan.stochastic:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
-        options = [value for row in rows for value in row]
         if not gather_first:
             self._keep(plan)
+        if plan.averages:
+            self._start_averages([row[_LR] for row in rows])
         status: int
         if gather_first and seed is None and grad_scale is None and found_inf is None and not rates:
             status = plan.step_plainly(options)
@@ -508,9 +542,35 @@ class OnePass(Optimizer):
             status = plan.step(
                 gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
             )
+        if status == _READY:
+            self._finish(plan, rows, found_inf)
+        return status
+
+    def _finish(self, plan: _Plan, rows: list[tuple[float, ...]], found_inf: Tensor | None) -> None:
+        """What a step leaves to do besides the kernels' work."""
         if plan.fresh and not self._is_skipped(found_inf):
             self._plan = None  # the next one finds full buffers
-        return status
+        if plan.copies:
+            self._copy_written(plan)
+        if plan.averages and not (found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0)):
+            idle = [plan.where[k] for k in plan.runs.idle()]
+            if idle:
+                decays = [rows[group][_EMA_DECAY] for group, _ in idle]
+                self._move_idle_averages([*map(self._param_at, idle)], decays, found_inf)
+            self._count_averages([row[_LR] for row in rows])
+
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """(grad_scale, found_inf) that a GradScaler has set, as tensors. Without gradients it sets found_inf to 0."""
+        if "found_inf" not in self.__dict__ and "grad_scale" not in self.__dict__:
+            return None, None
+        found = [self.__dict__.get(name) for name in ("grad_scale", "found_inf")]
+        scale, found_inf = (
+            value
+            if value is None or isinstance(value, Tensor)
+            else torch.full((), float(value), dtype=torch.float32, device="cpu")
+            for value in found
+        )
+        return scale, found_inf
 
     def _is_skipped(self, found_inf: Tensor | None) -> bool:
         return found_inf is not None and bool(found_inf != 0)
@@ -532,26 +592,85 @@ class OnePass(Optimizer):
 
     @torch.no_grad()
     def _norm(self, plan: _Plan, grad_scale: Tensor | None) -> Tensor:
-        if plan.wrapped:
+        norm = self._norm_of_scaled(plan)
+        return norm if grad_scale is None else norm / grad_scale.to(norm.device)
+
+    def _norm_of_scaled(self, plan: _Plan) -> Tensor:
+        lost = isinstance(self.process_group, str)
+        if lost or (plan.flat_shards and self.process_group is None):
+            plan.runs.release(0)
+            why = "a copy has none" if lost else "FSDP1 gives each process other ones"
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): max_norm needs the process group of all gradients, since {why}; set "
+                "optimizer.process_group, or give process_group= to the constructor"
+            )
+        if plan.wrapped or self.process_group is not None:
             from dlkit.optim import _distributed
 
-            norm = _distributed.norm(plan.params)
-        else:
-            norms: list[Tensor] = plan.runs.norms()
-            if not norms:
-                return torch.zeros(())
-            norm = norms[0]
-            if len(norms) > 1:
-                norm = torch.linalg.vector_norm(torch.stack([n.to(norm.device, torch.float64) for n in norms])).to(
-                    norm.dtype
-                )
-        return norm if grad_scale is None else norm / grad_scale.to(norm.device)
+            return _distributed.norm(map(self._param_at, plan.where), self.process_group)
+        norms: list[Tensor] = plan.runs.norms()
+        if len(norms) > 1:
+            first = norms[0]
+            return torch.linalg.vector_norm(torch.stack([n.to(first.device, torch.float64) for n in norms])).to(
+                first.dtype
+            )
+        return norms[0] if norms else torch.zeros((), device="cpu")
+
+    # Masters: half of each is the parameter, which the user may write to.
+
+    @torch.no_grad()
+    def _restart_written(self, plan: _Plan) -> None:
+        """Before a step: remainders of what was written since the last one start again at 0."""
+        for where in [plan.masters[k] for k in plan.runs.written()]:
+            param = self._param_at(where)
+            state = self.state[param]
+            if "param_copy" not in state:  # what was written and what was not cannot be told apart yet
+                local(state["remainder"]).zero_()
+                state["param_copy"] = param.detach().clone()
+                plan.copies, plan.contents = True, None  # the state has an entry more
+        if plan.copies:
+            for param in map(self._param_at, plan.masters):
+                copy = self.state[param].get("param_copy")
+                if copy is not None:
+                    written = _masters.bits(local(param.detach())) != _masters.bits(local(copy))
+                    _masters.bits(local(self.state[param]["remainder"])).masked_fill_(written, 0)
+
+    @torch.no_grad()
+    def _copy_written(self, plan: _Plan) -> None:
+        """After a step, for the next one to compare with."""
+        params = [param for param in map(self._param_at, plan.masters) if "param_copy" in self.state[param]]
+        torch._foreach_copy_([local(self.state[param]["param_copy"]) for param in params], [*map(local, params)])
+
+    def _masters_among(self, params: list[Tensor]) -> list[Tensor]:
+        return [param for param in params if param in self.state and "remainder" in self.state[param]]
+
+    def _trust_params(self, params: list[Tensor]) -> None:
+        """What was written to them is what the last step left."""
+        self._versions.trust([local(param) for param in self._masters_among(params)])
+
+    @torch.no_grad()
+    def _restart_written_masters(self) -> None:
+        """As _restart_written, without a plan."""
+        params = self._masters_among([param for _, param in self._params()])
+        if not params:
+            return
+        for param, changed in zip(params, self._versions.changed([*map(local, params)]), strict=True):
+            state = self.state[param]
+            if "param_copy" in state:
+                written = _masters.bits(local(param.detach())) != _masters.bits(local(state["param_copy"]))
+                _masters.bits(local(state["remainder"])).masked_fill_(written, 0)
+                state["param_copy"].copy_(param)
+            elif changed:
+                local(state["remainder"]).zero_()
+                state["param_copy"] = param.detach().clone()
+
+    # What dlkit does not serve.
 
     def _extras(self) -> list[str]:
         """What was asked for that torch's optimizers do not have."""
         extras = [] if self.max_norm is None else ["max_norm"]
         for group in self.param_groups:
-            extras += [name for name in _GROUP_OPTIONS if group.get(name)]
+            extras += [name for name in GROUP_OPTIONS if group.get(name)]
         return extras
 
     def _torch_step(self, reason: str, closure: Callable[[], Any] | None) -> Any:
@@ -561,13 +680,13 @@ class OnePass(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}.step(): {extras[0]} needs dlkit's kernels, which do not serve {reason}"
             )
-        if not torch.compiler.is_compiling() and getattr(self, "found_inf", None) is not None:
+        if getattr(self, "found_inf", None) is not None:
             return self._torch_step_scaled(closure)
-        return _unhooked(self._torch_class.step)(self, closure)
+        return self._bare_torch_step(closure)
 
     def _torch_step_scaled(self, closure: Callable[[], Any] | None) -> Any:
-        """Under a GradScaler, which leaves all of it to us."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), self.found_inf
+        """Under a GradScaler that leaves the scaling to the step (fused=True)."""
+        grad_scale, found_inf = self._scaling()
         if self._is_skipped(found_inf):
             return None
         self.grad_scale = self.found_inf = None
@@ -577,35 +696,19 @@ class OnePass(Optimizer):
                     for param in group["params"]:
                         if param.grad is not None:
                             param.grad.div_(grad_scale.to(param.grad.device))
-            return _unhooked(self._torch_class.step)(self, closure)
+            return self._bare_torch_step(closure)
         finally:
             self.grad_scale, self.found_inf = grad_scale, found_inf
 
     _torch_class: Any = Optimizer
+    _unwrapped_torch_step: Any = None
 
-    # The running average of the weights.
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "_torch_class" in cls.__dict__:
+            cls._unwrapped_torch_step = staticmethod(inspect.unwrap(cls._torch_class.step))
 
-    def ema_parameters(self) -> Iterator[Tensor]:
-        """The averaged weights, in the order of the parameters; a parameter that has had no step yet gives itself."""
-        for group in self.param_groups:
-            if group.get("ema_decay") is not None:
-                for param in group["params"]:
-                    yield self.state[param]["ema"] if "ema" in self.state.get(param, {}) else param.detach()
-
-    @torch.no_grad()
-    def swap_ema(self) -> None:
-        """Puts the averaged weights into the parameters; called again, puts the parameters' own back, bit for bit.
-
-        No step can be taken in between.
-        """
-        if self._swapped is not None:
-            for param, kept in self._swapped:
-                param.copy_(kept)
-            self._swapped = None
-            return
-        params = [p for group in self.param_groups if group.get("ema_decay") is not None for p in group["params"]]
-        if not params:
-            raise RuntimeError(f"{type(self).__name__}.swap_ema(): expected ema_decay to be set, got None")
-        self._swapped = [(param, param.detach().clone()) for param in params]
-        for param, average in zip(params, self.ema_parameters(), strict=True):
-            param.copy_(average)
+    def _bare_torch_step(self, closure: Callable[[], Any] | None) -> Any:
+        """torch's step without its wrappers: ours runs the hooks, and theirs break a compiled graph in two places."""
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return self._unwrapped_torch_step(self, closure)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkit.optim._optimizer import OnePass, host_rate
+from dlkit.optim._optimizer import OnePass, host_rate, stands_still
 
 _SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -17,12 +17,14 @@ class _AdamFamily(OnePass):
     _sparse_error = _SPARSE
     _torch_class = torch.optim.Adam
 
-    def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any], average: float) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         decoupled, maximize = float(group["decoupled_weight_decay"]), float(group["maximize"])
-        average = group.get("ema_decay") or 0.0
         numbers = map(float, (group["weight_decay"], group["eps"], beta1, beta2))
         return (host_rate(group["lr"]), *numbers, 0.0, 0.0, 0.0, average, decoupled, 0.0, maximize)
+
+    def _still_states(self, group: dict[str, Any]) -> int:
+        return 2 + stands_still(group["betas"][0])
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None)

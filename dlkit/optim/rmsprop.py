@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkit.optim._optimizer import OnePass, host_rate
+from dlkit.optim._optimizer import OnePass, host_rate, stands_still
 
 
 class RMSprop(OnePass, torch.optim.RMSprop):
@@ -43,11 +43,13 @@ class RMSprop(OnePass, torch.optim.RMSprop):
             params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
         )
 
-    def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any], average: float) -> tuple[float, ...]:
         lr, weight_decay, eps = host_rate(group["lr"]), float(group["weight_decay"]), float(group["eps"])
         alpha, momentum = float(group["alpha"]), float(group["momentum"])
-        average = group.get("ema_decay") or 0.0
         return (lr, weight_decay, eps, 0.0, 0.0, momentum, 0.0, alpha, average, 0.0, 0.0, float(group["maximize"]))
+
+    def _still_states(self, group: dict[str, Any]) -> int:
+        return 1 + 2 * stands_still(group["alpha"]) + 4 * stands_still(group["momentum"])
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         average = "grad_avg" if group["centered"] else None

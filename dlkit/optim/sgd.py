@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkit.optim._optimizer import OnePass, host_rate
+from dlkit.optim._optimizer import OnePass, host_rate, stands_still
 
 
 class SGD(OnePass, torch.optim.SGD):
@@ -52,13 +52,15 @@ class SGD(OnePass, torch.optim.SGD):
             fused=fused,
         )
 
-    def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any], average: float) -> tuple[float, ...]:
         lr, weight_decay, momentum = host_rate(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
-        average = group.get("ema_decay") or 0.0
         nesterov, maximize = float(group["nesterov"]), float(group["maximize"])
         return (
             lr, weight_decay, 0.0, 0.0, 0.0, momentum, float(group["dampening"]), 0.0, average, 0.0, nesterov, maximize,
         )  # fmt: skip
+
+    def _still_states(self, group: dict[str, Any]) -> int:
+        return int(stands_still(group["momentum"]))
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return ("momentum_buffer" if group["momentum"] != 0 else None, None, None)

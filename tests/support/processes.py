@@ -26,6 +26,6 @@ def run_cases(cases: dict, arguments: tuple, results: str) -> None:
         try:
             function(*arguments)
             problems[name] = None
-        except Exception:
+        except BaseException:  # pytest's own failures are no Exceptions
             problems[name] = traceback.format_exc()
         torch.save(problems, results)

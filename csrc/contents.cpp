@@ -1,0 +1,129 @@
+// A plan reads tensors that groups and state hold. It keeps no reference to them, which would keep replaced ones alive.
+// What it keeps is addresses. Before each step the containers are walked, and they must hold the same tensors at the
+// same places. A tensor that a container holds is alive, so an address that matches may be used.
+#include "contents.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <vector>
+
+namespace dlkit {
+namespace {
+
+constexpr const char* kCapsule = "dlkit._C.contents";
+
+// One object in a container. `local` is the part of a DTensor that is on this process. `layout` says of a parameter
+// where its elements are, since parameters that overlap are stepped one after the other. An empty entry ends each
+// container, so that what moves from one to the next is seen.
+struct Entry {
+  const PyObject* object = nullptr;
+  const PyTypeObject* type = nullptr;
+  const c10::TensorImpl *tensor = nullptr, *local = nullptr;
+  uint64_t layout = 0;
+};
+
+const c10::TensorImpl* tensor_of(PyObject* object) { return THPVariable_Unpack(object).unsafeGetTensorImpl(); }
+
+uint64_t layout_of(const c10::TensorImpl& tensor) {
+  uint64_t hash = uint64_t(c10::typeMetaToScalarType(tensor.dtype())) << 56 | uint64_t(tensor.device_type()) << 48;
+  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.has_symbolic_sizes_strides()) return hash;
+  hash ^= reinterpret_cast<uint64_t>(tensor.unsafe_storage().unsafeGetStorageImpl());
+  hash = (hash * 0x9E3779B97F4A7C15 + uint64_t(tensor.storage_offset())) * 0x9E3779B97F4A7C15 + uint64_t(tensor.numel());
+  if (tensor.is_contiguous()) return hash;
+  for (const int64_t size : tensor.sizes()) hash = hash * 0x9E3779B97F4A7C15 + uint64_t(size) + 1;
+  for (const int64_t stride : tensor.strides()) hash = hash * 0x9E3779B97F4A7C15 + uint64_t(stride) + 1;
+  return hash;
+}
+
+// The `_local_tensor` of a DTensor, or null.
+const c10::TensorImpl* local_part(PyObject* object) {
+  static PyObject* name = PyUnicode_InternFromString("_local_tensor");
+  PyObject* found = PyObject_GetAttr(object, name);
+  if (found == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const c10::TensorImpl* tensor = THPVariable_Check(found) ? tensor_of(found) : nullptr;
+  Py_DECREF(found);  // the DTensor holds it
+  return tensor;
+}
+
+Entry entry_of(PyObject* object, bool is_parameter) {
+  Entry entry;
+  entry.object = object;
+  entry.type = Py_TYPE(object);
+  if (!THPVariable_Check(object)) return entry;
+  entry.tensor = tensor_of(object);
+  if (!THPVariable_CheckExact(object)) entry.local = local_part(object);
+  if (is_parameter) entry.layout = layout_of(entry.local != nullptr ? *entry.local : *entry.tensor);
+  return entry;
+}
+
+// Whether the object is still what it was. Of a state the op itself checks dtype, device and shape at each step.
+bool is_same(const Entry& entry, PyObject* object) {
+  if (object != entry.object || Py_TYPE(object) != entry.type) return false;
+  if (entry.tensor == nullptr) return true;
+  if (tensor_of(object) != entry.tensor || (entry.local != nullptr && local_part(object) != entry.local)) return false;
+  return entry.layout == 0 || layout_of(entry.local != nullptr ? *entry.local : *entry.tensor) == entry.layout;
+}
+
+// Calls visit(object, is_parameter) for what a container holds, in order. A dict's dicts are opened: {a: {b: x}} gives
+// {b: x}, then x.
+template <class Visit>
+bool walk(PyObject* container, const Visit& visit) {
+  if (PyDict_Check(container)) {
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(container, &position, &key, &value)) {
+      if (!visit(value, false) || (PyDict_Check(value) && !walk(value, visit))) return false;
+    }
+  } else if (PyList_Check(container)) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
+      if (!visit(PyList_GET_ITEM(container, i), true)) return false;
+    }
+  }
+  return true;
+}
+
+using Entries = std::vector<Entry>;
+
+void destroy(PyObject* capsule) { delete static_cast<Entries*>(PyCapsule_GetPointer(capsule, kCapsule)); }
+
+}  // namespace
+
+PyObject* contents(PyObject*, PyObject* containers) {
+  HANDLE_TH_ERRORS
+  auto entries = std::make_unique<Entries>();
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(containers); ++i) {
+    walk(PyTuple_GET_ITEM(containers, i), [&](PyObject* object, bool is_parameter) {
+      entries->push_back(entry_of(object, is_parameter));
+      return true;
+    });
+    entries->push_back({});
+  }
+  PyObject* capsule = PyCapsule_New(entries.get(), kCapsule, destroy);
+  if (capsule != nullptr) entries.release();
+  return capsule;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* holds(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject* capsule = PyTuple_GET_SIZE(arguments) > 0 ? PyTuple_GET_ITEM(arguments, 0) : nullptr;
+  if (capsule == nullptr || !PyCapsule_IsValid(capsule, kCapsule)) {
+    return PyErr_Format(PyExc_TypeError, "expected what contents() returned first");
+  }
+  const Entries& expected = *static_cast<const Entries*>(PyCapsule_GetPointer(capsule, kCapsule));
+  size_t next = 0;
+  for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(arguments); ++i) {
+    const bool same = walk(PyTuple_GET_ITEM(arguments, i), [&](PyObject* object, bool) {
+      return next < expected.size() && is_same(expected[next++], object);
+    });
+    if (!same || next == expected.size() || expected[next++].object != nullptr) Py_RETURN_FALSE;
+  }
+  return PyBool_FromLong(next == expected.size());
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace dlkit
