@@ -35,6 +35,8 @@ OPTIONS = (
     "decoupled_weight_decay",
     "nesterov",
     "maximize",
+    "stochastic_rounding",
+    "stochastic_states",
 )
 _DAMPENING = OPTIONS.index("dampening")
 _STATES = 3
@@ -479,7 +481,7 @@ class OnePass(Optimizer):
         grad_scale: Tensor | None = amp.get("grad_scale")
         found_inf: Tensor | None = amp.get("found_inf")
         groups = self.param_groups
-        rows = [self._row(group) for group in groups]
+        rows = [(*self._row(group), float(bool(group.get("stochastic_rounding"))), 0.0) for group in groups]
         rates = self._device_rates()
         if plan.fresh:
             rows += [(*row[:_DAMPENING], 0.0, *row[_DAMPENING + 1 :]) for row in rows]
