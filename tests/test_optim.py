@@ -101,6 +101,8 @@ class Op:
         beta1, beta2 = group.get("betas", (0, 0))
         row = {**{key: group.get(key, 0) for key in OPTIONS}, "beta1": beta1, "beta2": beta2}
         row["ema_decay"] = extras.pop("ema_decay", 0)
+        row["stochastic_rounding"] = extras.pop("stochastic_rounding", False)
+        row["stochastic_states"] = sum(1 << s for s in extras.pop("stochastic_states", ()))
         self.row = [float(row[key]) for key in OPTIONS]
         self.place = lambda tensor: laid_out(tensor.to(backend.device), layout)
         self.params = [self.place(p.detach().clone()) for p in params]
@@ -372,7 +374,7 @@ def test_stochastic_rounding(backend, dtype):
     lr = 0.25 * torch.finfo(dtype).eps
     grad = torch.ones_like(start)
     variant = ("SGD", {"lr": lr})
-    ours = Op(backend, variant, [start, start], seed=1234)
+    ours = Op(backend, variant, [start, start], seed=1234, stochastic_rounding=True)
     ours.step([grad.to(backend.device)] * 2)
     found = [p.cpu() for p in ours.params]
     whole = start.float() - lr
@@ -381,16 +383,61 @@ def test_stochastic_rounding(backend, dtype):
         assert torch.equal(param, round_stochastically(whole, bits, dtype))
         assert abs(float(param[:8000].double().mean()) + 1.0 + lr) < 0.1 * torch.finfo(dtype).eps
     assert not torch.equal(*found)
-    again = Op(backend, variant, [start, start], seed=1234)
+    again = Op(backend, variant, [start, start], seed=1234, stochastic_rounding=True)
     again.step([grad.to(backend.device)] * 2)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(again.params, found, strict=True))
+    for arguments in ({"seed": 1234}, {"stochastic_rounding": True}):  # both are needed
+        nearest = Op(backend, variant, [start], **arguments)
+        nearest.step([grad.to(backend.device)])
+        assert torch.equal(nearest.params[0].cpu(), whole.to(dtype))
 
 
-def stochastic_bits(seed, index, count):
-    """16 bits an element, from Philox4x32-10 in Python's integers; the step's counter is on the host."""
+TYPES_OF_STATES = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), TYPES_OF_STATES, ids=lambda dtype: str(dtype)[6:])
+def test_stochastic_states(backend, dtype, state_dtype):
+    """Each state by a stream of its own, the others to nearest, and the parameter as if they were exact."""
+    sizes = [(2000,), (40,)]
+    params = starting_params(dtype, sizes)
+    for variant, chosen in ((VARIANTS[1], (0, 1)), (VARIANTS[11], (1, 2)), (VARIANTS[6], (0,))):
+        ours = Op(backend, variant, params, state_dtype, seed=99, stochastic_states=chosen)
+        wide = Op(backend, variant, params, torch.float32)
+        grads = [grad.to(backend.device) for grad in gradients(sizes, dtype, 0)]
+        ours.step(grads)
+        wide.step(grads)
+        names = STATES[ALGORITHMS[variant[0]]]
+        for key, states in ours.states.items():
+            for index, (a, b) in enumerate(zip(states, wide.states[key], strict=True)):
+                state = names.index(key)
+                expected = b.cpu().to(state_dtype)
+                if state in chosen:
+                    counted = bool(ours.steps) and not backend.name.startswith("cpu-")
+                    bits = stochastic_bits(99, index, len(a), state + 1, int(counted))
+                    expected = round_stochastically(b.cpu(), bits, state_dtype)
+                assert torch.equal(a.cpu(), expected), key
+        assert all(torch.equal(a, b) for a, b in zip(ours.params, wide.params, strict=True))
+
+
+def test_stochastic_states_let_a_second_moment_shrink(backend):
+    """To nearest, bf16 times 0.999 is what it was."""
+    start, steps = torch.ones(1024), 40
+    variant = ("AdamW", {"lr": 0.0})
+    means = []
+    for state_dtype, chosen in ((torch.float32, ()), (torch.bfloat16, (1,)), (torch.bfloat16, ())):
+        ours = Op(backend, variant, [start], state_dtype, stochastic_states=chosen)
+        ours.states["exp_avg_sq"][0].fill_(1)
+        for seed in range(steps):
+            ours.step([torch.full_like(ours.params[0], 0.01)], seed=seed)
+        means.append(float(ours.states["exp_avg_sq"][0].double().mean()))
+    assert abs(means[1] - means[0]) < 0.003 and means[0] < 0.97 and means[2] == 1
+
+
+def stochastic_bits(seed, index, count, stream=0, step=0):
+    """16 bits an element, from Philox4x32-10 in Python's integers. `step`: 0 where its counter is on the host."""
     result = []
     for block in range(-(-count // 8)):
-        c = [index, 0, block & 0xFFFFFFFF, block >> 32]
+        c = [index, step, block & 0xFFFFFFFF, block >> 32 | stream << 28]
         k = [seed & 0xFFFFFFFF, seed >> 32]
         for _ in range(10):
             a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]

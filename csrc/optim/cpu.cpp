@@ -112,12 +112,13 @@ DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, F
 }
 
 // stochastic_block() of all elements of a block of kBlock, 16 bits each, in their order: the words of 32 blocks of
-// Philox side by side, which compilers make vectors of: 12 times as fast as one after the other.
-DLKIT_INLINE void fill_random(uint64_t seed, int64_t index, int64_t first, uint16_t* bits) {
+// Philox side by side, which compilers make vectors of: 12 times as fast as one after the other. Not inlined: a step
+// may draw for the parameter and each state.
+__attribute__((noinline)) void fill_random(uint64_t seed, int64_t index, int64_t first, int stream, uint16_t* bits) {
   constexpr int kCount = kBlock / 8;
   uint32_t c0[kCount], c1[kCount], c2[kCount], c3[kCount];
   for (int b = 0; b < kCount; ++b) {
-    const uint64_t block = uint64_t(first / 8 + b);
+    const uint64_t block = stochastic_counter(first / 8 + b, stream);
     c0[b] = uint32_t(index), c1[b] = 0, c2[b] = uint32_t(block), c3[b] = uint32_t(block >> 32);
   }
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -138,10 +139,10 @@ DLKIT_INLINE void fill_random(uint64_t seed, int64_t index, int64_t first, uint1
   }
 }
 
-struct Rounding {
-  bool stochastic;
-  uint64_t seed;
-};
+// 16 random bits, by fill_random(), for each lane at element i.
+DLKIT_INLINE VectorU32 random_lanes(const uint16_t* bits, int64_t i) {
+  return __builtin_convertvector(load_raw<VectorU16>(bits + i % kBlock), VectorU32);
+}
 
 // Parameters as they are computed with, and back. `stored` is what a later reader finds, for the average of weights.
 template <class T, class S, class Width>
@@ -159,10 +160,7 @@ DLKIT_INLINE Vector<accumulate_t<T>> store_param(const uint16_t* random, const S
       split(value, span.param + i, span.remainder + i, width);
       return value;
     }
-    if (random != nullptr) {
-      const uint16_t* bits = random + i % kBlock;
-      value = round_stochastically(value, __builtin_convertvector(load_raw<VectorU16>(bits), VectorU32), T());
-    }
+    if (random != nullptr) value = round_stochastically(value, random_lanes(random, i), T());
     store(span.param + i, value, width);
     return span.ema != nullptr ? round_to<T>(value) : value;
   }
@@ -186,23 +184,36 @@ struct State {
   }
   DLKIT_INLINE_MEMBER bool exists() const { return kHas == kAnyStates ? p != nullptr : kHas >> kIndex & 1; }
   DLKIT_INLINE_MEMBER auto* get() { return exists() ? &value : nullptr; }
-  DLKIT_INLINE_MEMBER void put() {
-    if (exists()) store(p, value, width);
+  DLKIT_INLINE_MEMBER void put(const uint16_t* random, int64_t i) {
+    if (!exists()) return;
+    if constexpr (sizeof(S) == 2 && kHas == kAnyStates) {
+      if (random != nullptr) value = round_stochastically(value, random_lanes(random, i), S());
+    }
+    store(p, value, width);
   }
 };
 
 // The arguments are copies, since a store through a pointer to float might change one that has an address: the loop
 // would read them again after every store. kHas other than kAnyStates: there are those states and nothing else.
 template <Algorithm kAlgorithm, int kHas, class T, class S>
-void update_by(const Rounding rounding, const bool write_grads, const Scalars<accumulate_t<T>> k, Span<T, S> span) {
+void update_by(const uint64_t seed, const bool write_grads, const Scalars<accumulate_t<T>> k, Span<T, S> span) {
   using A = accumulate_t<T>;
   using M = Math<A>;
-  constexpr bool kPlain = kHas != kAnyStates;
-  const bool random = !kPlain && sizeof(T) == 2 && rounding.stochastic && span.remainder == nullptr;
+  constexpr bool kPlain = kHas != kAnyStates, kRandom = !kPlain && (sizeof(T) == 2 || sizeof(S) == 2);
   if constexpr (kPlain) span.remainder = nullptr, span.ema = nullptr;
-  alignas(64) uint16_t bits[sizeof(T) == 2 && !kPlain ? kBlock : 1];
+  alignas(64) uint16_t bits[kRandom ? 1 + kStates : 1][kBlock];  // of the parameter and the states
+  const uint16_t* random[1 + kStates] = {};                      // those of them that are rounded stochastically
+  if (kRandom && sizeof(T) == 2 && k.stochastic_rounding && span.remainder == nullptr) random[0] = bits[0];
+  for (int s = 0; kRandom && sizeof(S) == 2 && s < kStates; ++s) {
+    if (k.stochastic_states >> s & 1 && span.states[s] != nullptr) random[s + 1] = bits[s + 1];
+  }
+  const bool draws = random[0] != nullptr || random[1] != nullptr || random[2] != nullptr || random[3] != nullptr;
   for_columns<A, kPlain ? 2 : 1>(0, span.count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-    if (random && i % kBlock == 0) fill_random(rounding.seed, span.index, span.first + i, bits);
+    if (kRandom && draws && i % kBlock == 0) {
+      for (int stream = 0; stream < 1 + kStates; ++stream) {
+        if (random[stream] != nullptr) fill_random(seed, span.index, span.first + i, stream, bits[stream]);
+      }
+    }
     using Width = decltype(width);
     Vector<A> g = load(span.grad + i, width) * k.grad_factor;
     Vector<A> p = load_param(span, i, width);
@@ -213,8 +224,8 @@ void update_by(const Rounding rounding, const bool write_grads, const Scalars<ac
     if constexpr (kAlgorithm == Algorithm::Adam) adam<M>(k, g, p, first.value, second.value, third.get());
     if constexpr (kAlgorithm == Algorithm::Sgd) sgd<M>(k, g, p, first.get());
     if constexpr (kAlgorithm == Algorithm::RmsProp) rmsprop<M>(k, g, p, first.value, second.get(), third.get());
-    first.put(), second.put(), third.put();
-    p = store_param(random ? bits : nullptr, span, i, p, width);
+    first.put(random[1], i), second.put(random[2], i), third.put(random[3], i);
+    p = store_param(random[0], span, i, p, width);
     if (span.ema != nullptr) store(span.ema + i, lerp<M>(load(span.ema + i, width), p, k.ema_rest), width);
   });
 }
@@ -223,13 +234,13 @@ void update_by(const Rounding rounding, const bool write_grads, const Scalars<ac
 // or of 16-bit states then waits for memory alone.
 template <Algorithm kAlgorithm, class T, class S>
 void update_with(const Step& op, Scalars<accumulate_t<T>> k, const Span<T, S>& span) {
-  const Rounding rounding{op.stochastic_rounding, op.seed};
   if constexpr (std::is_same_v<T, S>) {
-    if (span.remainder == nullptr && span.ema == nullptr && !op.write_grads && !op.stochastic_rounding) {
+    const bool random = sizeof(T) == 2 && (k.stochastic_rounding || k.stochastic_states != 0);
+    if (span.remainder == nullptr && span.ema == nullptr && !op.write_grads && !random) {
       if (k.maximize) k.grad_factor = -k.grad_factor, k.maximize = false;
       int has = 0;
       for (int s = 0; s < kStates; ++s) has |= (span.states[s] != nullptr) << s;
-      const auto run = [&](auto mask) { update_by<kAlgorithm, mask(), T, S>(rounding, false, k, span); };
+      const auto run = [&](auto mask) { update_by<kAlgorithm, mask(), T, S>(op.seed, false, k, span); };
       if constexpr (kAlgorithm == Algorithm::Adam) return has == 3 ? run(Has<3>()) : run(Has<7>());
       if constexpr (kAlgorithm == Algorithm::Sgd) return has == 0 ? run(Has<0>()) : run(Has<1>());
       if constexpr (kAlgorithm == Algorithm::RmsProp) {
@@ -237,7 +248,7 @@ void update_with(const Step& op, Scalars<accumulate_t<T>> k, const Span<T, S>& s
       }
     }
   }
-  update_by<kAlgorithm, kAnyStates>(rounding, op.write_grads, k, span);
+  update_by<kAlgorithm, kAnyStates>(op.seed, op.write_grads, k, span);
 }
 
 template <class T, class S>

@@ -238,7 +238,7 @@ struct StepHead {
   double max_norm;
   uint64_t seed;
   DType norm_type;
-  bool write_grads, stochastic_rounding;
+  bool write_grads;
   int8_t slot[kSlots];  // the word of an entry that holds this array, or -1: no tensor of the launch has it
   Record records[records_that_fit];
 };
@@ -320,13 +320,27 @@ __device__ __forceinline__ void widen_param(const Tile<T, S, Which>& tile, const
   tile.param.widen_to(p, part);
 }
 
+template <class T, int Width, int Part, class A>
+__device__ __forceinline__ void narrow_stochastically(const PhiloxBlock& random, Packs<T, Width, Part>& packs, int part,
+                                                      const A (&values)[Part]) {
+  if constexpr (sizeof(T) == 2) {
+    auto elements = packs.elements(part);
+#pragma unroll
+    for (int j = 0; j < Part; ++j) {
+      elements.at[j] = round_stochastically(values[j], lane_bits(random, part * Part + j), T());
+    }
+    packs.set(part, elements);
+  }
+}
+
 // Leaves in p what the average of weights takes.
 template <class T, class S, Algorithm Which, int Part>
-__device__ __forceinline__ void narrow_param(const StepHead& head, const PhiloxBlock& random, Tile<T, S, Which>& tile,
-                                             const Span<T, S>& span, int part, accumulate_t<T> (&p)[Part]) {
+__device__ __forceinline__ void narrow_param(const Scalars<accumulate_t<T>>& k, const PhiloxBlock& random,
+                                             Tile<T, S, Which>& tile, const Span<T, S>& span, int part,
+                                             accumulate_t<T> (&p)[Part]) {
   if constexpr (sizeof(T) == 2) {
-    auto high = tile.param.elements(part);
     if (span.remainder != nullptr) {
+      auto high = tile.param.elements(part);
       auto low = tile.remainder.elements(part);
 #pragma unroll
       for (int j = 0; j < Part; ++j) high.at[j] = split(p[j], T(), &low.at[j]);
@@ -334,12 +348,8 @@ __device__ __forceinline__ void narrow_param(const StepHead& head, const PhiloxB
       tile.remainder.set(part, low);
       return;
     }
-    if (head.stochastic_rounding) {
-#pragma unroll
-      for (int j = 0; j < Part; ++j) {
-        high.at[j] = round_stochastically(p[j], lane_bits(random, part * Part + j), T());
-      }
-      tile.param.set(part, high);
+    if (k.stochastic_rounding) {
+      narrow_stochastically(random, tile.param, part, p);
     } else {
       tile.param.narrow_from(p, part);
     }
@@ -415,13 +425,12 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
   for (int s = 0; s < used; ++s) {
     if (coded && has[s]) scales[s] = span.scales[s][at / kBlock];
   }
+  const auto draw = [&](int stream) {
+    static_assert(width == 8 || (sizeof(T) != 2 && sizeof(S) != 2), "as many as a Philox block has 16-bit words");
+    return stochastic_block(head.seed, span.index, span.step, (span.first + at) / width, stream);
+  };
   PhiloxBlock random{};
-  if constexpr (sizeof(T) == 2) {
-    static_assert(width == 8, "as many as a Philox block has 16-bit words");
-    if (head.stochastic_rounding) {
-      random = stochastic_block(head.seed, span.index, span.step, (span.first + at) / width);
-    }
-  }
+  if (sizeof(T) == 2 && k.stochastic_rounding) random = draw(0);
 #pragma unroll
   for (int i = 0; i < width / part; ++i) {
     A g[part], p[part], states[kStates][part];
@@ -449,10 +458,15 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
 #pragma unroll
         for (int j = 0; j < part; ++j) values[s][i * part + j] = states[s][j];
       } else {
-        tile.states[s].narrow_from(states[s], i);
+        if (sizeof(S) == 2 && (k.stochastic_states >> s & 1) != 0) {
+          // Drawn for each part anew: kept for the next one it would cost every step registers.
+          narrow_stochastically(draw(s + 1), tile.states[s], i, states[s]);
+        } else {
+          tile.states[s].narrow_from(states[s], i);
+        }
       }
     }
-    narrow_param(head, random, tile, span, i, p);
+    narrow_param(k, random, tile, span, i, p);
     if (span.ema != nullptr) {
       A ema[part];
       tile.ema.widen_to(ema, i);
@@ -496,12 +510,13 @@ struct Code {
 };
 static_assert(sizeof(Code) == 1);
 
-// Without a number of blocks to be resident ptxas for sm_120 spills where states are codes; others keep its own choice.
-template <class S>
-constexpr int resident_blocks = sizeof(S) == 1 ? 2 : 0;
+// Without a number of blocks to be resident ptxas for sm_120 spills where states are codes, for sm_100 in RMSprop with
+// 16-bit states; others keep its own choice.
+template <class S, Algorithm Which>
+constexpr int resident_blocks = sizeof(S) == 1 || (sizeof(S) == 2 && Which == Algorithm::RmsProp) ? 2 : 0;
 
 template <class T, int PackBytes, class S, Algorithm Which>
-__global__ void __launch_bounds__(kThreads, resident_blocks<S>)
+__global__ void __launch_bounds__(kThreads, (resident_blocks<S, Which>))
     step_tensors(const __grid_constant__ StepArguments arguments) {
   using A = accumulate_t<T>;
   constexpr int width = width_of<T, S>, warp_width = 32 * width;
@@ -645,7 +660,6 @@ void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk,
   head.seed = op.seed;
   head.norm_type = op.norm_type;
   head.write_grads = op.write_grads;
-  head.stochastic_rounding = op.stochastic_rounding;
 
   Launcher<StepHead> launcher(stride, chunk, run_step<T, S, Which>, stream);
   launcher.arguments.head = head;

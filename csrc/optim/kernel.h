@@ -40,7 +40,9 @@ constexpr int kStates = 3;
 struct Group {
   double lr, weight_decay, eps, beta1, beta2, momentum, dampening, alpha, ema_decay;
   bool decoupled_weight_decay, nesterov, maximize;
-  const float* lr_pointer;  // on the device, in place of lr; or null
+  bool stochastic_rounding;   // of BF16 and F16 parameters without a remainder
+  int32_t stochastic_states;  // bit s: of state s, where it is stored as BF16 or F16
+  const float* lr_pointer;    // on the device, in place of lr; or null
 };
 
 struct Tensor {
@@ -68,11 +70,10 @@ struct Step {
   const float* grad_scale;  // on the device, or null
   const float* found_inf;   // on the device, or null
   double max_norm;
-  uint64_t seed;  // of the rounding; see lane_bits() in math.h
+  uint64_t seed;  // of all stochastic rounding; see stochastic_block() in math.h
   Algorithm algorithm;
-  DType norm_type;           // of grad_norm: F32 or F64
-  bool write_grads;          // write g back, before weight decay and the sign of maximize
-  bool stochastic_rounding;  // of BF16 and F16 parameters without a remainder
+  DType norm_type;   // of grad_norm: F32 or F64
+  bool write_grads;  // write g back, before weight decay and the sign of maximize
 };
 
 // For the norm and the scaling of gradients: dtypes may differ.

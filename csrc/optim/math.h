@@ -26,7 +26,8 @@ struct Scalars {
   A square, square_rest;  // beta2 or alpha, and 1 - it
   A momentum, dampening_rest;
   A ema_rest;
-  bool maximize, nesterov;
+  bool maximize, nesterov, stochastic_rounding;
+  int32_t stochastic_states;
 };
 
 // With Adam and a step counter on the device: bias_correction = 1 - pow(beta, t), in fp64.
@@ -51,6 +52,8 @@ DLKIT_HOST_DEVICE Scalars<A> scalars(Algorithm algorithm, const Group& group, do
   k.ema_rest = A(1 - group.ema_decay);
   k.maximize = group.maximize;
   k.nesterov = group.nesterov;
+  k.stochastic_rounding = group.stochastic_rounding;
+  k.stochastic_states = group.stochastic_states;
   return k;
 }
 
@@ -156,9 +159,13 @@ DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
 }
 
 // 16 bits, by lane_bits(), for each of the elements 8 * block .. 8 * block + 7 of the tensor at `index` in the step.
-// `step` is t where the counter is on the device, else 0: a captured graph replays the same seed.
-DLKIT_HOST_DEVICE PhiloxBlock stochastic_block(uint64_t seed, int64_t index, uint32_t step, int64_t block) {
-  return philox(seed, uint64_t(index) | uint64_t(step) << 32, uint64_t(block));
+// `step` is t where the counter is on the device, else 0: a captured graph replays the same seed. `stream` is 0 for the
+// parameter, s + 1 for state s.
+DLKIT_HOST_DEVICE uint64_t stochastic_counter(int64_t block, int stream) {
+  return uint64_t(block) | uint64_t(stream) << 60;
+}
+DLKIT_HOST_DEVICE PhiloxBlock stochastic_block(uint64_t seed, int64_t index, uint32_t step, int64_t block, int stream) {
+  return philox(seed, uint64_t(index) | uint64_t(step) << 32, stochastic_counter(block, stream));
 }
 
 // Up with the probability of the part cut off, in 65,536ths for bf16 and 8,192ths for fp16.

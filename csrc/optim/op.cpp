@@ -44,9 +44,23 @@ Algorithm algorithm_of(c10::string_view name) {
 // One row of `options` a group; dlkit/optim names the columns in the same order.
 constexpr int64_t kOptions = 14;
 
-Group group_of(const double* row, const float* lr_pointer) {
-  return {row[0], row[1], row[2],      row[3],       row[4],       row[5],    row[6],
-          row[7], row[8], row[9] != 0, row[10] != 0, row[11] != 0, lr_pointer};
+// Without a seed nothing is rounded stochastically.
+Group group_of(const double* row, const float* lr_pointer, bool has_seed) {
+  return {row[0],
+          row[1],
+          row[2],
+          row[3],
+          row[4],
+          row[5],
+          row[6],
+          row[7],
+          row[8],
+          row[9] != 0,
+          row[10] != 0,
+          row[11] != 0,
+          has_seed && row[12] != 0,
+          has_seed ? int32_t(row[13]) : 0,
+          lr_pointer};
 }
 
 // Everything that belongs to the tensors of a step. A list is empty where the step has no such array.
@@ -271,7 +285,8 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
   groups.reserve(group_count);
   for (int64_t g = 0; g < group_count; ++g) {
     groups.push_back(group_of(settings.options.data() + g * kOptions,
-                              settings.lr.empty() ? nullptr : float_pointer("lr", settings.lr[g], first)));
+                              settings.lr.empty() ? nullptr : float_pointer("lr", settings.lr[g], first),
+                              settings.seed.has_value()));
   }
   optim::Step op{};
   op.grad_scale = float_pointer("grad_scale", settings.grad_scale, first);
@@ -336,7 +351,6 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
   op.first_block = first_block.data();
   op.max_norm = settings.max_norm;
   op.write_grads = settings.write_grads;
-  op.stochastic_rounding = settings.seed.has_value();
   op.seed = uint64_t(settings.seed.value_or(0));
   run(device, op);
   arranger.finish();

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._common import TRITON_TYPE, accumulate_type, divide
 
-_OPTIONS = 12  # a group; csrc/optim/op.cpp says which
+_OPTIONS = 14  # a group; csrc/optim/op.cpp says which
 _STATES = 3
 _BLOCK = 256  # elements that share a scale in an 8-bit state
 _CHUNK_TILES = 8  # tiles a program walks over
@@ -187,12 +187,12 @@ def _split(value, like):
 
 
 @triton.jit
-def _random_bits(seed, index, step, first, TILE: tl.constexpr):
-    """16 bits an element, eight of a Philox block."""
+def _random_bits(seed, index, step, first, STREAM: tl.constexpr, TILE: tl.constexpr):
+    """16 bits an element, eight of a Philox block. STREAM: 0 for the parameter, s + 1 for state s."""
     block = first // 8 + tl.arange(0, TILE // 8)
     zero = block.to(tl.uint32) * 0
     low = (block & 0xFFFFFFFF).to(tl.uint32)
-    high = (block >> 32).to(tl.uint32)
+    high = (block >> 32 | STREAM << 28).to(tl.uint32)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = (seed >> 32 & 0xFFFFFFFF).to(tl.uint32)
     a, b, c, d = tl.philox_impl(zero + index.to(tl.uint32), zero + step.to(tl.uint32), low, high, zero + k0, zero + k1)
@@ -223,8 +223,8 @@ def _step(
     ALGORITHM: tl.constexpr, TYPE: tl.constexpr, STATE: tl.constexpr, ACC: tl.constexpr, STEP: tl.constexpr,
     HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr, REMAINDER: tl.constexpr, EMA: tl.constexpr,
     DECOUPLED: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
-    WRITE_GRADS: tl.constexpr, STOCHASTIC: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, ROW: tl.constexpr,
+    WRITE_GRADS: tl.constexpr, STOCHASTIC: tl.constexpr, STOCHASTIC_STATES: tl.constexpr, VEC: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     row = _find(table, count, chunk, ROW)
@@ -276,6 +276,7 @@ def _step(
 
     for tile in range(tiles):
         at = tile * TILE + tl.arange(0, TILE)
+        start = first + tile * TILE
         mask = at < left * VEC
         params = _pointers(row, 3, first, at, TYPE, ALIGN)
         grads = _pointers(row, 4, first, at, TYPE, ALIGN)
@@ -332,18 +333,24 @@ def _step(
             p = tl.fma(update, size + p * 0, p)
 
         if HAS1:
-            _store_state(row, 0, first, at, mask, s1, maps, ALGORITHM, STATE, ALIGN, TILE)
+            _store_state(
+                row, 0, first, at, mask, s1, maps, seed, t, start, ALGORITHM, STATE, STOCHASTIC_STATES, ALIGN, TILE
+            )
         if HAS2:
-            _store_state(row, 1, first, at, mask, s2, maps, ALGORITHM, STATE, ALIGN, TILE)
+            _store_state(
+                row, 1, first, at, mask, s2, maps, seed, t, start, ALGORITHM, STATE, STOCHASTIC_STATES, ALIGN, TILE
+            )
         if HAS3:
-            _store_state(row, 2, first, at, mask, s3, maps, ALGORITHM, STATE, ALIGN, TILE)
+            _store_state(
+                row, 2, first, at, mask, s3, maps, seed, t, start, ALGORITHM, STATE, STOCHASTIC_STATES, ALIGN, TILE
+            )
         if REMAINDER:
             high, rest = _split(p, stored)
             tl.store(params, high, mask=mask)
             tl.store(rest_pointers, rest, mask=mask)
         else:
             if STOCHASTIC:
-                bits = _random_bits(seed.to(tl.int64), tl.load(row + 2), t, first + tile * TILE, TILE)
+                bits = _random_bits(seed.to(tl.int64), tl.load(row + 2), t, start, 0, TILE)
                 high = _round_stochastically(p, bits, stored)
             else:
                 high = p.to(TYPE)
@@ -368,13 +375,16 @@ def _load_state(
 
 @triton.jit
 def _store_state(
-    row, STATE_INDEX: tl.constexpr, first, at, mask, values, maps, ALGORITHM: tl.constexpr, STATE: tl.constexpr,
-    ALIGN: tl.constexpr, TILE: tl.constexpr,
+    row, STATE_INDEX: tl.constexpr, first, at, mask, values, maps, seed, t, start, ALGORITHM: tl.constexpr,
+    STATE: tl.constexpr, STOCHASTIC_STATES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     pointers = _pointers(row, 5 + STATE_INDEX, first, at, STATE, ALIGN)
     if pointers.dtype.element_ty == tl.uint8:
         scales = (tl.load(row + 8 + STATE_INDEX) + first // 64).to(tl.pointer_type(tl.float32))
         _store_coded(pointers, scales, values, maps, at, mask, _has_sign(ALGORITHM, STATE_INDEX), TILE)
+    elif STOCHASTIC_STATES >> STATE_INDEX & 1:
+        bits = _random_bits(seed.to(tl.int64), tl.load(row + 2), t, start, STATE_INDEX + 1, TILE)
+        tl.store(pointers, _round_stochastically(values, bits, tl.zeros((TILE,), STATE)), mask=mask)
     else:
         tl.store(pointers, values.to(STATE), mask=mask)
 
@@ -697,7 +707,9 @@ def optim_step_(
             table, chunks = _table(rows, vec, device)
             first = group * _OPTIONS
             lr_value, weight_decay, *others = options[first : first + 9]
-            decoupled, nesterov, maximize = (bool(flag) for flag in options[first + 9 : first + 12])
+            decoupled, nesterov, maximize, stochastic = (bool(flag) for flag in options[first + 9 : first + 13])
+            sixteen_bits = state_dtype.itemsize == 2 and seed is not None
+            stochastic_states = int(options[first + 13]) if sixteen_bits else 0
             scalars = [lr_value, weight_decay, *others, correction1, correction2, max_norm]
             maps = _maps(device) if state_dtype == torch.uint8 else None
             counted = None if step_type is None else _TYPE[step_type]
@@ -709,7 +721,8 @@ def optim_step_(
                 HAS1=bool(states[0]), HAS2=bool(states[1]), HAS3=bool(states[2]),
                 REMAINDER=bool(remainders), EMA=bool(ema), DECOUPLED=decoupled and algorithm == "adam",
                 NESTEROV=nesterov, MAXIMIZE=maximize, DECAY=weight_decay != 0, WRITE_GRADS=write_grads,
-                STOCHASTIC=seed is not None and dtype.itemsize == 2 and not remainders,
+                STOCHASTIC=stochastic and seed is not None and dtype.itemsize == 2 and not remainders,
+                STOCHASTIC_STATES=stochastic_states,
                 VEC=vec, ALIGN=align, ROW=_ROW, **_CONSTANTS,
             )  # fmt: skip
             tables.append((table, len(rows), counted))

@@ -213,7 +213,8 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
         moments = [like(state, s < states) for s in range(3)]
         scales = [scale if s < states and state == torch.uint8 else [] for s in range(3)]
         steps = [torch.zeros(())] if algorithm == "adam" else []
-        options = [1e-3, 0.1, 1e-8, 0.9, 0.99, 0.9, 0.0, 0.99, 0.99, 1.0, 0.0, 0.0]
+        stochastic = 0.0 if seed is None else 1.0
+        options = [1e-3, 0.1, 1e-8, 0.9, 0.99, 0.9, 0.0, 0.99, 0.99, 1.0, 0.0, 0.0, stochastic, 7 * stochastic]
         op.optim_step_(
             algorithm, param, like(dtype), *moments, *scales, like(torch.int16, remainder), like(average, ema), steps,
             [0], options, [], None, 0.0, None, None, False, seed,
@@ -229,6 +230,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
     if dtype.itemsize == 2:
         yield "adam remainder ema", True, partial(step, "adam", 2, state=torch.float32, remainder=True, ema=True)
         yield "sgd stochastic", True, partial(step, "sgd", 0, seed=1)
+        yield "adam stochastic", True, partial(step, "adam", 2, seed=1)
     if dtype not in (torch.float32, torch.bfloat16):
         return
     grads = [torch.ones(8192, dtype=dtype)]
