@@ -116,7 +116,7 @@ def test_max_norm_in_place_of_accelerates_clipping(name):
 def test_fp16_with_a_scaler(name, clip):
     """Which steps were skipped, what the scale became, and the schedule, which waits at a skipped step."""
     ours, theirs = (Training(library, name, "fp16").train(clip=clip) for library in (OURS, THEIRS))
-    assert 0 < sum(theirs.skipped) < STEPS // 2, theirs.skipped
+    assert any(theirs.skipped)
     assert_same_run(ours, theirs, **ROUNDED)
 
 
