@@ -1,4 +1,4 @@
-# make demo | test | lint | format | check-cuda | sanitize | gpu | clean
+# make demo | test | test-integration | lint | format | check-cuda | sanitize | gpu | clean
 #
 # TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
 # PYTHON  an interpreter that has torch already, used as it is, without a virtual environment: make demo PYTHON=python
@@ -18,7 +18,7 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test lint format check-cuda sanitize gpu clean
+.PHONY: install demo test test-integration lint format check-cuda sanitize gpu clean
 
 $(VENV)/ready-%:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
@@ -38,7 +38,13 @@ demo: install
 
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
-	$(PYTHON) -m pytest -q -n auto --dist worksteal
+	$(PYTHON) -m pytest -q -n auto --dist worksteal --ignore=tests/integration
+
+# The optimizers inside transformers, Accelerate and Lightning. pip is told of the torch that is there, so that it stays.
+test-integration: $(READY)
+	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
+	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
+	$(PYTHON) -m pytest -q tests/integration
 
 LINT := $(VENV)/bin/python -m
 CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)
