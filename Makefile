@@ -1,4 +1,4 @@
-# make demo | test | lint | format | check-cuda | sanitize | gpu | clean
+# make demo | test | fuzz | lint | format | check-cuda | sanitize | gpu | clean
 #
 # TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
 # PYTHON  an interpreter that has torch already, used as it is, without a virtual environment: make demo PYTHON=python
@@ -18,7 +18,7 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test lint format check-cuda sanitize gpu clean
+.PHONY: install demo test fuzz lint format check-cuda sanitize gpu clean
 
 $(VENV)/ready-%:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
@@ -39,6 +39,12 @@ demo: install
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
 	$(PYTHON) -m pytest -q -n auto --dist worksteal
+
+# Random sequences of what users do on the optimizers, for SECONDS, from SEED on (else from the time of day).
+SECONDS := 600
+SEED ?= $(shell date +%s)
+fuzz: install
+	cd tests && PYTHONPATH=$(CURDIR):. $(abspath $(PYTHON)) -m fuzz.optimizer_machine --seconds $(SECONDS) --seed $(SEED)
 
 LINT := $(VENV)/bin/python -m
 CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)

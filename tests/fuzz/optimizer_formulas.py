@@ -48,6 +48,7 @@ class Exact:
         state: dict[str, Tensor],
         factor: float = 1.0,
         slack: Any = 0.0,
+        blur: float = 0.0,
     ) -> None:
         self.dtype = param.dtype.to_real() if param.is_complex() else param.dtype
         self.wide = self.dtype == torch.float64
@@ -57,7 +58,7 @@ class Exact:
         self.hyper = 2.0**-24 if tensors else self.unit
         self.least = _TINY[torch.float64 if self.wide else torch.float32]
         self.p, self.g = array(param, self.wide), array(grad, self.wide) * factor
-        self.dp, self.dg = np.zeros_like(self.p) + slack, 2 * self.unit * abs(self.g)
+        self.dp, self.dg = np.zeros_like(self.p) + slack, (2 * self.unit + blur) * abs(self.g)
         self.group = group
         self.state = {k: array(v, self.wide) for k, v in state.items() if isinstance(v, Tensor)}
         self.results: dict[str, tuple[Array, Array]] = {}
@@ -70,7 +71,8 @@ class Exact:
 
     def keep(self, name: str, values: Array, bounds: Array) -> None:
         with np.errstate(all="ignore"):
-            self.results[name] = (values, SAFETY * bounds + 4 * self.least)
+            # NaN: an infinity within the formula, divided by which gives 0 exactly.
+            self.results[name] = (values, np.where(np.isnan(bounds), 0, SAFETY * bounds + 4 * self.least))
 
     def decay(self, decoupled: bool) -> None:
         """To the gradient that the formula takes; the decay of decoupled ones."""

@@ -187,35 +187,40 @@ def step_second(side: Side, seed: int, leave: int, grads: str) -> Any:
 
 
 @operation(
-    5,
+    6,
     "steps",
     seed=SEED,
     leave=MASK,
     grads=often("plain", 10, "zero", "nan", "inf", "transposed", "conj", "shared", "sparse"),
     unscale=[False, True],
     clip=often(False, 3, True),
-    second=[False, True],
-    update=often(True, 9, False),
+    second=often(False, 3, True),
+    update=often(True, 3, False),
 )
 def step_scaled(
     side: Side, seed: int, leave: int, grads: str, unscale: bool, clip: bool, second: bool, update: bool
 ) -> Any:
-    """As a training loop with a GradScaler does it."""
+    """As a training loop with a GradScaler does it; without an update another optimizer may follow."""
     scaler = side.scaler
     factor = float(scaler.scale(torch.ones(())))
-    optimizers = side.optimizers if second else side.optimizers[:1]
-    results = []
-    for i, optimizer in enumerate(optimizers):
-        params = list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
-        give_gradients(params, seed + 50 * i, leave, grads, factor)
-        if unscale:
-            scaler.unscale_(optimizer)
-        if clip:
-            torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=False)
-        results.append(scaler.step(optimizer))
-    if update:
-        scaler.update()
-    return results
+    optimizer = side.optimizers[-1 if second else 0]
+    params = list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
+    give_gradients(params, seed, leave, grads, factor)
+    if unscale:
+        scaler.unscale_(optimizer)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=False)
+    result = scaler.step(optimizer)
+    return [result, update_scaler(side) if update else None]
+
+
+@operation(1)
+def update_scaler(side: Side) -> str | None:
+    try:
+        side.scaler.update()
+    except Exception as error:
+        return type(error).__name__  # the step before it has been taken
+    return None
 
 
 @operation(4, set_to_none=[True, False])
@@ -289,6 +294,8 @@ def replace_parameter(side: Side, group: int, position: int, state: str) -> None
     params[position] = new
     if state == "moved" and old in side.optimizer.state:
         side.optimizer.state[new] = side.optimizer.state.pop(old)
+    elif side.extras:
+        side.optimizer.state.pop(old, None)  # a state dict cannot be made with states of unknown parameters
     _forget(side, old, new if state == "moved" else None)
 
 
@@ -304,11 +311,15 @@ def swap_groups(side: Side, source: int, target: int) -> None:
     groups[a], groups[b] = groups[b], groups[a]
 
 
-@operation(0.7, group=INDEX)
-def remove_group(side: Side, group: int) -> None:
+@operation(0.7, group=INDEX, state=["dropped", "kept"])
+def remove_group(side: Side, group: int, state: str) -> None:
     groups = side.optimizer.param_groups
-    if len(groups) > 1:
-        groups.pop(group % len(groups))
+    if len(groups) == 1:
+        return
+    for param in groups.pop(group % len(groups))["params"]:
+        if state == "dropped" or side.extras:  # a state dict cannot be made with states of unknown parameters
+            side.optimizer.state.pop(param, None)
+            _forget(side, param)
 
 
 def _draw_entry(rng: random.Random, kind: str) -> list[Any]:
@@ -449,7 +460,7 @@ def freeze(side: Side, index: int, value: bool) -> None:
 
 
 @operation(2.5, index=INDEX, how=["clones", "all clones", "other layout"])
-def replace_state(side: Side, index: int, how: str) -> list[bool]:
+def replace_state(side: Side, index: int, how: str) -> bool:
     """By equal tensors, as offloading does; the old ones must be free."""
     params = [side.pick(index)] if how != "all clones" else side.trained()
     old = []
@@ -464,7 +475,7 @@ def replace_state(side: Side, index: int, how: str) -> list[bool]:
                 fresh = laid_out(value, layout) if layout and value.layout == torch.strided else value.clone()
                 state[key] = fresh
         del value, state, fresh
-    return [tensor() is None for tensor in old]
+    return all(tensor() is None for tensor in old)
 
 
 @operation(1.5, index=INDEX, how=["one", "all", "emptied", "keys"])
@@ -508,6 +519,7 @@ def _new_optimizer(side: Side, state_dict: dict[str, Any]) -> None:
     side.forget_helpers()
     fresh = side.build(_groups(side))
     fresh.load_state_dict(state_dict)
+    side.old.append(side.optimizers[0])
     side.optimizers[0] = fresh
 
 
@@ -515,7 +527,7 @@ def _new_optimizer(side: Side, state_dict: dict[str, Any]) -> None:
 def save_and_load(side: Side, how: str) -> Any:
     """Into itself, into a new optimizer, through a file, through torch's class."""
     if side.oracle:
-        if how != "itself":
+        if how in ("new", "file"):
             side.forget_helpers()
         return None
     saved = side.optimizer.state_dict()
@@ -548,9 +560,9 @@ def load_kept_state_dict(side: Side) -> None:
         side.optimizer.load_state_dict(side.kept)
 
 
-@operation(0.5, "plain", flat=[False, True], new=[False, True])
+@operation(0.5, "plain", "steps", flat=[False, True], new=[False, True])
 def through_distributed_checkpoint(side: Side, flat: bool, new: bool) -> Any:
-    """torch.distributed.checkpoint.state_dict on one process."""
+    """torch.distributed.checkpoint.state_dict on one process; makes missing states by a step with a rate of 0."""
     from torch.distributed.checkpoint import state_dict as dcp
 
     module = Bag(side.trained())
@@ -558,6 +570,7 @@ def through_distributed_checkpoint(side: Side, flat: bool, new: bool) -> Any:
     saved = copy.deepcopy(dcp.get_optimizer_state_dict(module, side.optimizer, options=options))
     if new:
         side.forget_helpers()
+        side.old.append(side.optimizers[0])
         side.optimizers[0] = side.build(_groups(side))
     dcp.set_optimizer_state_dict(module, side.optimizer, saved, options=options)
     return sorted(saved)
@@ -567,15 +580,17 @@ def through_distributed_checkpoint(side: Side, flat: bool, new: bool) -> Any:
 def copy_everything(side: Side, how: str) -> None:
     """Parameters and optimizers together; gradients stay behind."""
     side.forget_helpers()
-    if not side.oracle:
-        both = (side.params, side.optimizers)
-        for param in side.params:
-            param.grad = None
-        params, optimizers = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
-        side.renamed(params)
-        side.optimizers = optimizers
     for param in side.params:
         param.grad = None
+    both = (side.params, [] if side.oracle else side.optimizers)
+    params, optimizers = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    if side.oracle:
+        for param, copied in zip(side.params, params):
+            param.data = copied.data
+    else:
+        side.old.append(side.optimizers)
+        side.renamed(params)
+        side.optimizers = optimizers
 
 
 # Hooks and schedulers.
@@ -699,7 +714,8 @@ def set_average(side: Side, group: int, value: float | None) -> None:
 def swap_averages(side: Side, step_between: bool) -> Any:
     """The averages into the parameters and back; no step may be taken in between."""
     optimizer = side.optimizer
-    if not any(group.get("ema_decay") is not None for group in optimizer.param_groups):
+    groups = [group for group in optimizer.param_groups if group.get("ema_decay") is not None and group["params"]]
+    if not groups:
         return None
     optimizer.swap_ema()
     swapped = [param.detach().clone() for param in side.trained()]

@@ -48,7 +48,9 @@ class Oracle:
         self.masters: dict[Tensor, Tensor] = {}
         self.averages: dict[Tensor, Tensor] = {}
         self.used: dict[Tensor, Tensor] = {}  # the fp32 values that the last step began with
+        self.raw: dict[Tensor, Tensor] = {}  # the gradients before they were clipped
         self.factor = 1.0  # of the gradients in the last step
+        self.stepped = False  # in this operation
         super().__init__(params, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -78,7 +80,13 @@ class Oracle:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._raw is not None:
+            raise RuntimeError("averaged weights are swapped in")
         grads = {p: p.grad for _, p in self._parameters() if p.grad is not None}
+        self.raw = {p: grad.clone() for p, grad in grads.items() if grad.layout == torch.strided}
+        if self.clip_gradients_in_place and self.max_norm is not None:
+            for grad in grads.values():
+                grad.mul_(1.0)  # raises where elements share memory, as clip_grad_norm_ does
         factor = 1.0
         if self.max_norm is not None:
             squares = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads.values()]
@@ -88,7 +96,7 @@ class Oracle:
                 raise RuntimeError("not finite")
             factor = self.max_norm / (norm + 1e-6)
             factor = 1.0 if factor > 1 else factor
-        self.factor, self.used = factor, {}
+        self.factor, self.used, self.stepped = factor, {}, True
         for group, param in self._parameters():
             if group.get("ema_decay") is not None and param.is_floating_point() | param.is_complex():
                 if param not in self.averages and param.dtype != torch.float8_e4m3fn:
@@ -107,16 +115,19 @@ class Oracle:
                 param.grad = grads[param].float() * factor
             elif factor != 1.0:
                 param.grad = grads[param] * factor
+        raised = True
         try:
             type(self).torch_step(self)
+            raised = False
         finally:
             for param, data in whole.items():
                 master, param.grad = param.data, None
-                self.masters[param] = master
-                data.copy_(rounded(master, data.dtype))
+                if not raised:
+                    self.masters[param] = master
+                    data.copy_(rounded(master, data.dtype))
                 param.data = data
             for param, grad in grads.items():
-                if self.clip_gradients_in_place and factor != 1.0:
+                if self.clip_gradients_in_place and factor != 1.0 and not raised:
                     grad.mul_(factor)
                 param.grad = grad
         for group, param in self._parameters():

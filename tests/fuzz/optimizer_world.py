@@ -93,6 +93,7 @@ class Side:
         self.schedulers: list[Any] = []
         self.hooks: list[Any] = []
         self.kept: Any = None  # a state dict of earlier
+        self.old: list[Any] = []  # replaced optimizers: GradScaler knows one by its id, which must not be used again
         self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
         self.writes: set[int] = set()  # indices of parameters whose weights were written by the user
         groups = [
@@ -149,6 +150,11 @@ class Side:
     def forget_helpers(self) -> None:
         """Hooks and schedulers belong to one optimizer; a new one has none."""
         self.schedulers, self.kept = [], None
+        if self.oracle:  # the oracle's optimizer stays; a GradScaler would know it again
+            states = self.scaler._per_optimizer_states
+            if id(self.optimizer) in states:
+                self.old.append(object())
+                states[id(self.old[-1])] = states.pop(id(self.optimizer))
         for handle in self.hooks:
             handle.remove()
         self.hooks = []
