@@ -1,4 +1,4 @@
-# make demo | test | test-integration | lint | format | check-cuda | sanitize | gpu | clean
+# make demo | test | test-integration | fuzz | lint | format | check-cuda | sanitize | gpu | clean
 #
 # TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
 # PYTHON  an interpreter that has torch already, used as it is, without a virtual environment: make demo PYTHON=python
@@ -18,7 +18,7 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test test-integration lint format check-cuda sanitize gpu clean
+.PHONY: install demo test test-integration fuzz lint format check-cuda sanitize gpu clean
 
 $(VENV)/ready-%:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
@@ -45,6 +45,12 @@ test-integration: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
 	$(PYTHON) -m pytest -q tests/integration
+
+# Random sequences of what users do on the optimizers, for SECONDS, from SEED on (else from the time of day).
+SECONDS := 600
+SEED ?= $(shell date +%s)
+fuzz: install
+	cd tests && PYTHONPATH=$(CURDIR):. $(abspath $(PYTHON)) -m fuzz.optimizer_machine --seconds $(SECONDS) --seed $(SEED)
 
 LINT := $(VENV)/bin/python -m
 CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)
