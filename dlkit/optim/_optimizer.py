@@ -95,6 +95,7 @@ class _Plan:
             self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
         self.where: list[tuple[int, int]] = []
         self.masters: list[tuple[int, int]] = []  # of those that have a remainder
+        self.waiting: list[tuple[int, int]] = []  # parameters that have some state, and lack other until a gradient comes
         self.copies = False  # some masters have a copy of what the last step wrote
         self.averages = False
         self.stochastic = False
@@ -278,7 +279,7 @@ class OnePass(AveragingOptimizer):
         def get(key: str, make: Callable[[], Tensor], needed: bool = False) -> None:
             value = state.get(key)
             if value is None:
-                if needed and state:
+                if needed and state and param.grad is not None:
                     raise KeyError(key)  # as torch does where a flag was set after the state was made
                 value = new[key] = make()
             found[key] = value
@@ -380,6 +381,10 @@ class OnePass(AveragingOptimizer):
         for layer, (g, i, param) in zip(layers, stepped, strict=True):
             group, label = self.param_groups[g], self._label(g, i)
             found, new = self._arrays(group, param, label)
+            if new and param.grad is None:  # a state begins with the first gradient
+                stateless.append(param)
+                plan.waiting.append((g, i))
+                continue
             if new:
                 plan.pending.append((param, new))
             states = self._state_names(group)
@@ -394,7 +399,6 @@ class OnePass(AveragingOptimizer):
             plan.wrapped = plan.wrapped or is_dtensor(param)
             plan.flat_shards = plan.flat_shards or is_flat_shard(param)
             plan.captures = plan.captures or (self._counts_steps and param.device.type != "cpu")
-            plan.averages = plan.averages or "ema" in found
             plan.copies = plan.copies or "param_copy" in self.state.get(param, {})
             key = (layer, param.device, *(value is None for value in row))
             columns = runs.setdefault(key, [[] for _ in row])
@@ -412,6 +416,7 @@ class OnePass(AveragingOptimizer):
         if stateless:
             plan.runs.watch(stateless)
         plan.stochastic = any(map(self._is_stochastic, self.param_groups))
+        plan.averages = any(group.get("ema_decay") is not None for group in self.param_groups)
         return plan
 
     def _param_at(self, where: tuple[int, int]) -> Tensor:
@@ -531,8 +536,6 @@ class OnePass(AveragingOptimizer):
         if plan.stochastic:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
-        if not gather_first:
-            self._keep(plan)
         if plan.averages:
             self._start_averages([row[_LR] for row in rows])
         status: int
@@ -543,6 +546,8 @@ class OnePass(AveragingOptimizer):
                 gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed
             )
         if status == _READY:
+            if not gather_first:
+                self._keep(plan)
             self._finish(plan, rows, found_inf)
         return status
 
@@ -554,6 +559,7 @@ class OnePass(AveragingOptimizer):
             self._copy_written(plan)
         if plan.averages and not (found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0)):
             idle = [plan.where[k] for k in plan.runs.idle()]
+            idle += [where for where in plan.waiting if "ema" in self.state[self._param_at(where)]]
             if idle:
                 decays = [rows[group][_EMA_DECAY] for group, _ in idle]
                 self._move_idle_averages([*map(self._param_at, idle)], decays, found_inf)
