@@ -284,10 +284,59 @@ def test_a_remainder_makes_16_bits_exact(backend, variant, dtype):
 
 def join(high, rest):
     """The fp32 value of a 16-bit parameter and its remainder, as csrc/optim/math.h defines it."""
+    whole = high.float()
     if high.dtype == torch.bfloat16:
-        return ((high.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+        joined = ((high.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+        return torch.where((high == 0) | ~high.isfinite(), whole, joined)
     exponent = torch.frexp(high.double().abs().clamp(min=2.0**-14)).exponent - 1
-    return (high.double() + torch.ldexp(rest.double(), exponent - 26)).float()
+    joined = (high.double() + torch.ldexp(rest.double(), exponent - 26)).float()
+    return torch.where((joined.half() == high) & (high.view(torch.int16) != 0) & (rest != 0), joined, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_a_parameter_written_to_keeps_what_was_written(backend, dtype):
+    """All 16-bit values, with remainders that are left from others: steps of zero change no bit of them."""
+    high = torch.arange(-(2**15), 2**15).short()
+    marks = torch.tensor([0, 1, -1, 32767, -32767, -32768, 16384, -16384, -16385]).short()
+    rests = []
+    for _ in range(max(1, backend.draws // 16)):
+        any_rest, mark = torch.randint_like(high, -(2**15), 2**15), marks[torch.randint(len(marks), high.shape)]
+        rests.append(torch.where(torch.rand(high.shape) < 0.5, any_rest, mark))
+    params = [high.view(dtype)] * len(rests)
+    halves = [rest.to(backend.device, copy=True) for rest in rests]
+    ema = [torch.zeros(high.shape, device=backend.device) for _ in rests]
+    ours = Op(backend, ("SGD", {"lr": 1.0}), params, torch.float32, remainders=halves, ema=ema)
+    grads = [torch.zeros_like(p) for p in ours.params]
+    ours.step(grads)
+    kept = [(p.clone(), rest.clone()) for p, rest in zip(ours.params, halves, strict=True)]
+    finite = params[0].isfinite()
+    for p, rest, average in zip(ours.params, rests, ema, strict=True):
+        assert torch.equal(p.cpu().isnan(), params[0].isnan())
+        assert torch.equal(p.cpu().view(torch.int16)[~p.cpu().isnan()], high[~params[0].isnan()])
+        value = join(params[0], rest)[finite]  # the average of an infinity is none
+        assert torch.equal(average.cpu()[finite].view(torch.int32), value.view(torch.int32))
+    # What a step has made is what the next one finds, in the parameter's own dtype too.
+    ours.extras["remainders"] = [rest.view(dtype) for rest in halves]
+    ours.step(grads)
+    for p, rest, (p_before, rest_before) in zip(ours.params, halves, kept, strict=True):
+        assert torch.equal(p.view(torch.int16), p_before.view(torch.int16)) and torch.equal(rest, rest_before)
+    assert not any(rest[~finite].any() or rest[high == 0].any() for rest in halves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_masters_near_zero(backend, dtype):
+    """fp16 keeps what is too small for it, of either sign; what is too small for bf16 is zero."""
+    least = 2.0**-25 if dtype == torch.float16 else 2.0**-134  # in magnitude, of what bf16's rounding does not make 0
+    steps = torch.tensor([[0.75, -0.75, 2, 0.5, -1.25], [-1.5, 1.25, 0.25, 0.25, 0.75], [0.5, -0.25, -2.75, -0.5, 0]])
+    halves = [torch.zeros(5, dtype=torch.int16, device=backend.device)]
+    ours = Op(backend, ("SGD", {"lr": least}), [torch.zeros(5, dtype=dtype)], torch.float32, remainders=halves)
+    expected = torch.zeros(5, dtype=torch.float64)
+    for step in steps:
+        ours.step([-step.to(dtype).to(backend.device)])
+        expected += step
+        if dtype == torch.bfloat16:
+            expected[expected.abs() < 1] = 0
+        assert torch.equal(join(ours.params[0].cpu(), halves[0].cpu()).double(), expected * least)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])

@@ -58,16 +58,20 @@ template <class Width>
 DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, Width width) {
   return (VectorI32)load(reinterpret_cast<const BFloat16*>(p), width) >> 16;
 }
+DLKIT_INLINE VectorI32 has_remainder(VectorU32 high) {
+  return (VectorI32)((high - 0x10000) & 0x7fff0000) < 0x7f7f0000;  // no set compares unsigned as cheaply
+}
 template <class Width>
 DLKIT_INLINE VectorF32 join(const BFloat16* high, const int16_t* remainder, Width width) {
-  return (VectorF32)((VectorI32)load(high, width) + load_remainder(remainder, width));
+  const VectorU32 wide = (VectorU32)load(high, width);
+  return (VectorF32)(wide + (VectorU32)(load_remainder(remainder, width) & has_remainder(wide)));
 }
 template <class Width>
 DLKIT_INLINE void split(VectorF32 value, BFloat16* high, int16_t* remainder, Width width) {
   const VectorU32 bits = (VectorU32)value, is_nan = (VectorU32)(value != value);
-  const VectorU32 rounded = (bits + 0x8000) >> 16;
-  store_bits(high, (is_nan & 0x7fc0) | (~is_nan & rounded), width);
-  store_bits(remainder, ~is_nan & (bits - (rounded << 16)), width);
+  const VectorU32 rounded = (bits + 0x8000) & 0xffff0000;
+  store_bits(high, (is_nan & 0x7fc0) | (~is_nan & rounded >> 16), width);
+  store_bits(remainder, (bits - rounded) & (VectorU32)has_remainder(rounded), width);
 }
 
 DLKIT_INLINE VectorF32 exponent_of(VectorF32 value) {  // 2^-14 below that
@@ -82,7 +86,8 @@ DLKIT_INLINE VectorF32 join(const Float16* high, const int16_t* remainder, Width
   const VectorF32 wide = load(high, width);
   const VectorI32 rest = load_remainder(remainder, width);
   const VectorF32 sum = wide + __builtin_convertvector(rest, VectorF32) * remainder_unit(wide);
-  return rest == 0 ? wide : sum;
+  const VectorI32 belongs = (rest != 0) & ((VectorI32)wide != 0) & (round_to<Float16>(sum) == wide);
+  return belongs ? sum : wide;
 }
 template <class Width>
 DLKIT_INLINE void split(VectorF32 value, Float16* high, int16_t* remainder, Width width) {
@@ -90,8 +95,10 @@ DLKIT_INLINE void split(VectorF32 value, Float16* high, int16_t* remainder, Widt
   const VectorF32 rest = (value - wide) / remainder_unit(wide);
   VectorF32 rounded = rest + 12582912.0f - 12582912.0f;
   rounded = rounded > 32767 ? broadcast<float>(32767) : rounded;
+  rounded = rounded < -32767 ? broadcast<float>(-32767) : rounded;
   rounded = rest - rest == 0 ? rounded : VectorF32{};
-  store(high, wide, width);
+  const VectorU32 is_tiny = (VectorU32)((wide == 0) & (rounded != 0));
+  store(high, (VectorF32)((VectorU32)wide | (is_tiny & 0x80000000)), width);
   store_bits(remainder, (VectorU32) __builtin_convertvector(rounded, VectorI32), width);
 }
 

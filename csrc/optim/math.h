@@ -121,22 +121,26 @@ DLKIT_HOST_DEVICE void rmsprop(const Scalars<A>& k, V g, V& p, V& square_avg, V*
   p = M::fma(update, M::splat(-k.step_size), p);
 }
 
-// A 16-bit parameter with a remainder is an fp32 one in two halves.
+// A 16-bit parameter with a remainder is an fp32 one in two halves, `high` and the remainder. Others may write to the
+// parameter between two steps, and leave a remainder that belongs to what was there before. So for any two halves the
+// joined value rounds to `high`, and is NaN only where that is.
 // BF16: bits of the fp32 value = (bits of the bf16 value << 16) + remainder, so the rounding is half away from zero,
-// which lets the remainder always fit. NaN and infinity have remainder 0.
+// which lets the remainder always fit. Zero (what is below 2^-134), infinity and NaN have no remainder.
+DLKIT_HOST_DEVICE bool has_remainder(BFloat16 high) { return ((high.bits - 1) & 0x7fff) < 0x7f7f; }
 DLKIT_HOST_DEVICE float join(BFloat16 high, int16_t remainder) {
-  return bit_cast<float>((uint32_t(high.bits) << 16) + uint32_t(int32_t(remainder)));
+  const int32_t rest = has_remainder(high) ? remainder : 0;
+  return bit_cast<float>((uint32_t(high.bits) << 16) + uint32_t(rest));
 }
 DLKIT_HOST_DEVICE BFloat16 split(float value, BFloat16, int16_t* remainder) {
-  *remainder = 0;
-  if (value != value) return BFloat16{uint16_t(0x7fc0)};
-  const uint32_t bits = bit_cast<uint32_t>(value), high = (bits + 0x8000) >> 16;
-  *remainder = int16_t(bits - (high << 16));
-  return BFloat16{uint16_t(high)};
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const BFloat16 high{uint16_t((bits + 0x8000) >> 16)};
+  *remainder = has_remainder(high) ? int16_t(bits - (uint32_t(high.bits) << 16)) : int16_t(0);
+  return value != value ? BFloat16{uint16_t(0x7fc0)} : high;
 }
 
 // F16: value = fp16 value + remainder * 2^-16 ulp of it (2^-40 among fp16's subnormals): exact for magnitudes from
-// 2^-17 to 65504, within 2^-41 below. Rounds to nearest even. What overflows to infinity has remainder 0.
+// 2^-16 to 65504, within 2^-40 below. Rounds to nearest even. What rounds to zero but has a remainder, of either sign,
+// is stored as -0: +0 is what others write, and has none, nor have infinity and NaN.
 DLKIT_HOST_DEVICE float remainder_unit(Float16 high) {
   const uint32_t exponent = bit_cast<uint32_t>(widen(high)) & 0x7f800000, least = uint32_t(127 - 14) << 23;
   return bit_cast<float>((exponent < least ? least : exponent) - (uint32_t(26) << 23));
@@ -146,7 +150,9 @@ DLKIT_HOST_DEVICE float inverse_of_power(float power) {
   return bit_cast<float>((uint32_t(254) << 23) - bit_cast<uint32_t>(power));
 }
 DLKIT_HOST_DEVICE float join(Float16 high, int16_t remainder) {
-  return remainder == 0 ? widen(high) : widen(high) + float(remainder) * remainder_unit(high);
+  const float wide = widen(high), sum = wide + float(remainder) * remainder_unit(high);
+  const bool belongs = remainder != 0 && high.bits != 0 && widen(narrow(sum, Float16())) == wide;
+  return belongs ? sum : wide;
 }
 DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
   const Float16 high = narrow(value, Float16());
@@ -154,8 +160,8 @@ DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
   *remainder = 0;
   if (!(rest - rest == 0)) return high;
   const float rounded = rest + 12582912.0f - 12582912.0f;  // to the nearest integer, by 1.5 * 2^23
-  *remainder = int16_t(rounded > 32767 ? 32767 : rounded);
-  return high;
+  *remainder = int16_t(rounded > 32767 ? 32767 : rounded < -32767 ? -32767 : rounded);  // more would round elsewhere
+  return widen(high) == 0 && rounded != 0 ? Float16{uint16_t(0x8000)} : high;
 }
 
 // 16 bits, by lane_bits(), for each of the elements 8 * block .. 8 * block + 7 of the tensor at `index` in the step.

@@ -148,8 +148,9 @@ void check(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups, int6
     if (!lists.remainders.empty()) {
       TORCH_CHECK(type == at::kBFloat16 || type == at::kHalf, "optim_step_(): expected params[", i,
                   "] of BFloat16 or Half with a remainder, got ", type);
-      const bool as_short = lists.remainders[i].scalar_type() == at::kShort;
-      check_like("remainders", i, lists.remainders[i], param, as_short ? at::kShort : type);
+      // Its bits may travel as a type that tools of checkpoints and communication know.
+      check_like("remainders", i, lists.remainders[i], param,
+                 lists.remainders[i].scalar_type() == type ? type : at::kShort);
     }
     if (!lists.ema.empty()) check_like("ema", i, lists.ema[i], param, average_type(type));
     if (!lists.steps.empty()) {

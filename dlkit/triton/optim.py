@@ -103,8 +103,13 @@ def _root(value):
 
 
 @triton.jit
+def _splat(value, like):
+    return tl.broadcast_to(value, like.shape)
+
+
+@triton.jit
 def _lerp(a, b, weight):
-    return tl.where(weight < 0.5, tl.fma(weight + b * 0, b - a, a), tl.fma(weight - 1 + b * 0, b - a, b))
+    return tl.where(weight < 0.5, tl.fma(_splat(weight, b), b - a, a), tl.fma(_splat(weight - 1, b), b - a, b))
 
 
 @triton.jit
@@ -161,29 +166,39 @@ def _from_bits(bits):
 def _join(high, rest):
     """The fp32 value of a 16-bit parameter and its remainder."""
     if high.dtype == tl.bfloat16:
-        return _from_bits((high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + rest.to(tl.int32))
+        bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return _from_bits(bits + tl.where(_has_remainder(bits), rest.to(tl.int32), 0))
     else:
         wide = high.to(tl.float32)
-        unit = _from_bits(_exponent(wide) - (26 << 23))
-        return tl.where(rest == 0, wide, wide + rest.to(tl.float32) * unit)
+        total = wide + rest.to(tl.float32) * _from_bits(_exponent(wide) - (26 << 23))
+        belongs = (rest != 0) & (high.to(tl.int16, bitcast=True) != 0) & (total.to(tl.float16).to(tl.float32) == wide)
+        return tl.where(belongs, total, wide)
+
+
+@triton.jit
+def _has_remainder(bits):
+    """Of a bf16 value in an fp32 one's bits: whether it is neither zero nor infinite nor NaN."""
+    return ((bits - 0x10000) & 0x7FFF0000) < 0x7F7F0000
 
 
 @triton.jit
 def _split(value, like):
     if like.dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        high = (bits + 0x8000) >> 16
-        rest = bits - (high << 16)
-        high = tl.where(value != value, 0x7FC0, high)
-        rest = tl.where(value != value, 0, rest)
-        return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), rest.to(tl.uint16).to(tl.int16, bitcast=True)
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x8000) & -0x10000
+        rest = tl.where(_has_remainder(rounded), bits - rounded, 0)
+        high = tl.where(value != value, 0x7FC0, rounded >> 16 & 0xFFFF)
+        return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), rest.to(tl.int16)
     else:
         high = value.to(tl.float16)
         wide = high.to(tl.float32)
         inverse = _from_bits((254 << 23) - (_exponent(wide) - (26 << 23)))
         rest = (value - wide) * inverse
-        rounded = tl.minimum(rest + 12582912.0 - 12582912.0, 32767.0)
-        return high, tl.where(rest - rest == 0, rounded, 0.0).to(tl.int32).to(tl.int16)
+        rounded = tl.maximum(tl.minimum(rest + 12582912.0 - 12582912.0, 32767.0), -32767.0)
+        rounded = tl.where(rest - rest == 0, rounded, 0.0)
+        sign = tl.where((wide == 0) & (rounded != 0), -0x8000, 0).to(tl.int16)
+        high = (high.to(tl.int16, bitcast=True) | sign).to(tl.float16, bitcast=True)
+        return high, rounded.to(tl.int32).to(tl.int16)
 
 
 @triton.jit
@@ -301,7 +316,7 @@ def _step(
         if MAXIMIZE:
             g = -g
         if DECAY and not DECOUPLED:
-            g = tl.fma(p, l2 + p * 0, g)
+            g = tl.fma(p, _splat(l2, p), g)
 
         if ALGORITHM == "adam":
             s1 = _lerp(s1, g, average_rest)
@@ -310,15 +325,15 @@ def _step(
             if HAS3:
                 s3 = tl.where(s3 <= s2, s2, s3)
                 v = s3
-            denominator = tl.fma(_root(v), root_factor + v * 0, small + v * 0)
+            denominator = tl.fma(_root(v), _splat(root_factor, v), _splat(small, v))
             if DECOUPLED:
                 p = p * shrink
-            p = tl.fma(divide(s1, denominator), size + p * 0, p)
+            p = tl.fma(divide(s1, denominator), _splat(size, p), p)
         elif ALGORITHM == "sgd":
             if HAS1:
-                s1 = tl.fma(s1, keep + g * 0, g * dampening_rest)
-                g = tl.fma(s1, keep + g * 0, g) if NESTEROV else s1
-            p = tl.fma(g, size + p * 0, p)
+                s1 = tl.fma(s1, _splat(keep, g), g * dampening_rest)
+                g = tl.fma(s1, _splat(keep, g), g) if NESTEROV else s1
+            p = tl.fma(g, _splat(size, p), p)
         else:
             s1 = tl.fma(g * square_rest, g, s1 * square)
             v = s1
@@ -328,9 +343,9 @@ def _step(
                 v = tl.where(v < 0, 0.0, v)
             update = divide(g, _root(v) + small)
             if HAS3:
-                s3 = tl.fma(s3, keep + g * 0, update)
+                s3 = tl.fma(s3, _splat(keep, g), update)
                 update = s3
-            p = tl.fma(update, size + p * 0, p)
+            p = tl.fma(update, _splat(size, p), p)
 
         if HAS1:
             _store_state(
@@ -617,7 +632,8 @@ def _check(
                 _expect(fits, f"scales{s + 1}[{i}] contiguous, of {blocks} elements of Float", list(scale.shape))
         if remainders:
             _expect(dtype in (torch.bfloat16, torch.float16), f"params[{i}] of 16 bits with a remainder", dtype)
-            _check_like("remainders", i, remainders[i], param, torch.int16)
+            rest = dtype if remainders[i].dtype == dtype else torch.int16
+            _check_like("remainders", i, remainders[i], param, rest)
         if ema:
             _check_like("ema", i, ema[i], param, torch.float32 if dtype.itemsize == 2 else dtype)
         if steps:
