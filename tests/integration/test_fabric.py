@@ -47,6 +47,7 @@ class Training:
 
     def step(self, batch, last, clip, by_value):
         run = self.run
+        torch.manual_seed(len(run.losses))  # bf16 states draw random bits, and Fabric keeps no generator's state
         with self.fabric.no_backward_sync(self.model, enabled=not last):
             loss = loss_of(self.model, batch)
             self.fabric.backward(loss)
