@@ -47,6 +47,7 @@ class Training:
 
     def step(self, batch, last, clip, by_value):
         run = self.run
+        torch.manual_seed(len(run.losses))  # bf16 states draw random bits, and Fabric keeps no generator's state
         with self.fabric.no_backward_sync(self.model, enabled=not last):
             loss = loss_of(self.model, batch)
             self.fabric.backward(loss)
@@ -221,3 +222,15 @@ def test_averages_are_swapped_through_fabrics_wrapper():
         training.optimizer.step()
     training.optimizer.swap_ema()
     assert all(map(torch.equal, training.model.parameters(), trained))
+
+
+def test_averages_swapped_by_the_wrapper_are_put_back_by_the_optimizer():
+    """A callback may hold the one and the loop the other."""
+    for wrapper_first in (True, False):
+        training = Training(OURS, ema_decay=0.9)
+        training.train(make_batches(3))
+        holders = [training.optimizer, training.optimizer.optimizer]
+        trained = [param.detach().clone() for param in training.model.parameters()]
+        for holder in holders if wrapper_first else reversed(holders):
+            holder.swap_ema()
+        assert all(map(torch.equal, training.model.parameters(), trained))

@@ -41,6 +41,7 @@ class Module(L.LightningModule):
         return torch.utils.data.DataLoader(make_batches(BATCHES), batch_size=None)
 
     def training_step(self, batch, index):
+        torch.manual_seed(self.global_step)  # bf16 states draw random bits, and Lightning keeps no generator's state
         loss = loss_of(self.model, batch)
         self.run.losses.append(loss.item())
         self.log("loss", loss.detach(), prog_bar=False)
