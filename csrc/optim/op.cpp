@@ -554,6 +554,10 @@ class Plan : public torch::CustomClassHolder {
           continue;
         }
         if (grad.layout() != at::kStrided) return release(2);
+        if (grad.scalar_type() == param.scalar_type() && grad.device() == param.device() &&
+            grad.sizes() == param.sizes()) {
+          continue;
+        }
         if (!is_real_or_complex(grad.scalar_type()) || grad.is_complex() != param.is_complex() ||
             grad.device() != param.device() || grad.sizes() != param.sizes()) {
           const std::string found = c10::str(grad.scalar_type(), " ", grad.sizes(), " on ", grad.device());

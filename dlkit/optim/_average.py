@@ -20,7 +20,6 @@ from dlkit.optim._tensors import local
 class AveragingOptimizer(StatefulOptimizer):
     """The part of OnePass that keeps and hands out averages."""
 
-    _swapped: list[tuple[Tensor, Tensor, int]] | None = None  # (parameter, its own weights, its version)
     _versions: Any
 
     @staticmethod
@@ -117,17 +116,17 @@ class AveragingOptimizer(StatefulOptimizer):
             RuntimeError: no group has ``ema_decay``, or the parameters were written while averages were swapped in.
         """
         name = type(self).__name__
-        if self._swapped is not None:
-            for param, _, version in self._swapped:
+        if self._shared.swapped is not None:
+            for param, _, version in self._shared.swapped:
                 if local(param)._version != version:
                     raise RuntimeError(
                         f"{name}.swap_ema(): the parameters were written while averaged weights were swapped in; call "
                         "reset_ema() to go on from what was written"
                     )
-            for param, kept, _ in self._swapped:
+            for param, kept, _ in self._shared.swapped:
                 param.copy_(kept)
-            self._trust_params([param for param, _, _ in self._swapped])
-            self._swapped = None
+            self._trust_params([param for param, _, _ in self._shared.swapped])
+            self._shared.swapped = None
             return
         params = [p for group, p in self._params() if group.get("ema_decay") is not None]
         if not params:
@@ -136,7 +135,7 @@ class AveragingOptimizer(StatefulOptimizer):
         swapped = [(param, param.detach().clone()) for param in params]
         for param, average in zip(params, list(self.ema_parameters()), strict=True):
             param.copy_(average)
-        self._swapped = [(param, kept, local(param)._version) for param, kept in swapped]
+        self._shared.swapped = [(param, kept, local(param)._version) for param, kept in swapped]
 
     @contextlib.contextmanager
     def ema(self) -> Iterator[None]:
@@ -146,13 +145,13 @@ class AveragingOptimizer(StatefulOptimizer):
         try:
             yield
         finally:
-            if self._swapped is not None:
+            if self._shared.swapped is not None:
                 self.swap_ema()
 
     @torch.no_grad()
     def reset_ema(self) -> None:
         """Averages begin again at the weights as they are now. Where averages are swapped in, they become the weights."""
-        self._swapped = None
+        self._shared.swapped = None
         for group in self.param_groups:
             if group.get("ema_decay") is not None:
                 group["ema_steps"] = 0

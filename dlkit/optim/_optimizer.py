@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from dlkit.optim import _masters
 from dlkit.optim._average import AveragingOptimizer
-from dlkit.optim._state import GROUP_OPTIONS, name_of_dtype
+from dlkit.optim._state import GROUP_OPTIONS, Shared, name_of_dtype
 from dlkit.optim._tensors import (
     SERVED,
     SIXTEEN_BITS,
@@ -132,12 +132,13 @@ class OnePass(AveragingOptimizer):
             ``p.data`` goes unseen before there is such a copy; then zeros, infinities and NaN are exact, and others
             within half a unit of the last place of what was written.
         stochastic_rounding (bool): bf16 and fp16 parameters without master weights, and their states in 16 bits, are
-            rounded up or down at random, so that small updates count on average. Each step draws its seed from torch's
-            default CPU generator.
+            rounded up or down at random, so that small updates count on average. The seed is the number of the step, in
+            the group's ``rounding_steps``: the same in every process, and after a checkpoint. torch's generators are
+            left alone.
         state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16, or "int8", a code
             of 8 bits an element and a scale every 256 (Dettmers et al. 2022). None: as torch does, in the parameter's.
             In bf16 the averages that would stand still (second moments, and others with a decay above 0.992) are
-            rounded stochastically, by a seed as above. With "int8", tensors below 4,096 elements and the weights of
+            rounded stochastically, in the same way. With "int8", tensors below 4,096 elements and the weights of
             nn.Embedding keep fp32.
         ema_decay (float): keeps ``ema = ema_decay * ema + (1 - ema_decay) * p`` of each parameter, in fp32 at least,
             from the parameter before its first step on, at every step, whether it has a gradient or not. See
@@ -186,6 +187,7 @@ class OnePass(AveragingOptimizer):
     def _reset(self) -> None:
         """What a new optimizer and a copy begin with."""
         self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("_shared", Shared())
         self._plan: _Plan | None = None
         self._versions = torch.classes.dlkit.OptimVersions()
         self._embeddings = None
@@ -247,15 +249,19 @@ class OnePass(AveragingOptimizer):
             group["state_dtype"] = name_of_dtype(group["state_dtype"])
         if group.get("ema_decay") is not None:
             group.setdefault("ema_steps", 0)
+        if self._is_stochastic(group):
+            group.setdefault("rounding_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         self._finish_offloading()
-        kept = {key: getattr(self, key) for key in (*_CLIPPING, "_group_options", "_swapped")}
+        kept = {key: getattr(self, key) for key in (*_CLIPPING, "_group_options")}
+        kept["_swapped"] = self._shared.swapped
         if kept["process_group"] is not None:
             kept["process_group"] = _LOST
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        swapped = state.pop("_swapped", None) if "_swapped" in state else None
         super().__setstate__(state)
         for key, value in _CLIPPING.items():
             self.__dict__.setdefault(key, value)
@@ -265,8 +271,8 @@ class OnePass(AveragingOptimizer):
                 group.setdefault(key, value)
         if self._loading is not None:
             self._take_loaded()
-        elif self._swapped is not None:  # a copy: its tensors count versions anew
-            self._swapped = [(param, kept, local(param)._version) for param, kept, _ in self._swapped]
+        if swapped is not None:  # a copy: its tensors count versions anew
+            self._shared.swapped = [(param, kept, local(param)._version) for param, kept, _ in swapped]
         for group in self.param_groups:
             self._normalise(group)
 
@@ -507,7 +513,7 @@ class OnePass(AveragingOptimizer):
 
     def _run(self, plan: _Plan, gather_first: bool) -> int:
         """What OptimPlan.step returns."""
-        if self._swapped is not None:
+        if self._shared.swapped is not None:
             plan.runs.release(0)
             self._refuse_if_swapped("step")
         if plan.captures:
@@ -532,9 +538,7 @@ class OnePass(AveragingOptimizer):
                     "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, "
                     "set `error_if_nonfinite=False`"
                 )
-        seed = None
-        if plan.stochastic:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+        seed = self._next_seed() if plan.stochastic else None
         write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
         if plan.averages:
             self._start_averages([row[_LR] for row in rows])
@@ -564,6 +568,14 @@ class OnePass(AveragingOptimizer):
                 decays = [rows[group][_EMA_DECAY] for group, _ in idle]
                 self._move_idle_averages([*map(self._param_at, idle)], decays, found_inf)
             self._count_averages([row[_LR] for row in rows])
+
+    def _next_seed(self) -> int:
+        """The number of this step, the same in every process: replicas must round alike."""
+        groups = [group for group in self.param_groups if self._is_stochastic(group)]
+        seed = max(group.get("rounding_steps", 0) for group in groups) + 1
+        for group in groups:
+            group["rounding_steps"] = seed
+        return seed
 
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """(grad_scale, found_inf) that a GradScaler has set, as tensors. Without gradients it sets found_inf to 0."""

@@ -41,12 +41,23 @@ def embedding_weights() -> set[int]:
     return {id(module._parameters.get("weight")) for module in found if "_parameters" in module.__dict__}
 
 
+class Shared:
+    """What an optimizer and a wrapper around it both have to see, in one object that is changed in place.
+
+    Lightning's and Fabric's wrappers are subclasses that forward only the attributes that they do not find.
+    """
+
+    def __init__(self) -> None:
+        self.swapped: list[tuple[Tensor, Tensor, int]] | None = None  # (parameter, its own weights, its version)
+        self.offloading: Any = None  # an event after which offloaded states have arrived
+
+
 class StatefulOptimizer(Optimizer):
     """What the optimizers do with their states besides a step; see OnePass for the arguments."""
 
     _loading: dict[str, Any] | None = None  # what load_state_dict() was given, while it runs
     _embeddings: set[int] | None = None
-    _swapped: Any = None
+    _shared: Shared
     _algorithm = ""
 
     def _creation_order(self, group: dict[str, Any]) -> list[str]:
@@ -189,7 +200,7 @@ class StatefulOptimizer(Optimizer):
                 for key in ("remainder", "param_copy"):
                     state.pop(key, None)
         if consolidate:
-            left_out = (*GROUP_OPTIONS, "ema_steps")
+            left_out = (*GROUP_OPTIONS, "ema_steps", "rounding_steps")
             saved["param_groups"] = [
                 {key: value for key, value in group.items() if key not in left_out} for group in saved["param_groups"]
             ]
@@ -316,21 +327,19 @@ class StatefulOptimizer(Optimizer):
                     value._local_tensor = copy
                 else:
                     state[key] = copy
-        self._offloading = torch.cuda.Event() if moved else None
-        if self._offloading is not None:
-            self._offloading.record()
-
-    _offloading: Any = None
+        if moved:
+            self._shared.offloading = torch.cuda.Event()
+            self._shared.offloading.record()
 
     def _finish_offloading(self) -> None:
         """Before the CPU reads states that are still on their way."""
-        if self._offloading is not None:
-            self._offloading.synchronize()
-            self._offloading = None
+        if self._shared.offloading is not None:
+            self._shared.offloading.synchronize()
+            self._shared.offloading = None
 
     def _refuse_if_swapped(self, method: str) -> None:
         self._finish_offloading()
-        if self._swapped is not None:
+        if self._shared.swapped is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.{method}(): averaged weights are swapped in; call swap_ema() first, or leave "
                 "the block of `with optimizer.ema()`"
