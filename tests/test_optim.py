@@ -359,12 +359,8 @@ def test_8_bit_states(backend, dtype):
     """Each step is that of fp32 states, from the decoded and to the encoded ones."""
     for variant in (VARIANTS[1], VARIANTS[6], VARIANTS[11]):
         params = starting_params(dtype)
-        ours = Op(backend, variant, params, torch.uint8)
-        signed = {key: not key.endswith(("_sq", "square_avg")) for key in ours.states}
-        for key, codes in ours.states.items():
-            ours.scales[key] = [_int8.scales(p) for p in ours.params]
-            for code in codes:
-                code.fill_(_int8.zero(signed[key]))
+        ours = with_codes(backend, variant, params)
+        signed = {key: is_signed(key) for key in ours.states}
         theirs = Op(backend, variant, params, torch.float32)
         for step in range(2):
             for key, codes in ours.states.items():
@@ -391,14 +387,82 @@ def test_8_bit_codes_are_the_nearest(backend, variant):
     blocks = [torch.cat([torch.ones(1), part]) for part in near.split(255)]
     grads = [torch.cat(blocks).to(backend.device)]
     params = [torch.zeros_like(grads[0], device="cpu")]
-    ours, theirs = Op(backend, variant, params, torch.uint8), Op(backend, variant, params, torch.float32)
+    ours, theirs = with_codes(backend, variant, params), Op(backend, variant, params, torch.float32)
     (key,) = ours.states
-    ours.states[key][0].fill_(_int8.zero(signed))
-    ours.scales[key] = [_int8.scales(ours.params[0])]
     ours.step(grads)
     theirs.step(grads)
     code, scale = _int8.encode(theirs.states[key][0], signed)
     assert torch.equal(ours.states[key][0], code) and torch.equal(ours.scales[key][0], scale)
+
+
+def with_codes(backend, variant, params, layout="contiguous"):
+    """An op with 8-bit states that are 0 throughout."""
+    op = Op(backend, variant, params, torch.uint8, layout)
+    for key, codes in op.states.items():
+        for code in codes:
+            code.fill_(_int8.zero(is_signed(key)))
+        op.scales[key] = [_int8.scales(p) for p in op.params]
+    return op
+
+
+def is_signed(key):
+    return not key.endswith(("_sq", "square_avg"))
+
+
+def test_a_positive_second_moment_is_never_the_code_of_0(backend):
+    """As small as it may be beside the largest one of its block: a root of 0 would make a step of any length."""
+    grad = torch.logspace(-18, 15, 400)  # squares from 1e-36 to 1e30, some of which underflow over the largest
+    grad[::9] = 0
+    grad[256:] = grad[256:].clamp(max=1e-18)
+    ours = with_codes(backend, ("RMSprop", {"alpha": 0.0}), [torch.zeros(400)])
+    ours.step([grad.to(backend.device)])
+    codes, scale = ours.states["square_avg"][0].cpu(), ours.scales["square_avg"][0].cpu()
+    assert torch.equal(codes > 0, grad > 0)
+    expected_codes, expected_scale = _int8.encode(grad.square(), False)
+    assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
+    # A block with an infinity is NaN throughout.
+    ours.step([torch.full_like(grad, 1e30).where(torch.arange(400) == 7, grad).to(backend.device)])
+    value = _int8.decode(ours.states["square_avg"][0].cpu(), ours.scales["square_avg"][0].cpu(), False)
+    assert value[:7].isnan().all() and value[256:].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_8_bit_blocks_are_of_the_logical_order(backend, layout):
+    """Codes and scales do not depend on how the parameter, its gradient or the codes lie in memory."""
+    sizes = [(20, 30), (8, 6, 5, 3), (3,), (1, 300, 2)]
+    params = starting_params(torch.float32, sizes)
+    for variant in (VARIANTS[1], VARIANTS[11]):
+        ours, theirs = (with_codes(backend, variant, params, how) for how in (layout, "contiguous"))
+        mixed = with_codes(backend, variant, params)
+        mixed.params = [laid_out(p, layout) for p in mixed.params]
+        for step in range(2):
+            grads = [grad.to(backend.device) for grad in gradients(sizes, torch.float32, step)]
+            ours.step([laid_out(grad, layout) for grad in grads])
+            theirs.step(grads)
+            mixed.step(grads)
+        for op in (ours, mixed):
+            for (key, a), (_, b) in zip(op.results(), theirs.results(), strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), key
+            for key, scales in op.scales.items():
+                assert all(torch.equal(x, y) for x, y in zip(scales, theirs.scales[key], strict=True)), key
+        assert not ours.params[1].is_contiguous()
+
+
+def test_8_bit_conversions_know_neither_layout_nor_default_device():
+    values = torch.randn(24, 40)
+    with torch.device("meta"):
+        codes, scale = _int8.encode(values, True)
+    assert codes.device.type == "cpu" and codes.is_contiguous() and _int8._values(True).device.type == "cpu"
+    turned_codes, turned_scale = _int8.encode(laid_out(values, "transposed"), True)
+    assert torch.equal(codes, turned_codes) and torch.equal(scale, turned_scale) and turned_codes.is_contiguous()
+    decoded = _int8.decode(codes, scale, True)
+    turned = _int8.decode(laid_out(codes, "transposed"), scale, True)
+    assert torch.equal(turned, decoded) and not turned.is_contiguous()
+    # The order of memory, where blocks were formerly cut.
+    old_codes, old_scale = _int8.encode(values.t(), True)
+    assert torch.equal(
+        _int8.decode_memory_order(old_codes.t(), old_scale, True).t(), _int8.decode(old_codes, old_scale, True)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

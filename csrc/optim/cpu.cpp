@@ -309,15 +309,19 @@ DLKIT_INLINE uint8_t encode(const Codes& codes, const DynamicMap& map, float val
 DLKIT_INLINE void decode(const uint8_t* codes, float scale, const DynamicMap& map, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i) values[i] = map.values[codes[i]] * scale;
 }
-DLKIT_INLINE float encode_block(const float* values, const Codes& table, const DynamicMap& map, int64_t count,
-                                uint8_t* codes) {
+DLKIT_INLINE float encode_block(const float* values, bool with_sign, int64_t count, uint8_t* codes) {
+  const Codes& table = with_sign ? kSignedCodes : kUnsignedCodes;
+  const DynamicMap& map = with_sign ? kSignedMap : kUnsignedMap;
   uint32_t largest = 0;  // magnitudes are in the order of their bits, NaN last
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & 0x7fffffff;
     largest = largest < magnitude ? magnitude : largest;
   }
   const float scale = bit_cast<float>(largest), divisor = scale == 0 ? 1 : scale;
-  for (int64_t i = 0; i < count; ++i) codes[i] = encode(table, map, values[i] / divisor);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t code = encode(table, map, values[i] / divisor);
+    codes[i] = code | uint8_t(code == 0 && least_code(with_sign, values[i], scale));
+  }
   return scale;
 }
 
@@ -325,22 +329,18 @@ template <class T>
 void update_int8(const Step& op, const Scalars<float>& k, const Tensor& tensor, Span<T, float> span) {
   alignas(64) float values[kStates][kBlock];
   const int64_t block = span.first / kBlock;
-  const auto map = [&](int state) -> const DynamicMap& {
-    return has_sign(op.algorithm, state) ? kSignedMap : kUnsignedMap;
-  };
   for (int s = 0; s < kStates; ++s) {
     span.states[s] = nullptr;
     if (tensor.states[s] == nullptr) continue;
-    decode(static_cast<uint8_t*>(tensor.states[s]) + span.first, tensor.scales[s][block], map(s), span.count,
-           values[s]);
+    const DynamicMap& map = has_sign(op.algorithm, s) ? kSignedMap : kUnsignedMap;
+    decode(static_cast<uint8_t*>(tensor.states[s]) + span.first, tensor.scales[s][block], map, span.count, values[s]);
     span.states[s] = values[s];
   }
   update(op, k, span);
   for (int s = 0; s < kStates; ++s) {
     if (tensor.states[s] == nullptr) continue;
-    const Codes& table = has_sign(op.algorithm, s) ? kSignedCodes : kUnsignedCodes;
-    tensor.scales[s][block] =
-        encode_block(values[s], table, map(s), span.count, static_cast<uint8_t*>(tensor.states[s]) + span.first);
+    tensor.scales[s][block] = encode_block(values[s], has_sign(op.algorithm, s), span.count,
+                                           static_cast<uint8_t*>(tensor.states[s]) + span.first);
   }
 }
 

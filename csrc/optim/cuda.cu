@@ -495,7 +495,10 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
 #pragma unroll
         for (int j = 0; j < part; ++j) {
           const bool sign = has_sign(Which, s);
-          codes.at[j].bits = uint8_t(encode(maps[sign].midpoints, sign, values[s][i * part + j] / divisor));
+          const A value = values[s][i * part + j];
+          const int code = encode(maps[sign].midpoints, sign, value / divisor);
+          const int least = least_code(sign, value, scale);
+          codes.at[j].bits = uint8_t(code < least ? least : code);
         }
         tile.states[s].set(i, codes);
       }

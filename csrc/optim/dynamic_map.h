@@ -1,7 +1,8 @@
 // 8-bit states: each block of kBlock elements has its largest magnitude as scale, each element the code of the nearest
 // of 256 values in [-1, 1] (moments) or [0, 1] (moments of squares). The values are the dynamic map of Dettmers et al.
 // 2022, "8-bit optimizers via block-wise quantization": decades from 1e-6 to 1, each with twice as many evenly spaced
-// values as the one below it.
+// values as the one below it. What is above zero in [0, 1] never gets the code of 0, however small it is: a moment of
+// squares of 0 would make the step of its element infinitely long.
 #pragma once
 
 #include "kernel.h"
@@ -59,6 +60,12 @@ DLKIT_HOST_DEVICE int encode(const float* midpoints, bool with_sign, float value
   const int code = guess < 0 ? 0 : guess;
   const int below = code - (code > 0 && !(midpoints[code > 0 ? code - 1 : 0] < value));
   return value != value ? 0 : below + (midpoints[code] < value);
+}
+
+// The least code that an element may get. Its value itself decides, since value / scale may underflow. A block with an
+// infinity stays NaN.
+DLKIT_HOST_DEVICE int least_code(bool with_sign, float value, float scale) {
+  return !with_sign && value > 0 && scale - scale == 0 ? 1 : 0;
 }
 
 }  // namespace dlkit::optim

@@ -168,10 +168,11 @@ void check(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups, int6
 // otherwise is copied, and copied back by finish().
 class Arranger {
  public:
-  // Of the arrays that follow, until the next call.
-  void begin(const Tensor& param) {
+  // Of the arrays that follow, until the next call. 8-bit states want their elements in logical order: a scale belongs
+  // to 256 elements of that order, so that a checkpoint means the same in every memory format.
+  void begin(const Tensor& param, bool logical_order) {
     param_ = &as_real(param);
-    contiguous_ = param_->is_contiguous();
+    contiguous_ = logical_order || param_->is_contiguous();
     if (contiguous_) return;
     strides_ = param_->is_non_overlapping_and_dense() ? at::DimVector(param_->strides())
                                                       : c10::contiguous_strides(param_->sizes());
@@ -183,8 +184,8 @@ class Arranger {
     const Tensor& real = as_real(tensor);
     const bool fits = contiguous_ ? real.is_contiguous() : real.strides() == at::IntArrayRef(strides_);
     if (fits) return real.unsafeGetTensorImpl()->mutable_data();
-    const auto strides = contiguous_ ? param_->strides() : at::IntArrayRef(strides_);
-    kept_.push_back(at::empty_strided(real.sizes(), strides, real.options()));
+    kept_.push_back(contiguous_ ? at::empty(real.sizes(), real.options())
+                                : at::empty_strided(real.sizes(), strides_, real.options()));
     kept_.back().copy_(real);
     if (changes) changed_.emplace_back(real, kept_.back());
     return kept_.back().mutable_data_ptr();
@@ -315,7 +316,8 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
   std::vector<optim::Tensor> tensors(count);
   for (size_t i = 0; i < count; ++i) {
     optim::Tensor& tensor = tensors[i];
-    arranger.begin(lists.params[i]);
+    const bool coded = !lists.states[0].empty() && lists.states[0][i].scalar_type() == at::kByte;
+    arranger.begin(lists.params[i], coded);
     tensor.param = arranger.place(lists.params[i], true);
     tensor.grad = arranger.place(lists.grads[i], settings.write_grads);
     tensor.dtype = dtype_of(arranger.type());
@@ -382,7 +384,7 @@ std::vector<Gradient> gradients(const char* op, TensorList grads, Arranger& arra
                 "] dense, of a floating or complex type, got ", grad.layout(), " ", grad.scalar_type());
     TORCH_CHECK(grad.device() == grads[0].device(), op, "(): expected grads[", i, "] on ", grads[0].device(),
                 " (where grads[0] is), got ", grad.device());
-    arranger.begin(grad);
+    arranger.begin(grad, false);
     void* data = arranger.place(grad, changes);
     result.push_back({data, arranger.numel(), dtype_of(arranger.type())});
   }

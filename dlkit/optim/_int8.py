@@ -11,7 +11,7 @@ BLOCK = 256
 
 
 @functools.cache
-def _values(signed: bool) -> Tensor:
+def _numbers(signed: bool) -> list[float]:
     positive = [
         10.0 ** (decade - 6) * (0.1 + 0.9 * (i + 0.5) / count)
         for decade in range(7)
@@ -21,7 +21,12 @@ def _values(signed: bool) -> Tensor:
     values = [0.0, *positive, 1.0]
     if signed:
         values = [-value for value in reversed(positive)] + values
-    return torch.tensor(values, dtype=torch.float64).float()
+    return values
+
+
+def _values(signed: bool) -> Tensor:
+    # Made anew each time: under a default device or a mode a tensor that is kept would be of that.
+    return torch.tensor(_numbers(signed), dtype=torch.float64, device="cpu").float()
 
 
 def zero(signed: bool) -> int:
@@ -31,29 +36,37 @@ def zero(signed: bool) -> int:
 
 def scales(param: Tensor) -> Tensor:
     """Scales of a state that is 0 throughout."""
-    return torch.zeros(-(-param.numel() // BLOCK), device=param.device)
+    return torch.zeros(-(-param.numel() // BLOCK), dtype=torch.float32, device=param.device)
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """1-D, in the order of a dense tensor's memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+def _decode_flat(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    return _values(signed).to(codes.device)[codes.long()] * scale.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """fp32 values of the codes, in their layout."""
-    flat = _values(signed).to(codes.device)[_in_memory_order(codes).long()]
+    """fp32 values of the codes, in their layout. Blocks are of the logical order, whatever the layout."""
     result = torch.empty_like(codes, dtype=torch.float32)
-    _in_memory_order(result).copy_(flat * scale.repeat_interleave(BLOCK)[: codes.numel()])
+    return result.copy_(_decode_flat(codes.reshape(-1), scale, signed).view(codes.shape))
+
+
+def decode_memory_order(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """decode() for checkpoints of earlier versions, whose blocks were of the order of the (dense) codes' memory."""
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.as_strided((tensor.numel(),), (1,))
+
+    result = torch.empty_like(codes, dtype=torch.float32)
+    flat(result).copy_(_decode_flat(flat(codes), scale, signed))
     return result
 
 
 def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """(codes in the layout of `values`, scales)."""
-    flat = torch.nn.functional.pad(_in_memory_order(values).float(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    """(contiguous codes, scales)."""
+    flat = torch.nn.functional.pad(values.reshape(-1).float(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     scale = flat.abs().amax(1)
     table = _values(signed).to(values.device)
     midpoints = (table[1:] + table[:-1]) / 2
-    divided = flat / torch.where(scale == 0, 1.0, scale)[:, None]
-    codes = torch.empty_like(values, dtype=torch.uint8)
-    _in_memory_order(codes).copy_(torch.bucketize(divided, midpoints).view(-1)[: values.numel()])
-    return codes, scale
+    codes = torch.bucketize(flat / torch.where(scale == 0, 1.0, scale)[:, None], midpoints)
+    if not signed:  # what is above zero never gets the code of 0
+        codes.clamp_(min=((flat > 0) & scale.isfinite()[:, None]).long())
+    return codes.view(-1)[: values.numel()].to(torch.uint8).view(values.shape), scale

@@ -145,8 +145,11 @@ def _store_coded(pointers, scales, values, maps, at, mask, SIGNED: tl.constexpr,
     scale = tl.where(nan, float("nan"), scale)
     divisor = tl.where(scale == 0, 1.0, scale)
     divided = tl.div_rn(tl.reshape(values, (rows, 256)), tl.broadcast_to(divisor, (rows, 256)))
-    tl.store(pointers, _encode(tl.reshape(divided, (TILE,)), maps, SIGNED), mask=mask)
+    codes = _encode(tl.reshape(divided, (TILE,)), maps, SIGNED)
     wide = tl.reshape(tl.broadcast_to(scale, (rows, 256)), (TILE,))
+    if not SIGNED:  # what is above zero never gets the code of 0
+        codes = tl.where((codes == 0) & (values > 0) & (wide - wide == 0), 1, codes).to(tl.uint8)
+    tl.store(pointers, codes, mask=mask)
     tl.store(scales + at // 256, wide, mask=mask & (at % 256 == 0))
 
 
@@ -486,7 +489,8 @@ def _on_device(rows: list[int], device: torch.device) -> Tensor:
     key = (device, stream, *rows)
     table = _tables.get(key)
     if table is None:
-        table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        table = table.to(device, non_blocking=True)
         _tables[key] = table
         if len(_tables) > _MOST_TABLES:
             _tables.popitem(last=False)
@@ -507,8 +511,8 @@ def _maps(device: torch.device) -> Tensor:
                 for i in range(count)
             ]
             negative = [-value for value in reversed(positive)] if signed else []
-            values = torch.tensor([*negative, 0.0, *positive, 1.0], dtype=torch.float64).float()
-            both += [values, (values[1:] + values[:-1]) / 2, torch.tensor([math.inf])]
+            values = torch.tensor([*negative, 0.0, *positive, 1.0], dtype=torch.float64, device="cpu").float()
+            both += [values, (values[1:] + values[:-1]) / 2, torch.full_like(values[:1], math.inf)]
         _device_maps[key] = torch.cat(both).to(device)
     return _device_maps[key]
 
@@ -523,11 +527,13 @@ class _Arranger:
         self.kept: list[Tensor] = []
         self.changed: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, param: Tensor) -> None:
+    def begin(self, param: Tensor, logical_order: bool = False) -> None:
+        """8-bit states want their elements in logical order."""
         param = _as_real(param)
         self.numel = param.numel()
-        self.contiguous = param.is_contiguous()
-        self.strides = param.stride() if self.contiguous else torch.empty_like(param, device="meta").stride()
+        self.contiguous = logical_order or param.is_contiguous()
+        layout = torch.contiguous_format if self.contiguous else torch.preserve_format
+        self.strides = torch.empty_like(param, device="meta", memory_format=layout).stride()
 
     def place(self, tensor: Tensor, changes: bool) -> int:
         real = _as_real(tensor)
@@ -681,7 +687,7 @@ def optim_step_(
     launches: dict[tuple[Any, ...], list[list[int]]] = {}
     counted_steps: list[float] = []  # of counters on the host
     for i, param in enumerate(params):
-        arranger.begin(param)
+        arranger.begin(param, bool(states[0]) and states[0][i].dtype == torch.uint8)
         correction1 = correction2 = 1.0
         counter = 0
         if on_device:
