@@ -387,6 +387,24 @@ def test_small_tensors_and_embeddings_keep_fp32():
     assert all(state["exp_avg"].dtype == torch.float32 for state in ours.state.values() if "exp_avg" in state)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_decoded_states_are_encoded_as_they_were(signed):
+    codes = torch.randint(0 if signed else 1, 256, (400, 256), dtype=torch.uint8)
+    codes[:100] = codes[:100].clamp(max=130)  # the largest magnitude is negative
+    codes[100:] = torch.where(torch.arange(256) == 7, 255, codes[100:]).to(torch.uint8)
+    if signed:
+        codes[:100, 3] = 0
+    else:
+        codes[:100, 3] = 255
+    codes[-1] = _int8.zero(signed)
+    scale = torch.rand(400).clamp(min=1e-3) * 10.0 ** torch.randint(-9, 9, (400,))
+    scale[-1] = 0
+    values = _int8.decode(codes, scale, signed)
+    found, found_scale = _int8.encode_decoded(values, signed)
+    assert torch.equal(found, codes) and torch.equal(found_scale, scale)
+    assert torch.equal(_int8.decode(found, found_scale, signed), values)
+
+
 def test_8_bit_states_of_version_0_1_load():
     """Codes stood under torch's name, blocks in the order of memory, and state_dtype was a torch.dtype."""
     torch.manual_seed(0)
@@ -831,7 +849,6 @@ def test_the_default_device_poisons_nothing(device):
         for option in options:
             results = []
             for context in (torch.device("cpu"), torch.device(device)):
-                _int8._values.cache_clear()
                 torch.manual_seed(0)
                 dtype = torch.bfloat16 if "rounding" in str(option) or "master" in str(option) else torch.float32
                 params = [parameter(70, 80, dtype=dtype), parameter(5, dtype=dtype)]

@@ -60,13 +60,41 @@ def decode_memory_order(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     return result
 
 
+def _blocks(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values.reshape(-1).float(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _nearest(blocks: Tensor, scale: Tensor, table: Tensor, signed: bool) -> Tensor:
+    """The codes of the nearest values."""
+    midpoints = (table[1:] + table[:-1]) / 2
+    codes = torch.bucketize(blocks / torch.where(scale == 0, 1.0, scale)[:, None], midpoints)
+    if not signed:  # what is above zero never gets the code of 0
+        codes.clamp_(min=((blocks > 0) & scale.isfinite()[:, None]).long())
+    return codes
+
+
 def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """(contiguous codes, scales)."""
-    flat = torch.nn.functional.pad(values.reshape(-1).float(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    scale = flat.abs().amax(1)
-    table = _values(signed).to(values.device)
-    midpoints = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(flat / torch.where(scale == 0, 1.0, scale)[:, None], midpoints)
-    if not signed:  # what is above zero never gets the code of 0
-        codes.clamp_(min=((flat > 0) & scale.isfinite()[:, None]).long())
+    blocks, table = _blocks(values), _values(signed).to(values.device)
+    scale = blocks.abs().amax(1)
+    codes = _nearest(blocks, scale, table, signed)
+    return codes.view(-1)[: values.numel()].to(torch.uint8).view(values.shape), scale
+
+
+def encode_decoded(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """encode(), which for what decode() gave finds the codes and scales that it came from.
+
+    The map ends at 1 and at -0.993, so a block whose largest magnitude is negative has a scale above it.
+    """
+    blocks, table = _blocks(values), _values(signed).to(values.device)
+    largest = blocks.abs().amax(1)
+    above = largest / -table[0] if signed else largest
+    infinity = torch.full_like(above, float("inf"))
+    scale, codes = largest, _nearest(blocks, largest, table, signed)
+    found = torch.zeros_like(scale, dtype=torch.bool)
+    for tried in (largest, above, above.nextafter(infinity), above.nextafter(-infinity)):
+        nearest = _nearest(blocks, tried, table, signed)
+        exact = (table[nearest] * tried[:, None] == blocks).all(1) & ~found
+        codes, scale = torch.where(exact[:, None], nearest, codes), torch.where(exact, tried, scale)
+        found |= exact
     return codes.view(-1)[: values.numel()].to(torch.uint8).view(values.shape), scale

@@ -130,7 +130,7 @@ class StatefulOptimizer(Optimizer):
             return {key: values.to(dtype=wanted) if is_dtensor(values) else values.to(device, wanted)}
         if is_dtensor(param) and not is_dtensor(values):
             raise ValueError(f"{type(self).__name__}: expected {key} of a DTensor to be one, got a Tensor")
-        codes, scale = _int8.encode(local(values).to(device), self._is_signed(key))
+        codes, scale = _int8.encode_decoded(local(values).to(device), self._is_signed(key))
         return {f"{key}_codes": like(param, codes), f"{key}_scale": scale}
 
     def _is_in_form(self, key: str, wanted: torch.dtype, state: dict[str, Any]) -> bool:
