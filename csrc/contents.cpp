@@ -29,7 +29,8 @@ uint64_t layout_of(const c10::TensorImpl& tensor) {
   uint64_t hash = uint64_t(c10::typeMetaToScalarType(tensor.dtype())) << 56 | uint64_t(tensor.device_type()) << 48;
   if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.has_symbolic_sizes_strides()) return hash;
   hash ^= reinterpret_cast<uint64_t>(tensor.unsafe_storage().unsafeGetStorageImpl());
-  hash = (hash * 0x9E3779B97F4A7C15 + uint64_t(tensor.storage_offset())) * 0x9E3779B97F4A7C15 + uint64_t(tensor.numel());
+  hash =
+      (hash * 0x9E3779B97F4A7C15 + uint64_t(tensor.storage_offset())) * 0x9E3779B97F4A7C15 + uint64_t(tensor.numel());
   if (tensor.is_contiguous()) return hash;
   for (const int64_t size : tensor.sizes()) hash = hash * 0x9E3779B97F4A7C15 + uint64_t(size) + 1;
   for (const int64_t stride : tensor.strides()) hash = hash * 0x9E3779B97F4A7C15 + uint64_t(stride) + 1;

@@ -33,7 +33,8 @@ PyMethodDef methods[] = {
     {"cuda_architectures", cuda_architectures, METH_NOARGS,
      "The CUDA architectures built in, as in TORCH_CUDA_ARCH_LIST; empty in a build without CUDA."},
     {"contents", dlkit::contents, METH_VARARGS,
-     "contents(*containers): which objects these lists and dicts hold, dicts of dicts opened; keeps none of them alive."},
+     "contents(*containers): which objects these lists and dicts hold, dicts of dicts opened; keeps none of them "
+     "alive."},
     {"holds", dlkit::holds, METH_VARARGS,
      "holds(contents, *containers): whether they still hold the same tensors, in the same dtypes and places."},
     {nullptr, nullptr, 0, nullptr}};

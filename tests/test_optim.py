@@ -568,6 +568,24 @@ def round_stochastically(values, bits, dtype):
     return ((values.double().abs() / unit + (bits >> 3) / 8192).floor() * unit * values.sign()).to(dtype)
 
 
+@pytest.mark.parametrize("variant", [VARIANTS[1], VARIANTS[3], VARIANTS[7], VARIANTS[11]], ids=name_of)
+def test_nan_and_infinity_reach_what_they_reach_in_torch(backend, variant):
+    """amsgrad's maximum keeps a NaN, too."""
+    sizes = [(9,), (300,)]
+    params = starting_params(torch.float32, sizes)
+    ours, theirs = Op(backend, variant, params), Torch(variant, params, torch.float32)
+    for step in range(3):
+        grads = gradients(sizes, torch.float32, step)
+        if step == 1:
+            for grad in grads:
+                grad[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+        ours.step([grad.to(backend.device) for grad in grads])
+        theirs.step(grads)
+    for (name, found), (_, expected) in zip(ours.results(), theirs.results(), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a.isnan().cpu(), b.isnan()) and torch.equal(a.isinf().cpu(), b.isinf()), name
+
+
 def test_a_tensor_does_not_depend_on_the_others(backend):
     sizes = [(700,), (5,), (40_000,), (255,)]
     params = starting_params(torch.float32, sizes)

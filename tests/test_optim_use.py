@@ -305,7 +305,7 @@ def test_states_on_another_device_are_an_error_that_names_the_remedy():
     ours.onload_states()
     state = ours.state[param]
     state["exp_avg"] = state["exp_avg"].to("meta")
-    with pytest.raises(RuntimeError, match="exp_avg of parameter 0 of group 0 on cpu .* call onload_states"):
+    with pytest.raises(RuntimeError, match=r"exp_avg of parameter 0 of group 0 on cpu .* call onload_states"):
         step(ours, torch.ones(5))
 
 
@@ -829,7 +829,7 @@ def test_devices_without_kernels_take_torchs_step():
     for name in CLASSES:
         ours = getattr(dlkit.optim, name)([param])
         step(ours, torch.ones(2, device="meta"))
-    with pytest.raises(RuntimeError, match="max_norm needs dlkit's kernels, which do not serve parameter 0 .* on meta"):
+    with pytest.raises(RuntimeError, match=r"max_norm needs dlkit's kernels, .* parameter 0 .* on meta"):
         step(dlkit.optim.SGD([param], max_norm=1.0), torch.ones(2, device="meta"))
     param.grad = torch.ones(2, device="meta")
     dlkit.optim.clip_grad_norm_([param], 1.0)

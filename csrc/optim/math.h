@@ -70,7 +70,7 @@ DLKIT_HOST_DEVICE V lerp(V from, V to, A weight) {
 
 template <class M, class V>
 DLKIT_HOST_DEVICE V maximum(V a, V b) {
-  return M::choose(!(a <= b), a, b);  // a where it is NaN, b where b is: neither is lost
+  return M::choose((a > b) | (a != a), a, b);  // NaN where either is, as torch's maximum
 }
 
 // From the scaled gradient to the one that enters the averages.

@@ -498,8 +498,8 @@ class Versions : public torch::CustomClassHolder {
 };
 
 // An optimizer's tensors between steps. A run is what one op can serve: one device, the same arrays in every tensor, no
-// two parameters that overlap. The optimizer's groups and state hold the tensors; dlkit._C.holds() says before each step
-// whether they still do.
+// two parameters that overlap. The optimizer's groups and state hold the tensors; dlkit._C.holds() says before each
+// step whether they still do.
 class Plan : public torch::CustomClassHolder {
  public:
   explicit Plan(c10::intrusive_ptr<Versions> versions) : versions_(std::move(versions)) {}

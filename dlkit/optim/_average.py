@@ -93,8 +93,8 @@ class AveragingOptimizer(StatefulOptimizer):
     def ema_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` with the averaged weights in place of the parameters, in the parameters' dtypes.
 
-        Buffers, and parameters that this optimizer does not average, are the model's own. ``load_state_dict`` of a model
-        of the same kind takes it.
+        Buffers, and parameters that this optimizer does not average, are the model's own. A model of the same kind
+        loads it by ``load_state_dict``.
         """
         named = dict(model.named_parameters(remove_duplicate=False))
         result = model.state_dict()
@@ -150,7 +150,7 @@ class AveragingOptimizer(StatefulOptimizer):
 
     @torch.no_grad()
     def reset_ema(self) -> None:
-        """Averages begin again at the weights as they are now. Where averages are swapped in, they become the weights."""
+        """Averages begin again at the weights as they are now; swapped in, they become the weights."""
         self._shared.swapped = None
         for group in self.param_groups:
             if group.get("ema_decay") is not None:

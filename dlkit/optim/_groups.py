@@ -30,7 +30,7 @@ def param_groups(
     """
     undecayed: set[int] = set()
     if isinstance(model, nn.Module):
-        for prefix, module in model.named_modules():
+        for module in model.modules():
             if "Norm" in type(module).__name__:
                 undecayed.update(id(p) for p in module.parameters(recurse=False))
             if callable(listed := getattr(module, "no_weight_decay", None)):

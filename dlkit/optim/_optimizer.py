@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -64,6 +64,23 @@ _CLIPPING = {
     "clip_gradients_in_place": False,
     "process_group": None,
 }
+
+
+class Options(TypedDict, total=False):
+    """dlkit's own keyword arguments; OnePass says what each does."""
+
+    max_norm: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+    clip_gradients_in_place: bool
+    process_group: Any
+    master_weights: bool
+    stochastic_rounding: bool
+    state_dtype: torch.dtype | str | None
+    ema_decay: float | None
+    ema_warmup: bool
+
+
 _LOST = "lost"  # in place of a process group, which can be neither pickled nor copied
 
 # A moving average that keeps more than this of itself stands still in bf16: what it loses in a step rounds away.
@@ -95,7 +112,9 @@ class _Plan:
             self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
         self.where: list[tuple[int, int]] = []
         self.masters: list[tuple[int, int]] = []  # of those that have a remainder
-        self.waiting: list[tuple[int, int]] = []  # parameters that have some state, and lack other until a gradient comes
+        self.waiting: list[
+            tuple[int, int]
+        ] = []  # parameters that have some state, and lack other until a gradient comes
         self.copies = False  # some masters have a copy of what the last step wrote
         self.averages = False
         self.stochastic = False
@@ -160,7 +179,7 @@ class OnePass(AveragingOptimizer):
     grad_scale: Tensor | None  # set by a GradScaler while it calls step()
     found_inf: Tensor | None
 
-    def _accept(self, options: dict[str, Any]) -> None:
+    def _accept(self, options: Options) -> None:
         """Takes dlkit's own arguments; called before torch's constructor."""
         name = type(self).__name__
         for key in options:
@@ -169,7 +188,7 @@ class OnePass(AveragingOptimizer):
         for key, default in _CLIPPING.items():
             setattr(self, key, options.get(key, default))
         self._reset()
-        self._group_options = {key: value for key, value in options.items() if key in GROUP_OPTIONS}
+        self._group_options: dict[str, Any] = {key: value for key, value in options.items() if key in GROUP_OPTIONS}
         if "state_dtype" in self._group_options:
             self._group_options["state_dtype"] = name_of_dtype(self._group_options["state_dtype"])
         if self.max_norm is not None and not self.max_norm >= 0:
@@ -279,34 +298,31 @@ class OnePass(AveragingOptimizer):
     def _arrays(self, group: dict[str, Any], param: Tensor, label: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(everything that a step of `param` needs by name, the part of it that is new)."""
         state: dict[str, Any] = self.state.get(param, {})
-        new: dict[str, Tensor] = {}
-        found: dict[str, Tensor] = {}
-
-        def get(key: str, make: Callable[[], Tensor], needed: bool = False) -> None:
-            value = state.get(key)
-            if value is None:
-                if needed and state and param.grad is not None:
-                    raise KeyError(key)  # as torch does where a flag was set after the state was made
-                value = new[key] = make()
-            found[key] = value
-
-        if self._counts_steps:
-            on_device = group.get("capturable") or group.get("fused")
-            dtype, device = scalar_dtype(group.get("fused")), param.device if on_device else "cpu"
-            get("step", lambda: torch.zeros((), dtype=dtype, device=device), needed=True)
         wanted = self._state_type(group, param)
         if state:
             self._bring_into_form(group, param, state)
+        needed = ["step"] if self._counts_steps else []
         for key in self._creation_order(group):
-            made: dict[str, Tensor] = {}
-            if not self._is_in_form(key, wanted, state):
-                made = self._new_state(key, wanted, param)
-            for entry in (f"{key}_codes", f"{key}_scale") if wanted == torch.uint8 else (key,):
-                get(entry, lambda entry=entry: made[entry], needed=self._counts_steps)  # type: ignore[misc]
-        if group.get("master_weights") and param.dtype in SIXTEEN_BITS:
-            get("remainder", lambda: torch.zeros_like(param))
-        if group.get("ema_decay") is not None:
-            get("ema", lambda: self._exact(param).to(average_dtype(param)))
+            needed += [f"{key}_codes", f"{key}_scale"] if wanted == torch.uint8 else [key]
+        extras = ["remainder"] if group.get("master_weights") and param.dtype in SIXTEEN_BITS else []
+        extras += ["ema"] if group.get("ema_decay") is not None else []
+        new: dict[str, Tensor] = {}
+        for key in (*needed, *extras):
+            if state.get(key) is not None or key in new:
+                continue
+            if key in needed and self._counts_steps and state and param.grad is not None:
+                raise KeyError(key)  # as torch does where a flag was set after the state was made
+            if key == "step":
+                on_device = group.get("capturable") or group.get("fused")
+                dtype, device = scalar_dtype(group.get("fused")), param.device if on_device else "cpu"
+                new[key] = torch.zeros((), dtype=dtype, device=device)
+            elif key == "remainder":
+                new[key] = torch.zeros_like(param)
+            elif key == "ema":
+                new[key] = self._exact(param).to(average_dtype(param))
+            else:
+                new.update(self._new_state(key.removesuffix("_codes"), wanted, param))
+        found: dict[str, Any] = {key: new.get(key, state.get(key)) for key in (*needed, *extras)}
         for key, value in found.items():
             if key == "step":
                 continue
@@ -393,12 +409,12 @@ class OnePass(AveragingOptimizer):
                 continue
             if new:
                 plan.pending.append((param, new))
-            states = self._state_names(group)
+            names = self._state_names(group)
             # torch's SGD takes a new buffer's first gradient as it is: no dampening, on a buffer of zeros.
             fresh = not self._counts_steps and any(str(key).startswith("momentum_buffer") for key in new)
             plan.fresh = plan.fresh or fresh
-            stored = [found.get(f"{key}_codes", found.get(str(key))) for key in states]
-            scaled = [found.get(f"{key}_scale") for key in states]
+            stored = [found.get(f"{key}_codes", found.get(str(key))) for key in names]
+            scaled = [found.get(f"{key}_scale") for key in names]
             rest = [found.get(key) for key in ("remainder", "ema", "step")]
             arrays = [None if value is None else local(value) for value in (*stored, *scaled, *rest)]
             row = [local(param), *arrays, g + fresh * len(self.param_groups), label, (g, i)]

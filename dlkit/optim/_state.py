@@ -25,7 +25,12 @@ GROUP_OPTIONS = {
     "ema_decay": None,
     "ema_warmup": False,
 }
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
+STATE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "float16": torch.float16,
+}
 LEAST_CODED = 4096  # elements: smaller tensors gain nothing from 8 bits, and are often scales and biases
 
 
@@ -106,9 +111,9 @@ class StatefulOptimizer(Optimizer):
         """The entries of a state that is 0 throughout."""
         if wanted != torch.uint8:
             return {key: torch.zeros_like(param, dtype=wanted)}
-        kept = {"dtype": torch.uint8, "memory_format": torch.contiguous_format}
-        codes = torch.full_like(local(param), _int8.zero(self._is_signed(key)), **kept)
-        return {f"{key}_codes": like(param, codes), f"{key}_scale": _int8.scales(local(param))}
+        zero, part = _int8.zero(self._is_signed(key)), local(param)
+        codes = torch.full_like(part, zero, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        return {f"{key}_codes": like(param, codes), f"{key}_scale": _int8.scales(part)}
 
     def _read_state(self, key: str, entries: dict[str, Any], param: Any) -> Any:
         """A state's numbers as a floating tensor, from either form, or None where there is no such state."""
@@ -277,7 +282,7 @@ class StatefulOptimizer(Optimizer):
         """The parameters at full precision, in the order of the groups: fp32 masters where there are any.
 
         Yields:
-            Tensors of the parameters' shapes: fp32 for 16-bit parameters, else in the parameter's dtype. They are copies.
+            Copies of the parameters' shapes: fp32 for 16-bit parameters, else in the parameter's dtype.
         """
         for _, param in self._params():
             yield self._exact(param)
@@ -324,7 +329,7 @@ class StatefulOptimizer(Optimizer):
                     copy = part.to(device, non_blocking=part.is_pinned())
                 moved = moved or part.is_cuda
                 if is_dtensor(value):
-                    value._local_tensor = copy
+                    value._local_tensor = copy  # type: ignore[attr-defined]
                 else:
                     state[key] = copy
         if moved:
@@ -346,11 +351,10 @@ class StatefulOptimizer(Optimizer):
             )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        name = type(self).__name__
-        dtype, decay = name_of_dtype(group.get("state_dtype")), group.get("ema_decay")
-        if dtype not in (None, "int8", *map(name_of_dtype, FLOATING)):
+        name, given, decay = type(self).__name__, group.get("state_dtype"), group.get("ema_decay")
+        if name_of_dtype(given) not in (None, "int8", *STATE_DTYPES):
             raise ValueError(
-                f"{name}(): expected state_dtype of torch.float32, torch.bfloat16 or 'int8', got {group['state_dtype']!r}"
+                f"{name}(): expected state_dtype of torch.float32, torch.bfloat16 or 'int8', got {given!r}"
             )
         if decay is not None and not 0 <= decay <= 1:
             raise ValueError(f"{name}(): expected ema_decay between 0 and 1, got {decay}")

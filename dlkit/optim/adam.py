@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from dlkit.optim._optimizer import OnePass, host_rate, stands_still
+from dlkit.optim._optimizer import OnePass, Options, host_rate, stands_still
 
 _SPARSE = "Adam does not support sparse gradients, please consider SparseAdam instead"
 
@@ -54,7 +55,7 @@ class Adam(_AdamFamily, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self._accept(options)
         super().__init__(
@@ -96,7 +97,7 @@ class AdamW(_AdamFamily, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self._accept(options)
         super().__init__(

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from dlkit.optim._optimizer import OnePass, host_rate, stands_still
+from dlkit.optim._optimizer import OnePass, Options, host_rate, stands_still
 
 
 class RMSprop(OnePass, torch.optim.RMSprop):
@@ -36,7 +37,7 @@ class RMSprop(OnePass, torch.optim.RMSprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self._accept(options)
         super().__init__(

@@ -326,7 +326,7 @@ def _step(
             s2 = tl.fma(g * square_rest, g, s2 * square)
             v = s2
             if HAS3:
-                s3 = tl.where(s3 <= s2, s2, s3)
+                s3 = tl.where((s3 > s2) | (s3 != s3), s3, s2)  # NaN where either is
                 v = s3
             denominator = tl.fma(_root(v), _splat(root_factor, v), _splat(small, v))
             if DECOUPLED:
