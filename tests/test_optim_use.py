@@ -168,6 +168,20 @@ def test_join_and_split_in_torchs_ops_are_inverse():
         assert same(again, high) and same(rest_again.view(torch.int16), rest.view(torch.int16))
 
 
+def test_masters_of_a_model_that_was_cast():
+    model = nn.Linear(4, 4).bfloat16()
+    ours = dlkit.optim.AdamW(model.parameters(), master_weights=True, ema_decay=0.5)
+    step(ours, *(torch.ones_like(param) for param in model.parameters()))
+    model.float()
+    model.zero_grad()
+    step(ours, *(torch.ones_like(param) for param in model.parameters()))
+    for found, param in zip(ours.master_parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, param)
+    assert "master_param" not in ours.state_dict(consolidate=True)["state"][0]
+    with ours.ema():
+        pass
+
+
 # The plan between steps.
 
 

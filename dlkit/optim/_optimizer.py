@@ -675,17 +675,14 @@ class OnePass(AveragingOptimizer):
         params = [param for param in map(self._param_at, plan.masters) if "param_copy" in self.state[param]]
         torch._foreach_copy_([local(self.state[param]["param_copy"]) for param in params], [*map(local, params)])
 
-    def _masters_among(self, params: list[Tensor]) -> list[Tensor]:
-        return [param for param in params if param in self.state and "remainder" in self.state[param]]
-
     def _trust_params(self, params: list[Tensor]) -> None:
         """What was written to them is what the last step left."""
-        self._versions.trust([local(param) for param in self._masters_among(params)])
+        self._versions.trust([local(param) for param in params if self._has_master(param)])
 
     @torch.no_grad()
     def _restart_written_masters(self) -> None:
         """As _restart_written, without a plan."""
-        params = self._masters_among([param for _, param in self._params()])
+        params = [param for _, param in self._params() if self._has_master(param)]
         if not params:
             return
         for param, changed in zip(params, self._versions.changed([*map(local, params)]), strict=True):

@@ -200,8 +200,9 @@ class StatefulOptimizer(Optimizer):
                     state[key] = values.float() if values.dtype in SIXTEEN_BITS else values
                 state.pop(f"{key}_codes", None)
                 state.pop(f"{key}_scale", None)
-            if consolidate and "remainder" in state:
-                state["master_param"] = like(param, _masters.join(local(param), local(state["remainder"])))
+            if consolidate:
+                if self._has_master(param):
+                    state["master_param"] = self._exact(param)
                 for key in ("remainder", "param_copy"):
                     state.pop(key, None)
         if consolidate:
@@ -288,11 +289,14 @@ class StatefulOptimizer(Optimizer):
             yield self._exact(param)
 
     def _exact(self, param: Tensor) -> Tensor:
-        remainder = self.state.get(param, {}).get("remainder") if param in self.state else None
-        if remainder is not None:
-            return like(param, _masters.join(local(param), local(remainder)))
+        if self._has_master(param):
+            return like(param, _masters.join(local(param), local(self.state[param]["remainder"])))
         whole = param.detach()
         return whole.float() if param.dtype in SIXTEEN_BITS else whole.clone()
+
+    def _has_master(self, param: Tensor) -> bool:
+        """A parameter that was cast to fp32 in the meantime has none, whatever its state still holds."""
+        return param.dtype in SIXTEEN_BITS and param in self.state and "remainder" in self.state[param]
 
     # Between two devices.
 
