@@ -35,7 +35,8 @@ struct Math {
 template <class T, class S>
 struct Span {
   T* param;
-  T* grad;
+  T* grad;  // or null: in wide_grad
+  accumulate_t<T>* wide_grad;
   S* states[kStates];
   int16_t* remainder;
   accumulate_t<T>* ema;
@@ -175,6 +176,22 @@ DLKIT_INLINE Vector<accumulate_t<T>> store_param(const uint16_t* random, const S
   return value;
 }
 
+// Gradients may be of another type than a 16-bit parameter: then they are fp32 here.
+template <class T, class S, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> load_grad(const Span<T, S>& span, int64_t i, Width width) {
+  if constexpr (sizeof(T) == 2) {
+    if (span.grad == nullptr) return load(span.wide_grad + i, width);
+  }
+  return load(span.grad + i, width);
+}
+template <class T, class S, class Width>
+DLKIT_INLINE void store_grad(const Span<T, S>& span, int64_t i, Vector<accumulate_t<T>> value, Width width) {
+  if constexpr (sizeof(T) == 2) {
+    if (span.grad == nullptr) return store(span.wide_grad + i, value, width);
+  }
+  store(span.grad + i, value, width);
+}
+
 constexpr int kAnyStates = -1;
 template <int kMask>
 using Has = std::integral_constant<int, kMask>;
@@ -222,9 +239,9 @@ void update_by(const uint64_t seed, const bool write_grads, const Scalars<accumu
       }
     }
     using Width = decltype(width);
-    Vector<A> g = load(span.grad + i, width) * k.grad_factor;
+    Vector<A> g = (kPlain ? load(span.grad + i, width) : load_grad(span, i, width)) * k.grad_factor;
     Vector<A> p = load_param(span, i, width);
-    if (!kPlain && write_grads) store(span.grad + i, g, width);
+    if (!kPlain && write_grads) store_grad(span, i, g, width);
     State<S, Width, kHas, 0> first(span.states, i, width);
     State<S, Width, kHas, 1> second(span.states, i, width);
     State<S, Width, kHas, 2> third(span.states, i, width);
@@ -243,7 +260,7 @@ template <Algorithm kAlgorithm, class T, class S>
 void update_with(const Step& op, Scalars<accumulate_t<T>> k, const Span<T, S>& span) {
   if constexpr (std::is_same_v<T, S>) {
     const bool random = sizeof(T) == 2 && (k.stochastic_rounding || k.stochastic_states != 0);
-    if (span.remainder == nullptr && span.ema == nullptr && !op.write_grads && !random) {
+    if (span.grad != nullptr && span.remainder == nullptr && span.ema == nullptr && !op.write_grads && !random) {
       if (k.maximize) k.grad_factor = -k.grad_factor, k.maximize = false;
       int has = 0;
       for (int s = 0; s < kStates; ++s) has |= (span.states[s] != nullptr) << s;
@@ -344,28 +361,31 @@ void update_int8(const Step& op, const Scalars<float>& k, const Tensor& tensor, 
   }
 }
 
+// `wide_grad`: the gradient of these elements in fp32, or null: it is of T.
 template <class T, class S>
-Span<T, S> span_of(const Tensor& tensor, int64_t index, int64_t begin, int64_t end) {
+Span<T, S> span_of(const Tensor& tensor, accumulate_t<T>* wide_grad, int64_t index, int64_t begin, int64_t end) {
   Span<T, S> span{at<T>(tensor.param, begin),
-                  at<T>(tensor.grad, begin),
+                  wide_grad == nullptr ? at<T>(tensor.grad, begin) : nullptr,
+                  wide_grad,
                   {},
                   at<int16_t>(tensor.remainder, begin),
                   at<accumulate_t<T>>(tensor.ema, begin),
                   end - begin,
                   index,
                   begin};
+  if constexpr (std::is_same_v<T, float>) {
+    if (wide_grad != nullptr) span.grad = wide_grad;
+  }
   for (int s = 0; s < kStates; ++s) span.states[s] = at<S>(tensor.states[s], begin);
   return span;
 }
 
 template <class T>
-void update_typed(const Step& op, const Group& group, const Tensor& tensor, double factor, int64_t index, int64_t begin,
-                  int64_t end) {
-  using A = accumulate_t<T>;
-  const double lr = group.lr_pointer != nullptr ? double(*group.lr_pointer) : group.lr;
-  const auto k =
-      scalars<A>(op.algorithm, group, lr, tensor.bias_correction1, std::sqrt(tensor.bias_correction2), factor);
-  const auto run = [&](auto state) { update(op, k, span_of<T, decltype(state)>(tensor, index, begin, end)); };
+void update_states(const Step& op, const Scalars<accumulate_t<T>>& k, const Tensor& tensor, accumulate_t<T>* wide_grad,
+                   int64_t index, int64_t begin, int64_t end) {
+  const auto run = [&](auto state) {
+    update(op, k, span_of<T, decltype(state)>(tensor, wide_grad, index, begin, end));
+  };
   if constexpr (std::is_same_v<T, double>) {
     run(double());
   } else {
@@ -379,13 +399,63 @@ void update_typed(const Step& op, const Group& group, const Tensor& tensor, doub
         return;
       case StateType::Int8:
         for (int64_t first = begin; first < end; first += kBlock) {
-          update_int8(op, k, tensor, span_of<T, float>(tensor, index, first, min64(first + kBlock, end)));
+          float* grad = wide_grad == nullptr ? nullptr : wide_grad + (first - begin);
+          update_int8(op, k, tensor, span_of<T, float>(tensor, grad, index, first, min64(first + kBlock, end)));
         }
         return;
       case StateType::F64:
         return;
     }
   }
+}
+
+// 16-bit gradients to fp32, and back.
+template <class G>
+void widen_grad(const G* grad, int64_t count, float* wide) {
+  for_columns<float, 1>(
+      0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { store(wide + i, load(grad + i, width), width); });
+}
+template <class G>
+void narrow_grad(const float* wide, int64_t count, G* grad) {
+  for_columns<float, 1>(
+      0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { store(grad + i, load(wide + i, width), width); });
+}
+
+// 16-bit gradients of another type than the parameter's: as fp32, block by block, in L1.
+template <class T, class G>
+void update_widened(const Step& op, const Scalars<float>& k, const Tensor& tensor, G* grad, int64_t index,
+                    int64_t begin, int64_t end) {
+  alignas(64) float wide[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t count = min64(kBlock, end - first);
+    widen_grad(grad + first, count, wide);
+    update_states<T>(op, k, tensor, wide, index, first, first + count);
+    if (op.write_grads) narrow_grad(wide, count, grad + first);
+  }
+}
+
+template <class T>
+void update_typed(const Step& op, const Group& group, const Tensor& tensor, double factor, int64_t index, int64_t begin,
+                  int64_t end) {
+  using A = accumulate_t<T>;
+  const double lr = group.lr_pointer != nullptr ? double(*group.lr_pointer) : group.lr;
+  const auto k =
+      scalars<A>(op.algorithm, group, lr, tensor.bias_correction1, std::sqrt(tensor.bias_correction2), factor);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (tensor.grad_dtype != tensor.dtype) {
+      switch (tensor.grad_dtype) {
+        case DType::F32:
+          return update_states<T>(op, k, tensor, at<float>(tensor.grad, begin), index, begin, end);
+        case DType::BF16:
+          return update_widened<T>(op, k, tensor, static_cast<BFloat16*>(tensor.grad), index, begin, end);
+        case DType::F16:
+          return update_widened<T>(op, k, tensor, static_cast<Float16*>(tensor.grad), index, begin, end);
+        case DType::F64:
+          return;
+      }
+    }
+  }
+  update_states<T>(op, k, tensor, nullptr, index, begin, end);
 }
 
 // Calls f(index, begin, end) for the elements of each tensor that lie in the blocks from `begin` to `end`.

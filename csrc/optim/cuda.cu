@@ -244,13 +244,16 @@ struct StepHead {
 };
 using StepArguments = Arguments<StepHead>;
 constexpr int kFixedWords = 3;  // before the arrays: first chunk and bits, numel, index of the tensor in the step
-constexpr uint32_t kAligned = 1u << 16, kDoubleStep = 1u << 17;  // of the bits; below them the record's index
+// Of the bits; below them the record's index, from kGradShift on the gradient's DType.
+constexpr uint32_t kAligned = 1u << 16, kDoubleStep = 1u << 17;
+constexpr int kGradShift = 18;
 
 // One chunk of one tensor.
 template <class T, class S>
 struct Span {
   T* param;
-  T* grad;
+  void* grad;
+  DType grad_dtype;
   S* states[kStates];
   float* scales[kStates];
   int16_t* remainder;
@@ -263,13 +266,54 @@ __device__ const DynamicMap kMaps[2] = {make_dynamic_map(false), make_dynamic_ma
 
 struct Absent {};
 
+// Calls f(G()): G the gradient's type beside a parameter of T.
+template <class T, class F>
+__device__ __forceinline__ void with_grad_type(DType type, const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    f(double());
+  } else if (type == DType::F32) {
+    f(float());
+  } else if (type == DType::BF16) {
+    f(BFloat16());
+  } else {
+    f(Float16());
+  }
+}
+
+// A thread's elements of the gradient, widened as they come: of what type they are, only the launch knows. Loaded last,
+// since this waits for them.
+template <class T, int Width, int Part>
+struct Grads {
+  accumulate_t<T> parts[Width / Part][Part];
+
+  template <bool Full>
+  __device__ __forceinline__ void load_from(const void* from, DType type, int at, int present) {
+    with_grad_type<T>(type, [&](auto kind) {
+      Packs<decltype(kind), Width, Part> packs;
+      packs.template load_from<Full>(static_cast<const decltype(kind)*>(from) + at, present);
+#pragma unroll
+      for (int i = 0; i < Width / Part; ++i) packs.widen_to(parts[i], i);
+    });
+  }
+  template <bool Full>
+  __device__ __forceinline__ void store_to(void* to, DType type, int at, int present) const {
+    with_grad_type<T>(type, [&](auto kind) {
+      Packs<decltype(kind), Width, Part> packs;
+#pragma unroll
+      for (int i = 0; i < Width / Part; ++i) packs.narrow_from(parts[i], i);
+      packs.template store_to<Full>(static_cast<decltype(kind)*>(to) + at, present);
+    });
+  }
+};
+
 // All of a thread's elements. Arrays that are absent are neither read nor written.
 template <class T, class S, Algorithm Which>
 struct Tile {
   static constexpr int width = width_of<T, S>, part = part_of<T>;
   static constexpr int used = Which == Algorithm::Sgd ? 1 : kStates;
   static constexpr int required = Which == Algorithm::Adam ? 2 : Which == Algorithm::RmsProp ? 1 : 0;
-  Packs<T, width, part> grad, param;
+  Grads<T, width, part> grad;
+  Packs<T, width, part> param;
   Packs<S, width, part> states[used];
   std::conditional_t<sizeof(T) == 2, Packs<int16_t, width, part>, Absent> remainder;
   Packs<accumulate_t<T>, width, part> ema;
@@ -279,7 +323,6 @@ struct Tile {
   }
   template <bool Full>
   __device__ __forceinline__ void load_from(const Span<T, S>& span, int at, int count) {
-    grad.template load_from<Full>(span.grad + at, count);
     param.template load_from<Full>(span.param + at, count);
 #pragma unroll
     for (int s = 0; s < used; ++s) {
@@ -289,6 +332,7 @@ struct Tile {
       if (span.remainder != nullptr) remainder.template load_from<Full>(span.remainder + at, count);
     }
     if (span.ema != nullptr) ema.template load_from<Full>(span.ema + at, count);
+    grad.template load_from<Full>(span.grad, span.grad_dtype, at, count);
   }
   template <bool Full>
   __device__ __forceinline__ void store_to(const Span<T, S>& span, int at, int count, bool write_grads) const {
@@ -301,7 +345,7 @@ struct Tile {
       if (span.remainder != nullptr) remainder.template store_to<Full>(span.remainder + at, count);
     }
     if (span.ema != nullptr) ema.template store_to<Full>(span.ema + at, count);
-    if (write_grads) grad.template store_to<Full>(span.grad + at, count);
+    if (write_grads) grad.template store_to<Full>(span.grad, span.grad_dtype, at, count);
   }
 };
 
@@ -433,11 +477,10 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
   if (sizeof(T) == 2 && k.stochastic_rounding) random = draw(0);
 #pragma unroll
   for (int i = 0; i < width / part; ++i) {
-    A g[part], p[part], states[kStates][part];
-    tile.grad.widen_to(g, i);
+    A p[part], states[kStates][part];
+    A(&g)[part] = tile.grad.parts[i];
 #pragma unroll
     for (int j = 0; j < part; ++j) g[j] *= k.grad_factor;
-    if (head.write_grads) tile.grad.narrow_from(g, i);
     widen_param(tile, span, i, p);
 #pragma unroll
     for (int s = 0; s < used; ++s) {
@@ -513,13 +556,16 @@ struct Code {
 };
 static_assert(sizeof(Code) == 1);
 
-// Without a number of blocks to be resident ptxas for sm_120 spills where states are codes, for sm_100 in RMSprop with
-// 16-bit states; others keep its own choice.
-template <class S, Algorithm Which>
-constexpr int resident_blocks = sizeof(S) == 1 || (sizeof(S) == 2 && Which == Algorithm::RmsProp) ? 2 : 0;
+// Without a number of blocks to be resident ptxas spills where much is in flight, for one architecture or another:
+// where states are codes, and in RMSprop and Adam with 16-bit parameters or states. Others keep its own choice.
+template <class T, class S, Algorithm Which>
+constexpr int resident_blocks =
+    sizeof(S) == 1 || (sizeof(T) == 2 && Which != Algorithm::Sgd) || (sizeof(S) == 2 && Which == Algorithm::RmsProp)
+        ? 2
+        : 0;
 
 template <class T, int PackBytes, class S, Algorithm Which>
-__global__ void __launch_bounds__(kThreads, (resident_blocks<S, Which>))
+__global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
     step_tensors(const __grid_constant__ StepArguments arguments) {
   using A = accumulate_t<T>;
   constexpr int width = width_of<T, S>, warp_width = 32 * width;
@@ -550,7 +596,8 @@ __global__ void __launch_bounds__(kThreads, (resident_blocks<S, Which>))
   };
   Span<T, S> span;
   span.param = reinterpret_cast<T*>(array(kParam, sizeof(T)));
-  span.grad = reinterpret_cast<T*>(array(kGrad, sizeof(T)));
+  span.grad_dtype = DType(bits >> kGradShift);
+  span.grad = reinterpret_cast<void*>(array(kGrad, int(size_of(span.grad_dtype))));
 #pragma unroll
   for (int s = 0; s < kStates; ++s) {
     span.states[s] = reinterpret_cast<S*>(array(kState + s, sizeof(S)));
@@ -641,8 +688,6 @@ Arrays arrays_of(const Tensor& t) {
 template <class T, class S, Algorithm Which>
 void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk, void* stream) {
   constexpr size_t width = width_of<T, S>;
-  const size_t element_bytes[kSlots] = {
-      sizeof(T), sizeof(T), sizeof(S), sizeof(S), sizeof(S), 0, 0, 0, sizeof(int16_t), sizeof(accumulate_t<T>), 0};
   const auto belongs = [&](const Tensor& tensor) {
     return tensor.dtype == dtype && tensor.state_type == state_type && tensor.numel > 0;
   };
@@ -684,13 +729,25 @@ void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk,
       last = &tensor;
     }
     const Arrays arrays = arrays_of(tensor);
+    const size_t element_bytes[kSlots] = {sizeof(T),
+                                          size_t(size_of(tensor.grad_dtype)),
+                                          sizeof(S),
+                                          sizeof(S),
+                                          sizeof(S),
+                                          0,
+                                          0,
+                                          0,
+                                          sizeof(int16_t),
+                                          sizeof(accumulate_t<T>),
+                                          0};
     bool aligned = true;
     for (int slot = 0; slot < kSlots; ++slot) {
       aligned = aligned &&
                 is_aligned(arrays.at[slot], std::min<size_t>(16, std::max<size_t>(1, width * element_bytes[slot])));
     }
-    const uint32_t bits =
-        uint32_t(records - 1) | (aligned ? kAligned : 0) | (tensor.step_type == DType::F64 ? kDoubleStep : 0);
+    const uint32_t bits = uint32_t(records - 1) | (aligned ? kAligned : 0) |
+                          (tensor.step_type == DType::F64 ? kDoubleStep : 0) |
+                          uint32_t(tensor.grad_dtype) << kGradShift;
     uint64_t* entry = launcher.add(chunks_of(tensor.numel, chunk), bits);
     entry[1] = uint64_t(tensor.numel);
     entry[2] = uint64_t(i);

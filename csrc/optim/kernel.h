@@ -47,7 +47,7 @@ struct Group {
 
 struct Tensor {
   void* param;
-  void* grad;              // changed only with write_grads
+  void* grad;              // of grad_dtype; changed only with write_grads
   void* states[kStates];   // of state_type; as listed above
   float* scales[kStates];  // with Int8: [blocks of kBlock], the largest magnitude of each; where the state is not null
   int16_t* remainder;      // what rounding took from the exact parameter (math.h); BF16 and F16 only; or null
@@ -56,8 +56,9 @@ struct Tensor {
   double bias_correction1, bias_correction2;  // Adam's 1 - beta^t
   int64_t numel;                              // may be 0
   int32_t group;
-  DType dtype;      // of param and grad
-  DType step_type;  // F32 or F64
+  DType dtype;       // of param
+  DType grad_dtype;  // any where dtype is not F64, but F64; else F64
+  DType step_type;   // F32 or F64
   StateType state_type;
 };
 

@@ -88,6 +88,12 @@ void check_like(const char* list, size_t i, const Tensor& tensor, const Tensor& 
               " (that of params[", i, "]), got ", tensor.sizes());
 }
 
+// The gradient's own type where the kernels, or a copy, can serve it; else the parameter's.
+at::ScalarType gradient_type(const Tensor& grad, at::ScalarType param) {
+  const at::ScalarType type = grad.scalar_type();
+  return is_real_or_complex(type) && c10::isComplexType(type) == c10::isComplexType(param) ? type : param;
+}
+
 // What an average of `type`'s values is kept in.
 at::ScalarType average_type(at::ScalarType type) {
   return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
@@ -125,7 +131,7 @@ void check(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups, int6
     TORCH_CHECK(is_real_or_complex(type), "optim_step_(): expected params[", i, "] of a floating or complex type, got ",
                 type);
     check_tensor("params", i, param, lists.params[0], type);
-    check_like("grads", i, lists.grads[i], param, type);
+    check_like("grads", i, lists.grads[i], param, gradient_type(lists.grads[i], type));
     TORCH_CHECK(groups[i] >= 0 && groups[i] < group_count, "optim_step_(): expected groups[", i, "] below ",
                 group_count, ", got ", groups[i]);
     if (!lists.states[0].empty()) {
@@ -180,12 +186,15 @@ class Arranger {
   int64_t numel() const { return param_->numel(); }
   at::ScalarType type() const { return param_->scalar_type(); }
 
-  void* place(const Tensor& tensor, bool changes) {
+  // With `converts`, in the parameter's type.
+  void* place(const Tensor& tensor, bool changes, bool converts = false) {
     const Tensor& real = as_real(tensor);
+    const at::ScalarType type = converts ? this->type() : real.scalar_type();
     const bool fits = contiguous_ ? real.is_contiguous() : real.strides() == at::IntArrayRef(strides_);
-    if (fits) return real.unsafeGetTensorImpl()->mutable_data();
-    kept_.push_back(contiguous_ ? at::empty(real.sizes(), real.options())
-                                : at::empty_strided(real.sizes(), strides_, real.options()));
+    if (fits && real.scalar_type() == type) return real.unsafeGetTensorImpl()->mutable_data();
+    const auto options = real.options().dtype(type);
+    kept_.push_back(contiguous_ ? at::empty(real.sizes(), options)
+                                : at::empty_strided(real.sizes(), strides_, options));
     kept_.back().copy_(real);
     if (changes) changed_.emplace_back(real, kept_.back());
     return kept_.back().mutable_data_ptr();
@@ -319,7 +328,11 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
     const bool coded = !lists.states[0].empty() && lists.states[0][i].scalar_type() == at::kByte;
     arranger.begin(lists.params[i], coded);
     tensor.param = arranger.place(lists.params[i], true);
-    tensor.grad = arranger.place(lists.grads[i], settings.write_grads);
+    // Kernels read any gradient of up to 32 bits beside any such parameter.
+    const at::ScalarType grad_type = c10::toRealValueType(lists.grads[i].scalar_type());
+    const bool converts = grad_type != arranger.type() && (grad_type == at::kDouble || arranger.type() == at::kDouble);
+    tensor.grad = arranger.place(lists.grads[i], settings.write_grads, converts);
+    tensor.grad_dtype = dtype_of(converts ? arranger.type() : grad_type);
     tensor.dtype = dtype_of(arranger.type());
     tensor.state_type = StateType(tensor.dtype);
     for (int s = 0; s < kStates; ++s) {

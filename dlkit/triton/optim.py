@@ -1,7 +1,7 @@
 """The optimizers in Triton: a step over many tensors, the norm of many gradients, and their scaling.
 
 Each array is read once and, but for gradients, written once, as in csrc/optim/cuda.cu; the formulas are those of
-csrc/optim/math.h. A launch serves all tensors of one dtype, one group, one step count and one alignment. Their
+csrc/optim/math.h. A launch serves all tensors of the same dtypes, group, step count and alignment. Their
 addresses lie in a table on the device: one copy of 112 bytes a tensor whenever an address changed, kept while none has.
 That copy comes from pinned memory and waits for nothing, but Python walks over the tensors at each step (some 5 us
 each), so many small tensors are where the compiled kernels are better. CUDA graphs capture a step whose table is there
@@ -238,9 +238,9 @@ def _step(
     table, count, maps, lr_pointer, grad_norm, grad_scale, found_inf,
     lr: i64, weight_decay: i64, eps: i64, beta1: i64, beta2: i64, momentum: i64, dampening: i64, alpha: i64,
     ema_decay: i64, correction1: i64, correction2: i64, max_norm: i64, seed: i64,
-    ALGORITHM: tl.constexpr, TYPE: tl.constexpr, STATE: tl.constexpr, ACC: tl.constexpr, STEP: tl.constexpr,
-    HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr, REMAINDER: tl.constexpr, EMA: tl.constexpr,
-    DECOUPLED: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
+    ALGORITHM: tl.constexpr, TYPE: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ACC: tl.constexpr,
+    STEP: tl.constexpr, HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr, REMAINDER: tl.constexpr,
+    EMA: tl.constexpr, DECOUPLED: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
     WRITE_GRADS: tl.constexpr, STOCHASTIC: tl.constexpr, STOCHASTIC_STATES: tl.constexpr, VEC: tl.constexpr,
     ALIGN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
@@ -297,7 +297,7 @@ def _step(
         start = first + tile * TILE
         mask = at < left * VEC
         params = _pointers(row, 3, first, at, TYPE, ALIGN)
-        grads = _pointers(row, 4, first, at, TYPE, ALIGN)
+        grads = _pointers(row, 4, first, at, GRAD, ALIGN)
         g = tl.load(grads, mask=mask, other=0).to(ACC)
         stored = tl.load(params, mask=mask, other=0)
         if HAS1:
@@ -315,7 +315,7 @@ def _step(
             p = stored.to(ACC)
         g = g * factor
         if WRITE_GRADS:
-            tl.store(grads, g.to(TYPE), mask=mask)
+            tl.store(grads, g.to(GRAD), mask=mask)
         if MAXIMIZE:
             g = -g
         if DECAY and not DECOUPLED:
@@ -535,12 +535,14 @@ class _Arranger:
         layout = torch.contiguous_format if self.contiguous else torch.preserve_format
         self.strides = torch.empty_like(param, device="meta", memory_format=layout).stride()
 
-    def place(self, tensor: Tensor, changes: bool) -> int:
+    def place(self, tensor: Tensor, changes: bool, dtype: torch.dtype | None = None) -> int:
+        """With a copy where the tensor is not of this dtype."""
         real = _as_real(tensor)
+        dtype = dtype or real.dtype
         fits = real.is_contiguous() if self.contiguous else real.stride() == self.strides
-        if fits and not real.is_neg():
+        if fits and real.dtype == dtype and not real.is_neg():
             return real.data_ptr()
-        copy = torch.empty_strided(real.shape, self.strides, dtype=real.dtype, device=real.device)
+        copy = torch.empty_strided(real.shape, self.strides, dtype=dtype, device=real.device)
         copy.copy_(real)
         self.kept.append(copy)
         if changes:
@@ -623,7 +625,9 @@ def _check(
         real = _real_type(dtype)
         _expect(real in _REAL, f"params[{i}] of a floating or complex type", dtype)
         _expect(param.device == params[0].device, f"params[{i}] on {params[0].device}", param.device)
-        _check_like("grads", i, grads[i], param, dtype)
+        given = grads[i].dtype
+        serves = _real_type(given) in _REAL and given.is_complex == dtype.is_complex
+        _check_like("grads", i, grads[i], param, given if serves else dtype)
         _expect(0 <= groups[i] < group_count, f"groups[{i}] below {group_count}", groups[i])
         for s in range(_STATES):
             if not states[s]:
@@ -699,7 +703,10 @@ def optim_step_(
                 correction1, correction2 = (1 - beta ** counted_steps[-1] for beta in betas)
         row = [0] * _ROW
         row[_INDEX], row[_STEP] = i, counter
-        row[_PARAM], row[_GRAD] = arranger.place(param, True), arranger.place(grads[i], write_grads)
+        dtype, grad_dtype = _real_type(param.dtype), _real_type(grads[i].dtype)
+        if torch.float64 in (dtype, grad_dtype):
+            grad_dtype = dtype
+        row[_PARAM], row[_GRAD] = arranger.place(param, True), arranger.place(grads[i], write_grads, grad_dtype)
         for s in range(_STATES):
             if states[s]:
                 row[_STATE + s] = arranger.place(states[s][i], True)
@@ -709,15 +716,14 @@ def optim_step_(
             row[_REMAINDER] = arranger.place(remainders[i], True)
         if ema:
             row[_EMA] = arranger.place(ema[i], True)
-        dtype = _real_type(param.dtype)
         state_dtype = _real_type(states[0][i].dtype) if states[0] else dtype
-        narrow = min(dtype, state_dtype, key=lambda kind: kind.itemsize)
+        narrow = min(dtype, grad_dtype, state_dtype, key=lambda kind: kind.itemsize)
         if arranger.numel:
             wide = [row[column] for column in (_PARAM, _GRAD, *range(_STATE, _STATE + 3), _REMAINDER, _EMA)]
             vec, align = _vector(narrow, arranger.numel, wide)
             row[_NUMEL] = arranger.numel // vec
             step_type = steps[i].dtype if on_device else None
-            key = (groups[i], correction1, correction2, dtype, state_dtype, step_type, vec, align)
+            key = (groups[i], correction1, correction2, dtype, grad_dtype, state_dtype, step_type, vec, align)
             launches.setdefault(key, []).append(row)
 
     for step, t in zip(steps, counted_steps, strict=False):
@@ -725,7 +731,7 @@ def optim_step_(
     with torch.cuda.device_of(params[0]):
         tables = []
         for key, rows in launches.items():
-            group, correction1, correction2, dtype, state_dtype, step_type, vec, align = key
+            group, correction1, correction2, dtype, grad_dtype, state_dtype, step_type, vec, align = key
             table, chunks = _table(rows, vec, device)
             first = group * _OPTIONS
             lr_value, weight_decay, *others = options[first : first + 9]
@@ -738,7 +744,7 @@ def optim_step_(
             _step[(chunks,)](
                 table, len(rows), maps, lr[group] if lr else None, grad_norm, grad_scale, found_inf,
                 *map(_bits, scalars), seed or 0,
-                ALGORITHM=algorithm, TYPE=_TYPE[dtype], STATE=_TYPE[state_dtype],
+                ALGORITHM=algorithm, TYPE=_TYPE[dtype], GRAD=_TYPE[grad_dtype], STATE=_TYPE[state_dtype],
                 ACC=TRITON_TYPE[accumulate_type(dtype)], STEP=counted,
                 HAS1=bool(states[0]), HAS2=bool(states[1]), HAS3=bool(states[2]),
                 REMAINDER=bool(remainders), EMA=bool(ema), DECOUPLED=decoupled and algorithm == "adam",
