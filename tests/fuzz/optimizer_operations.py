@@ -292,6 +292,8 @@ def replace_parameter(side: Side, group: int, position: int, state: str) -> None
     side.names[id(new)] = len(side.params)
     side.params.append(new)
     params[position] = new
+    if side.index(old) in side.writes:
+        side.writes.add(side.index(new))
     if state == "moved" and old in side.optimizer.state:
         side.optimizer.state[new] = side.optimizer.state.pop(old)
     elif side.extras:
@@ -399,8 +401,8 @@ def share_storage(side: Side, a: int, b: int, how: str) -> None:
     if first is None or not (first.is_complex() or first.dtype in FLOATING):
         return
     fits = [p for p in side.trained() if p is not first and p.shape == first.shape and p.dtype == first.dtype]
-    if not fits:
-        return
+    if not fits or side.extras.get("master_weights"):
+        return  # which of two masters a shared value has is anyone's guess
     second = fits[b % len(fits)]
     side.writes |= {side.index(first), side.index(second)}
     count = first.numel()
