@@ -1,7 +1,7 @@
 """What users do to an optimizer and its parameters: each operation is done to both sides in the same way.
 
-An operation is a function of a side and of plain data, and returns what a user would see. An argument is drawn from a list
-of choices whose first is the simplest one (shrinking tries it), or by a function of (rng, kind of optimizer).
+An operation is a function of a side and of plain data, and returns what a user would see. An argument is drawn from a
+list of choices whose first is the simplest one (shrinking tries it), or by a function of (rng, kind of optimizer).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ SEED = list(range(500))
 INDEX = list(range(6))
 MASK = [0] * 5 + [1, 2, 3, 5, 6, 255]
 GRADIENTS = often(
-    "plain", 14, "zero", "huge", "tiny", "nan", "inf", "expanded", "transposed", "strided", "conj", "shared", "constant",
-    "keep", "sparse", "wide",
+    "plain", 14, "zero", "huge", "tiny", "nan", "inf", "expanded", "transposed", "strided", "conj", "shared",
+    "constant", "keep", "sparse", "wide",
 )  # fmt: skip
 
 
@@ -302,7 +302,7 @@ def replace_parameter(side: Side, group: int, position: int, state: str) -> None
 
 
 def _forget(side: Side, param: Tensor, heir: Tensor | None = None) -> None:
-    if side.oracle:
+    if hasattr(side.optimizer, "forget"):
         side.optimizer.forget(param, heir)
 
 
@@ -391,7 +391,8 @@ def change_layout(side: Side, index: int, layout: str, grads: str) -> None:
         return
     if grads == "dropped":
         param.grad = None
-    param.data = laid_out(param.data, layout)
+    if not side.still:
+        param.data = laid_out(param.data, layout)
 
 
 @operation(1.5, a=INDEX, b=INDEX, how=["same", "overlapping", "reversed order"])
@@ -464,6 +465,8 @@ def freeze(side: Side, index: int, value: bool) -> None:
 @operation(2.5, index=INDEX, how=["clones", "all clones", "other layout"])
 def replace_state(side: Side, index: int, how: str) -> bool:
     """By equal tensors, as offloading does; the old ones must be free."""
+    if side.still:
+        return True
     params = [side.pick(index)] if how != "all clones" else side.trained()
     old = []
     for param in params:
@@ -587,7 +590,7 @@ def copy_everything(side: Side, how: str) -> None:
     both = (side.params, [] if side.oracle else side.optimizers)
     params, optimizers = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
     if side.oracle:
-        for param, copied in zip(side.params, params):
+        for param, copied in zip(side.params, params, strict=True):
             param.data = copied.data
     else:
         side.old.append(side.optimizers)

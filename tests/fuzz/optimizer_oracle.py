@@ -3,7 +3,7 @@
 max_norm        torch's clip_grad_norm_ on copies of the gradients, the norm in fp64
 master_weights  an fp32 parameter beside each 16-bit one; where the 16 bits are not the rounded master's, the user wrote
                 them, and the master starts anew from there
-ema_decay       an average that starts at the parameter before its first step and moves at every step
+ema_decay       an average that starts at the parameter before its first gradient and moves at every step from then on
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz.optimizer_world import SIXTEEN_BITS
+from fuzz.optimizer_world import FLOATING, SIXTEEN_BITS
 
 
 def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,13 +109,14 @@ class Oracle:
         self.factor, self.used, self.stepped = factor, {}, True
         averages, started = dict(self.averages), set(self.started)
         for group, param in self._parameters():
-            if group.get("ema_decay") is not None and param.is_floating_point() | param.is_complex():
-                # Steps with a rate of 0 before all others only make the states, as checkpoint tools do.
-                if param not in self.started and param.dtype != torch.float8_e4m3fn:
-                    kind = torch.float32 if param.dtype in SIXTEEN_BITS else param.dtype
-                    self.averages[param] = self._exact(group, param).to(kind, copy=True)
-                    if float(group["lr"]) != 0:
-                        self.started.add(param)
+            averaged = param.is_complex() or param.dtype in FLOATING
+            # Steps with a rate of 0 before all others only make the states, as checkpoint tools do.
+            new = param not in self.started and (param in grads or param in self.averages)
+            if group.get("ema_decay") is not None and averaged and new:
+                kind = torch.float32 if param.dtype in SIXTEEN_BITS else param.dtype
+                self.averages[param] = self._exact(group, param).to(kind, copy=True)
+                if float(group["lr"]) != 0:
+                    self.started.add(param)
         whole: dict[Tensor, Tensor] = {}
         for group, param in self._parameters():
             if param not in grads or param in whole:
