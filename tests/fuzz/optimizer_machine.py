@@ -191,7 +191,8 @@ class Pair:
         if self.extras and isinstance(errors[0], RuntimeError) and any(text in str(errors[0]) for text in REFUSED):
             self.ended = True
             return
-        if errors[0] is None or errors[1] is None or not self.widened():
+        several = self.widened() or bool(self.extras)
+        if errors[0] is None or errors[1] is None or not several:
             self.check_errors(name, *errors)  # where there is more than one reason, either may come first
         if errors[0] is not None:
             if not name_of_step(name) or self.hooked():
@@ -370,8 +371,8 @@ class Pair:
                 blur = 2.0**-22  # the norm of fp32 gradients is added up in fp32, for fp64 parameters too
             if self.masters and param.dtype in SIXTEEN_BITS:
                 start = optimizer.used.get(param, start.float())
-                # Masters are not compared: they part by a few roundings, and by half an ulp of the 16 bits where the user
-                # wrote the weights and nothing tells which elements.
+                # Masters are not compared: they part by a few roundings, and by half an ulp of the 16 bits where the
+                # user wrote the weights and nothing tells which elements.
                 size = abs(array(start, False))
                 slack = 2.0**-20 * float(np.nanmax(size, initial=0.0, where=np.isfinite(size)))
                 if i in self.ours.writes:
