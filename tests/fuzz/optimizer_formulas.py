@@ -1,8 +1,8 @@
 """One step of each optimizer in longdouble or fp64, with a bound on what correct arithmetic can differ by.
 
-The bound of an element follows how rounding errors of `unit` (half an ulp of what the step computes in: fp32, or fp64 for
-fp64) travel through the formula, times SAFETY: a division by almost nothing, or a difference of almost equal numbers, gives
-that element a wide bound, and no other. Where fp32 overflows and the formula here does not, the bound is infinite.
+The bound of an element follows how rounding errors of `unit` (half an ulp of what the step computes in: fp32, or fp64
+for fp64) travel through the formula, times SAFETY: a division by almost nothing, or a difference of almost equal
+numbers, gives that element a wide bound, and no other.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Exact:
         self.group = group
         self.state = {k: array(v, self.wide) for k, v in state.items() if isinstance(v, Tensor)}
         self.results: dict[str, tuple[Array, Array]] = {}
+        self.loose: Any = False  # where anything goes
         with np.errstate(all="ignore"):
             getattr(self, {"AdamW": "adam", "Adam": "adam", "SGD": "sgd", "RMSprop": "rmsprop"}[kind])()
 
@@ -72,7 +73,9 @@ class Exact:
     def keep(self, name: str, values: Array, bounds: Array) -> None:
         with np.errstate(all="ignore"):
             # NaN: an infinity within the formula, divided by which gives 0 exactly.
-            self.results[name] = (values, np.where(np.isnan(bounds), 0, SAFETY * bounds + 4 * self.least))
+            bounds = np.where(np.isnan(bounds), 0, SAFETY * bounds + 4 * self.least)
+            moves = name in ("param", "momentum_buffer")
+            self.results[name] = (values, np.where(self.loose, np.inf, bounds) if moves else bounds)
 
     def decay(self, decoupled: bool) -> None:
         """To the gradient that the formula takes; the decay of decoupled ones."""
@@ -83,7 +86,9 @@ class Exact:
             self.dp = self.dp + (4 * self.unit + 2 * self.hyper) * abs(self.p)
             self.p = self.p * (1 - lr * decay)
         elif decay:
-            self.dg = self.dg + abs(decay) * self.dp + 2 * (self.unit + self.hyper) * (abs(self.g) + abs(decay * self.p))
+            self.dg = (
+                self.dg + abs(decay) * self.dp + 2 * (self.unit + self.hyper) * (abs(self.g) + abs(decay * self.p))
+            )
             self.g = self.g + decay * self.p
 
     def average(self, old: Array, rest: float) -> tuple[Array, Array]:
@@ -157,7 +162,7 @@ class Exact:
             dv = dv + 2 * abs(average) * daverage + daverage**2 + 3 * self.unit * (v + average**2)
             v = v - average**2
             # torch takes the root of what rounding leaves below 0, NaN; dlkit takes 0 there, as it documents.
-            dv = np.where(v - SAFETY * dv <= 0, np.inf, dv)
+            self.loose = v - SAFETY * dv <= 0
         root, droot = self.root(v, dv)
         bottom = root + number(group["eps"])
         update, dupdate = self.divide(self.g, self.dg, bottom, droot + 2 * self.unit * bottom)
@@ -176,7 +181,9 @@ def agrees(found: Tensor, exact: tuple[Array, Array], extra: float = 0.0) -> Arr
     info = torch.finfo(kind)
     ours = array(found, kind == torch.float64)
     with np.errstate(all="ignore"):
-        rounding = (0.5 + extra) * np.maximum(info.eps * np.maximum(abs(values), abs(ours)), info.smallest_normal * info.eps)
+        rounding = (0.5 + extra) * np.maximum(
+            info.eps * np.maximum(abs(values), abs(ours)), info.smallest_normal * info.eps
+        )
         near = abs(ours - values) <= bounds + rounding
         over = np.isinf(ours) & (abs(values) + bounds >= info.max * (1 - info.eps)) & ((ours > 0) == (values > 0))
         same = (ours == values) | (np.isnan(ours) & np.isnan(values))

@@ -1,7 +1,7 @@
 """What users do to an optimizer and its parameters: each operation is done to both sides in the same way.
 
-An operation is a function of a side and of plain data, and returns what a user would see. An argument is drawn from a list
-of choices whose first is the simplest one (shrinking tries it), or by a function of (rng, kind of optimizer).
+An operation is a function of a side and of plain data, and returns what a user would see. An argument is drawn from a
+list of choices whose first is the simplest one (shrinking tries it), or by a function of (rng, kind of optimizer).
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ SEED = list(range(500))
 INDEX = list(range(6))
 MASK = [0] * 5 + [1, 2, 3, 5, 6, 255]
 GRADIENTS = often(
-    "plain", 14, "zero", "huge", "tiny", "nan", "inf", "expanded", "transposed", "strided", "conj", "shared", "constant",
-    "keep", "sparse", "wide",
+    "plain", 14, "zero", "huge", "tiny", "nan", "inf", "expanded", "transposed", "strided", "conj", "shared",
+    "constant", "keep", "sparse", "wide",
 )  # fmt: skip
 
 
@@ -292,6 +292,8 @@ def replace_parameter(side: Side, group: int, position: int, state: str) -> None
     side.names[id(new)] = len(side.params)
     side.params.append(new)
     params[position] = new
+    if side.index(old) in side.writes:
+        side.writes.add(side.index(new))
     if state == "moved" and old in side.optimizer.state:
         side.optimizer.state[new] = side.optimizer.state.pop(old)
     elif side.extras:
@@ -300,7 +302,7 @@ def replace_parameter(side: Side, group: int, position: int, state: str) -> None
 
 
 def _forget(side: Side, param: Tensor, heir: Tensor | None = None) -> None:
-    if side.oracle:
+    if hasattr(side.optimizer, "forget"):
         side.optimizer.forget(param, heir)
 
 
@@ -389,7 +391,8 @@ def change_layout(side: Side, index: int, layout: str, grads: str) -> None:
         return
     if grads == "dropped":
         param.grad = None
-    param.data = laid_out(param.data, layout)
+    if not side.still:
+        param.data = laid_out(param.data, layout)
 
 
 @operation(1.5, a=INDEX, b=INDEX, how=["same", "overlapping", "reversed order"])
@@ -399,8 +402,8 @@ def share_storage(side: Side, a: int, b: int, how: str) -> None:
     if first is None or not (first.is_complex() or first.dtype in FLOATING):
         return
     fits = [p for p in side.trained() if p is not first and p.shape == first.shape and p.dtype == first.dtype]
-    if not fits:
-        return
+    if not fits or side.extras.get("master_weights"):
+        return  # which of two masters a shared value has is anyone's guess
     second = fits[b % len(fits)]
     side.writes |= {side.index(first), side.index(second)}
     count = first.numel()
@@ -462,6 +465,8 @@ def freeze(side: Side, index: int, value: bool) -> None:
 @operation(2.5, index=INDEX, how=["clones", "all clones", "other layout"])
 def replace_state(side: Side, index: int, how: str) -> bool:
     """By equal tensors, as offloading does; the old ones must be free."""
+    if side.still:
+        return True
     params = [side.pick(index)] if how != "all clones" else side.trained()
     old = []
     for param in params:
@@ -585,7 +590,7 @@ def copy_everything(side: Side, how: str) -> None:
     both = (side.params, [] if side.oracle else side.optimizers)
     params, optimizers = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
     if side.oracle:
-        for param, copied in zip(side.params, params):
+        for param, copied in zip(side.params, params, strict=True):
             param.data = copied.data
     else:
         side.old.append(side.optimizers)

@@ -3,7 +3,7 @@
 max_norm        torch's clip_grad_norm_ on copies of the gradients, the norm in fp64
 master_weights  an fp32 parameter beside each 16-bit one; where the 16 bits are not the rounded master's, the user wrote
                 them, and the master starts anew from there
-ema_decay       an average that starts at the parameter before its first step and moves at every step
+ema_decay       an average that starts at the parameter before its first gradient and moves at every step from then on
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz.optimizer_world import SIXTEEN_BITS
+from fuzz.optimizer_world import FLOATING, SIXTEEN_BITS
 
 
 def rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,6 +47,7 @@ class Oracle:
         self.grad_norm: Tensor | None = None
         self.masters: dict[Tensor, Tensor] = {}
         self.averages: dict[Tensor, Tensor] = {}
+        self.started: set[Tensor] = set()  # those whose average moves
         self.used: dict[Tensor, Tensor] = {}  # the fp32 values that the last step began with
         self.raw: dict[Tensor, Tensor] = {}  # the gradients before they were clipped
         self.factor = 1.0  # of the gradients in the last step
@@ -62,6 +63,9 @@ class Oracle:
             found = kept.pop(param, None)
             if heir is not None and found is not None:
                 kept[heir] = found
+        if param in self.started:
+            self.started.discard(param)
+            self.started |= {heir} if heir is not None else set()
 
     def _parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"]]  # type: ignore[attr-defined]
@@ -73,6 +77,10 @@ class Oracle:
         kept = rounded(master, param.dtype)
         same = (kept == param) | (kept.isnan() & param.isnan())
         return torch.where(same, master, fresh)
+
+    def _exact(self, group: dict[str, Any], param: Tensor) -> Tensor:
+        masters = group.get("master_weights") and param.dtype in SIXTEEN_BITS
+        return self._master(param) if masters else param.detach()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -86,7 +94,9 @@ class Oracle:
         self.raw = {p: grad.clone() for p, grad in grads.items() if grad.layout == torch.strided}
         if self.clip_gradients_in_place and self.max_norm is not None:
             for grad in grads.values():
-                grad.mul_(1.0)  # raises where elements share memory, as clip_grad_norm_ does
+                if grad.layout == torch.strided and not grad.is_conj():
+                    (torch.view_as_real(grad) if grad.is_complex() else grad).mul_(1.0)  # raises where elements share
+                    # memory, as clip_grad_norm_ does
         factor = 1.0
         if self.max_norm is not None:
             squares = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads.values()]
@@ -97,11 +107,16 @@ class Oracle:
             factor = self.max_norm / (norm + 1e-6)
             factor = 1.0 if factor > 1 else factor
         self.factor, self.used, self.stepped = factor, {}, True
+        averages, started = dict(self.averages), set(self.started)
         for group, param in self._parameters():
-            if group.get("ema_decay") is not None and param.is_floating_point() | param.is_complex():
-                if param not in self.averages and param.dtype != torch.float8_e4m3fn:
-                    kind = torch.float32 if param.dtype in SIXTEEN_BITS else param.dtype
-                    self.averages[param] = param.detach().to(kind, copy=True)
+            averaged = param.is_complex() or param.dtype in FLOATING
+            # Steps with a rate of 0 before all others only make the states, as checkpoint tools do.
+            new = param not in self.started and (param in grads or param in self.averages)
+            if group.get("ema_decay") is not None and averaged and new:
+                kind = torch.float32 if param.dtype in SIXTEEN_BITS else param.dtype
+                self.averages[param] = self._exact(group, param).to(kind, copy=True)
+                if float(group["lr"]) != 0:
+                    self.started.add(param)
         whole: dict[Tensor, Tensor] = {}
         for group, param in self._parameters():
             if param not in grads or param in whole:
@@ -120,11 +135,14 @@ class Oracle:
             type(self).torch_step(self)
             raised = False
         finally:
+            if raised:
+                self.averages, self.started = averages, started
             for param, data in whole.items():
                 master, param.grad = param.data, None
                 if not raised:
-                    self.masters[param] = master
                     data.copy_(rounded(master, data.dtype))
+                    # What overflows in fp16 is infinite, as csrc/optim/math.h says.
+                    self.masters[param] = torch.where(data.isinf(), data.float(), master)
                 param.data = data
             for param, grad in grads.items():
                 if self.clip_gradients_in_place and factor != 1.0 and not raised:
@@ -132,9 +150,8 @@ class Oracle:
                 param.grad = grad
         for group, param in self._parameters():
             if group.get("ema_decay") is not None and param in self.averages:
-                exact = self.masters.get(param, param.detach()) if group.get("master_weights") else param.detach()
                 average = self.averages[param]
-                average.lerp_(exact.to(average.dtype), 1 - group["ema_decay"])
+                average.lerp_(self._exact(group, param).to(average.dtype), 1 - group["ema_decay"])
         return loss
 
     def ema_parameters(self) -> Any:

@@ -1,7 +1,7 @@
 """What a sequence of operations acts on: one library's parameters, optimizers, scaler and schedulers.
 
-Everything is built from plain data (see `Setup`) and from numbers, so that two sides are the same to the bit, and so that
-a sequence can be written down as JSON.
+Everything is built from plain data (see `Setup`) and from numbers, so that two sides are the same to the bit, and so
+that a sequence can be written down as JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float32, torch.float64, *SIXTEEN_BITS)
 
 # Normal numbers over a few powers of two; slices of it are all values there are.
-_POOL = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.exp2(
-    torch.randn(4096, generator=torch.Generator().manual_seed(1)).round()
+_POOL = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.exp2(
+    torch.randn(1 << 14, generator=torch.Generator().manual_seed(1)).round()
 )
 
 
@@ -83,7 +83,8 @@ class Side:
     """One library's half of a run."""
 
     def __init__(self, classes: dict[str, Any], setup: Setup, extras: dict[str, Any], oracle: bool = False) -> None:
-        self.setup, self.oracle = setup, oracle
+        self.setup, self.oracle = setup, oracle  # an oracle's optimizer is not saved, loaded or copied
+        self.still = False  # nor is a still side's layout or state replaced
         self.kind = setup["kind"]
         self.make = classes[self.kind]
         self.torch_class = getattr(torch.optim, self.kind)

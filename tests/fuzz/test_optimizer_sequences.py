@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from fuzz import optimizer_machine as machine
 
 FOUND = json.loads((Path(__file__).parent / "found.json").read_text())
@@ -18,11 +19,11 @@ def test_found_sequences(case):
         machine.replay(case["setup"], case["sequence"])
 
 
-@pytest.mark.parametrize("mode", ["plain", "options"])
-def test_sequences_of_the_day(mode):
+@pytest.mark.parametrize(("mode", "count"), [("plain", 100), ("options", 80), ("coded", 20)])
+def test_sequences_of_the_day(mode, count):
     """Other ones every day: a failure names its seed, and DLKIT_TEST_SEED=n repeats it or draws others."""
     given = os.environ.get("DLKIT_TEST_SEED")
     first = int(given) if given else datetime.datetime.now(datetime.timezone.utc).date().toordinal() * 1000
     shown = [f"seed {first}; DLKIT_TEST_SEED={first} repeats it"]
-    report = machine.run(100, first, mode, show=shown.append)
+    report = machine.run(count, first, mode, show=shown.append)
     assert not report.kinds, "\n".join(map(str, shown))
