@@ -3,6 +3,7 @@
 // anything.
 #include "../common/op.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/view_as_real.h>
@@ -12,6 +13,7 @@
 #include <cmath>
 #include <deque>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "kernel.h"
 
@@ -473,6 +475,10 @@ class Unowned {
   }
   void reserve(size_t count) { tensors_.reserve(count); }
   void add(const Tensor& tensor) { tensors_.push_back(c10::MaybeOwnedTraits<Tensor>::createBorrow(tensor)); }
+  void replace(size_t i, const Tensor& tensor) {
+    c10::MaybeOwnedTraits<Tensor>::destroyBorrow(tensors_[i]);
+    tensors_[i] = c10::MaybeOwnedTraits<Tensor>::createBorrow(tensor);
+  }
   bool empty() const { return tensors_.empty(); }
   size_t size() const { return tensors_.size(); }
   const Tensor& operator[](size_t i) const { return tensors_[i]; }
@@ -552,16 +558,15 @@ class Plan : public torch::CustomClassHolder {
     idle_.clear();
     for (Run& run : runs_) {
       const int64_t first = int64_t(next);
-      run.selected.reset();
-      run.grads.clear();
-      run.kept.clear();
+      run.let_go();
       run.grads.reserve(run.params.size());
       run.all = true;
       for (size_t i = 0; i < run.params.size(); ++i, ++next) {
         const Tensor& param = run.params[i];
         const Tensor& held = given ? run.keep(or_undefined((*given)[next])) : param.grad();
         const bool lazy = held.defined() && (held.is_conj() || held.is_neg());
-        const Tensor& grad = lazy ? run.keep(held.resolve_conj().resolve_neg()) : held;
+        if (lazy) run.resolved.emplace_back(held, held.resolve_conj().resolve_neg());
+        const Tensor& grad = lazy ? run.resolved.back().second : held;
         run.grads.add(grad);
         if (!grad.defined()) {
           run.all = false;
@@ -632,6 +637,7 @@ class Plan : public torch::CustomClassHolder {
     static const auto op = find_op<decltype(step_meta)>("optim_step_");
     const int64_t group_count = int64_t(options.size()) / kOptions;
     try {
+      if (write_grads) prepare_writing();
       if (runs_.size() > 1) {
         for (const Run& run : runs_)
           check(algorithm_of(run.algorithm), run.active().lists(), run.active().groups, group_count);
@@ -652,6 +658,11 @@ class Plan : public torch::CustomClassHolder {
       release(0);
       throw;
     }
+    if (write_grads) {
+      for (const Run& run : runs_) {
+        for (const auto& [held, resolved] : run.resolved) held.copy_(resolved);
+      }
+    }
     for (const Run& run : runs_) {
       for (size_t i = 0; i < run.versions.size(); ++i) *run.versions[i] = Versions::of(run.params[i]);
     }
@@ -666,9 +677,7 @@ class Plan : public torch::CustomClassHolder {
   // Lets go of the gradients.
   int64_t release(int64_t status) {
     for (Run& run : runs_) {
-      run.selected.reset();
-      run.grads.clear();
-      run.kept.clear();
+      run.let_go();
     }
     return status;
   }
@@ -678,18 +687,41 @@ class Plan : public torch::CustomClassHolder {
     std::string algorithm;
     Unowned params, grads, states[kStates], scales[kStates], remainders, ema, steps;
     std::deque<Tensor> kept;  // gradients that nothing else holds
+    std::deque<std::pair<Tensor, Tensor>> resolved;  // conjugate or negated views, and what the kernels take instead
     std::vector<int64_t> groups;
     std::vector<std::string> labels;  // what errors call the parameters
     std::vector<int64_t*> versions;   // with remainders: the parameters' in Versions
     bool all = true;                  // every parameter has a gradient
     std::unique_ptr<Run> selected;    // those that have one, where not all do
     const Run& active() const { return selected ? *selected : *this; }
+    Run& active() { return selected ? *selected : *this; }
+    void let_go() {
+      selected.reset();
+      grads.clear();
+      kept.clear();
+      resolved.clear();
+    }
     const Tensor& keep(Tensor tensor) { return kept.emplace_back(std::move(tensor)); }
     Lists lists() const {
       return {params, grads, {states[0], states[1], states[2]}, {scales[0], scales[1], scales[2]}, remainders,
               ema,    steps};
     }
   };
+
+  // Before gradients are written: those that cannot be raise, and one that two parameters share is written once.
+  void prepare_writing() {
+    std::unordered_set<const at::TensorImpl*> seen;
+    for (Run& whole : runs_) {
+      Run& run = whole.active();
+      for (size_t i = 0; i < run.grads.size(); ++i) {
+        const Tensor& grad = run.grads[i];
+        TORCH_CHECK(at::has_internal_overlap(grad) != at::MemOverlap::Yes,
+                    "step(): expected gradients that can be written, with clip_gradients_in_place=True or a loss scale, "
+                    "got one whose elements share memory; use its contiguous() or clone()");
+        if (!seen.insert(grad.unsafeGetTensorImpl()).second) run.grads.replace(i, run.keep(grad.clone()));
+      }
+    }
+  }
 
   static void select(Run& run) {
     auto some = std::make_unique<Run>();

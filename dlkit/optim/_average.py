@@ -22,30 +22,33 @@ class AveragingOptimizer(StatefulOptimizer):
 
     _versions: Any
 
-    @staticmethod
-    def _is_at_rest(group: dict[str, Any], rate: float) -> bool:
+    def _ema_steps(self) -> int:
+        """How often averages have moved. A group that came later, or took parameters of another, counts on."""
+        return max((group.get("ema_steps", 0) for group in self.param_groups if _is_averaged(group)), default=0)
+
+    def _is_at_rest(self, group: dict[str, Any], rate: float) -> bool:
         """Before the first step that has a learning rate, averages follow the weights.
 
         A tool for checkpoints makes states by a step of learning rate 0, and loads the weights only then.
         """
-        return group.get("ema_steps", 0) == 0 and rate == 0 and not _is_on_device(group["lr"])
+        return rate == 0 and not _is_on_device(group["lr"]) and self._ema_steps() == 0
 
     def _decay(self, group: dict[str, Any], rate: float) -> float:
         """What the average keeps of itself at this step."""
-        decay = group.get("ema_decay")
-        if decay is None or self._is_at_rest(group, rate):
+        if not _is_averaged(group) or self._is_at_rest(group, rate):
             return 0.0
+        decay = float(group["ema_decay"])
         if group.get("ema_warmup"):
-            steps = group.get("ema_steps", 0)
+            steps = self._ema_steps()
             decay = min(decay, (1 + steps) / (10 + steps))
-        return float(decay)
+        return decay
 
     def _start_averages(self, rates: list[float]) -> None:
         """Before the first step that counts, averages made earlier become the weights as they are now."""
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            if group.get("ema_decay") is None or group.get("ema_steps", 0) > 0 or self._is_at_rest(group, rate):
-                continue
-            self._averages_become_weights(group)
+        if self._ema_steps() == 0:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if _is_averaged(group) and not self._is_at_rest(group, rate):
+                    self._averages_become_weights(group)
 
     @torch.no_grad()
     def _averages_become_weights(self, group: dict[str, Any]) -> None:
@@ -66,9 +69,11 @@ class AveragingOptimizer(StatefulOptimizer):
                 average.lerp_(weights, rest * (found_inf.to(average.device) == 0).to(average.dtype).reshape(()))
 
     def _count_averages(self, rates: list[float]) -> None:
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            if group.get("ema_decay") is not None and not self._is_at_rest(group, rate):
-                group["ema_steps"] = group.get("ema_steps", 0) + 1
+        steps = self._ema_steps() + 1
+        pairs = zip(self.param_groups, rates, strict=True)
+        moved = [group for group, rate in pairs if _is_averaged(group) and not self._is_at_rest(group, rate)]
+        for group in moved:
+            group["ema_steps"] = steps
 
     # For the user.
 
@@ -80,7 +85,7 @@ class AveragingOptimizer(StatefulOptimizer):
                 with ``ema_decay``.
         """
         if model is None:
-            params = [p for group, p in self._params() if group.get("ema_decay") is not None]
+            params = [p for group, p in self._params() if _is_averaged(group)]
         else:
             params = list(model.parameters())
         for param in params:
@@ -128,7 +133,7 @@ class AveragingOptimizer(StatefulOptimizer):
             self._trust_params([param for param, _, _ in self._shared.swapped])
             self._shared.swapped = None
             return
-        params = [p for group, p in self._params() if group.get("ema_decay") is not None]
+        params = [p for group, p in self._params() if _is_averaged(group)]
         if not params:
             raise RuntimeError(f"{name}.swap_ema(): expected ema_decay to be set, got None")
         self._restart_written_masters()
@@ -153,7 +158,7 @@ class AveragingOptimizer(StatefulOptimizer):
         """Averages begin again at the weights as they are now; swapped in, they become the weights."""
         self._shared.swapped = None
         for group in self.param_groups:
-            if group.get("ema_decay") is not None:
+            if _is_averaged(group):
                 group["ema_steps"] = 0
                 self._averages_become_weights(group)
 
@@ -162,6 +167,10 @@ class AveragingOptimizer(StatefulOptimizer):
 
     def _restart_written_masters(self) -> None:
         raise NotImplementedError
+
+
+def _is_averaged(group: dict[str, Any]) -> bool:
+    return group.get("ema_decay") is not None
 
 
 def _is_on_device(rate: Any) -> bool:

@@ -497,6 +497,8 @@ class OnePass(AveragingOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; returns what ``closure`` does, which reevaluates the model, or None without one."""
+        if self._shared.swapped is not None:
+            self._refuse_if_swapped("step")
         if torch.compiler.is_compiling():
             return self._step_outside_graphs(closure) if self._extras() else self._bare_torch_step(closure)
         if self.defaults["differentiable"]:
@@ -529,9 +531,6 @@ class OnePass(AveragingOptimizer):
 
     def _run(self, plan: _Plan, gather_first: bool) -> int:
         """What OptimPlan.step returns."""
-        if self._shared.swapped is not None:
-            plan.runs.release(0)
-            self._refuse_if_swapped("step")
         if plan.captures:
             check = "_accelerator_graph_capture_health_check"  # torch up to 2.10: _cuda_...
             (getattr(self, check, None) or self._cuda_graph_capture_health_check)()
@@ -658,6 +657,8 @@ class OnePass(AveragingOptimizer):
         for where in [plan.masters[k] for k in plan.runs.written()]:
             param = self._param_at(where)
             state = self.state[param]
+            if "remainder" not in state:
+                continue  # taken out of the state: it begins anew in this step
             if "param_copy" not in state:  # what was written and what was not cannot be told apart yet
                 local(state["remainder"]).zero_()
                 state["param_copy"] = param.detach().clone()
@@ -665,7 +666,7 @@ class OnePass(AveragingOptimizer):
         if plan.copies:
             for param in map(self._param_at, plan.masters):
                 copy = self.state[param].get("param_copy")
-                if copy is not None:
+                if copy is not None and self._has_master(param):
                     written = _masters.bits(local(param.detach())) != _masters.bits(local(copy))
                     _masters.bits(local(self.state[param]["remainder"])).masked_fill_(written, 0)
 
@@ -701,7 +702,8 @@ class OnePass(AveragingOptimizer):
         """What was asked for that torch's optimizers do not have."""
         extras = [] if self.max_norm is None else ["max_norm"]
         for group in self.param_groups:
-            extras += [name for name in GROUP_OPTIONS if group.get(name)]
+            # A decay of 0 is set, too.
+            extras += [name for name in GROUP_OPTIONS if group.get(name) is not None and group[name] is not False]
         return extras
 
     def _torch_step(self, reason: str, closure: Callable[[], Any] | None) -> Any:

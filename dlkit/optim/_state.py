@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dlkit.optim import _int8, _masters
-from dlkit.optim._tensors import FLOATING, SIXTEEN_BITS, is_dtensor, is_flat_shard, like, local
+from dlkit.optim._tensors import FLOATING, SIXTEEN_BITS, average_dtype, is_dtensor, is_flat_shard, like, local
 
 # What dlkit adds to torch's param groups.
 GROUP_OPTIONS = {
@@ -46,6 +46,13 @@ def embedding_weights() -> set[int]:
     return {id(module._parameters.get("weight")) for module in found if "_parameters" in module.__dict__}
 
 
+def _serves(state: torch.dtype, param: torch.dtype) -> bool:
+    """Whether kernels take a state of this dtype with such a parameter. What is not floating raises there."""
+    if state == param or not (state.is_floating_point and param.is_floating_point):
+        return True
+    return torch.float64 not in (state, param) and state != torch.float16
+
+
 class Shared:
     """What an optimizer and a wrapper around it both have to see, in one object that is changed in place.
 
@@ -64,6 +71,7 @@ class StatefulOptimizer(Optimizer):
     _embeddings: set[int] | None = None
     _shared: Shared
     _algorithm = ""
+    _all_states: tuple[str, ...] = ()  # every state that the optimizer can have, whatever its flags are
 
     def _creation_order(self, group: dict[str, Any]) -> list[str]:
         """The states in the order in which torch's state dict has them."""
@@ -143,7 +151,7 @@ class StatefulOptimizer(Optimizer):
         return value is not None and (value.dtype == torch.uint8) == (wanted == torch.uint8)
 
     def _bring_into_form(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """After a change of state_dtype: from codes to numbers, or back."""
+        """After a change of state_dtype, from codes to numbers or back; after a cast of the parameter, to its dtype."""
         wanted = self._state_type(group, param)
         for key in self._creation_order(group):
             if not self._is_in_form(key, wanted, state):
@@ -152,6 +160,10 @@ class StatefulOptimizer(Optimizer):
                     for stale in (key, f"{key}_codes", f"{key}_scale"):
                         state.pop(stale, None)
                     state.update(self._write_state(key, wanted, values, param))
+            elif wanted != torch.uint8 and not _serves(state[key].dtype, param.dtype):
+                state[key] = state[key].to(wanted)
+        if "ema" in state and param.is_floating_point() and state["ema"].dtype != average_dtype(param):
+            state["ema"] = state["ema"].to(average_dtype(param))
 
     # Saving and loading.
 
@@ -247,37 +259,43 @@ class StatefulOptimizer(Optimizer):
     def _take_loaded_state(
         self, group: dict[str, Any], param: Tensor, given: dict[str, Any], state: dict[str, Any]
     ) -> None:
+        """`state` gets the entries of `given` in their order, each in the form that it is to have."""
         wanted, device = self._state_type(group, param), local(param).device
-        for key in self._creation_order(group):
-            values = None
-            if wanted == torch.uint8 and f"{key}_codes" in given:
-                entries = {name: given[name] for name in (f"{key}_codes", f"{key}_scale")}
-                values = {name: like(param, local(value).to(device)) for name, value in entries.items()}
-                values[f"{key}_scale"] = local(given[f"{key}_scale"]).to(device)
-            elif (numbers := self._read_state(key, given, param)) is not None:
-                values = self._write_state(key, wanted, numbers, param)
-            if values is not None:
-                for stale in (key, f"{key}_codes", f"{key}_scale"):
-                    state.pop(stale, None)
-                state.update(values)
         masters = bool(group.get("master_weights")) and param.dtype in SIXTEEN_BITS
-        for key in ("remainder", "param_copy", "master_param"):
-            state.pop(key, None)
-        if masters and "master_param" in given:
-            master = local(given["master_param"]).to(device, torch.float32)
-            high, rest = _masters.split(master, param.dtype)
-            with torch.no_grad():
-                local(param).copy_(high)
-            state["remainder"] = like(param, rest)
-        elif masters and "remainder" in given:
-            rest = given["remainder"]
-            rest = rest if is_dtensor(rest) else rest.to(device)
-            state["remainder"] = rest.view(param.dtype) if rest.dtype == torch.int16 else rest
-            if "param_copy" in given:
-                copy = given["param_copy"]
-                state["param_copy"] = copy if is_dtensor(copy) else copy.to(device)
-        if "ema" in given:
-            state["ema"] = given["ema"] if is_dtensor(given["ema"]) else given["ema"].to(device)
+        taken: dict[str, Any] = {}
+        for name, value in given.items():
+            key = name.removesuffix("_codes").removesuffix("_scale")
+            if key in self._all_states:
+                if key not in taken and f"{key}_codes" not in taken:
+                    taken.update(self._loaded_form(key, wanted, given, param))
+            elif name in ("remainder", "param_copy"):
+                if masters and "master_param" not in given:
+                    moved = value if is_dtensor(value) else value.to(device)
+                    taken[name] = moved.view(param.dtype) if moved.dtype == torch.int16 else moved
+            elif name == "master_param":
+                if masters:
+                    high, rest = _masters.split(local(value).to(device, torch.float32), param.dtype)
+                    with torch.no_grad():
+                        local(param).copy_(high)
+                    taken["remainder"] = like(param, rest)
+            elif name == "ema":
+                taken[name] = value if is_dtensor(value) else value.to(device)
+            else:
+                taken[name] = state[name]
+        state.clear()
+        state.update(taken)
+
+    def _loaded_form(self, key: str, wanted: torch.dtype, given: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """The entries of a state, also of one that its group does not use at present."""
+        codes, scale = given.get(f"{key}_codes"), given.get(f"{key}_scale")
+        if wanted == torch.uint8 and isinstance(codes, Tensor) and isinstance(scale, Tensor):
+            device = local(param).device
+            return {
+                f"{key}_codes": like(param, local(codes).to(device)),
+                f"{key}_scale": local(scale).to(device),
+            }
+        numbers = self._read_state(key, given, param)
+        return {key: None} if numbers is None else self._write_state(key, wanted, numbers, param)
 
     def master_parameters(self) -> Iterator[Tensor]:
         """The parameters at full precision, in the order of the groups: fp32 masters where there are any.

@@ -15,6 +15,7 @@ _SPARSE = "Adam does not support sparse gradients, please consider SparseAdam in
 
 class _AdamFamily(OnePass):
     _algorithm = "adam"
+    _all_states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     _sparse_error = _SPARSE
     _torch_class = torch.optim.Adam
 

@@ -21,6 +21,7 @@ class RMSprop(OnePass, torch.optim.RMSprop):
     """
 
     _algorithm = "rmsprop"
+    _all_states = ("square_avg", "momentum_buffer", "grad_avg")
     _sparse_error = "RMSprop does not support sparse gradients"
     _torch_class = torch.optim.RMSprop
 

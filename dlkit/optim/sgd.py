@@ -21,6 +21,7 @@ class SGD(OnePass, torch.optim.SGD):
     """
 
     _algorithm = "sgd"
+    _all_states = ("momentum_buffer",)
     _counts_steps = False
     _torch_class = torch.optim.SGD
 

@@ -185,8 +185,9 @@ class Pair:
         if errors[0] is None and isinstance(errors[1], TypeError) and "but got NoneType" in str(errors[1]):
             self.ended = True  # torch's fused SGD, where some buffers are missing
             return
-        if errors[0] is None and errors[1] is not None and self.widened():
-            self.ended = True  # gradients of another dtype than the parameter: torch refuses them, dlkit need not
+        torch_refuses = self.widened() or "as a Tensor is not supported" in str(errors[1])  # a tensor lr with foreach
+        if errors[0] is None and errors[1] is not None and torch_refuses:
+            self.ended = True  # dlkit need not
             return
         if self.extras and isinstance(errors[0], RuntimeError) and any(text in str(errors[0]) for text in REFUSED):
             self.ended = True
@@ -228,7 +229,7 @@ class Pair:
                 return True
             if self.mixed(self.ours, param):
                 return True
-        return False
+        return any(self.mixed(self.theirs, param) for param in self.theirs.params)
 
     def mixed(self, side: Side, param: Tensor) -> bool:
         """Has the parameter states of another dtype?"""
@@ -340,6 +341,10 @@ class Pair:
         for key in names[1]:
             # SGD's buffer: torch's is a copy of the first gradient, strides included; dlkit's is as the parameter.
             parts = 3 if key == "momentum_buffer" else 4
+            if isinstance(a[key], Tensor) and isinstance(b[key], Tensor) and a[key].dtype != b[key].dtype:
+                if key != "step" and self.widened():  # dlkit's states are of the parameter's dtype
+                    self.ended = True
+                    return
             if isinstance(b[key], Tensor) and (
                 not isinstance(a[key], Tensor) or form(a[key])[:parts] != form(b[key])[:parts]
             ):

@@ -144,9 +144,10 @@ class Oracle:
                     # What overflows in fp16 is infinite, as csrc/optim/math.h says.
                     self.masters[param] = torch.where(data.isinf(), data.float(), master)
                 param.data = data
-            for param, grad in grads.items():
-                if self.clip_gradients_in_place and factor != 1.0 and not raised:
+            if self.clip_gradients_in_place and factor != 1.0 and not raised:
+                for grad in {id(grad): grad for grad in grads.values()}.values():  # one that is shared, once
                     grad.mul_(factor)
+            for param, grad in grads.items():
                 param.grad = grad
         for group, param in self._parameters():
             if group.get("ema_decay") is not None and param in self.averages:
