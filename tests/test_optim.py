@@ -673,6 +673,23 @@ def test_bad_arguments_of_the_op_change_nothing(backend, case):
     assert all(torch.equal(a.cpu(), b) for a, b in zip(op.params, params, strict=True)) and not any(op.steps)
 
 
+def test_a_parameter_of_one_element_at_many_places_raises(backend):
+    params = starting_params(torch.float32, [(7,), (3, 5)])
+    op = Op(backend, VARIANTS[0], params)
+    op.params[1] = op.params[1][:, :1].expand(3, 5)
+    before = [p.clone() for p in op.params]
+    with pytest.raises(RuntimeError, match=r"optim_step_\(\): expected params\[1\] without elements that share memory"):
+        op.step([torch.ones_like(p) for p in op.params])
+    assert all(torch.equal(a, b) for a, b in zip(op.params, before, strict=True)) and not any(op.steps)
+    op.params[1] = before[1].clone()
+    with pytest.raises(RuntimeError, match=r"optim_step_\(\): expected grads\[0\] without elements that share memory"):
+        op.step([torch.ones_like(p[..., :1]).expand(p.shape) for p in op.params], write_grads=True)
+    assert all(torch.equal(a, b) for a, b in zip(op.params, before, strict=True)) and not any(op.steps)
+    op.params[1] = op.params[1][:, :1].expand(3, 1)  # of one column, which shares nothing
+    op.states = {key: [first, rest[:, :1].clone()] for key, (first, rest) in op.states.items()}
+    op.step([torch.ones_like(p) for p in op.params])
+
+
 # The classes.
 
 

@@ -55,24 +55,41 @@ DLKIT_INLINE void store_bits(void* p, VectorU32 bits, First width) {
 }
 
 // join(), split() and round_stochastically() of math.h on vectors.
-template <class Width>
-DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, Width width) {
-  return (VectorI32)load(reinterpret_cast<const BFloat16*>(p), width) >> 16;
+DLKIT_INLINE VectorI32 extend_sign(VectorU16 bits) {
+#if defined(__AVX512F__)  // GCC makes more of the plain conversion
+  return (VectorI32)_mm512_cvtepi16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (VectorI32)_mm256_cvtepi16_epi32((__m128i)bits);
+#else
+  return (VectorI32)(__builtin_convertvector(bits, VectorU32) << 16) >> 16;
+#endif
 }
-DLKIT_INLINE VectorI32 has_remainder(VectorU32 high) {
-  return (VectorI32)((high - 0x10000) & 0x7fff0000) < 0x7f7f0000;  // no set compares unsigned as cheaply
+DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, All) { return extend_sign(load_raw<VectorU16>(p)); }
+DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, First width) {
+  VectorU16 bits = {};
+  memcpy(&bits, p, size_t(width.count) * sizeof(int16_t));
+  return extend_sign(bits);
+}
+
+// `rest` where the bf16 value `high`, in fp32 bits, may have a remainder, else 0.
+DLKIT_INLINE VectorU32 rest_beside(VectorU32 high, VectorU32 rest) {
+#if defined(__AVX512DQ__)
+  const __mmask16 has_none = _mm512_fpclass_ps_mask((__m512)high, 0x9f);  // zero, infinity and NaN of every kind
+  return (VectorU32)_mm512_maskz_mov_epi32(_knot_mask16(has_none), (__m512i)rest);
+#else
+  return rest & (VectorU32)((VectorI32)((high - 0x10000) & 0x7fff0000) < 0x7f7f0000);  // signed, which is cheaper
+#endif
 }
 template <class Width>
 DLKIT_INLINE VectorF32 join(const BFloat16* high, const int16_t* remainder, Width width) {
   const VectorU32 wide = (VectorU32)load(high, width);
-  return (VectorF32)(wide + (VectorU32)(load_remainder(remainder, width) & has_remainder(wide)));
+  return (VectorF32)(wide + rest_beside(wide, (VectorU32)load_remainder(remainder, width)));
 }
 template <class Width>
 DLKIT_INLINE void split(VectorF32 value, BFloat16* high, int16_t* remainder, Width width) {
-  const VectorU32 bits = (VectorU32)value, is_nan = (VectorU32)(value != value);
-  const VectorU32 rounded = (bits + 0x8000) & 0xffff0000;
-  store_bits(high, (is_nan & 0x7fc0) | (~is_nan & rounded >> 16), width);
-  store_bits(remainder, (bits - rounded) & (VectorU32)has_remainder(rounded), width);
+  const VectorU32 bits = (VectorU32)value, rounded = (bits + 0x8000) & 0xffff0000;
+  store_bits(high, value == value ? rounded >> 16 : VectorU32{} + 0x7fc0, width);
+  store_bits(remainder, rest_beside(rounded, bits - rounded), width);
 }
 
 DLKIT_INLINE VectorF32 exponent_of(VectorF32 value) {  // 2^-14 below that
@@ -82,18 +99,21 @@ DLKIT_INLINE VectorF32 exponent_of(VectorF32 value) {  // 2^-14 below that
 DLKIT_INLINE VectorF32 remainder_unit(VectorF32 high) {
   return (VectorF32)((VectorU32)exponent_of(high) - (uint32_t(26) << 23));
 }
+DLKIT_INLINE VectorF32 inverse_of_power(VectorF32 power) {
+  return (VectorF32)((uint32_t(254) << 23) - (VectorU32)power);
+}
 template <class Width>
 DLKIT_INLINE VectorF32 join(const Float16* high, const int16_t* remainder, Width width) {
   const VectorF32 wide = load(high, width);
   const VectorI32 rest = load_remainder(remainder, width);
   const VectorF32 sum = wide + __builtin_convertvector(rest, VectorF32) * remainder_unit(wide);
-  const VectorI32 belongs = (rest != 0) & ((VectorI32)wide != 0) & (round_to<Float16>(sum) == wide);
-  return belongs ? sum : wide;
+  const VectorF32 joined = round_to<Float16>(sum) == wide ? sum : wide;
+  return (rest & (VectorI32)((VectorI32)wide != 0)) != 0 ? joined : wide;
 }
 template <class Width>
 DLKIT_INLINE void split(VectorF32 value, Float16* high, int16_t* remainder, Width width) {
   const VectorF32 wide = round_to<Float16>(value);
-  const VectorF32 rest = (value - wide) / remainder_unit(wide);
+  const VectorF32 rest = (value - wide) * inverse_of_power(remainder_unit(wide));
   VectorF32 rounded = rest + 12582912.0f - 12582912.0f;
   rounded = rounded > 32767 ? broadcast<float>(32767) : rounded;
   rounded = rounded < -32767 ? broadcast<float>(-32767) : rounded;
@@ -112,7 +132,7 @@ DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, F
   const VectorF32 unit = (VectorF32)((VectorU32)exponent_of(value) - (uint32_t(10) << 23));
   const VectorF32 magnitude = (VectorF32)((VectorU32)value & 0x7fffffff);
   const VectorF32 part = __builtin_convertvector((VectorI32)(random >> 3), VectorF32) * (1.0f / 8192);
-  const VectorF32 steps = magnitude / unit + part;
+  const VectorF32 steps = magnitude * inverse_of_power(unit) + part;
   const VectorF32 whole = __builtin_convertvector(__builtin_convertvector(steps, VectorI32), VectorF32);
   const VectorF32 rounded = (steps < 4096 ? whole : steps) * unit;
   const VectorF32 result = (VectorF32)((VectorU32)rounded | ((VectorU32)value & 0x80000000));

@@ -110,6 +110,14 @@ bool state_type_serves(at::ScalarType state, at::ScalarType param) {
 constexpr const char* kStateNames[kStates] = {"state1", "state2", "state3"};
 constexpr const char* kScaleNames[kStates] = {"scales1", "scales2", "scales3"};
 
+// What is written must hold each element once. An expanded one would be copied, and the copy back would raise too late.
+void check_overlap(const char* list, size_t i, const Tensor& tensor) {
+  TORCH_CHECK(tensor.is_non_overlapping_and_dense() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
+              "optim_step_(): expected ", list, "[", i,
+              "] without elements that share memory; clone() it first; got strides ", tensor.strides(), " of shape ",
+              tensor.sizes());
+}
+
 void check(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups, int64_t group_count) {
   const size_t count = lists.params.size();
   const auto check_length = [&](const char* name, size_t length, bool optional) {
@@ -133,6 +141,7 @@ void check(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups, int6
     TORCH_CHECK(is_real_or_complex(type), "optim_step_(): expected params[", i, "] of a floating or complex type, got ",
                 type);
     check_tensor("params", i, param, lists.params[0], type);
+    check_overlap("params", i, param);
     check_like("grads", i, lists.grads[i], param, gradient_type(lists.grads[i], type));
     TORCH_CHECK(groups[i] >= 0 && groups[i] < group_count, "optim_step_(): expected groups[", i, "] below ",
                 group_count, ", got ", groups[i]);
@@ -291,6 +300,7 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
   TORCH_CHECK(settings.lr.empty() || int64_t(settings.lr.size()) == group_count, "optim_step_(): expected lr of ",
               group_count, " tensors (one a group) or none, got ", settings.lr.size());
   check(algorithm, lists, settings.groups, group_count);
+  for (size_t i = 0; settings.write_grads && i < count; ++i) check_overlap("grads", i, lists.grads[i]);
   if (count == 0) return;
   const Tensor& first = lists.params[0];
   const Device device(first);

@@ -588,6 +588,11 @@ def _check_like(name: str, i: int, tensor: Tensor, param: Tensor, dtype: torch.d
     _expect(tensor.shape == param.shape, f"{name}[{i}] of shape {list(param.shape)}", list(tensor.shape))
 
 
+def _check_overlap(name: str, i: int, tensor: Tensor) -> None:
+    shared = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    _expect(not shared, f"{name}[{i}] without elements that share memory; clone() it first", tensor.stride())
+
+
 def _check(
     algorithm: str,
     params: list[Tensor],
@@ -625,6 +630,7 @@ def _check(
         real = _real_type(dtype)
         _expect(real in _REAL, f"params[{i}] of a floating or complex type", dtype)
         _expect(param.device == params[0].device, f"params[{i}] on {params[0].device}", param.device)
+        _check_overlap("params", i, param)
         given = grads[i].dtype
         serves = _real_type(given) in _REAL and given.is_complex == dtype.is_complex
         _check_like("grads", i, grads[i], param, given if serves else dtype)
@@ -677,6 +683,9 @@ def optim_step_(
     """One step of all tensors; csrc/optim/kernel.h says what each list holds. Checks all before it writes anything."""
     states, scales = [state1, state2, state3], [scales1, scales2, scales3]
     _check(algorithm, params, grads, states, scales, remainders, ema, steps, groups, options, lr)
+    if write_grads:
+        for i, grad in enumerate(grads):
+            _check_overlap("grads", i, grad)
     if not params:
         return
     device = params[0].device

@@ -204,7 +204,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
 
     def step(
         algorithm: str, states: int, numel: int = 4096, state: torch.dtype = dtype, remainder: bool = False,
-        ema: bool = False, seed: int | None = None,
+        ema: bool = False, seed: int | None = None, grad: torch.dtype = dtype,
     ) -> None:  # fmt: skip
         def like(kind: torch.dtype, wanted: bool = True) -> list[torch.Tensor]:
             return [torch.zeros(numel, dtype=kind)] if wanted else []
@@ -216,7 +216,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
         stochastic = 0.0 if seed is None else 1.0
         options = [1e-3, 0.1, 1e-8, 0.9, 0.99, 0.9, 0.0, 0.99, 0.99, 1.0, 0.0, 0.0, stochastic, 7 * stochastic]
         op.optim_step_(
-            algorithm, param, like(dtype), *moments, *scales, like(torch.int16, remainder), like(average, ema), steps,
+            algorithm, param, like(grad), *moments, *scales, like(torch.int16, remainder), like(average, ema), steps,
             [0], options, [], None, 0.0, None, None, False, seed,
         )  # fmt: skip
 
@@ -231,6 +231,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
         yield "adam remainder ema", True, partial(step, "adam", 2, state=torch.float32, remainder=True, ema=True)
         yield "sgd stochastic", True, partial(step, "sgd", 0, seed=1)
         yield "adam stochastic", True, partial(step, "adam", 2, seed=1)
+        yield "adam fp32 gradient", True, partial(step, "adam", 2, grad=torch.float32)
     if dtype not in (torch.float32, torch.bfloat16):
         return
     grads = [torch.ones(8192, dtype=dtype)]
