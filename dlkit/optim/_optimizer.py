@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from dlkit.optim import _masters
 from dlkit.optim._average import AveragingOptimizer
-from dlkit.optim._state import GROUP_OPTIONS, Shared, name_of_dtype
+from dlkit.optim._state import GROUP_OPTIONS, Shared, name_of_dtype, names_of, other_form
 from dlkit.optim._tensors import (
     SERVED,
     SIXTEEN_BITS,
@@ -297,16 +297,15 @@ class OnePass(AveragingOptimizer):
 
     def _arrays(self, group: dict[str, Any], param: Tensor, label: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(everything that a step of `param` needs by name, the part of it that is new)."""
-        state: dict[str, Any] = self.state.get(param, {})
+        kept: dict[str, Any] = self.state.get(param, {})
+        state = self._in_form(group, param, kept) if kept else kept
         wanted = self._state_type(group, param)
-        if state:
-            self._bring_into_form(group, param, state)
         needed = ["step"] if self._counts_steps else []
         for key in self._creation_order(group):
             needed += [f"{key}_codes", f"{key}_scale"] if wanted == torch.uint8 else [key]
         extras = ["remainder"] if group.get("master_weights") and param.dtype in SIXTEEN_BITS else []
         extras += ["ema"] if group.get("ema_decay") is not None else []
-        new: dict[str, Tensor] = {}
+        new: dict[str, Tensor] = {key: value for key, value in state.items() if kept.get(key) is not value}
         for key in (*needed, *extras):
             if state.get(key) is not None or key in new:
                 continue
@@ -411,7 +410,9 @@ class OnePass(AveragingOptimizer):
                 plan.pending.append((param, new))
             names = self._state_names(group)
             # torch's SGD takes a new buffer's first gradient as it is: no dampening, on a buffer of zeros.
-            fresh = not self._counts_steps and any(str(key).startswith("momentum_buffer") for key in new)
+            before = self.state.get(param, {})
+            fresh = not self._counts_steps and names[0] is not None
+            fresh = fresh and not any(isinstance(before.get(key), Tensor) for key in names_of(str(names[0])))
             plan.fresh = plan.fresh or fresh
             stored = [found.get(f"{key}_codes", found.get(str(key))) for key in names]
             scaled = [found.get(f"{key}_scale") for key in names]
@@ -487,7 +488,10 @@ class OnePass(AveragingOptimizer):
         """Puts new state where it belongs; the next step finds this plan."""
         if plan.pending or plan.contents is None:
             for param, new in plan.pending:
-                self.state[param].update(new)
+                state = self.state[param]
+                for key in [key for key in state if any(name in new for name in other_form(key))]:
+                    del state[key]
+                state.update(new)
             plan.pending = []
             plan.contents = _C.contents(*self._containers())
             plan.simple = not plan.wrapped and not plan.fresh

@@ -46,6 +46,17 @@ def embedding_weights() -> set[int]:
     return {id(module._parameters.get("weight")) for module in found if "_parameters" in module.__dict__}
 
 
+def names_of(key: str) -> tuple[str, str, str]:
+    """The entries that a state may have."""
+    return key, f"{key}_codes", f"{key}_scale"
+
+
+def other_form(name: str) -> tuple[str, ...]:
+    """The entries that replace this one when its state changes between a floating tensor and codes."""
+    base = name.removesuffix("_codes").removesuffix("_scale")
+    return (f"{base}_codes",) if name == base else (base,)
+
+
 def _serves(state: torch.dtype, param: torch.dtype) -> bool:
     """Whether kernels take a state of this dtype with such a parameter. What is not floating raises there."""
     if state == param or not (state.is_floating_point and param.is_floating_point):
@@ -131,7 +142,9 @@ class StatefulOptimizer(Optimizer):
             values = _int8.decode(local(codes).to(device), local(scale).to(device), self._is_signed(key))
             return like(param, values)
         value = entries.get(key)
-        if isinstance(value, Tensor) and value.dtype == torch.uint8 and isinstance(scale, Tensor):
+        if not isinstance(value, Tensor):
+            return None
+        if value.dtype == torch.uint8 and isinstance(scale, Tensor):
             # Version 0.1 kept codes under torch's own name, and blocks in the order of memory.
             return _int8.decode_memory_order(value.to(device), scale.to(device), self._is_signed(key))
         return value
@@ -140,6 +153,8 @@ class StatefulOptimizer(Optimizer):
         """The entries that keep these numbers."""
         device = local(param).device
         if wanted != torch.uint8:
+            if wanted.is_complex and not values.is_complex():
+                wanted = values.dtype  # as torch leaves it; a step says what is wrong
             return {key: values.to(dtype=wanted) if is_dtensor(values) else values.to(device, wanted)}
         if is_dtensor(param) and not is_dtensor(values):
             raise ValueError(f"{type(self).__name__}: expected {key} of a DTensor to be one, got a Tensor")
@@ -148,22 +163,27 @@ class StatefulOptimizer(Optimizer):
 
     def _is_in_form(self, key: str, wanted: torch.dtype, state: dict[str, Any]) -> bool:
         value = state.get(f"{key}_codes" if wanted == torch.uint8 else key)
-        return value is not None and (value.dtype == torch.uint8) == (wanted == torch.uint8)
+        return isinstance(value, Tensor) and (value.dtype == torch.uint8) == (wanted == torch.uint8)
 
-    def _bring_into_form(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """After a change of state_dtype, from codes to numbers or back; after a cast of the parameter, to its dtype."""
-        wanted = self._state_type(group, param)
+    def _in_form(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as its group and parameter want it now: after a change of state_dtype, or a cast of the parameter.
+
+        `state` itself where it is so already, else a copy, since a step may still raise.
+        """
+        formed = state
         for key in self._creation_order(group):
+            values, wanted = None, self._state_type(group, param)
             if not self._is_in_form(key, wanted, state):
                 values = self._read_state(key, state, param)
-                if values is not None:
-                    for stale in (key, f"{key}_codes", f"{key}_scale"):
-                        state.pop(stale, None)
-                    state.update(self._write_state(key, wanted, values, param))
             elif wanted != torch.uint8 and not _serves(state[key].dtype, param.dtype):
-                state[key] = state[key].to(wanted)
+                values = state[key]
+                wanted = torch.float32 if param.dtype in SIXTEEN_BITS else wanted  # 16 bits might overflow
+            if values is not None:
+                kept = {name: value for name, value in formed.items() if name not in names_of(key)}
+                formed = {**kept, **self._write_state(key, wanted, values, param)}
         if "ema" in state and param.is_floating_point() and state["ema"].dtype != average_dtype(param):
-            state["ema"] = state["ema"].to(average_dtype(param))
+            formed = {**formed, "ema": state["ema"].to(average_dtype(param))}
+        return formed
 
     # Saving and loading.
 
@@ -210,8 +230,8 @@ class StatefulOptimizer(Optimizer):
                 values = self._read_state(key, state, param)
                 if values is not None and (key in coded or consolidate):
                     state[key] = values.float() if values.dtype in SIXTEEN_BITS else values
-                state.pop(f"{key}_codes", None)
-                state.pop(f"{key}_scale", None)
+                for name in names_of(key)[1:]:
+                    state.pop(name, None)
             if consolidate:
                 if self._has_master(param):
                     state["master_param"] = self._exact(param)
@@ -267,7 +287,8 @@ class StatefulOptimizer(Optimizer):
             key = name.removesuffix("_codes").removesuffix("_scale")
             if key in self._all_states:
                 if key not in taken and f"{key}_codes" not in taken:
-                    taken.update(self._loaded_form(key, wanted, given, param))
+                    formed = self._loaded_form(key, wanted, given, param)
+                    taken.update({name: state[name]} if formed is None else formed)
             elif name in ("remainder", "param_copy"):
                 if masters and "master_param" not in given:
                     moved = value if is_dtensor(value) else value.to(device)
@@ -285,8 +306,10 @@ class StatefulOptimizer(Optimizer):
         state.clear()
         state.update(taken)
 
-    def _loaded_form(self, key: str, wanted: torch.dtype, given: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """The entries of a state, also of one that its group does not use at present."""
+    def _loaded_form(
+        self, key: str, wanted: torch.dtype, given: dict[str, Any], param: Tensor
+    ) -> dict[str, Any] | None:
+        """The entries of a state, also of one that its group does not use at present; None where it is no tensor."""
         codes, scale = given.get(f"{key}_codes"), given.get(f"{key}_scale")
         if wanted == torch.uint8 and isinstance(codes, Tensor) and isinstance(scale, Tensor):
             device = local(param).device
@@ -295,7 +318,7 @@ class StatefulOptimizer(Optimizer):
                 f"{key}_scale": local(scale).to(device),
             }
         numbers = self._read_state(key, given, param)
-        return {key: None} if numbers is None else self._write_state(key, wanted, numbers, param)
+        return None if numbers is None else self._write_state(key, wanted, numbers, param)
 
     def master_parameters(self) -> Iterator[Tensor]:
         """The parameters at full precision, in the order of the groups: fp32 masters where there are any.

@@ -185,7 +185,10 @@ class Pair:
         if errors[0] is None and isinstance(errors[1], TypeError) and "but got NoneType" in str(errors[1]):
             self.ended = True  # torch's fused SGD, where some buffers are missing
             return
-        torch_refuses = self.widened() or "as a Tensor is not supported" in str(errors[1])  # a tensor lr with foreach
+        # A tensor as lr with foreach; foreach's nesterov, which writes into gradients.
+        foreach = "as a Tensor is not supported" in str(errors[1]) or "refers to a single memory" in str(errors[1])
+        foreach = foreach and any(group.get("foreach") for group in self.theirs.optimizer.param_groups)
+        torch_refuses = foreach or self.widened()
         if errors[0] is None and errors[1] is not None and torch_refuses:
             self.ended = True  # dlkit need not
             return
@@ -341,10 +344,10 @@ class Pair:
         for key in names[1]:
             # SGD's buffer: torch's is a copy of the first gradient, strides included; dlkit's is as the parameter.
             parts = 3 if key == "momentum_buffer" else 4
-            if isinstance(a[key], Tensor) and isinstance(b[key], Tensor) and a[key].dtype != b[key].dtype:
-                if key != "step" and self.widened():  # dlkit's states are of the parameter's dtype
-                    self.ended = True
-                    return
+            other = isinstance(a[key], Tensor) and isinstance(b[key], Tensor) and a[key].dtype != b[key].dtype
+            if other and key != "step" and self.widened():
+                self.ended = True  # dlkit's states are of the parameter's dtype
+                return
             if isinstance(b[key], Tensor) and (
                 not isinstance(a[key], Tensor) or form(a[key])[:parts] != form(b[key])[:parts]
             ):
@@ -401,8 +404,9 @@ class Pair:
             # 16 bits take part; nothing where torch is wrong on its own: its roots below 0, its overflow in fp16, its
             # fused kernels' reading of gradients that are not dense.
             groups = [g for optimizer in self.theirs.optimizers for g in optimizer.param_groups]
-            if y.dtype == torch.float16 or any(g.get("centered") or g.get("fused") for g in groups):
-                return
+            apart = any(g.get("centered") or g.get("fused") for g in groups)
+            if y.dtype == torch.float16 or apart or (tied and any(g.get("foreach") for g in groups)):
+                return  # foreach takes what is shared all at once
             largest = max(float(abs(array(t, False)[np.isfinite(array(t, False))]).max(initial=0)) for t in (x, y))
             tensors = [
                 t for p in self.theirs.params for t in (p, *self.owner(self.theirs, p).state.get(p, {}).values())
@@ -433,8 +437,8 @@ class Pair:
                 continue
             if q.untyped_storage().data_ptr() in shared or found[0].get("centered"):
                 continue  # an average may be taken between two updates; torch's roots below 0 are NaN
-            if len(found) > 1:
-                continue
+            if len(found) > 1 or not bool(q.isfinite().all()):
+                continue  # the master of what overflowed in 16 bits may be finite
             x, y = average_of(a, p), average_of(b, q)
             if x.dtype != y.dtype:
                 if "ema" not in a.state.get(p, {}) and q in b.averages:

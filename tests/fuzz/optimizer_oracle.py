@@ -47,7 +47,7 @@ class Oracle:
         self.grad_norm: Tensor | None = None
         self.masters: dict[Tensor, Tensor] = {}
         self.averages: dict[Tensor, Tensor] = {}
-        self.started: set[Tensor] = set()  # those whose average moves
+        self.moved = False  # has there been a step with a learning rate?
         self.used: dict[Tensor, Tensor] = {}  # the fp32 values that the last step began with
         self.raw: dict[Tensor, Tensor] = {}  # the gradients before they were clipped
         self.factor = 1.0  # of the gradients in the last step
@@ -63,9 +63,6 @@ class Oracle:
             found = kept.pop(param, None)
             if heir is not None and found is not None:
                 kept[heir] = found
-        if param in self.started:
-            self.started.discard(param)
-            self.started |= {heir} if heir is not None else set()
 
     def _parameters(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"]]  # type: ignore[attr-defined]
@@ -107,16 +104,14 @@ class Oracle:
             factor = self.max_norm / (norm + 1e-6)
             factor = 1.0 if factor > 1 else factor
         self.factor, self.used, self.stepped = factor, {}, True
-        averages, started = dict(self.averages), set(self.started)
+        averages = dict(self.averages)
         for group, param in self._parameters():
             averaged = param.is_complex() or param.dtype in FLOATING
-            # Steps with a rate of 0 before all others only make the states, as checkpoint tools do.
-            new = param not in self.started and (param in grads or param in self.averages)
+            # Before the first step that has a rate, steps only make the states, as checkpoint tools do.
+            new = param in grads if param not in self.averages else not self.moved
             if group.get("ema_decay") is not None and averaged and new:
                 kind = torch.float32 if param.dtype in SIXTEEN_BITS else param.dtype
                 self.averages[param] = self._exact(group, param).to(kind, copy=True)
-                if float(group["lr"]) != 0:
-                    self.started.add(param)
         whole: dict[Tensor, Tensor] = {}
         for group, param in self._parameters():
             if param not in grads or param in whole:
@@ -136,7 +131,7 @@ class Oracle:
             raised = False
         finally:
             if raised:
-                self.averages, self.started = averages, started
+                self.averages = averages
             for param, data in whole.items():
                 master, param.grad = param.data, None
                 if not raised:
@@ -153,6 +148,8 @@ class Oracle:
             if group.get("ema_decay") is not None and param in self.averages:
                 average = self.averages[param]
                 average.lerp_(self._exact(group, param).to(average.dtype), 1 - group["ema_decay"])
+        averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]  # type: ignore[attr-defined]
+        self.moved = self.moved or any(float(group["lr"]) != 0 for group in averaged)
         return loss
 
     def ema_parameters(self) -> Any:
