@@ -614,6 +614,34 @@ def test_warm_up_of_the_average():
         dlkit.optim.SGD([param], ema_warmup=True)
 
 
+def test_an_average_goes_on_in_a_new_group():
+    param, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    ours = dlkit.optim.SGD([param], lr=1.0, ema_decay=0.9)
+    expected = torch.zeros(3)
+    for i in range(4):
+        if i == 2:
+            ours.add_param_group({"params": [other]})
+            ours.param_groups[1]["params"].append(ours.param_groups[0]["params"].pop())
+        step(ours, *([None] if i > 1 else []), -torch.ones(3))
+        expected.lerp_(param.detach(), 0.1)
+    torch.testing.assert_close(ours.state[param]["ema"], expected)
+
+
+def test_an_average_that_keeps_nothing_is_an_average():
+    param = nn.Parameter(torch.zeros(3))
+    frozen = nn.Parameter(torch.zeros(3, dtype=torch.float8_e4m3fn), requires_grad=False)
+    ours = dlkit.optim.SGD([param, frozen], lr=1.0, ema_decay=0.0)
+    param.grad = torch.ones(3)
+    ours.step()
+    assert torch.equal(next(ours.ema_parameters()), param)
+    with ours.ema(), pytest.raises(RuntimeError, match="swapped in"):
+        ours.step()
+    elsewhere = nn.Parameter(torch.zeros(3, device="meta"))
+    ours = dlkit.optim.SGD([elsewhere], lr=1.0, ema_decay=0.0)
+    with pytest.raises(RuntimeError, match="ema_decay needs dlkit's kernels"):
+        step(ours, torch.ones(3, device="meta"))
+
+
 def test_a_state_made_before_weights_are_loaded_does_not_hold_old_weights():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -639,6 +667,32 @@ def test_a_state_made_before_weights_are_loaded_does_not_hold_old_weights():
 def test_what_is_of_the_whole_optimizer_is_refused_in_a_group(key):
     with pytest.raises(ValueError, match=f"{key} is of the whole optimizer"):
         dlkit.optim.SGD([{"params": [parameter(4)], key: 1.0}], lr=1.0)
+
+
+@pytest.mark.parametrize("how", ["expanded", "conjugate", "shared"])
+def test_clipping_in_place_of_gradients_that_are_not_plain(how):
+    """Refused before anything changes, or written where the user sees it, once."""
+    dtype = torch.complex64 if how == "conjugate" else torch.float32
+    params = [nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(4, dtype=dtype))]
+    plain = torch.randn(4, dtype=dtype)
+    grads = {
+        "expanded": [torch.ones(1).expand(4), torch.ones(4)],
+        "conjugate": [plain.clone().conj(), plain.clone()],
+        "shared": [plain] * 2,
+    }[how]
+    wanted = [grad.clone() for grad in grads]
+    ours = dlkit.optim.SGD(params, lr=1.0, max_norm=0.5, clip_gradients_in_place=True)
+    if how == "expanded":
+        with pytest.raises(RuntimeError, match="elements share memory"):
+            step(ours, *grads)
+        assert all((param == 1).all() for param in params) and not ours.state
+        return
+    step(ours, *grads)
+    norm = torch.cat(wanted).abs().norm()
+    torch.testing.assert_close(ours.grad_norm, norm)
+    for param, grad, given in zip(params, wanted, grads, strict=True):
+        torch.testing.assert_close(given.resolve_conj(), grad.resolve_conj() * 0.5 / norm)
+        torch.testing.assert_close(param.detach(), 1 - grad.resolve_conj() * 0.5 / norm)
 
 
 # GradScaler.
@@ -782,6 +836,46 @@ def test_tools_for_checkpoints_take_what_is_in_groups(state_dtype):
     found = get_optimizer_state_dict(model, ours, options=StateDictOptions(cpu_offload=True))
     assert found["param_groups"][0]["state_dtype"] == str(state_dtype).removeprefix("torch.")
     assert found["state"]["weight"]["remainder"].dtype == torch.bfloat16
+
+
+def test_a_state_that_is_not_in_use_keeps_its_dtype():
+    param = parameter(50, dtype=torch.bfloat16)
+    ours = dlkit.optim.AdamW([param], master_weights=True, amsgrad=True)
+    step(ours, torch.randn(50).bfloat16())
+    ours.param_groups[0]["amsgrad"] = False
+    before = {key: value.clone() for key, value in ours.state[param].items()}
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert list(ours.state[param]) == list(before)
+    for key, value in before.items():
+        assert same(ours.state[param][key], value), key
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_is_cast_and_its_states_are_left(name):
+    """torch's SGD and RMSprop go on then, and so does dlkit; a buffer is not taken for a new one."""
+    arguments = {"momentum": 0.5, "dampening": 0.5} if name == "SGD" else {}
+    params = [parameter(50), parameter(50)]
+    params[1].data = params[0].data.double()
+    runs = [getattr(dlkit.optim, name)([param], lr=0.01, **arguments) for param in params]
+    for i in range(4):
+        if i == 2:
+            params[0].grad = None
+            params[0].data = params[0].data.double()
+        grad = torch.randn(50)
+        for param, run in zip(params, runs, strict=True):
+            step(run, grad.to(param.dtype))
+    torch.testing.assert_close(*params, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_was_taken_out_begins_anew():
+    param = parameter(50, dtype=torch.bfloat16)
+    ours = dlkit.optim.SGD([param], lr=1e-3, master_weights=True)
+    step(ours, torch.randn(50).bfloat16())
+    del ours.state[param]
+    with torch.no_grad():
+        param.fill_(1.0)
+    step(ours, torch.ones(50).bfloat16())
+    torch.testing.assert_close(next(ours.master_parameters()), torch.full((50,), 1 - 1e-3), rtol=1e-6, atol=0)
 
 
 # Gradients, dtypes and devices.
