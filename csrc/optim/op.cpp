@@ -93,6 +93,7 @@ void check_like(const char* list, size_t i, const Tensor& tensor, const Tensor& 
 // The gradient's own type where the kernels, or a copy, can serve it; else the parameter's.
 at::ScalarType gradient_type(const Tensor& grad, at::ScalarType param) {
   const at::ScalarType type = grad.scalar_type();
+  if (type == param) return type;
   return is_real_or_complex(type) && c10::isComplexType(type) == c10::isComplexType(param) ? type : param;
 }
 
@@ -112,6 +113,7 @@ constexpr const char* kScaleNames[kStates] = {"scales1", "scales2", "scales3"};
 
 // What is written must hold each element once. An expanded one would be copied, and the copy back would raise too late.
 void check_overlap(const char* list, size_t i, const Tensor& tensor) {
+  if (tensor.is_contiguous()) return;
   TORCH_CHECK(tensor.is_non_overlapping_and_dense() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
               "optim_step_(): expected ", list, "[", i,
               "] without elements that share memory; clone() it first; got strides ", tensor.strides(), " of shape ",
@@ -200,10 +202,9 @@ class Arranger {
   // With `converts`, in the parameter's type.
   void* place(const Tensor& tensor, bool changes, bool converts = false) {
     const Tensor& real = as_real(tensor);
-    const at::ScalarType type = converts ? this->type() : real.scalar_type();
     const bool fits = contiguous_ ? real.is_contiguous() : real.strides() == at::IntArrayRef(strides_);
-    if (fits && real.scalar_type() == type) return real.unsafeGetTensorImpl()->mutable_data();
-    const auto options = real.options().dtype(type);
+    if (fits && !converts) return real.unsafeGetTensorImpl()->mutable_data();
+    const auto options = converts ? real.options().dtype(type()) : real.options();
     kept_.push_back(contiguous_ ? at::empty(real.sizes(), options)
                                 : at::empty_strided(real.sizes(), strides_, options));
     kept_.back().copy_(real);
@@ -384,8 +385,7 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
   arranger.finish();
   mark_changed(lists.params);
   mark_changed(lists.ema);
-  if (settings.write_grads) mark_changed(lists.grads);
-  for (int s = 0; s < kStates; ++s) mark_changed(lists.states[s]);
+  if (settings.write_grads) mark_changed(lists.grads);  // nothing saves states
 }
 
 template <class Device>
@@ -696,7 +696,7 @@ class Plan : public torch::CustomClassHolder {
   struct Run {
     std::string algorithm;
     Unowned params, grads, states[kStates], scales[kStates], remainders, ema, steps;
-    std::deque<Tensor> kept;  // gradients that nothing else holds
+    std::deque<Tensor> kept;                         // gradients that nothing else holds
     std::deque<std::pair<Tensor, Tensor>> resolved;  // conjugate or negated views, and what the kernels take instead
     std::vector<int64_t> groups;
     std::vector<std::string> labels;  // what errors call the parameters
@@ -725,9 +725,10 @@ class Plan : public torch::CustomClassHolder {
       Run& run = whole.active();
       for (size_t i = 0; i < run.grads.size(); ++i) {
         const Tensor& grad = run.grads[i];
-        TORCH_CHECK(at::has_internal_overlap(grad) != at::MemOverlap::Yes,
-                    "step(): expected gradients that can be written, with clip_gradients_in_place=True or a loss scale, "
-                    "got one whose elements share memory; use its contiguous() or clone()");
+        TORCH_CHECK(
+            at::has_internal_overlap(grad) != at::MemOverlap::Yes,
+            "step(): expected gradients that can be written, with clip_gradients_in_place=True or a loss scale, "
+            "got one whose elements share memory; use its contiguous() or clone()");
         if (!seen.insert(grad.unsafeGetTensorImpl()).second) run.grads.replace(i, run.keep(grad.clone()));
       }
     }
