@@ -256,7 +256,10 @@ def test_any_parameter_may_be_missing(backend, shape, groups, channels_last, typ
     for present in itertools.product([True, False], repeat=2):
         weight, bias = (p if here else None for p, here in zip(parameters, present, strict=True))
         # torch's own group_norm fails with a bias and no weight.
-        given = (x, *(p if here else torch.full_like(p, i) for p, here, i in zip(parameters, present, (1, 0), strict=True)))
+        given = (
+            x,
+            *(p if here else torch.full_like(p, i) for p, here, i in zip(parameters, present, (1, 0), strict=True)),
+        )
         leaves = [t.double().requires_grad_() for t in given]
         expected = Case(groups).native(leaves[0], None, *leaves[1:], None, None)
         wanted = torch.autograd.grad(expected, leaves, grad_output.double())

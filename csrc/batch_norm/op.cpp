@@ -350,44 +350,39 @@ BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, co
   return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
 }
 
-struct BatchNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, y, weight, bias, mean,
-      rstd;  // y only where the mask does not follow from input
+struct BatchNormBackward : SavingNode<6> {
+  enum { Input, Y, Weight, Bias, Mean, Rstd };  // Y only where the mask does not follow from the input
   Options options;
   bool residual = false;
 
   std::string name() const override { return "DlkitBatchNormBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) saved->reset_data();
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
+    return gradients(grads[0], call_backward(grads[0], saved[Input], saved[Y], saved[Weight], saved[Bias], saved[Mean],
+                                             saved[Rstd], options.groups, options.training, options.relu, mask()));
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor& grad_output = grads[0];
-    if (!grad_output.defined()) return variable_list(4);
-    const Tensor x = input.unpack(), w = weight.unpack(), b = bias.unpack();
-    const Tensor result = residual && options.relu ? y.unpack(getptr()) : Tensor();
-    const std::array<bool, 4> mask{task_should_compute_output(0), task_should_compute_output(1) && options.relu,
-                                   task_should_compute_output(2), task_should_compute_output(3)};
-    BackwardOutputs found;
-    if (at::GradMode::is_enabled()) {
-      found = differentiable_backward(grad_output, x, result, w, b, mean.unpack(), rstd.unpack(), mask);
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      found = call_backward(grad_output, x, result, w, b, mean.unpack(), rstd.unpack(), options.groups,
-                            options.training, options.relu, mask);
-    }
-    auto& [grad_input, grad_residual, grad_weight, grad_bias] = found;
-    // Without a ReLU the residual's gradient is what came.
-    if (task_should_compute_output(1) && !options.relu) grad_residual = grad_output;
-    return {grad_input, grad_residual, grad_weight, grad_bias};
+  // torch's own backward of the same function.
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
+    const Tensor& result = saved[Y];
+    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(saved[Bias])};
+    const Tensor z =
+        in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
+          if (options.training) return native_norm(t, p, q, options);
+          std::vector<int64_t> along(t.dim(), 1);
+          along[1] = -1;
+          Tensor scaled = (t - saved[Mean].view(along)) * saved[Rstd].view(along);
+          if (has(p)) scaled = scaled * p->view(along);
+          return has(q) ? scaled + q->view(along) : scaled;
+        });
+    const Tensor g = options.relu ? grads[0] * ((result.defined() ? result : z.detach()) > 0) : grads[0];
+    const auto wanted = mask();
+    const std::array<Tensor, 3> found = differentiable_gradients(z, g, sources, {wanted[0], wanted[2], wanted[3]});
+    return gradients(grads[0], {found[0], wanted[1] ? g : Tensor(), found[1], found[2]});
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(y, residual && options.relu);
-    for (const auto* saved : {&input, &weight, &bias, &mean, &rstd}) args.collect(*saved, false);
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(options.groups);
     args.collect(options.training);
     args.collect(options.relu);
@@ -395,32 +390,17 @@ struct BatchNormBackward : torch::autograd::Node {
     args.collect(residual);
   }
 
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) swap.before(*saved);
-    variable_list result = apply(variable_list(grads));
-    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) swap.after(*saved);
-    return result;
+ private:
+  std::array<bool, 4> mask() const {
+    return {task_should_compute_output(0), task_should_compute_output(1) && options.relu, task_should_compute_output(2),
+            task_should_compute_output(3)};
   }
 
-  // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
-  BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& x, const Tensor& result,
-                                          const Tensor& w, const Tensor& b, const Tensor& m, const Tensor& r,
-                                          std::array<bool, 4> mask) {
-    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const std::array<Tensor, 3> sources{alias(x), alias(w), alias(b)};
-    const Tensor z =
-        in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
-          if (options.training) return native_norm(t, p, q, options);
-          std::vector<int64_t> along(t.dim(), 1);
-          along[1] = -1;
-          Tensor scaled = (t - m.view(along)) * r.view(along);
-          if (has(p)) scaled = scaled * p->view(along);
-          return has(q) ? scaled + q->view(along) : scaled;
-        });
-    const Tensor g = options.relu ? grad_output * ((result.defined() ? result : z.detach()) > 0) : grad_output;
-    const std::array<Tensor, 3> grads = differentiable_gradients(z, g, sources, {mask[0], mask[2], mask[3]});
-    return {grads[0], mask[1] ? g : Tensor(), grads[1], grads[2]};
+  variable_list gradients(const Tensor& grad_output, const BackwardOutputs& found) const {
+    const auto& [grad_input, grad_residual, grad_weight, grad_bias] = found;
+    // Without a ReLU the residual's gradient is what came.
+    const bool as_it_came = task_should_compute_output(1) && !options.relu;
+    return {grad_input, as_it_came ? grad_output : grad_residual, grad_weight, grad_bias};
   }
 };
 
@@ -437,19 +417,19 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
   };
   ForwardOutputs outputs;
   if (any_requires_grad(input, residual, weight, bias)) {
-    using torch::autograd::SavedVariable;
-    const auto node = make_node<BatchNormBackward>();
+    using Node = BatchNormBackward;
+    const auto node = make_node<Node>();
     node->set_next_edges(
         torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
     outputs = call();
     const auto& [y, mean, rstd] = outputs;
     torch::autograd::set_history(y, node);
-    node->input = SavedVariable(input, false);
-    if (has(residual) && options.relu) node->y = SavedVariable(y, true);
-    node->weight = SavedVariable(or_undefined(weight), false);
-    node->bias = SavedVariable(or_undefined(bias), false);
-    node->mean = SavedVariable(mean, false);
-    node->rstd = SavedVariable(rstd, false);
+    node->save(Node::Input, input);
+    if (has(residual) && options.relu) node->save(Node::Y, y, true);
+    node->save(Node::Weight, or_undefined(weight));
+    node->save(Node::Bias, or_undefined(bias));
+    node->save(Node::Mean, mean);
+    node->save(Node::Rstd, rstd);
     node->options = options;
     node->residual = has(residual);
   } else {

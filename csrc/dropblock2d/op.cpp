@@ -133,38 +133,25 @@ const auto& apply_op() {
   return op;
 }
 
-struct DropBlock2dBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable state;
+struct DropBlock2dBackward : SavingNode<1> {  // the state
   double p = 0;
   int64_t block_size = 1;
 
   std::string name() const override { return "DlkitDropBlock2dBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.reset_data();
+  // dropblock2d_apply is its own backward, under autograd or not.
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
+    if (!task_should_compute_output(0)) return variable_list(1);
+    return {apply_op().call(grads[0], saved[0], p, block_size)};
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined() || !task_should_compute_output(0)) return variable_list(1);
-    if (at::GradMode::is_enabled()) return {apply_op().call(grads[0], state.unpack(), p, block_size)};
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return {apply_op().call(grads[0], state.unpack(), p, block_size)};
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    return backward(grads, saved);
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(state, false);
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(p);
     args.collect(block_size);
-  }
-
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    swap.before(state);
-    variable_list result = apply(variable_list(grads));
-    swap.after(state);
-    return result;
   }
 };
 
@@ -199,7 +186,7 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_
   }
   if (node) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return y;
 }
@@ -250,7 +237,7 @@ Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const Opti
   auto& [y, state] = result;
   if (node) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return std::move(y);
 }
@@ -275,7 +262,7 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (node) {
     torch::autograd::rebase_history(input, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
 }
 

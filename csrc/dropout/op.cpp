@@ -228,50 +228,33 @@ Form<c10::SymInt> linear_part(Form<c10::SymInt> form) {
   return form;
 }
 
-struct DropoutBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable state;
+struct DropoutBackward : SavingNode<1> {  // the state
   Form<c10::SymInt> form{};
   bool residual = false;  // a second input, whose gradient is that of the output
 
   std::string name() const override { return "DlkitDropoutBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.reset_data();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  // dropout_apply is its own backward, under autograd or not.
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
     variable_list result(residual ? 2 : 1);
-    if (!grads[0].defined()) return result;
     if (residual && task_should_compute_output(1)) result[1] = grads[0];
-    if (!task_should_compute_output(0)) return result;
-    if (at::GradMode::is_enabled()) {
-      result[0] = call_apply(grads[0], state.unpack(), form);
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      result[0] = call_apply(grads[0], state.unpack(), form);
-    }
+    if (task_should_compute_output(0)) result[0] = call_apply(grads[0], saved[0], form);
     return result;
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(state, false);
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    return backward(grads, saved);
+  }
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(form.p);
     args.collect(form.inner);
     args.collect(form.scale);
     args.collect(residual);
   }
 
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    swap.before(state);
-    swap.before(form.inner);
-    variable_list result = apply(variable_list(grads));
-    swap.after(state);
-    swap.after(form.inner);
-    return result;
-  }
+  void swap_before(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.before(form.inner); }
+  void swap_after(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.after(form.inner); }
 };
 
 auto node_for(const Tensor& input, const Form<c10::SymInt>& form) {
@@ -308,7 +291,7 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::S
   }
   if (graph) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return y;
 }
@@ -364,7 +347,7 @@ Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, con
   auto& [y, state] = result;
   if (graph) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return std::move(y);
 }
@@ -401,7 +384,7 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
   auto& [y, state] = result;
   if (graph) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return std::move(y);
 }
@@ -426,7 +409,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (graph) {
     torch::autograd::rebase_history(input, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
 }
 

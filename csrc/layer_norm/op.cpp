@@ -331,83 +331,66 @@ Tensor drop(const Tensor& input, const Tensor& state, double p) {
 }
 
 // A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
-struct LayerNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, mean, rstd, weight,
-      bias;                              // input: what was normalised, the sum where there is one
-  torch::autograd::SavedVariable state;  // of the dropout, where there is one
+struct LayerNormBackward : SavingNode<6> {
+  enum { Input, Mean, Rstd, Weight, Bias, State };  // Input: what was normalised, the sum where there is one
   int64_t normalized_ndim = 0;
   double eps = 0, p = 0;
-  bool residual = false;
+  bool residual = false, rms = false;
 
   std::string name() const override { return "DlkitLayerNormBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) saved->reset_data();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor x = residual ? input.unpack(getptr()) : input.unpack();
-    const Tensor w = weight.unpack(), b = bias.unpack(), saved_mean = mean.unpack(), drawn = state.unpack();
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
     const Tensor& grad_output = grads[0];
     const Tensor grad_sum = residual ? grads[1] : Tensor();
-    const std::array<bool, 3> mask{task_should_compute_output(0) || task_should_compute_output(1),
-                                   task_should_compute_output(2), task_should_compute_output(3)};
-    BackwardOutputs result;
-    Tensor grad_dropped;
-    if (!grad_output.defined()) {
-      std::get<0>(result) = grad_sum;
-    } else if (at::GradMode::is_enabled()) {
-      const auto shape = x.sym_sizes().slice(x.dim() - normalized_ndim);
-      result = differentiable_backward(grad_output, grad_sum, x, shape, w, b, eps, !saved_mean.defined(), mask);
-    } else if (drawn.defined()) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
-      auto& [grad_residual, grad_weight, grad_bias] = result;
-      std::tie(grad_dropped, grad_residual, grad_weight, grad_bias) =
-          op.call(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, drawn, p, normalized_ndim,
-                  {task_should_compute_output(0), task_should_compute_output(1), mask[1], mask[2]});
-      return {grad_dropped, grad_residual, grad_weight, grad_bias};
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      result = call_backward(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, normalized_ndim, mask);
+    if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
+    const auto wanted = mask();
+    if (!saved[State].defined()) {
+      return through_dropout(call_backward(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight],
+                                           saved[Bias], normalized_ndim, wanted),
+                             saved);
     }
-    const auto& [grad_input, grad_weight, grad_bias] = result;
-    grad_dropped = drawn.defined() && grad_input.defined() && task_should_compute_output(0) ? drop(grad_input, drawn, p)
-                                                                                            : grad_input;
-    return {task_should_compute_output(0) ? grad_dropped : Tensor(),
-            task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
+    static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
+    auto [grad_dropped, grad_residual, grad_weight, grad_bias] = op.call(
+        grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], saved[Bias], saved[State], p,
+        normalized_ndim, {task_should_compute_output(0), task_should_compute_output(1), wanted[1], wanted[2]});
+    return {grad_dropped, grad_residual, grad_weight, grad_bias};
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(input, residual);
-    for (const auto* saved : {&mean, &rstd, &weight, &bias, &state}) args.collect(*saved, false);
+  // torch's own backward of the same function.
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    const Tensor& grad_output = grads[0];
+    const Tensor grad_sum = residual ? grads[1] : Tensor();
+    if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
+    // Aliases: the input may be an output of this very node, which must not be entered again while it runs.
+    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
+    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(saved[Bias])};
+    const auto shape = saved[Input].sym_sizes().slice(saved[Input].dim() - normalized_ndim);
+    const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
+    std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask());
+    if (mask()[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
+    return through_dropout({result[0], result[1], result[2]}, saved);
+  }
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(normalized_ndim);
     args.collect(eps);
     args.collect(p);
     args.collect(residual);
+    args.collect(rms);
   }
 
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) swap.before(*saved);
-    variable_list result = apply(variable_list(grads));
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) swap.after(*saved);
-    return result;
+ private:
+  std::array<bool, 3> mask() const {
+    return {task_should_compute_output(0) || task_should_compute_output(1), task_should_compute_output(2),
+            task_should_compute_output(3)};
   }
 
-  // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
-  static BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& grad_sum, const Tensor& input,
-                                                 c10::SymIntArrayRef shape, const Tensor& weight, const Tensor& bias,
-                                                 double eps, bool rms, std::array<bool, 3> mask) {
-    // Aliases: `input` may be an output of this very node, which must not be entered again while it runs.
-    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const std::array<Tensor, 3> sources{alias(input), alias(weight), alias(bias)};
-    const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
-    std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask);
-    if (mask[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
-    return {result[0], result[1], result[2]};
+  // grad_input of what was normalised goes to the residual as it is, and to the input by way of the dropout.
+  variable_list through_dropout(const BackwardOutputs& found, const Saved& saved) const {
+    const auto& [grad_input, grad_weight, grad_bias] = found;
+    Tensor first = task_should_compute_output(0) ? grad_input : Tensor();
+    if (first.defined() && saved[State].defined()) first = drop(first, saved[State], p);
+    return {first, task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
   }
 };
 
@@ -415,8 +398,8 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
                                               int64_t normalized_ndim, const OptionalTensor& weight,
                                               const OptionalTensor& bias, double eps, bool rms,
                                               const DropoutCall* dropout) {
-  using torch::autograd::SavedVariable;
-  const auto node = make_node<LayerNormBackward>();
+  using Node = LayerNormBackward;
+  const auto node = make_node<Node>();
   node->set_next_edges(
       torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
   ForwardOutputs outputs;
@@ -428,16 +411,17 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
   auto& [y, sum, mean, rstd] = outputs;
   torch::autograd::set_history(y, node);
   if (sum.defined()) torch::autograd::set_history(sum, node);
-  node->input = SavedVariable(sum.defined() ? sum : input, sum.defined());
-  node->mean = SavedVariable(mean, false);
-  node->rstd = SavedVariable(rstd, false);
-  node->weight = SavedVariable(or_undefined(weight), false);
-  node->bias = SavedVariable(or_undefined(bias), false);
+  node->save(Node::Input, sum.defined() ? sum : input, sum.defined());
+  node->save(Node::Mean, mean);
+  node->save(Node::Rstd, rstd);
+  node->save(Node::Weight, or_undefined(weight));
+  node->save(Node::Bias, or_undefined(bias));
   node->normalized_ndim = normalized_ndim;
   node->eps = eps;
+  node->rms = rms;
   node->residual = sum.defined();
   if (dropout != nullptr) {
-    node->state = SavedVariable(state, false);
+    node->save(Node::State, state);
     node->p = dropout->p;
   }
   return {std::move(y), std::move(sum)};
