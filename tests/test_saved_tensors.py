@@ -219,3 +219,75 @@ def test_backward_twice_is_refused_as_in_torch(name):
     y.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.backward()
+
+
+CHANGED_BIAS = {
+    "BatchNorm1d": (ROWS, lambda: NN.BatchNorm1d(FEATURES)),
+    "BatchNorm1d, evaluation": (ROWS, lambda: NN.BatchNorm1d(FEATURES).eval()),
+    "BatchNormReLU2d, residual": (PLANES, lambda: Twice(NN.BatchNormReLU2d(FEATURES))),
+    "GroupNorm": (PLANES, lambda: NN.GroupNorm(2, FEATURES)),
+    "InstanceNorm2d": (PLANES, lambda: NN.InstanceNorm2d(FEATURES, affine=True)),
+    "LayerNorm": (ROWS, lambda: NN.LayerNorm(FEATURES)),
+    "AddLayerNorm": (ROWS, lambda: Twice(NN.AddLayerNorm(FEATURES))),
+    "DropoutAddLayerNorm": (ROWS, lambda: Twice(NN.DropoutAddLayerNorm(FEATURES, 0.3))),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("name", CHANGED_BIAS)
+def test_a_bias_may_change_between_two_backwards(name, weighted, create_graph):
+    """No backward reads it, but for a ReLU whose mask is found from it again: that one notices the change."""
+    shape, make_layer = CHANGED_BIAS[name]
+    layer = make_layer()
+    norm = getattr(layer, "layer", layer)
+    if weighted:
+        norm.weight.requires_grad_(False)
+    else:
+        norm.weight = None
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x).sin().sum()
+    first = torch.autograd.grad(y, [x, norm.bias], retain_graph=True, create_graph=create_graph)
+    with torch.no_grad():
+        norm.bias.add_(1)
+    for got, wanted in zip(torch.autograd.grad(y, [x, norm.bias], create_graph=create_graph), first, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_relu_notices_a_changed_bias():
+    layer = NN.BatchNormReLU2d(FEATURES)
+    y = layer(torch.randn(PLANES)).sum()
+    y.backward(retain_graph=True)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("parameter", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_a_bias_alone_gets_a_gradient_of_its_type(parameter):
+    """Where there is no weight, the type comes from the bias, whose values are not kept."""
+    x = torch.randn(256, FEATURES).bfloat16()
+    bias = torch.zeros(FEATURES, dtype=parameter, requires_grad=True)
+    grad_output = torch.randn(256, FEATURES).bfloat16()
+    exact = grad_output.double().sum(0)
+    for y in (
+        F.batch_norm(x, None, None, None, bias, True),
+        F.group_norm(x, 2, None, bias),
+        F.layer_norm(x, (FEATURES,), None, bias),
+        F.add_layer_norm(x, x, (FEATURES,), None, bias)[0],
+    ):
+        (grad,) = torch.autograd.grad(y, bias, grad_output)
+        assert grad.dtype == parameter
+        torch.testing.assert_close(grad.double(), exact, rtol=torch.finfo(parameter).eps, atol=1e-4)
+
+
+def test_only_what_backward_reads_is_kept():
+    """By the tensors that the hooks see: no bias, but where the ReLU's mask is found from it."""
+    for name, kept in (*((name, False) for name in CHANGED_BIAS), ("BatchNormReLU2d", True)):
+        shape, make_layer = CHANGED_BIAS.get(name) or LAYERS[name]
+        layer = make_layer()
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.data_ptr()) or t, lambda t: t):
+            layer(torch.randn(shape, requires_grad=True))
+        assert (getattr(layer, "layer", layer).bias.data_ptr() in seen) == kept, name

@@ -136,7 +136,7 @@ Backward backward_arguments(const Layout& layout, const Tensor& grad_output, con
   op.x = layout.x.const_data_ptr();
   op.y = data_or_null(y);
   op.weight = data_or_null(parameters.weight);
-  op.bias = data_or_null(parameters.bias);
+  if (relu && !y.defined()) op.bias = data_or_null(parameters.bias);
   op.mean = mean.const_data_ptr();
   op.rstd = rstd.const_data_ptr();
   op.shape = layout.shape;
@@ -320,7 +320,11 @@ struct Options {
 Tensor native_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const Options& options) {
   if (options.groups == 0) return at::batch_norm(input, weight, bias, {}, {}, true, 0, options.eps, true);
-  return at::group_norm(input, options.groups, weight, bias, options.eps, true);
+  if (has(weight) || !has(bias)) return at::group_norm(input, options.groups, weight, bias, options.eps, true);
+  // torch's backward fails with a bias and no weight.
+  std::vector<int64_t> along(input.dim(), 1);
+  along[1] = -1;
+  return at::group_norm(input, options.groups, {}, {}, options.eps, true) + bias->view(along);
 }
 
 const auto& forward_op() {
@@ -351,14 +355,18 @@ BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, co
 }
 
 struct BatchNormBackward : SavingNode<6> {
-  enum { Input, Y, Weight, Bias, Mean, Rstd };  // Y only where the mask does not follow from the input
+  // Y and Bias only where the ReLU's mask is found from the one or, without a residual, from the other.
+  enum { Input, Y, Weight, MaskBias, Mean, Rstd };
   Options options;
+  Bias bias;
   bool residual = false;
 
   std::string name() const override { return "DlkitBatchNormBackward"; }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
-    return gradients(grads[0], call_backward(grads[0], saved[Input], saved[Y], saved[Weight], saved[Bias], saved[Mean],
+    // A weight tells the parameters' type as well.
+    const Tensor b = saved[Weight].defined() ? saved[MaskBias] : bias_of(saved);
+    return gradients(grads[0], call_backward(grads[0], saved[Input], saved[Y], saved[Weight], b, saved[Mean],
                                              saved[Rstd], options.groups, options.training, options.relu, mask()));
   }
 
@@ -366,7 +374,7 @@ struct BatchNormBackward : SavingNode<6> {
   variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
     const Tensor& result = saved[Y];
-    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(saved[Bias])};
+    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(bias_of(saved))};
     const Tensor z =
         in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
           if (options.training) return native_norm(t, p, q, options);
@@ -387,10 +395,16 @@ struct BatchNormBackward : SavingNode<6> {
     args.collect(options.training);
     args.collect(options.relu);
     args.collect(options.eps);
+    args.collect(bias.type);
     args.collect(residual);
   }
 
  private:
+  Tensor bias_of(const Saved& saved) const {
+    if (saved[MaskBias].defined()) return saved[MaskBias];
+    return bias.stand_in({saved[Input].sym_size(1)}, saved[Input]);
+  }
+
   std::array<bool, 4> mask() const {
     return {task_should_compute_output(0), task_should_compute_output(1) && options.relu, task_should_compute_output(2),
             task_should_compute_output(3)};
@@ -427,7 +441,8 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
     node->save(Node::Input, input);
     if (has(residual) && options.relu) node->save(Node::Y, y, true);
     node->save(Node::Weight, or_undefined(weight));
-    node->save(Node::Bias, or_undefined(bias));
+    if (options.relu && !has(residual)) node->save(Node::MaskBias, or_undefined(bias));
+    node->bias = Bias(bias);
     node->save(Node::Mean, mean);
     node->save(Node::Rstd, rstd);
     node->options = options;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -63,6 +64,20 @@ auto make_node() {
   return std::shared_ptr<T>(new T(), torch::autograd::deleteNode);
 #endif
 }
+
+// A bias of which backward reads no element, only the type that its gradient gets: what a node keeps in its place, so
+// that the user may change it in the meantime.
+struct Bias {
+  std::optional<at::ScalarType> type;
+  Bias() = default;
+  explicit Bias(const OptionalTensor& bias) {
+    if (has(bias)) type = bias->scalar_type();
+  }
+  at::Tensor stand_in(c10::SymIntArrayRef sizes, const at::Tensor& input) const {
+    return type ? at::zeros_symint(sizes, input.options().dtype(*type)).requires_grad_(at::GradMode::is_enabled())
+                : at::Tensor();
+  }
+};
 
 // A node with kCount saved variables. To unpack one may run hooks of the user, who computes in them (checkpointing) or
 // copies (offloading): that needs all of torch's dispatch. So all are unpacked here, before autograd's keys are

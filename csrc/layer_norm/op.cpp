@@ -331,8 +331,9 @@ Tensor drop(const Tensor& input, const Tensor& state, double p) {
 }
 
 // A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
-struct LayerNormBackward : SavingNode<6> {
-  enum { Input, Mean, Rstd, Weight, Bias, State };  // Input: what was normalised, the sum where there is one
+struct LayerNormBackward : SavingNode<5> {
+  enum { Input, Mean, Rstd, Weight, State };  // Input: what was normalised, the sum where there is one
+  Bias bias;
   int64_t normalized_ndim = 0;
   double eps = 0, p = 0;
   bool residual = false, rms = false;
@@ -344,15 +345,17 @@ struct LayerNormBackward : SavingNode<6> {
     const Tensor grad_sum = residual ? grads[1] : Tensor();
     if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
     const auto wanted = mask();
+    // A weight tells the parameters' type as well.
+    const Tensor b = saved[Weight].defined() ? Tensor() : bias.stand_in(row_sizes(saved), saved[Input]);
     if (!saved[State].defined()) {
       return through_dropout(call_backward(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight],
-                                           saved[Bias], normalized_ndim, wanted),
+                                           b, normalized_ndim, wanted),
                              saved);
     }
     static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
-    auto [grad_dropped, grad_residual, grad_weight, grad_bias] = op.call(
-        grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], saved[Bias], saved[State], p,
-        normalized_ndim, {task_should_compute_output(0), task_should_compute_output(1), wanted[1], wanted[2]});
+    auto [grad_dropped, grad_residual, grad_weight, grad_bias] =
+        op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b, saved[State], p,
+                normalized_ndim, {task_should_compute_output(0), task_should_compute_output(1), wanted[1], wanted[2]});
     return {grad_dropped, grad_residual, grad_weight, grad_bias};
   }
 
@@ -363,8 +366,8 @@ struct LayerNormBackward : SavingNode<6> {
     if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
     // Aliases: the input may be an output of this very node, which must not be entered again while it runs.
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(saved[Bias])};
-    const auto shape = saved[Input].sym_sizes().slice(saved[Input].dim() - normalized_ndim);
+    const auto shape = row_sizes(saved);
+    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), bias.stand_in(shape, saved[Input])};
     const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
     std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask());
     if (mask()[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
@@ -377,9 +380,14 @@ struct LayerNormBackward : SavingNode<6> {
     args.collect(p);
     args.collect(residual);
     args.collect(rms);
+    args.collect(bias.type);
   }
 
  private:
+  c10::SymIntArrayRef row_sizes(const Saved& saved) const {
+    return saved[Input].sym_sizes().slice(saved[Input].dim() - normalized_ndim);
+  }
+
   std::array<bool, 3> mask() const {
     return {task_should_compute_output(0) || task_should_compute_output(1), task_should_compute_output(2),
             task_should_compute_output(3)};
@@ -415,7 +423,7 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
   node->save(Node::Mean, mean);
   node->save(Node::Rstd, rstd);
   node->save(Node::Weight, or_undefined(weight));
-  node->save(Node::Bias, or_undefined(bias));
+  node->bias = Bias(bias);
   node->normalized_ndim = normalized_ndim;
   node->eps = eps;
   node->rms = rms;

@@ -191,7 +191,9 @@ class _Synchronised(torch.autograd.Function):
         empty = input.numel() == 0
         y = torch.empty_like(input) if empty else _apply(input, residual, weight, bias, mean, rstd, relu)
         ctx.relu, ctx.group = relu, group
-        ctx.save_for_backward(input, y if relu and residual is not None else None, weight, bias, mean, rstd, count)
+        # The bias's values only where the ReLU's mask is found from them, else its type alone.
+        kept_bias = bias if bias is None or (relu and residual is None) else torch.empty_like(bias)
+        ctx.save_for_backward(input, y if relu and residual is not None else None, weight, kept_bias, mean, rstd, count)
         return y
 
     @staticmethod
