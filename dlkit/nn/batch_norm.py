@@ -22,19 +22,34 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # as torch: without a count of batches there is no cumulative average
     use_batch = training or (running_mean is None and running_var is None)
-    return F._batch_norm(
-        input,
-        running_mean,
-        running_var,
-        layer.weight,
-        layer.bias,
-        residual,
-        num_batches_tracked,
-        use_batch,
-        momentum,
-        layer.eps,
-        relu,
-    )
+    eps = layer.eps
+    try:
+        return F._batch_norm(
+            input,
+            running_mean,
+            running_var,
+            layer.weight,
+            layer.bias,
+            residual,
+            num_batches_tracked,
+            use_batch,
+            momentum,
+            eps,
+            relu,
+        )
+    except (RuntimeError, ValueError) as error:
+        F.refuse_batch_norm(
+            type(layer).__name__,
+            error,
+            input,
+            running_mean,
+            running_var,
+            layer.weight,
+            layer.bias,
+            residual,
+            0.0 if momentum is None else momentum,
+            eps,
+        )
 
 
 torch.fx.wrap("normalize")  # one node in a graph, as torch's own layers are
