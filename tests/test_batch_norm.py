@@ -291,7 +291,8 @@ def test_no_workspace_is_overrun():
         pytest.skip(f"no {library}")
     code = """
 import itertools, torch, dlkit.functional as F
-for dtype, shape in itertools.product((torch.bfloat16, torch.float16, torch.float32), ((4, 64), (9, 6, 5), (2, 8, 3, 3))):
+shapes = (4, 64), (9, 6, 5), (2, 8, 3, 3)
+for dtype, shape in itertools.product((torch.bfloat16, torch.float16, torch.float32), shapes):
     for which in itertools.product((True, False), repeat=3):
         needs_weight, has_weight, has_bias = which
         x = torch.randn(shape).to(dtype).requires_grad_()
@@ -627,7 +628,7 @@ def test_bad_input_leaves_statistics():
     x, running = torch.randn(3, 4), (torch.full((4,), 7.0), torch.full((4,), 9.0))
     tracked = torch.tensor(3)
     calls = {
-        "momentum between 0 and 1, got 1.5": lambda: fused.batch_norm(x, *running, training=True, momentum=1.5),
+        "eps greater than 0 when training, got 0": lambda: fused.batch_norm(x, *running, training=True, eps=0.0),
         "weight of shape": lambda: fused.batch_norm(x, *running, torch.ones(5), training=True),
         "expected weight of Float": lambda: fused.batch_norm(x, *running, torch.ones(4).bfloat16(), training=True),
         "more than 1 value": lambda: fused._batch_norm(

@@ -1,5 +1,7 @@
 """Numbers as arguments: what kinds of them, and which, by tables against torch."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,10 @@ def outcome(function, *arguments):
         return type(error)
 
 
+def draws_nothing(p):
+    return p is None or float(p) in (0.0, 1.0)
+
+
 @pytest.mark.filterwarnings("ignore:dropout")
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("where", TAKES_NUMBERS)
@@ -93,3 +99,45 @@ def test_layers_and_fused_functions_take_any_number(number):
 
     for mine, other in zip(masks(number), masks(0.5), strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize("value", [-0.5, -1e-9, 0.0, 1e-5, 1.0, 1.5, math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("where", TAKES_NUMBERS)
+def test_ranges_of_numbers_are_torch_s(where, value):
+    mine, other = (outcome(TAKES_NUMBERS[where], f, value) for f in (fused, native))
+    if isinstance(other, type) or isinstance(mine, type):
+        assert mine is other, (mine, other)
+    elif "dropout" not in where or draws_nothing(value):
+        # A negative eps is what cancels.
+        torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-3 if value < 0 else 1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.5, math.nan, math.inf])
+def test_running_statistics_with_odd_momenta_are_torch_s(value):
+    for name in ("batch_norm", "instance_norm"):
+        mine, other = statistics(), statistics()
+        getattr(fused, name)(X, *mine, None, None, True, value)
+        getattr(native, name)(X, *other, None, None, True, value)
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_inference_tensors():
+    """In place only inside inference mode; running statistics and inputs as torch's ops take them."""
+    with torch.inference_mode():
+        x, planes = torch.ones(4, 6, 5), torch.ones(2, 3, 6, 6)
+        theirs = torch.ones(4, 6, 5)  # torch writes before it raises
+        fused.dropout(torch.ones(9), inplace=True)
+        fused.dropblock2d(torch.ones(2, 3, 6, 6), 0.5, 2, inplace=True)
+    for name in (*DROPOUTS, "drop_path"):
+        with pytest.raises(RuntimeError, match="inference"):
+            getattr(fused, name)(x, 0.5, True, True)
+        if name != "drop_path":
+            with pytest.raises(RuntimeError, match=r"[iI]nference"):
+                getattr(native, name)(theirs, 0.5, True, True)
+        assert getattr(fused, name)(x, 0.5, True).shape == x.shape
+        assert getattr(fused, name)(x, 0.0, True, True) is x
+    with pytest.raises(RuntimeError, match="inference"):
+        fused.dropblock2d(planes, 0.5, 2, inplace=True)
+    assert torch.equal(x, torch.ones(4, 6, 5)) and torch.equal(planes, torch.ones(2, 3, 6, 6))

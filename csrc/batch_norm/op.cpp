@@ -477,15 +477,16 @@ void check_running(const char* name, const Tensor& input, const OptionalTensor& 
               running_var->scalar_type());
 }
 
-void check_momentum(const char* name, double momentum) {
-  TORCH_CHECK_VALUE(momentum >= 0 && momentum <= 1, name, "(): expected momentum between 0 and 1, got ", momentum);
+// Whether the kernel can count: it takes one Long on the input's device, and torch's layer anything that can be added
+// to (a checkpoint that was averaged has floats, a model whose buffers stayed elsewhere a counter on the CPU).
+bool is_plain_counter(const Tensor& input, const Tensor& counter) {
+  return counter.scalar_type() == at::kLong && counter.device() == input.device() && counter.dim() == 0;
 }
 
-Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  bool relu) {
-  constexpr const char* name = "batch_norm";
+Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const OptionalTensor& num_batches_tracked, bool training,
+                       std::optional<double> momentum, double eps, bool relu) {
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
   check_running(name, input, running_mean, running_var, !training);
@@ -495,21 +496,24 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const
     TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS((input.sym_numel() / input.sym_size(1).max(1)).sym_ne(1)), name,
                       "(): expected more than 1 value per channel when training, got input of shape ",
                       input.sym_sizes());
-    if (momentum.has_value()) check_momentum(name, *momentum);
     TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked) || !has(running_mean), name,
                       "(): expected momentum to be a float where there is no num_batches_tracked, got None");
   }
-  const bool fallback = is_for_torch(input, residual, weight, bias);
+  // The kernel takes a negative momentum for a cumulative average; torch takes it as it is.
+  const bool odd_momentum = training && momentum.has_value() && !(*momentum >= 0);
+  const bool fallback = is_for_torch(input, residual, weight, bias) || odd_momentum;
   if (!fallback) check_parameter_types(name, input, weight, bias);
   // x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
   const bool apart = has(residual) && (residual->scalar_type() != input.scalar_type() ||
                                        !residual->sym_sizes().equals(input.sym_sizes()));
+  const bool counted = training && has(num_batches_tracked);
+  const bool counted_here = counted && (fallback || !is_plain_counter(input, *num_batches_tracked));
+  if (counted_here) {
+    num_batches_tracked->add_(1);
+    if (!momentum.has_value()) momentum = 1 / num_batches_tracked->item<double>();
+  }
   if (fallback) {
-    double factor = momentum.value_or(0);
-    if (training && has(num_batches_tracked)) {
-      num_batches_tracked->add_(1);
-      if (!momentum.has_value()) factor = 1 / num_batches_tracked->item<double>();
-    }
+    const double factor = momentum.value_or(0);
     const Tensor y = in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::batch_norm(t, w, b, running_mean, running_var, training, factor, eps, true);
     });
@@ -517,11 +521,23 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const
     return relu ? at::relu(z) : z;
   }
   const Options options{0, training, relu && !apart, eps};
-  const Tensor y =
-      std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean, running_var,
-                            training ? num_batches_tracked : std::nullopt, momentum.value_or(-1), options));
+  const Tensor y = std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean,
+                                         running_var, counted && !counted_here ? num_batches_tracked : std::nullopt,
+                                         momentum.value_or(-1), options));
   if (!apart) return y;
   return relu ? at::relu(y + *residual) : y + *residual;
+}
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  bool relu) {
+  constexpr const char* name = "batch_norm";
+  // torch checks this of batch_norm alone.
+  TORCH_CHECK_VALUE(!(eps < 0) && !(training && eps == 0), name, "(): expected eps ",
+                    training ? "greater than 0 when training" : "of at least 0", ", got ", eps);
+  return normalize_batch(name, input, running_mean, running_var, weight, bias, residual, num_batches_tracked, training,
+                         momentum, eps, relu);
 }
 
 Tensor group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -555,13 +571,12 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
               input.sym_sizes());
   check_running(name, input, running_mean, running_var, !use_input_stats);
   if (!use_input_stats)
-    return batch_norm(input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
+    return normalize_batch(name, input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
   const c10::SymInt space = input.sym_numel() / (input.sym_size(0) * input.sym_size(1)).max(1);
   TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(space.sym_ne(1)), name,
                     "(): expected more than 1 spatial element, got input of shape ", input.sym_sizes());
-  if (has(running_mean)) check_momentum(name, momentum);
   if (is_for_torch(input, weight, bias)) {
     return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::instance_norm(t, w, b, running_mean, running_var, true, momentum, eps, true);

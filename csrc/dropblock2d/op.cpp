@@ -13,9 +13,9 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "../common/autograd.h"
+#include "../common/in_place.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -245,7 +245,7 @@ Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const Opti
 void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
                   const OptionalTensor& stream) {
   check("dropblock2d_", input, p, block_size, generator, stream);
-  torch::autograd::check_inplace(input, any_requires_grad(input));
+  check_written("dropblock2d_", input);
   if (!has_kernel(forward_op(), input) || has_tangent(input)) {
     input.copy_(dropblock2d(input, p, block_size, generator, stream));
     return;

@@ -15,11 +15,11 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <cmath>
 
 #include "../common/autograd.h"
+#include "../common/in_place.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -393,7 +393,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
               const OptionalTensor& stream) {
   const auto form = form_of("dropout_", input, p, mask_ndim, alpha, generator, stream);
   const bool graph = any_requires_grad(input);
-  torch::autograd::check_inplace(input, graph);
+  check_written("dropout_", input);
   if (!has_kernel(forward_op(), input) || has_tangent(input)) {
     input.copy_(dropout(input, p, mask_ndim, alpha, generator, stream));
     return;
