@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "kernel.h"
 
 namespace dlkit::batch_norm {
@@ -610,18 +611,18 @@ Tensor group_norm_autocast(const Tensor& input, int64_t num_groups, const Option
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("batch_norm_forward", forward<Device>);
-  m.impl("batch_norm_backward", backward<Device>);
-  m.impl("batch_norm_statistics", statistics<Device>);
-  m.impl("batch_norm_apply", apply<Device>);
-  m.impl("batch_norm_backward_sums", backward_sums<Device>);
-  m.impl("batch_norm_backward_apply", backward_apply<Device>);
+  implement_kernel<forward<Device>>(m, "batch_norm_forward");
+  implement_kernel<backward<Device>>(m, "batch_norm_backward");
+  implement_kernel<statistics<Device>>(m, "batch_norm_statistics");
+  implement_kernel<apply<Device>>(m, "batch_norm_apply");
+  implement_kernel<backward_sums<Device>>(m, "batch_norm_backward_sums");
+  implement_kernel<backward_apply<Device>>(m, "batch_norm_backward_apply");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("batch_norm", batch_norm);
-  m.impl("group_norm", group_norm);
-  m.impl("instance_norm", instance_norm);
+void implement_all(torch::Library& m) {
+  implement_public<batch_norm>(m, "batch_norm");
+  implement_public<group_norm>(m, "group_norm");
+  implement_public<instance_norm>(m, "instance_norm");
 }
 
 }  // namespace
@@ -668,14 +669,14 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::batch_norm::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("batch_norm_forward", dlkit::batch_norm::forward_meta);
-  m.impl("batch_norm_backward", dlkit::batch_norm::backward_meta);
-  m.impl("batch_norm_statistics", dlkit::batch_norm::statistics_meta);
-  m.impl("batch_norm_apply", dlkit::batch_norm::apply_meta);
-  m.impl("batch_norm_backward_sums", dlkit::batch_norm::backward_sums_meta);
-  m.impl("batch_norm_backward_apply", dlkit::batch_norm::backward_apply_meta);
+  dlkit::implement_kernel<dlkit::batch_norm::forward_meta>(m, "batch_norm_forward");
+  dlkit::implement_kernel<dlkit::batch_norm::backward_meta>(m, "batch_norm_backward");
+  dlkit::implement_kernel<dlkit::batch_norm::statistics_meta>(m, "batch_norm_statistics");
+  dlkit::implement_kernel<dlkit::batch_norm::apply_meta>(m, "batch_norm_apply");
+  dlkit::implement_kernel<dlkit::batch_norm::backward_sums_meta>(m, "batch_norm_backward_sums");
+  dlkit::implement_kernel<dlkit::batch_norm::backward_apply_meta>(m, "batch_norm_backward_apply");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::batch_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::batch_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::batch_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::batch_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::batch_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::batch_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) { m.impl("group_norm", dlkit::batch_norm::group_norm_autocast); }

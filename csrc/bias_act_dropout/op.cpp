@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -203,8 +204,8 @@ Tensor bias_act_dropout_vmap(const Tensor& input, const OptionalTensor& bias, in
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("bias_act_dropout_forward", forward<Device>);
-  m.impl("bias_act_dropout_backward", backward<Device>);
+  implement_kernel<forward<Device>>(m, "bias_act_dropout_forward");
+  implement_kernel<backward<Device>>(m, "bias_act_dropout_backward");
 }
 
 }  // namespace
@@ -230,11 +231,15 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::bias_act_dropout::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("bias_act_dropout_forward", dlkit::bias_act_dropout::forward_meta);
-  m.impl("bias_act_dropout_backward", dlkit::bias_act_dropout::backward_meta);
+  dlkit::implement_kernel<dlkit::bias_act_dropout::forward_meta>(m, "bias_act_dropout_forward");
+  dlkit::implement_kernel<dlkit::bias_act_dropout::backward_meta>(m, "bias_act_dropout_backward");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout); }
+DLKIT_IMPLEMENT_OPS(Autograd, m) {
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
+}
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
-  m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout);
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
 }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout_vmap); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout_vmap>(m, "bias_act_dropout");
+}

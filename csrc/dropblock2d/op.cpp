@@ -15,6 +15,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "../common/in_place.h"
 #include "../common/random.h"
 #include "kernel.h"
@@ -274,14 +275,14 @@ Tensor dropblock2d_vmap(const Tensor& input, double p, int64_t block_size, const
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("dropblock2d_forward", forward<Device>);
-  m.impl("dropblock2d_forward_", forward_<Device>);
-  m.impl("dropblock2d_apply", apply<Device>);
+  implement_kernel<forward<Device>>(m, "dropblock2d_forward");
+  implement_kernel<forward_<Device>>(m, "dropblock2d_forward_");
+  implement_kernel<apply<Device>>(m, "dropblock2d_apply");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("dropblock2d", dropblock2d);
-  m.impl("dropblock2d_", dropblock2d_);
+void implement_all(torch::Library& m) {
+  implement_public<dropblock2d>(m, "dropblock2d");
+  implement_public<dropblock2d_>(m, "dropblock2d_");
 }
 
 }  // namespace
@@ -312,13 +313,15 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropblock2d::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("dropblock2d_forward", dlkit::dropblock2d::forward_meta);
-  m.impl("dropblock2d_forward_", dlkit::dropblock2d::forward_meta_);
-  m.impl("dropblock2d_apply", dlkit::dropblock2d::apply_meta);
+  dlkit::implement_kernel<dlkit::dropblock2d::forward_meta>(m, "dropblock2d_forward");
+  dlkit::implement_kernel<dlkit::dropblock2d::forward_meta_>(m, "dropblock2d_forward_");
+  dlkit::implement_kernel<dlkit::dropblock2d::apply_meta>(m, "dropblock2d_apply");
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::dropblock2d::implement_public(m);
-  m.impl("dropblock2d_apply", dlkit::dropblock2d::apply_autograd);
+  dlkit::dropblock2d::implement_all(m);
+  dlkit::implement_kernel<dlkit::dropblock2d::apply_autograd>(m, "dropblock2d_apply");
 }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { m.impl("dropblock2d", dlkit::dropblock2d::dropblock2d_vmap); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
+  dlkit::implement_public<dlkit::dropblock2d::dropblock2d_vmap>(m, "dropblock2d");
+}

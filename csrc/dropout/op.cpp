@@ -19,6 +19,7 @@
 #include <cmath>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "../common/in_place.h"
 #include "../common/random.h"
 #include "kernel.h"
@@ -429,16 +430,16 @@ std::tuple<Tensor, Tensor> forward_vmap(const Tensor&, double, c10::SymInt, doub
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("dropout_forward", forward<Device>);
-  m.impl("dropout_forward_", forward_<Device>);
-  m.impl("dropout_apply", apply<Device>);
-  m.impl("dropout_add_forward", add_forward<Device>);
+  implement_kernel<forward<Device>>(m, "dropout_forward");
+  implement_kernel<forward_<Device>>(m, "dropout_forward_");
+  implement_kernel<apply<Device>>(m, "dropout_apply");
+  implement_kernel<add_forward<Device>>(m, "dropout_add_forward");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("dropout", dropout);
-  m.impl("dropout_", dropout_);
-  m.impl("dropout_add", dropout_add);
+void implement_all(torch::Library& m) {
+  implement_public<dropout>(m, "dropout");
+  implement_public<dropout_>(m, "dropout_");
+  implement_public<dropout_add>(m, "dropout_add");
 }
 
 }  // namespace
@@ -483,18 +484,18 @@ DLKIT_IMPLEMENT_OPS(CPU, m) { m.impl("philox_draw", dlkit::dropout::philox_draw)
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropout::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("dropout_forward", dlkit::dropout::forward_meta);
-  m.impl("dropout_forward_", dlkit::dropout::forward_meta_);
-  m.impl("dropout_apply", dlkit::dropout::apply_meta);
-  m.impl("dropout_add_forward", dlkit::dropout::add_forward_meta);
+  dlkit::implement_kernel<dlkit::dropout::forward_meta>(m, "dropout_forward");
+  dlkit::implement_kernel<dlkit::dropout::forward_meta_>(m, "dropout_forward_");
+  dlkit::implement_kernel<dlkit::dropout::apply_meta>(m, "dropout_apply");
+  dlkit::implement_kernel<dlkit::dropout::add_forward_meta>(m, "dropout_add_forward");
   m.impl("philox_draw", dlkit::dropout::philox_draw_meta);
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::dropout::implement_public(m);
-  m.impl("dropout_apply", dlkit::dropout::apply_autograd);
+  dlkit::dropout::implement_all(m);
+  dlkit::implement_kernel<dlkit::dropout::apply_autograd>(m, "dropout_apply");
 }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  m.impl("dropout", dlkit::dropout::dropout_vmap);
-  m.impl("dropout_forward", dlkit::dropout::forward_vmap);
+  dlkit::implement_public<dlkit::dropout::dropout_vmap>(m, "dropout");
+  dlkit::implement_kernel<dlkit::dropout::forward_vmap>(m, "dropout_forward");
 }

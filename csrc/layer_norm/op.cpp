@@ -13,6 +13,7 @@
 #include <ATen/ops/rms_norm.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -488,13 +489,14 @@ OptionalTensor rms_weight(const Tensor& input, const OptionalTensor& weight) {
   return weight->to(accumulate_type(input.scalar_type()));
 }
 
-// x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
+// x + residual broadcasts and promotes as torch's addition does, a number on the CPU with any device; the kernel wants
+// one shape, one type and one device.
 std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) {
   if (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes())) {
     return {input, residual};
   }
   const at::ScalarType type = c10::promoteTypes(input.scalar_type(), residual.scalar_type());
-  const auto expanded = at::broadcast_tensors({input.to(type), residual.to(type)});
+  const auto expanded = at::broadcast_tensors({input.to(type), residual.to(input.device(), type)});
   return {expanded[0], expanded[1]};
 }
 
@@ -627,19 +629,19 @@ std::tuple<Tensor, Tensor> dropout_add_rms_norm_autocast(const Tensor& input, co
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("layer_norm_forward", static_cast<decltype(&forward_meta)>(forward<Device>));
-  m.impl("layer_norm_backward", static_cast<decltype(&backward_meta)>(backward<Device>));
-  m.impl("dropout_layer_norm_forward", dropped_forward<Device>);
-  m.impl("dropout_layer_norm_backward", dropped_backward<Device>);
+  implement_kernel<static_cast<decltype(&forward_meta)>(forward<Device>)>(m, "layer_norm_forward");
+  implement_kernel<static_cast<decltype(&backward_meta)>(backward<Device>)>(m, "layer_norm_backward");
+  implement_kernel<dropped_forward<Device>>(m, "dropout_layer_norm_forward");
+  implement_kernel<dropped_backward<Device>>(m, "dropout_layer_norm_backward");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("layer_norm", layer_norm);
-  m.impl("rms_norm", rms_norm);
-  m.impl("add_layer_norm", add_layer_norm);
-  m.impl("add_rms_norm", add_rms_norm);
-  m.impl("dropout_add_layer_norm", dropout_add_layer_norm);
-  m.impl("dropout_add_rms_norm", dropout_add_rms_norm);
+void implement_all(torch::Library& m) {
+  implement_public<layer_norm>(m, "layer_norm");
+  implement_public<rms_norm>(m, "rms_norm");
+  implement_public<add_layer_norm>(m, "add_layer_norm");
+  implement_public<add_rms_norm>(m, "add_rms_norm");
+  implement_public<dropout_add_layer_norm>(m, "dropout_add_layer_norm");
+  implement_public<dropout_add_rms_norm>(m, "dropout_add_rms_norm");
 }
 
 }  // namespace
@@ -694,14 +696,14 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::layer_norm::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("layer_norm_forward", dlkit::layer_norm::forward_meta);
-  m.impl("layer_norm_backward", dlkit::layer_norm::backward_meta);
-  m.impl("dropout_layer_norm_forward", dlkit::layer_norm::dropped_forward_meta);
-  m.impl("dropout_layer_norm_backward", dlkit::layer_norm::dropped_backward_meta);
+  dlkit::implement_kernel<dlkit::layer_norm::forward_meta>(m, "layer_norm_forward");
+  dlkit::implement_kernel<dlkit::layer_norm::backward_meta>(m, "layer_norm_backward");
+  dlkit::implement_kernel<dlkit::layer_norm::dropped_forward_meta>(m, "dropout_layer_norm_forward");
+  dlkit::implement_kernel<dlkit::layer_norm::dropped_backward_meta>(m, "dropout_layer_norm_backward");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
   m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
   m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);

@@ -119,6 +119,8 @@ def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, relu:
         return torch.relu(y) if relu else y
     tracked = layer.track_running_stats
     running_mean, running_var = (layer.running_mean, layer.running_var) if tracked else (None, None)
+    if residual is not None and residual.device != input.device:
+        raise RuntimeError(f"SyncBatchNorm: expected residual on {input.device} as input, got {residual.device}")
     _check(input, running_mean=running_mean, running_var=running_var, weight=layer.weight, bias=layer.bias)
     return _Synchronised.apply(
         input,
