@@ -25,6 +25,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    DoesMore,
     normalize,
 )
 
@@ -91,7 +92,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return module
 
 
-class SyncBatchNormReLU(SyncBatchNorm):
+class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
     """``relu(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
