@@ -279,6 +279,13 @@ def test_any_parameter_may_be_missing(backend, shape, groups, channels_last, typ
                 if asked:
                     size = max(1.0, value.abs().max().item())
                     torch.testing.assert_close(grad.cpu().double() / size, value / size, atol=tolerance, rtol=tolerance)
+        if all(present):  # no kernel reads the bias: autograd's node leaves it out
+            given = (grad_output.to(backend.device), x_, None, weight)
+            rest = (mean, rstd, groups, True, False, [True, False, True, True])
+            op = backend.op("batch_norm_backward")
+            for whole, without in zip(op(*given, bias, *rest), op(*given, None, *rest), strict=True):
+                assert (whole is None) == (without is None)
+                assert whole is None or (torch.equal(whole, without) and whole.dtype == without.dtype)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's checks")
