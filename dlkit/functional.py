@@ -1,5 +1,6 @@
 """The names and signatures of torch.nn.functional, and the fused operations beside them."""
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -143,21 +144,65 @@ def batch_norm(
         input: ``[N, C, *]`` of 2 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last; each is
             computed in its own layout, others are copied first.
         running_mean, running_var: ``[C]``, any floating dtype, or both None. In training they move towards the batch's
-            mean and unbiased variance by ``momentum``, which lies between 0 and 1.
+            mean and unbiased variance by ``momentum``, as a rule between 0 and 1.
         weight, bias: ``[C]``, in the input's dtype or fp32, or None.
+        eps: added to the variance; above 0 in training, and not below 0 in evaluation.
 
     Returns:
         The input's shape, dtype and memory format. An empty batch gives an empty result and leaves the running
         statistics as they are, as torch does.
 
     Raises:
-        ValueError: one value per channel in training, momentum out of range, only one running statistic;
-        RuntimeError: a shape, dtype or device does not fit; NotImplementedError: input is not of a floating type.
+        ValueError: one value per channel in training, eps out of range, only one running statistic;
+        RuntimeError: a shape, dtype or device does not fit; NotImplementedError: input is not of a floating type;
+        TypeError: an argument is of the wrong Python type.
         Running statistics are untouched then.
 
     Source: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_.
     """
-    return _batch_norm(input, running_mean, running_var, weight, bias, None, None, training, momentum, eps, False)
+    return _normalize_batch(
+        "batch_norm", input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
+    )
+
+
+def refuse_batch_norm(
+    name: str,
+    error: Exception,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    momentum: Any,
+    eps: Any,
+) -> NoReturn:
+    """Raises TypeError where an argument was of the wrong Python type, as torch does, else the error itself."""
+    tensors = {"input": input, "running_mean": running_mean, "running_var": running_var, "weight": weight}
+    _raise_channels(name, error, tensors | {"bias": bias, "residual": residual}, momentum=momentum, eps=eps)
+
+
+def _normalize_batch(
+    name: str,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    if momentum is None:
+        number(name, "momentum", momentum)  # None is for layers, which count
+    try:
+        return _batch_norm(
+            input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, relu
+        )
+    except (RuntimeError, ValueError) as error:
+        refuse_batch_norm(name, error, input, running_mean, running_var, weight, bias, residual, momentum, eps)
 
 
 def batch_norm_relu(
@@ -176,7 +221,9 @@ def batch_norm_relu(
     ``residual`` broadcasts and promotes as in an addition; the fast case is the input's shape and dtype. Backward finds
     the ReLU's mask again from ``input``, or from the result where there is a residual: nothing else is kept.
     """
-    return _batch_norm(input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, True)
+    return _normalize_batch(
+        "batch_norm_relu", input, running_mean, running_var, weight, bias, residual, training, momentum, eps, True
+    )
 
 
 def group_norm(
@@ -197,7 +244,12 @@ def group_norm(
 
     Source: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
     """
-    return _group_norm(input, num_groups, weight, bias, eps)
+    try:
+        return _group_norm(input, num_groups, weight, bias, eps)
+    except RuntimeError as error:
+        _raise_channels(
+            "group_norm", error, {"input": input, "weight": weight, "bias": bias}, num_groups=num_groups, eps=eps
+        )
 
 
 def instance_norm(
@@ -217,7 +269,11 @@ def instance_norm(
 
     Source: `Instance Normalization <https://arxiv.org/abs/1607.08022>`_.
     """
-    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    try:
+        return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    except RuntimeError as error:
+        tensors = {"input": input, "running_mean": running_mean, "running_var": running_var, "weight": weight}
+        _raise_channels("instance_norm", error, tensors | {"bias": bias}, momentum=momentum, eps=eps)
 
 
 Generator = torch.Generator | random.Philox
@@ -235,7 +291,8 @@ def dropout(
 
     Args:
         input: any shape and strides, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
-        p: exact to 2^-32. 0 gives the input itself, 1 gives zeros; neither draws anything.
+        p: exact to 2^-32. 0 gives the input itself, 1 gives zeros; neither draws anything. Like every number here it
+            may be a Python number, a scalar of NumPy or a tensor without dimensions.
         training: False gives the input itself.
         inplace: write the result into ``input``.
         generator: a :class:`torch.Generator` of the input's device or a :class:`dlkit.random.Philox`; None stands for
@@ -263,7 +320,7 @@ def dropout_add(
     ``input`` and ``residual`` broadcast and promote as in an addition; the fast case is equal shapes and dtypes, where
     the result is rounded once. Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
     """
-    check_probability("dropout_add", p)
+    p = check_probability("dropout_add", p)
     if not training or p == 0:
         return input + residual
     generator, stream = split_generator("dropout_add", generator)
@@ -324,7 +381,7 @@ def bias_relu_dropout(
 def _activate(
     name: str, input: Tensor, bias: Tensor | None, activation: int, p: float, training: bool, generator: Any
 ) -> Tensor:
-    check_probability(name, p)
+    p = check_probability(name, p)
     own, stream = split_generator(name, generator)
     try:
         return _bias_act_dropout(input, bias, activation, p if training else 0.0, own, stream)
@@ -355,7 +412,7 @@ def dropout_add_layer_norm(
     The mask is that of :func:`dropout` for the same generator. See :func:`dropout`, :func:`add_layer_norm` and
     :func:`layer_norm` for the arguments and errors.
     """
-    check_probability("dropout_add_layer_norm", p)
+    p = check_probability("dropout_add_layer_norm", p)
     if not training or p == 0:
         y, total = add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         return (y, total) if prenorm else y
@@ -381,7 +438,7 @@ def dropout_add_rms_norm(
     generator: Generator | None = None,
 ) -> Any:
     """``sum = dropout(input) + residual`` and ``rms_norm(sum)`` in one pass; see :func:`dropout_add_layer_norm`."""
-    check_probability("dropout_add_rms_norm", p)
+    p = check_probability("dropout_add_rms_norm", p)
     if not training or p == 0:
         y, total = add_rms_norm(input, residual, normalized_shape, weight, eps)
         return (y, total) if prenorm else y
@@ -401,7 +458,7 @@ def dropout1d(
     ``input``: ``[N, C, L]``, or ``[C, L]`` for one sample; RuntimeError for other shapes. The mask goes by the logical
     index of the channel, ``n * C + c``.
     """
-    check_probability("dropout1d", p)
+    p = check_probability("dropout1d", p)
     if input.dim() not in (2, 3):
         raise RuntimeError(f"dropout1d(): expected input of 2 or 3 dimensions, got shape {list(input.shape)}")
     return _drop("dropout1d", input, p, training, inplace, generator, input.dim() - 1)
@@ -415,7 +472,7 @@ def dropout2d(
     ``input``: ``[N, C, H, W]``, contiguous or channels_last. Other shapes warn, as in torch; ``[N, C, *]`` is meant
     then. The mask goes by the logical index of the channel, ``n * C + c``.
     """
-    check_probability("dropout2d", p)
+    p = check_probability("dropout2d", p)
     if input.dim() != 4:
         _warn("dropout2d", "[N, C, H, W]", "[N, C, *]", input)
     return _drop("dropout2d", input, p, training, inplace, generator, 2)
@@ -429,7 +486,7 @@ def dropout3d(
     ``input``: ``[N, C, D, H, W]``, or ``[C, D, H, W]`` for one sample. Other shapes warn, as in torch; ``[C, *]`` is
     meant then. The mask goes by the logical index of the channel, ``n * C + c``.
     """
-    check_probability("dropout3d", p)
+    p = check_probability("dropout3d", p)
     if input.dim() not in (4, 5):
         _warn("dropout3d", "[N, C, D, H, W] or [C, D, H, W]", "[C, *]", input)
     return _drop("dropout3d", input, p, training, inplace, generator, 2 if input.dim() == 5 else 1)
@@ -503,7 +560,7 @@ def dropblock2d(
 
     Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
     """
-    check_probability("dropblock2d", p)
+    p = check_probability("dropblock2d", p)
     check_tensors("dropblock2d", input=input)
     if not training or p == 0:
         return input
@@ -525,7 +582,7 @@ def _drop(
     alpha: bool = False,
 ) -> Tensor:
     """Every variant of dropout. The mask has the input's first ``mask_ndim`` dimensions, all of them if -1."""
-    check_probability(name, p)
+    p = check_probability(name, p)
     if not training or p == 0:
         return input
     generator, stream = split_generator(name, generator)
@@ -553,11 +610,29 @@ def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:
     )
 
 
-def check_probability(name: str, p: Any) -> None:
-    if not isinstance(p, (float, int, torch.SymFloat)):
-        raise TypeError(f"{name}(): expected p to be a float, got {type(p).__name__}")
+def number(name: str, argument: str, value: Any) -> Any:
+    """``value`` as a Python number: one already, a scalar of NumPy, or a tensor without dimensions, as torch takes."""
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, Tensor):
+        if value.dim() == 0 and not value.is_complex() and not value.requires_grad:
+            return value.item()
+        kind = f"a {value.dtype} tensor of shape {list(value.shape)}" + " that requires grad" * value.requires_grad
+    else:
+        kind = type(value).__name__
+        if isinstance(value, numbers.Real) and hasattr(value, "dtype"):
+            return float(value)
+    raise TypeError(f"{name}(): expected {argument} to be a float, got {kind}")
+
+
+def check_probability(name: str, p: Any) -> Any:
+    """``p`` as a Python number between 0 and 1."""
+    p = number(name, "p", p)
     if p < 0 or p > 1:
         raise ValueError(f"{name}(): expected p between 0 and 1, got {p}")
+    if p != p:
+        raise RuntimeError(f"{name}(): expected p between 0 and 1, got {p}")
+    return p
 
 
 def split_generator(name: str, generator: Generator | None) -> tuple[torch.Generator | None, Tensor | None]:
@@ -586,6 +661,16 @@ def _raise(name: str, error: RuntimeError, normalized_shape: Any, eps: Any, **te
         raise TypeError(
             f"{name}(): expected normalized_shape to be a tuple of ints, got {normalized_shape!r}"
         ) from None
-    if not (eps is None or isinstance(eps, (float, int, torch.SymFloat))):
-        raise TypeError(f"{name}(): expected eps to be a float, got {type(eps).__name__}") from None
+    if eps is not None or "rms" not in name:
+        number(name, "eps", eps)
+    raise error
+
+
+def _raise_channels(name: str, error: Exception, tensors: dict[str, Any], **numbers_: Any) -> NoReturn:
+    """The same for the norms of channels: ``tensors`` may be None, but for input; numbers may not."""
+    for argument, value in tensors.items():
+        if not isinstance(value, Tensor) and (argument == "input" or value is not None):
+            raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
+    for argument, value in numbers_.items():
+        number(name, argument, value)
     raise error

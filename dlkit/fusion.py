@@ -14,6 +14,7 @@ reads from its module are remembered, and the new forward() raises if they have 
 import contextlib
 import functools
 import inspect
+import itertools
 import linecache
 import operator
 import pkgutil
@@ -73,7 +74,8 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
 
     Left as they are: layers of other classes, with hooks, registered or called more than once, or whose result is used
     by something else as well, and what is called by a forward() that torch.fx cannot trace faithfully. Fusing again
-    changes nothing. :func:`dlkit.restore` does not undo it: fuse a ``copy.deepcopy`` to keep the original.
+    changes nothing. :func:`dlkit.restore` undoes it. Tools that would make another layer of a fused one, and lose the
+    ReLU, are refused: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval`` and their like.
 
     Args:
         model: any module, complete: a fused forward() does not see what is added to its module later.
@@ -157,6 +159,53 @@ def _why_left(layer: torch.nn.Module) -> str:
 
 def _become_fused(layer: torch.nn.Module) -> None:
     layer.__class__ = FUSED[type(layer)]
+    vars(layer)["_dlkit_took_in"] = True  # not made so: restore() may put the ReLU back
+
+
+# By what a fused layer is now: it may have been synchronised since.
+PLAIN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    fused: plain for plain, fused in FUSED.items() if plain.__module__.startswith("dlkit.")
+}
+
+
+def _become_plain(layer: torch.nn.Module) -> None:
+    del vars(layer)["_dlkit_took_in"]
+    layer.__class__ = PLAIN[type(layer)]
+
+
+def _took_in(layer: torch.nn.Module) -> bool:
+    return "_dlkit_took_in" in vars(layer) and type(layer) in PLAIN
+
+
+def unfuse(model: torch.nn.Module) -> dict[str, str]:
+    """Undoes :func:`fuse` wherever all that it changed is in ``model``, and says what became of it."""
+    reasons = {}
+    for name, owner in list(model.named_modules()):
+        prefix = name + "." if name else ""
+        spec = vars(type(owner)).get("_dlkit_fused", ())
+        paths = spec[4] if len(spec) > 4 else ()  # a class made before restore() could undo it has none
+        layers = {path: owner.get_submodule(path) for path in paths}
+        if layers and all(map(_took_in, layers.values())):
+            for path, layer in layers.items():
+                _become_plain(layer)
+                reasons[prefix + path] = f"leaves the ReLU to forward() of {label(spec[0])} again"
+            owner.__class__ = spec[0]
+            reasons[name] = "its own forward() is back"
+        if _is_sequential(owner):
+            children = list(owner._modules.items())
+            for (path, layer), (relu_path, relu) in itertools.pairwise(children):
+                original = vars(relu).get("_dlkit_relu") if relu is not None else None
+                if layer is None or original is None or not _took_in(layer):
+                    continue
+                _become_plain(layer)
+                owner.register_module(relu_path, original.train(relu.training))
+                reasons[prefix + path] = f"leaves the ReLU to the layer after it ({relu_path}) again"
+                reasons[prefix + relu_path] = "is back"
+        cls = next((plain for plain, fused in TRANSFORMERS.items() if type(owner) is fused), None)
+        if cls is not None:
+            owner.__class__ = cls
+            reasons[name] = "is torch's layer again"
+    return reasons
 
 
 # Sequential
@@ -178,7 +227,9 @@ def _fuse_sequential(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]
             reasons[path] = f"the ReLU after it is left: {_why_left(relu)}"
         else:
             _become_fused(owner.get_submodule(path))
-            owner.register_module(name, torch.nn.Identity().train(relu.training))
+            identity = torch.nn.Identity().train(relu.training)
+            vars(identity)["_dlkit_relu"] = relu  # for restore(); no child of it, so that names and hooks stay
+            owner.register_module(name, identity)
             reasons[path] = f"takes in the ReLU after it ({name})"
             reasons[name] = f"its work is done by the layer before it ({path})"
     return reasons
@@ -225,7 +276,9 @@ def _fuse_traced(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
     if matches:
         for match in matches.values():
             _rewrite(graph, match)
-        owner_class = _class_for(owner, graph, guards)
+        earlier: Any = vars(type(owner)).get("_dlkit_fused", ())[4:5]
+        fused = {*matches, *(path for paths in earlier for path in paths)}
+        owner_class = _class_for(owner, graph, guards, tuple(sorted(fused)))
         for path in matches:
             _become_fused(owner.get_submodule(path))
         owner.__class__ = owner_class
@@ -445,7 +498,9 @@ def _random_untouched() -> Iterator[None]:
 # The class of a traced module
 
 
-def _class_for(owner: torch.nn.Module, graph: torch.fx.Graph, guards: tuple[tuple[str, Any], ...]) -> type:
+def _class_for(
+    owner: torch.nn.Module, graph: torch.fx.Graph, guards: tuple[tuple[str, Any], ...], layers: tuple[str, ...]
+) -> type:
     for node in graph.nodes:
         node.type = None  # annotations would have to be imported
     code = graph.python_code("self")
@@ -455,7 +510,7 @@ def _class_for(owner: torch.nn.Module, graph: torch.fx.Graph, guards: tuple[tupl
     imports = tuple((name, _import_path(code.globals[name])) for name in forward.co_names if name in code.globals)
     original = vars(type(owner)).get("_dlkit_fused", (type(owner),))[0]
     try:
-        return _derived(original, source, imports, guards)
+        return _derived(original, source, imports, guards, layers)
     except Exception as error:  # a metaclass or __init_subclass__ may have its own ideas
         raise Left(f"no class can be derived from {label(original)}: {error}") from error
 
@@ -474,9 +529,13 @@ def _import_path(value: Any) -> str:
 
 @functools.cache
 def _derived(
-    original: type, source: str, imports: tuple[tuple[str, str], ...], guards: tuple[tuple[str, Any], ...]
+    original: type,
+    source: str,
+    imports: tuple[tuple[str, str], ...],
+    guards: tuple[tuple[str, Any], ...],
+    layers: tuple[str, ...] = (),
 ) -> type:
-    """The class of modules of class ``original`` whose forward() is ``source``."""
+    """The class of modules of class ``original`` whose forward() is ``source``, and whose ``layers`` are fused."""
     filename = f"<dlkit.fuse {original.__qualname__} {zlib.crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
 
@@ -498,7 +557,7 @@ def _derived(
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        "_dlkit_fused": (original, source, imports, guards),
+        "_dlkit_fused": (original, source, imports, guards, layers),
     }
     return type(original)(original.__name__, (original,), body)
 

@@ -65,8 +65,23 @@ def replace(model: Model, *, report: list[Change] | None = None) -> Model:
 
 
 def restore(model: Model, *, report: list[Change] | None = None) -> Model:
-    """Undoes :func:`replace`: every dlkit layer that has a twin in torch.nn becomes it, in place. Returns ``model``."""
-    return _change(model, {twin: original for original, twin in TWINS.items()}, "is torch's layer again", report)
+    """Undoes :func:`replace` and :func:`dlkit.fuse`: every dlkit layer that has a twin in torch.nn becomes it, in
+    place, and the adds and ReLUs that fused layers took in are where they were. Returns ``model``.
+
+    A fused layer is left where what it belongs to is not in ``model``: the Sequential with its ReLU, or the module
+    whose forward() calls it. So is one that was made as such.
+    """
+    from dlkit.fusion import unfuse  # which imports this module
+
+    before = {name: type(module) for name, module in model.named_modules()}
+    reasons = unfuse(model)
+    changes: list[Change] = []
+    _change(model, {twin: original for original, twin in TWINS.items()}, "is torch's layer again", changes)
+    if report is not None:
+        after = dict(model.named_modules())
+        report.extend(Change(name, before[name], type(after[name]), reason) for name, reason in reasons.items())
+        report.extend(change for change in changes if change.name not in reasons)
+    return model
 
 
 def _change(
@@ -98,7 +113,7 @@ def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> st
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: it can be replaced once it has seen an input"
     if issubclass(cls, (dlkit.nn.batch_norm._BatchNormReLU, dlkit.nn.SyncBatchNormReLU)):
-        return "it does the work of the ReLU behind it too, which cannot be put back"
+        return "it does the work of the ReLU behind it too, which cannot be put back here"
     if cls is not related:
         return f"it is a subclass of {label(related)}, which may do something else"
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""

@@ -1,5 +1,6 @@
 """The variants of dropout: torch's values, shapes and errors, the stream's masks."""
 
+import copy
 import math
 import warnings
 
@@ -339,6 +340,93 @@ def test_attention_is_torch_s_with_our_mask(case, options, monkeypatch):
         assert (mine is None) == (other is None)
         if mine is not None:
             torch.testing.assert_close(mine, other)
+
+
+NOTHING = 1e-12  # a dropout that takes our path and drops nothing
+FULL_ROW = torch.zeros(4, 4, dtype=torch.bool).index_fill_(0, torch.tensor(1), True)
+PADDED = torch.zeros(3, 4, dtype=torch.bool).index_fill_(0, torch.tensor(2), True)  # one sample as a whole
+PADDED[0, 3] = True
+
+
+def additive(mask):
+    return torch.zeros(mask.shape).masked_fill(mask, -math.inf)
+
+
+MASKS = {
+    "none": {},
+    "rows": {"attn_mask": FULL_ROW},
+    "rows, floats": {"attn_mask": additive(FULL_ROW)},
+    "rows of one head": {"attn_mask": torch.stack([FULL_ROW, torch.zeros_like(FULL_ROW)] * 3)},
+    "everything": {"attn_mask": torch.ones(4, 4, dtype=torch.bool)},
+    "samples": {"key_padding_mask": PADDED},
+    "samples, floats": {"key_padding_mask": additive(PADDED)},
+    "rows and samples": {"attn_mask": FULL_ROW, "key_padding_mask": PADDED},
+    "rows and samples, mixed": {"attn_mask": additive(FULL_ROW), "key_padding_mask": PADDED},
+    "both together": {"attn_mask": CAUSAL(4), "key_padding_mask": torch.tensor([[True, False, False, False]] * 3)},
+    "causal and samples": {"attn_mask": CAUSAL(4), "is_causal": True, "key_padding_mask": PADDED},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize("masks", MASKS)
+def test_masked_rows_are_torch_s(masks, need_weights, dtype):
+    """Where a mask leaves nothing of a row: 0 with finite gradients, but NaN where torch gives its weights as NaN."""
+    torch.manual_seed(1)
+    ours = dlkit.nn.MultiheadAttention(8, 2, dropout=NOTHING, batch_first=True, dtype=dtype)
+    theirs = torch.nn.MultiheadAttention(8, 2, dropout=NOTHING, batch_first=True, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    given = {
+        name: m.to(dtype) if torch.is_tensor(m) and m.is_floating_point() else m for name, m in MASKS[masks].items()
+    }
+    x = torch.randn(3, 4, 8, dtype=dtype, requires_grad=True)
+    results = []
+    for module in (ours, theirs):
+        y, weights = module(x, x, x, need_weights=need_weights, **given)
+        grads = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+        results.append([y, *grads] if weights is None else [y, weights, *grads])
+        assert need_weights or all(tensor.isfinite().all() for tensor in results[-1])
+    tolerance = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "change", [dlkit.replace, lambda model: dlkit.fuse(dlkit.replace(model))], ids=["replaced", "fused"]
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_padded_samples_in_transformer_layers(norm_first, change):
+    torch.manual_seed(1)
+    options = {"dropout": NOTHING, "batch_first": True, "norm_first": norm_first}
+    x, memory = torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 4, 8, requires_grad=True)
+    encoder = torch.nn.TransformerEncoderLayer(8, 2, 16, **options)
+    decoder = torch.nn.TransformerDecoderLayer(8, 2, 16, **options)
+    for layer, call in (
+        (encoder, lambda layer: layer(x, src_key_padding_mask=PADDED)),
+        (decoder, lambda layer: layer(x, memory, tgt_key_padding_mask=PADDED, memory_key_padding_mask=PADDED)),
+    ):
+        results = []
+        for module in (layer, change(copy.deepcopy(layer))):
+            y = call(module)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])])
+        for mine, other in zip(*results, strict=True):
+            assert other.isfinite().all()
+            torch.testing.assert_close(mine, other)
+
+
+def test_masked_attention_compiles_without_breaks():
+    torch._dynamo.reset()
+    attention = dlkit.nn.MultiheadAttention(8, 2, dropout=P, batch_first=True)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4, 8, requires_grad=True)
+    results = []
+    for run in (attention, compiled):
+        torch.manual_seed(5)
+        y = run(x, x, x, key_padding_mask=PADDED, need_weights=False)[0]
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])))
+    for eager, fast in zip(*results, strict=True):
+        torch.testing.assert_close(eager, fast)
 
 
 def test_attention_elsewhere_is_torch_s():

@@ -637,9 +637,11 @@ def test_dlkit_layers_and_synchronised_ones_are_fused_too():
     report: list = []
     dlkit.replace(model, report=report)
     assert not report
-    dlkit.restore(model, report=report)
+    dlkit.restore(model[::2], report=report)  # without the places of the ReLUs
     assert [type(layer) for layer in model[::2]] == kinds
     assert all("cannot be put back" in change.reason for change in report) and len(report) == 3
+    dlkit.restore(model)
+    assert [type(layer) for layer in model] == [nn.BatchNorm1d, nn.ReLU, *[nn.SyncBatchNorm, nn.ReLU] * 2]
 
 
 def test_a_model_in_parts_that_cannot_be_traced():
@@ -754,3 +756,135 @@ def test_feed_forward_takes_the_activation_along(activation):
         hidden = dlkit.functional.dropout(layer.activation(layer.linear1(x)), 0.4)
     torch.testing.assert_close(y, layer.linear2(hidden))
     assert len(seen) == (activation == "hooked")
+
+
+# What restore() gives back, and the tools that know only the base.
+
+
+def types_of(model):
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_restore_undoes_fuse_whole(case, replaced, copied):
+    model, x, _ = case
+    expected, before = copy.deepcopy(model), types_of(model)
+    dlkit.fuse(dlkit.replace(model) if replaced else model)
+    if copied:
+        file = io.BytesIO()
+        torch.save(copy.deepcopy(model), file)
+        file.seek(0)
+        model = torch.load(file, weights_only=False)
+    report: list = []
+    assert dlkit.restore(model, report=report) is model
+    assert types_of(model) == before
+    assert len({change.name for change in report}) == len(report)
+    assert_same_results(expected, model, x)
+    assert not any(name.startswith("_dlkit") for module in model.modules() for name in vars(module))
+    assert fused_layers(dlkit.fuse(model))  # and again
+
+
+def test_restore_gives_back_the_very_relu_and_the_mode():
+    shared = nn.ReLU(inplace=True)
+    model = nn.Sequential(nn.BatchNorm1d(3), shared, nn.Linear(3, 3), shared)
+    dlkit.fuse(model).eval()
+    dlkit.restore(model)
+    assert model[1] is shared and model[3] is shared and not model[1].training
+
+
+def test_restore_after_fusing_in_steps_and_synchronising():
+    model = ResNet().layer2[0]
+    before = types_of(model)
+    handle = model.bn1.register_forward_hook(lambda *_: None)
+    assert fused_layers(dlkit.fuse(model)) == ["bn2"]
+    handle.remove()
+    assert fused_layers(dlkit.fuse(model)) == ["bn1", "bn2"]
+    synchronised = dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert types_of(dlkit.restore(model)) == before
+    dlkit.restore(synchronised)
+    assert [type(layer) for layer in (synchronised.bn1, synchronised.bn2)] == [nn.SyncBatchNorm] * 2
+    assert type(synchronised) is BasicBlock
+
+
+def test_restore_leaves_what_it_sees_in_part():
+    block = dlkit.fuse(Plain())
+    fused, left = fused_layers(block), []
+    dlkit.restore(block.bn, report=left)
+    assert fused_layers(block) == fused and "cannot be put back here" in left[0].reason
+    made = nn.Sequential(dlkit.nn.BatchNormReLU2d(4), nn.Identity())
+    assert fused_layers(dlkit.restore(made)) == ["0"]
+    assert not fused_layers(dlkit.restore(block))
+
+
+def test_restore_undoes_transformer_layers():
+    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    before = types_of(model)
+    assert types_of(dlkit.restore(dlkit.fuse(dlkit.replace(model)))) == before
+
+
+class Frozen(nn.Module):
+    """As detectron2's and timm's: the statistics for ever."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.eps = layer.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(layer, name).detach().clone())
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def replace_children(model, change):
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(model, name, change(child))
+        else:
+            replace_children(child, change)
+    return model
+
+
+def convert_frozen_batchnorm(model):
+    def convert(layer):
+        layer.eps  # noqa: B018
+        return Frozen(layer)
+
+    return replace_children(model, convert)
+
+
+def fuse_conv_and_bn(model):
+    if isinstance(model, nn.Sequential):
+        return model  # its BatchNorm follows a Linear
+    model.conv1 = torch.nn.utils.fusion.fuse_conv_bn_eval(model.conv1, model.bn1)
+    model.bn1 = nn.Identity()
+    return model
+
+
+TOOLS = {
+    "convert_sync_batchnorm": torch.nn.SyncBatchNorm.convert_sync_batchnorm,
+    "convert_frozen_batchnorm": convert_frozen_batchnorm,
+    "fuse_conv_bn_eval": fuse_conv_and_bn,
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_that_know_only_the_base_are_refused_until_restored(case, tool):
+    model, x, _ = case
+    if tool == "fuse_conv_bn_eval" and isinstance(model, nn.Sequential):
+        pytest.skip("no convolution")
+    expected = copy.deepcopy(model).eval()(x)
+    dlkit.fuse(dlkit.replace(model)).eval()
+    with pytest.raises(TypeError, match=r"dlkit.restore\(model\) first"):
+        TOOLS[tool](copy.deepcopy(model))
+    changed = TOOLS[tool](dlkit.restore(model))
+    torch.testing.assert_close(changed.eval()(x), expected)
+
+
+def test_guarded_attributes_read_and_write_as_before():
+    layer = dlkit.nn.BatchNormReLU2d(4, eps=1e-3)
+    assert (layer.eps, layer.num_features) == (1e-3, 4) and "eps=0.001" in repr(layer)
+    layer.eps = 0.5
+    x = torch.randn(8, 4, 2, 2)
+    torch.testing.assert_close(layer(x), F.batch_norm(x, None, None, training=True, eps=0.5).relu())
+    assert copy.deepcopy(layer).eps == 0.5

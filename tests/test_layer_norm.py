@@ -185,6 +185,25 @@ def test_only_the_gradients_asked_for(backend, mask, cols):
             torch.testing.assert_close(part, all_of_it, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("types", TYPES, ids=[f"{str(a)[6:]}-{str(b)[6:]}" for a, b in TYPES])
+def test_backward_needs_no_bias_beside_a_weight(backend, types):
+    """Autograd's node leaves it out: no kernel reads it, and the weight tells the dtype."""
+    x, dy = make((9, 40), types[0], backend.device), make((9, 40), types[0], backend.device)
+    weight, bias = (make((40,), types[1], backend.device) for _ in range(2))
+    _, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, bias, 1e-5, False, True)
+    op = backend.op("layer_norm_backward")
+    whole = op(dy, None, x, mean, rstd, weight, bias, 1, [True] * 3)
+    without = op(dy, None, x, mean, rstd, weight, None, 1, [True] * 3)
+    for a, b in zip(whole, without, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    state = torch.tensor([3, 4], device=backend.device)
+    op = backend.op("dropout_layer_norm_backward")
+    whole = op(dy, None, x, mean, rstd, weight, bias, state, 0.5, 1, [True] * 4)
+    without = op(dy, None, x, mean, rstd, weight, None, state, 0.5, 1, [True] * 4)
+    for a, b in zip(whole, without, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
 def test_more_rows_than_a_grid_dimension_holds(backend):
     check(backend, (70_001, 8), TYPES[0], VARIANTS[0])
 

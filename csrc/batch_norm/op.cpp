@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "kernel.h"
 
 namespace dlkit::batch_norm {
@@ -136,7 +137,7 @@ Backward backward_arguments(const Layout& layout, const Tensor& grad_output, con
   op.x = layout.x.const_data_ptr();
   op.y = data_or_null(y);
   op.weight = data_or_null(parameters.weight);
-  op.bias = data_or_null(parameters.bias);
+  if (relu && !y.defined()) op.bias = data_or_null(parameters.bias);
   op.mean = mean.const_data_ptr();
   op.rstd = rstd.const_data_ptr();
   op.shape = layout.shape;
@@ -320,7 +321,11 @@ struct Options {
 Tensor native_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const Options& options) {
   if (options.groups == 0) return at::batch_norm(input, weight, bias, {}, {}, true, 0, options.eps, true);
-  return at::group_norm(input, options.groups, weight, bias, options.eps, true);
+  if (has(weight) || !has(bias)) return at::group_norm(input, options.groups, weight, bias, options.eps, true);
+  // torch's backward fails with a bias and no weight.
+  std::vector<int64_t> along(input.dim(), 1);
+  along[1] = -1;
+  return at::group_norm(input, options.groups, {}, {}, options.eps, true) + bias->view(along);
 }
 
 const auto& forward_op() {
@@ -350,77 +355,67 @@ BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, co
   return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
 }
 
-struct BatchNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, y, weight, bias, mean,
-      rstd;  // y only where the mask does not follow from input
+struct BatchNormBackward : SavingNode<6> {
+  // Y and Bias only where the ReLU's mask is found from the one or, without a residual, from the other.
+  enum { Input, Y, Weight, MaskBias, Mean, Rstd };
   Options options;
+  Bias bias;
   bool residual = false;
 
   std::string name() const override { return "DlkitBatchNormBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) saved->reset_data();
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
+    // A weight tells the parameters' type as well.
+    const Tensor b = saved[Weight].defined() ? saved[MaskBias] : bias_of(saved);
+    return gradients(grads[0], call_backward(grads[0], saved[Input], saved[Y], saved[Weight], b, saved[Mean],
+                                             saved[Rstd], options.groups, options.training, options.relu, mask()));
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor& grad_output = grads[0];
-    if (!grad_output.defined()) return variable_list(4);
-    const Tensor x = input.unpack(), w = weight.unpack(), b = bias.unpack();
-    const Tensor result = residual && options.relu ? y.unpack(getptr()) : Tensor();
-    const std::array<bool, 4> mask{task_should_compute_output(0), task_should_compute_output(1) && options.relu,
-                                   task_should_compute_output(2), task_should_compute_output(3)};
-    BackwardOutputs found;
-    if (at::GradMode::is_enabled()) {
-      found = differentiable_backward(grad_output, x, result, w, b, mean.unpack(), rstd.unpack(), mask);
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      found = call_backward(grad_output, x, result, w, b, mean.unpack(), rstd.unpack(), options.groups,
-                            options.training, options.relu, mask);
-    }
-    auto& [grad_input, grad_residual, grad_weight, grad_bias] = found;
-    // Without a ReLU the residual's gradient is what came.
-    if (task_should_compute_output(1) && !options.relu) grad_residual = grad_output;
-    return {grad_input, grad_residual, grad_weight, grad_bias};
-  }
-
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(y, residual && options.relu);
-    for (const auto* saved : {&input, &weight, &bias, &mean, &rstd}) args.collect(*saved, false);
-    args.collect(options.groups);
-    args.collect(options.training);
-    args.collect(options.relu);
-    args.collect(options.eps);
-    args.collect(residual);
-  }
-
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) swap.before(*saved);
-    variable_list result = apply(variable_list(grads));
-    for (auto* saved : {&input, &y, &weight, &bias, &mean, &rstd}) swap.after(*saved);
-    return result;
-  }
-
-  // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
-  BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& x, const Tensor& result,
-                                          const Tensor& w, const Tensor& b, const Tensor& m, const Tensor& r,
-                                          std::array<bool, 4> mask) {
+  // torch's own backward of the same function.
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const std::array<Tensor, 3> sources{alias(x), alias(w), alias(b)};
+    const Tensor& result = saved[Y];
+    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(bias_of(saved))};
     const Tensor z =
         in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
           if (options.training) return native_norm(t, p, q, options);
           std::vector<int64_t> along(t.dim(), 1);
           along[1] = -1;
-          Tensor scaled = (t - m.view(along)) * r.view(along);
+          Tensor scaled = (t - saved[Mean].view(along)) * saved[Rstd].view(along);
           if (has(p)) scaled = scaled * p->view(along);
           return has(q) ? scaled + q->view(along) : scaled;
         });
-    const Tensor g = options.relu ? grad_output * ((result.defined() ? result : z.detach()) > 0) : grad_output;
-    const std::array<Tensor, 3> grads = differentiable_gradients(z, g, sources, {mask[0], mask[2], mask[3]});
-    return {grads[0], mask[1] ? g : Tensor(), grads[1], grads[2]};
+    const Tensor g = options.relu ? grads[0] * ((result.defined() ? result : z.detach()) > 0) : grads[0];
+    const auto wanted = mask();
+    const std::array<Tensor, 3> found = differentiable_gradients(z, g, sources, {wanted[0], wanted[2], wanted[3]});
+    return gradients(grads[0], {found[0], wanted[1] ? g : Tensor(), found[1], found[2]});
+  }
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(options.groups);
+    args.collect(options.training);
+    args.collect(options.relu);
+    args.collect(options.eps);
+    args.collect(bias.type);
+    args.collect(residual);
+  }
+
+ private:
+  Tensor bias_of(const Saved& saved) const {
+    if (saved[MaskBias].defined()) return saved[MaskBias];
+    return bias.stand_in({saved[Input].sym_size(1)}, saved[Input]);
+  }
+
+  std::array<bool, 4> mask() const {
+    return {task_should_compute_output(0), task_should_compute_output(1) && options.relu, task_should_compute_output(2),
+            task_should_compute_output(3)};
+  }
+
+  variable_list gradients(const Tensor& grad_output, const BackwardOutputs& found) const {
+    const auto& [grad_input, grad_residual, grad_weight, grad_bias] = found;
+    // Without a ReLU the residual's gradient is what came.
+    const bool as_it_came = task_should_compute_output(1) && !options.relu;
+    return {grad_input, as_it_came ? grad_output : grad_residual, grad_weight, grad_bias};
   }
 };
 
@@ -437,19 +432,20 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
   };
   ForwardOutputs outputs;
   if (any_requires_grad(input, residual, weight, bias)) {
-    using torch::autograd::SavedVariable;
-    const auto node = make_node<BatchNormBackward>();
+    using Node = BatchNormBackward;
+    const auto node = make_node<Node>();
     node->set_next_edges(
         torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
     outputs = call();
     const auto& [y, mean, rstd] = outputs;
     torch::autograd::set_history(y, node);
-    node->input = SavedVariable(input, false);
-    if (has(residual) && options.relu) node->y = SavedVariable(y, true);
-    node->weight = SavedVariable(or_undefined(weight), false);
-    node->bias = SavedVariable(or_undefined(bias), false);
-    node->mean = SavedVariable(mean, false);
-    node->rstd = SavedVariable(rstd, false);
+    node->save(Node::Input, input);
+    if (has(residual) && options.relu) node->save(Node::Y, y, true);
+    node->save(Node::Weight, or_undefined(weight));
+    if (options.relu && !has(residual)) node->save(Node::MaskBias, or_undefined(bias));
+    node->bias = Bias(bias);
+    node->save(Node::Mean, mean);
+    node->save(Node::Rstd, rstd);
     node->options = options;
     node->residual = has(residual);
   } else {
@@ -482,15 +478,16 @@ void check_running(const char* name, const Tensor& input, const OptionalTensor& 
               running_var->scalar_type());
 }
 
-void check_momentum(const char* name, double momentum) {
-  TORCH_CHECK_VALUE(momentum >= 0 && momentum <= 1, name, "(): expected momentum between 0 and 1, got ", momentum);
+// Whether the kernel can count: it takes one Long on the input's device, and torch's layer anything that can be added
+// to (a checkpoint that was averaged has floats, a model whose buffers stayed elsewhere a counter on the CPU).
+bool is_plain_counter(const Tensor& input, const Tensor& counter) {
+  return counter.scalar_type() == at::kLong && counter.device() == input.device() && counter.dim() == 0;
 }
 
-Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  bool relu) {
-  constexpr const char* name = "batch_norm";
+Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& residual, const OptionalTensor& num_batches_tracked, bool training,
+                       std::optional<double> momentum, double eps, bool relu) {
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
   check_running(name, input, running_mean, running_var, !training);
@@ -500,21 +497,24 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const
     TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS((input.sym_numel() / input.sym_size(1).max(1)).sym_ne(1)), name,
                       "(): expected more than 1 value per channel when training, got input of shape ",
                       input.sym_sizes());
-    if (momentum.has_value()) check_momentum(name, *momentum);
     TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked) || !has(running_mean), name,
                       "(): expected momentum to be a float where there is no num_batches_tracked, got None");
   }
-  const bool fallback = is_for_torch(input, residual, weight, bias);
+  // The kernel takes a negative momentum for a cumulative average; torch takes it as it is.
+  const bool odd_momentum = training && momentum.has_value() && !(*momentum >= 0);
+  const bool fallback = is_for_torch(input, residual, weight, bias) || odd_momentum;
   if (!fallback) check_parameter_types(name, input, weight, bias);
   // x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
   const bool apart = has(residual) && (residual->scalar_type() != input.scalar_type() ||
                                        !residual->sym_sizes().equals(input.sym_sizes()));
+  const bool counted = training && has(num_batches_tracked);
+  const bool counted_here = counted && (fallback || !is_plain_counter(input, *num_batches_tracked));
+  if (counted_here) {
+    num_batches_tracked->add_(1);
+    if (!momentum.has_value()) momentum = 1 / num_batches_tracked->item<double>();
+  }
   if (fallback) {
-    double factor = momentum.value_or(0);
-    if (training && has(num_batches_tracked)) {
-      num_batches_tracked->add_(1);
-      if (!momentum.has_value()) factor = 1 / num_batches_tracked->item<double>();
-    }
+    const double factor = momentum.value_or(0);
     const Tensor y = in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::batch_norm(t, w, b, running_mean, running_var, training, factor, eps, true);
     });
@@ -522,11 +522,23 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const
     return relu ? at::relu(z) : z;
   }
   const Options options{0, training, relu && !apart, eps};
-  const Tensor y =
-      std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean, running_var,
-                            training ? num_batches_tracked : std::nullopt, momentum.value_or(-1), options));
+  const Tensor y = std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean,
+                                         running_var, counted && !counted_here ? num_batches_tracked : std::nullopt,
+                                         momentum.value_or(-1), options));
   if (!apart) return y;
   return relu ? at::relu(y + *residual) : y + *residual;
+}
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                  const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                  const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
+                  bool relu) {
+  constexpr const char* name = "batch_norm";
+  // torch checks this of batch_norm alone.
+  TORCH_CHECK_VALUE(!(eps < 0) && !(training && eps == 0), name, "(): expected eps ",
+                    training ? "greater than 0 when training" : "of at least 0", ", got ", eps);
+  return normalize_batch(name, input, running_mean, running_var, weight, bias, residual, num_batches_tracked, training,
+                         momentum, eps, relu);
 }
 
 Tensor group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -560,13 +572,12 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
               input.sym_sizes());
   check_running(name, input, running_mean, running_var, !use_input_stats);
   if (!use_input_stats)
-    return batch_norm(input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
+    return normalize_batch(name, input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
   const c10::SymInt space = input.sym_numel() / (input.sym_size(0) * input.sym_size(1)).max(1);
   TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(space.sym_ne(1)), name,
                     "(): expected more than 1 spatial element, got input of shape ", input.sym_sizes());
-  if (has(running_mean)) check_momentum(name, momentum);
   if (is_for_torch(input, weight, bias)) {
     return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::instance_norm(t, w, b, running_mean, running_var, true, momentum, eps, true);
@@ -600,18 +611,18 @@ Tensor group_norm_autocast(const Tensor& input, int64_t num_groups, const Option
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("batch_norm_forward", forward<Device>);
-  m.impl("batch_norm_backward", backward<Device>);
-  m.impl("batch_norm_statistics", statistics<Device>);
-  m.impl("batch_norm_apply", apply<Device>);
-  m.impl("batch_norm_backward_sums", backward_sums<Device>);
-  m.impl("batch_norm_backward_apply", backward_apply<Device>);
+  implement_kernel<forward<Device>>(m, "batch_norm_forward");
+  implement_kernel<backward<Device>>(m, "batch_norm_backward");
+  implement_kernel<statistics<Device>>(m, "batch_norm_statistics");
+  implement_kernel<apply<Device>>(m, "batch_norm_apply");
+  implement_kernel<backward_sums<Device>>(m, "batch_norm_backward_sums");
+  implement_kernel<backward_apply<Device>>(m, "batch_norm_backward_apply");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("batch_norm", batch_norm);
-  m.impl("group_norm", group_norm);
-  m.impl("instance_norm", instance_norm);
+void implement_all(torch::Library& m) {
+  implement_public<batch_norm>(m, "batch_norm");
+  implement_public<group_norm>(m, "group_norm");
+  implement_public<instance_norm>(m, "instance_norm");
 }
 
 }  // namespace
@@ -658,14 +669,14 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::batch_norm::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("batch_norm_forward", dlkit::batch_norm::forward_meta);
-  m.impl("batch_norm_backward", dlkit::batch_norm::backward_meta);
-  m.impl("batch_norm_statistics", dlkit::batch_norm::statistics_meta);
-  m.impl("batch_norm_apply", dlkit::batch_norm::apply_meta);
-  m.impl("batch_norm_backward_sums", dlkit::batch_norm::backward_sums_meta);
-  m.impl("batch_norm_backward_apply", dlkit::batch_norm::backward_apply_meta);
+  dlkit::implement_kernel<dlkit::batch_norm::forward_meta>(m, "batch_norm_forward");
+  dlkit::implement_kernel<dlkit::batch_norm::backward_meta>(m, "batch_norm_backward");
+  dlkit::implement_kernel<dlkit::batch_norm::statistics_meta>(m, "batch_norm_statistics");
+  dlkit::implement_kernel<dlkit::batch_norm::apply_meta>(m, "batch_norm_apply");
+  dlkit::implement_kernel<dlkit::batch_norm::backward_sums_meta>(m, "batch_norm_backward_sums");
+  dlkit::implement_kernel<dlkit::batch_norm::backward_apply_meta>(m, "batch_norm_backward_apply");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::batch_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::batch_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::batch_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::batch_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::batch_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::batch_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) { m.impl("group_norm", dlkit::batch_norm::group_norm_autocast); }

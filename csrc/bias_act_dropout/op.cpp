@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -118,53 +119,34 @@ Tensor activate(const Tensor& input, const OptionalTensor& bias, int64_t activat
   });
 }
 
-struct BiasActDropoutBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, bias, state;
+struct BiasActDropoutBackward : SavingNode<3> {
+  enum { Input, Bias, State };
   int64_t activation = 0;
   double p = 0;
 
   std::string name() const override { return "DlkitBiasActDropoutBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &bias, &state}) saved->reset_data();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(2);
-    const Tensor x = input.unpack(), b = bias.unpack(), drawn = state.unpack();
-    const bool needs_input = task_should_compute_output(0), needs_bias = task_should_compute_output(1);
-    if (at::GradMode::is_enabled()) return differentiable_backward(grads[0], x, b, drawn, {needs_input, needs_bias});
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
     static const auto op = find_op<decltype(backward_meta)>("bias_act_dropout_backward");
-    auto [grad_input, grad_bias] = op.call(grads[0], x, b, drawn, activation, p, needs_bias);
-    return {needs_input ? grad_input : Tensor(), grad_bias};
+    auto [grad_input, grad_bias] =
+        op.call(grads[0], saved[Input], saved[Bias], saved[State], activation, p, task_should_compute_output(1));
+    return {task_should_compute_output(0) ? grad_input : Tensor(), grad_bias};
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (const auto* saved : {&input, &bias, &state}) args.collect(*saved, false);
-    args.collect(activation);
-    args.collect(p);
-  }
-
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto* saved : {&input, &bias, &state}) swap.before(*saved);
-    variable_list result = apply(variable_list(grads));
-    for (auto* saved : {&input, &bias, &state}) swap.after(*saved);
-    return result;
-  }
-
-  // Under create_graph: dropout's own backward, which is linear, then torch's of the activation.
-  variable_list differentiable_backward(const Tensor& grad_output, const Tensor& x, const Tensor& b,
-                                        const Tensor& drawn, std::array<bool, 2> mask) const {
+  // dropout's own backward, which is linear, then torch's of the activation.
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
     static const auto drop =
         find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
-    const Tensor grad = p > 0 ? drop.call(grad_output, drawn, p, 1, dropout_scale(p), 0, 0) : grad_output;
-    const auto found =
-        differentiable_gradients(activate(x, b, activation), grad, {x, b, Tensor()}, {mask[0], mask[1], false});
+    const Tensor grad = p > 0 ? drop.call(grads[0], saved[State], p, 1, dropout_scale(p), 0, 0) : grads[0];
+    const auto found = differentiable_gradients(activate(saved[Input], saved[Bias], activation), grad,
+                                                {saved[Input], saved[Bias], Tensor()},
+                                                {task_should_compute_output(0), task_should_compute_output(1), false});
     return {found[0], found[1]};
+  }
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(activation);
+    args.collect(p);
   }
 };
 
@@ -206,9 +188,9 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
   auto [y, state] = call();
   torch::autograd::set_history(y, node);
-  node->input = torch::autograd::SavedVariable(input, false);
-  if (has(bias)) node->bias = torch::autograd::SavedVariable(*bias, false);
-  node->state = torch::autograd::SavedVariable(state, false);
+  node->save(BiasActDropoutBackward::Input, input);
+  node->save(BiasActDropoutBackward::Bias, or_undefined(bias));
+  node->save(BiasActDropoutBackward::State, state);
   node->activation = activation;
   node->p = p;
   return std::move(y);
@@ -222,8 +204,8 @@ Tensor bias_act_dropout_vmap(const Tensor& input, const OptionalTensor& bias, in
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("bias_act_dropout_forward", forward<Device>);
-  m.impl("bias_act_dropout_backward", backward<Device>);
+  implement_kernel<forward<Device>>(m, "bias_act_dropout_forward");
+  implement_kernel<backward<Device>>(m, "bias_act_dropout_backward");
 }
 
 }  // namespace
@@ -249,11 +231,15 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::bias_act_dropout::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("bias_act_dropout_forward", dlkit::bias_act_dropout::forward_meta);
-  m.impl("bias_act_dropout_backward", dlkit::bias_act_dropout::backward_meta);
+  dlkit::implement_kernel<dlkit::bias_act_dropout::forward_meta>(m, "bias_act_dropout_forward");
+  dlkit::implement_kernel<dlkit::bias_act_dropout::backward_meta>(m, "bias_act_dropout_backward");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout); }
+DLKIT_IMPLEMENT_OPS(Autograd, m) {
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
+}
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
-  m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout);
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
 }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { m.impl("bias_act_dropout", dlkit::bias_act_dropout::bias_act_dropout_vmap); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout_vmap>(m, "bias_act_dropout");
+}

@@ -1,8 +1,8 @@
-// What the ops share on autograd's side: which calls it serves, and nodes, which torch names differently from release
-// to release.
+// What the ops share on autograd's side: which calls it serves, and the node that saves variables.
 #pragma once
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -54,7 +54,8 @@ inline std::array<at::Tensor, 3> differentiable_gradients(const at::Tensor& y, c
   return result;
 }
 
-// Up to torch 2.12 a node is held by shared_ptr, from the release on that has node.h by intrusive_ptr.
+// torch names nodes differently from release to release: up to 2.12 one is held by shared_ptr, from the release on that
+// has node.h by intrusive_ptr.
 template <class T>
 auto make_node() {
 #if __has_include(<torch/csrc/autograd/node.h>)
@@ -63,5 +64,84 @@ auto make_node() {
   return std::shared_ptr<T>(new T(), torch::autograd::deleteNode);
 #endif
 }
+
+// A bias of which backward reads no element, only the type that its gradient gets: what a node keeps in its place, so
+// that the user may change it in the meantime.
+struct Bias {
+  std::optional<at::ScalarType> type;
+  Bias() = default;
+  explicit Bias(const OptionalTensor& bias) {
+    if (has(bias)) type = bias->scalar_type();
+  }
+  at::Tensor stand_in(c10::SymIntArrayRef sizes, const at::Tensor& input) const {
+    return type ? at::zeros_symint(sizes, input.options().dtype(*type)).requires_grad_(at::GradMode::is_enabled())
+                : at::Tensor();
+  }
+};
+
+// A node with kCount saved variables. To unpack one may run hooks of the user, who computes in them (checkpointing) or
+// copies (offloading): that needs all of torch's dispatch. So all are unpacked here, before autograd's keys are
+// excluded for the kernels, and what an op's node is given are plain tensors.
+template <size_t kCount>
+struct SavingNode : torch::autograd::Node {
+  using Variables = torch::autograd::variable_list;
+  using Saved = std::array<at::Tensor, kCount>;
+
+  void save(size_t i, const at::Tensor& tensor, bool is_output = false) {
+    saved_[i] = torch::autograd::SavedVariable(tensor, is_output);
+    is_output_[i] = is_output;
+  }
+
+  // The gradients by the kernels' ops, which need no autograd.
+  virtual Variables backward(const Variables& grads, const Saved& saved) = 0;
+  // The same by ops that can themselves be differentiated: under create_graph.
+  virtual Variables differentiable_backward(const Variables& grads, const Saved& saved) = 0;
+  // What a compiler must know to be constant, and the sizes that it may not.
+  virtual void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const = 0;
+  virtual void swap_before(torch::dynamo::autograd::SwapSavedVariables&) {}
+  virtual void swap_after(torch::dynamo::autograd::SwapSavedVariables&) {}
+
+  Variables apply(Variables&& grads) override {
+    bool any = false;
+    for (const at::Tensor& grad : grads) any = any || grad.defined();
+    if (!any) return Variables(num_outputs());
+    const Saved saved = unpack();
+    if (at::GradMode::is_enabled()) return differentiable_backward(grads, saved);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return backward(grads, saved);
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& variable : saved_) variable.reset_data();
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (size_t i = 0; i < kCount; ++i) args.collect(saved_[i], is_output_[i]);
+    collect(args);
+  }
+
+  Variables apply_with_saved(const Variables& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (auto& variable : saved_) swap.before(variable);
+    swap_before(swap);
+    Variables result = apply(Variables(grads));
+    for (auto& variable : saved_) swap.after(variable);
+    swap_after(swap);
+    return result;
+  }
+
+ private:
+  Saved unpack() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Saved result;
+    for (size_t i = 0; i < kCount; ++i) {
+      result[i] = is_output_[i] ? saved_[i].unpack(getptr()) : saved_[i].unpack();
+    }
+    return result;
+  }
+
+  std::array<torch::autograd::SavedVariable, kCount> saved_;
+  std::array<bool, kCount> is_output_{};
+};
 
 }  // namespace dlkit

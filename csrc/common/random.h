@@ -47,6 +47,9 @@ inline PhiloxSource draw(const CudaDevice&, const at::Tensor& input, const Optio
 
 // A state on the CPU (a dlkit.random.Philox drew it) serves any device, but a captured graph would replay its value.
 inline PhiloxSource source_of(const at::Tensor& state, const at::Tensor& input) {
+  TORCH_CHECK(state.numel() >= 2 && state.is_contiguous(),
+              "dropout: expected state of 2 adjacent elements or more, got ", state.sizes(), " with strides ",
+              state.strides());
   const int64_t* data = state.const_data_ptr<int64_t>();
   if (state.device() == input.device()) return {data, data + 1, 0, 0};
   TORCH_CHECK(state.device().is_cpu(), "dropout: expected state on ", input.device(),
@@ -70,6 +73,8 @@ inline void check_dropout(const char* name, const at::Tensor& input, double p, c
   TORCH_CHECK(input.defined(), name, "(): expected input to be a Tensor, got None");
   TORCH_CHECK_VALUE(!(p < 0 || p > 1), name, "(): expected p between 0 and 1, got ", p);
   TORCH_CHECK(p == p, name, "(): expected p between 0 and 1, got ", p);
+  TORCH_CHECK(!has(stream) || (stream->is_cpu() && stream->scalar_type() == at::kLong && stream->dim() == 1), name,
+              "(): expected stream to be int64 [2] on cpu, got ", stream->scalar_type(), " on ", stream->device());
   if (!generator.has_value() || !generator->defined()) return;
   TORCH_CHECK(generator->device().type() == input.device().type() || input.is_meta(), name,
               "(): expected generator on ", input.device(), " (the device of input), got ", generator->device());

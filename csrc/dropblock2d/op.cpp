@@ -13,9 +13,10 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
+#include "../common/in_place.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -133,38 +134,25 @@ const auto& apply_op() {
   return op;
 }
 
-struct DropBlock2dBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable state;
+struct DropBlock2dBackward : SavingNode<1> {  // the state
   double p = 0;
   int64_t block_size = 1;
 
   std::string name() const override { return "DlkitDropBlock2dBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.reset_data();
+  // dropblock2d_apply is its own backward, under autograd or not.
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
+    if (!task_should_compute_output(0)) return variable_list(1);
+    return {apply_op().call(grads[0], saved[0], p, block_size)};
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined() || !task_should_compute_output(0)) return variable_list(1);
-    if (at::GradMode::is_enabled()) return {apply_op().call(grads[0], state.unpack(), p, block_size)};
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return {apply_op().call(grads[0], state.unpack(), p, block_size)};
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    return backward(grads, saved);
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(state, false);
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(p);
     args.collect(block_size);
-  }
-
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    swap.before(state);
-    variable_list result = apply(variable_list(grads));
-    swap.after(state);
-    return result;
   }
 };
 
@@ -199,7 +187,7 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_
   }
   if (node) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return y;
 }
@@ -250,7 +238,7 @@ Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const Opti
   auto& [y, state] = result;
   if (node) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return std::move(y);
 }
@@ -258,7 +246,7 @@ Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const Opti
 void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
                   const OptionalTensor& stream) {
   check("dropblock2d_", input, p, block_size, generator, stream);
-  torch::autograd::check_inplace(input, any_requires_grad(input));
+  check_written("dropblock2d_", input);
   if (!has_kernel(forward_op(), input) || has_tangent(input)) {
     input.copy_(dropblock2d(input, p, block_size, generator, stream));
     return;
@@ -275,7 +263,7 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (node) {
     torch::autograd::rebase_history(input, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
 }
 
@@ -287,14 +275,14 @@ Tensor dropblock2d_vmap(const Tensor& input, double p, int64_t block_size, const
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("dropblock2d_forward", forward<Device>);
-  m.impl("dropblock2d_forward_", forward_<Device>);
-  m.impl("dropblock2d_apply", apply<Device>);
+  implement_kernel<forward<Device>>(m, "dropblock2d_forward");
+  implement_kernel<forward_<Device>>(m, "dropblock2d_forward_");
+  implement_kernel<apply<Device>>(m, "dropblock2d_apply");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("dropblock2d", dropblock2d);
-  m.impl("dropblock2d_", dropblock2d_);
+void implement_all(torch::Library& m) {
+  implement_public<dropblock2d>(m, "dropblock2d");
+  implement_public<dropblock2d_>(m, "dropblock2d_");
 }
 
 }  // namespace
@@ -325,13 +313,15 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropblock2d::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("dropblock2d_forward", dlkit::dropblock2d::forward_meta);
-  m.impl("dropblock2d_forward_", dlkit::dropblock2d::forward_meta_);
-  m.impl("dropblock2d_apply", dlkit::dropblock2d::apply_meta);
+  dlkit::implement_kernel<dlkit::dropblock2d::forward_meta>(m, "dropblock2d_forward");
+  dlkit::implement_kernel<dlkit::dropblock2d::forward_meta_>(m, "dropblock2d_forward_");
+  dlkit::implement_kernel<dlkit::dropblock2d::apply_meta>(m, "dropblock2d_apply");
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::dropblock2d::implement_public(m);
-  m.impl("dropblock2d_apply", dlkit::dropblock2d::apply_autograd);
+  dlkit::dropblock2d::implement_all(m);
+  dlkit::implement_kernel<dlkit::dropblock2d::apply_autograd>(m, "dropblock2d_apply");
 }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { m.impl("dropblock2d", dlkit::dropblock2d::dropblock2d_vmap); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
+  dlkit::implement_public<dlkit::dropblock2d::dropblock2d_vmap>(m, "dropblock2d");
+}

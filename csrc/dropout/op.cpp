@@ -15,11 +15,12 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include <cmath>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
+#include "../common/in_place.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -228,50 +229,33 @@ Form<c10::SymInt> linear_part(Form<c10::SymInt> form) {
   return form;
 }
 
-struct DropoutBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable state;
+struct DropoutBackward : SavingNode<1> {  // the state
   Form<c10::SymInt> form{};
   bool residual = false;  // a second input, whose gradient is that of the output
 
   std::string name() const override { return "DlkitDropoutBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    state.reset_data();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  // dropout_apply is its own backward, under autograd or not.
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
     variable_list result(residual ? 2 : 1);
-    if (!grads[0].defined()) return result;
     if (residual && task_should_compute_output(1)) result[1] = grads[0];
-    if (!task_should_compute_output(0)) return result;
-    if (at::GradMode::is_enabled()) {
-      result[0] = call_apply(grads[0], state.unpack(), form);
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      result[0] = call_apply(grads[0], state.unpack(), form);
-    }
+    if (task_should_compute_output(0)) result[0] = call_apply(grads[0], saved[0], form);
     return result;
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(state, false);
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    return backward(grads, saved);
+  }
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(form.p);
     args.collect(form.inner);
     args.collect(form.scale);
     args.collect(residual);
   }
 
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    swap.before(state);
-    swap.before(form.inner);
-    variable_list result = apply(variable_list(grads));
-    swap.after(state);
-    swap.after(form.inner);
-    return result;
-  }
+  void swap_before(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.before(form.inner); }
+  void swap_after(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.after(form.inner); }
 };
 
 auto node_for(const Tensor& input, const Form<c10::SymInt>& form) {
@@ -308,7 +292,7 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::S
   }
   if (graph) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return y;
 }
@@ -364,7 +348,7 @@ Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, con
   auto& [y, state] = result;
   if (graph) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return std::move(y);
 }
@@ -401,7 +385,7 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
   auto& [y, state] = result;
   if (graph) {
     torch::autograd::set_history(y, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
   return std::move(y);
 }
@@ -410,7 +394,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
               const OptionalTensor& stream) {
   const auto form = form_of("dropout_", input, p, mask_ndim, alpha, generator, stream);
   const bool graph = any_requires_grad(input);
-  torch::autograd::check_inplace(input, graph);
+  check_written("dropout_", input);
   if (!has_kernel(forward_op(), input) || has_tangent(input)) {
     input.copy_(dropout(input, p, mask_ndim, alpha, generator, stream));
     return;
@@ -426,7 +410,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (graph) {
     torch::autograd::rebase_history(input, node);
-    node->state = torch::autograd::SavedVariable(state, false);
+    node->save(0, state);
   }
 }
 
@@ -446,16 +430,16 @@ std::tuple<Tensor, Tensor> forward_vmap(const Tensor&, double, c10::SymInt, doub
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("dropout_forward", forward<Device>);
-  m.impl("dropout_forward_", forward_<Device>);
-  m.impl("dropout_apply", apply<Device>);
-  m.impl("dropout_add_forward", add_forward<Device>);
+  implement_kernel<forward<Device>>(m, "dropout_forward");
+  implement_kernel<forward_<Device>>(m, "dropout_forward_");
+  implement_kernel<apply<Device>>(m, "dropout_apply");
+  implement_kernel<add_forward<Device>>(m, "dropout_add_forward");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("dropout", dropout);
-  m.impl("dropout_", dropout_);
-  m.impl("dropout_add", dropout_add);
+void implement_all(torch::Library& m) {
+  implement_public<dropout>(m, "dropout");
+  implement_public<dropout_>(m, "dropout_");
+  implement_public<dropout_add>(m, "dropout_add");
 }
 
 }  // namespace
@@ -500,18 +484,18 @@ DLKIT_IMPLEMENT_OPS(CPU, m) { m.impl("philox_draw", dlkit::dropout::philox_draw)
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropout::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("dropout_forward", dlkit::dropout::forward_meta);
-  m.impl("dropout_forward_", dlkit::dropout::forward_meta_);
-  m.impl("dropout_apply", dlkit::dropout::apply_meta);
-  m.impl("dropout_add_forward", dlkit::dropout::add_forward_meta);
+  dlkit::implement_kernel<dlkit::dropout::forward_meta>(m, "dropout_forward");
+  dlkit::implement_kernel<dlkit::dropout::forward_meta_>(m, "dropout_forward_");
+  dlkit::implement_kernel<dlkit::dropout::apply_meta>(m, "dropout_apply");
+  dlkit::implement_kernel<dlkit::dropout::add_forward_meta>(m, "dropout_add_forward");
   m.impl("philox_draw", dlkit::dropout::philox_draw_meta);
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::dropout::implement_public(m);
-  m.impl("dropout_apply", dlkit::dropout::apply_autograd);
+  dlkit::dropout::implement_all(m);
+  dlkit::implement_kernel<dlkit::dropout::apply_autograd>(m, "dropout_apply");
 }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  m.impl("dropout", dlkit::dropout::dropout_vmap);
-  m.impl("dropout_forward", dlkit::dropout::forward_vmap);
+  dlkit::implement_public<dlkit::dropout::dropout_vmap>(m, "dropout");
+  dlkit::implement_kernel<dlkit::dropout::forward_vmap>(m, "dropout_forward");
 }

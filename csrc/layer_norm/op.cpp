@@ -13,6 +13,7 @@
 #include <ATen/ops/rms_norm.h>
 
 #include "../common/autograd.h"
+#include "../common/checked.h"
 #include "../common/random.h"
 #include "kernel.h"
 
@@ -331,83 +332,74 @@ Tensor drop(const Tensor& input, const Tensor& state, double p) {
 }
 
 // A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
-struct LayerNormBackward : torch::autograd::Node {
-  torch::autograd::SavedVariable input, mean, rstd, weight,
-      bias;                              // input: what was normalised, the sum where there is one
-  torch::autograd::SavedVariable state;  // of the dropout, where there is one
+struct LayerNormBackward : SavingNode<5> {
+  enum { Input, Mean, Rstd, Weight, State };  // Input: what was normalised, the sum where there is one
+  Bias bias;
   int64_t normalized_ndim = 0;
   double eps = 0, p = 0;
-  bool residual = false;
+  bool residual = false, rms = false;
 
   std::string name() const override { return "DlkitLayerNormBackward"; }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) saved->reset_data();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor x = residual ? input.unpack(getptr()) : input.unpack();
-    const Tensor w = weight.unpack(), b = bias.unpack(), saved_mean = mean.unpack(), drawn = state.unpack();
+  variable_list backward(const variable_list& grads, const Saved& saved) override {
     const Tensor& grad_output = grads[0];
     const Tensor grad_sum = residual ? grads[1] : Tensor();
-    const std::array<bool, 3> mask{task_should_compute_output(0) || task_should_compute_output(1),
-                                   task_should_compute_output(2), task_should_compute_output(3)};
-    BackwardOutputs result;
-    Tensor grad_dropped;
-    if (!grad_output.defined()) {
-      std::get<0>(result) = grad_sum;
-    } else if (at::GradMode::is_enabled()) {
-      const auto shape = x.sym_sizes().slice(x.dim() - normalized_ndim);
-      result = differentiable_backward(grad_output, grad_sum, x, shape, w, b, eps, !saved_mean.defined(), mask);
-    } else if (drawn.defined()) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
-      auto& [grad_residual, grad_weight, grad_bias] = result;
-      std::tie(grad_dropped, grad_residual, grad_weight, grad_bias) =
-          op.call(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, drawn, p, normalized_ndim,
-                  {task_should_compute_output(0), task_should_compute_output(1), mask[1], mask[2]});
-      return {grad_dropped, grad_residual, grad_weight, grad_bias};
-    } else {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      result = call_backward(grad_output, grad_sum, x, saved_mean, rstd.unpack(), w, b, normalized_ndim, mask);
+    if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
+    const auto wanted = mask();
+    // A weight tells the parameters' type as well.
+    const Tensor b = saved[Weight].defined() ? Tensor() : bias.stand_in(row_sizes(saved), saved[Input]);
+    if (!saved[State].defined()) {
+      return through_dropout(call_backward(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight],
+                                           b, normalized_ndim, wanted),
+                             saved);
     }
-    const auto& [grad_input, grad_weight, grad_bias] = result;
-    grad_dropped = drawn.defined() && grad_input.defined() && task_should_compute_output(0) ? drop(grad_input, drawn, p)
-                                                                                            : grad_input;
-    return {task_should_compute_output(0) ? grad_dropped : Tensor(),
-            task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
+    static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
+    auto [grad_dropped, grad_residual, grad_weight, grad_bias] =
+        op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b, saved[State], p,
+                normalized_ndim, {task_should_compute_output(0), task_should_compute_output(1), wanted[1], wanted[2]});
+    return {grad_dropped, grad_residual, grad_weight, grad_bias};
   }
 
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(input, residual);
-    for (const auto* saved : {&mean, &rstd, &weight, &bias, &state}) args.collect(*saved, false);
+  // torch's own backward of the same function.
+  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
+    const Tensor& grad_output = grads[0];
+    const Tensor grad_sum = residual ? grads[1] : Tensor();
+    if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
+    // Aliases: the input may be an output of this very node, which must not be entered again while it runs.
+    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
+    const auto shape = row_sizes(saved);
+    const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), bias.stand_in(shape, saved[Input])};
+    const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
+    std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask());
+    if (mask()[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
+    return through_dropout({result[0], result[1], result[2]}, saved);
+  }
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(normalized_ndim);
     args.collect(eps);
     args.collect(p);
     args.collect(residual);
+    args.collect(rms);
+    args.collect(bias.type);
   }
 
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) swap.before(*saved);
-    variable_list result = apply(variable_list(grads));
-    for (auto* saved : {&input, &mean, &rstd, &weight, &bias, &state}) swap.after(*saved);
-    return result;
+ private:
+  c10::SymIntArrayRef row_sizes(const Saved& saved) const {
+    return saved[Input].sym_sizes().slice(saved[Input].dim() - normalized_ndim);
   }
 
-  // Under create_graph: torch's own backward of the same function, which can itself be differentiated.
-  static BackwardOutputs differentiable_backward(const Tensor& grad_output, const Tensor& grad_sum, const Tensor& input,
-                                                 c10::SymIntArrayRef shape, const Tensor& weight, const Tensor& bias,
-                                                 double eps, bool rms, std::array<bool, 3> mask) {
-    // Aliases: `input` may be an output of this very node, which must not be entered again while it runs.
-    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const std::array<Tensor, 3> sources{alias(input), alias(weight), alias(bias)};
-    const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
-    std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask);
-    if (mask[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
-    return {result[0], result[1], result[2]};
+  std::array<bool, 3> mask() const {
+    return {task_should_compute_output(0) || task_should_compute_output(1), task_should_compute_output(2),
+            task_should_compute_output(3)};
+  }
+
+  // grad_input of what was normalised goes to the residual as it is, and to the input by way of the dropout.
+  variable_list through_dropout(const BackwardOutputs& found, const Saved& saved) const {
+    const auto& [grad_input, grad_weight, grad_bias] = found;
+    Tensor first = task_should_compute_output(0) ? grad_input : Tensor();
+    if (first.defined() && saved[State].defined()) first = drop(first, saved[State], p);
+    return {first, task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
   }
 };
 
@@ -415,8 +407,8 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
                                               int64_t normalized_ndim, const OptionalTensor& weight,
                                               const OptionalTensor& bias, double eps, bool rms,
                                               const DropoutCall* dropout) {
-  using torch::autograd::SavedVariable;
-  const auto node = make_node<LayerNormBackward>();
+  using Node = LayerNormBackward;
+  const auto node = make_node<Node>();
   node->set_next_edges(
       torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
   ForwardOutputs outputs;
@@ -428,16 +420,17 @@ std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const Optiona
   auto& [y, sum, mean, rstd] = outputs;
   torch::autograd::set_history(y, node);
   if (sum.defined()) torch::autograd::set_history(sum, node);
-  node->input = SavedVariable(sum.defined() ? sum : input, sum.defined());
-  node->mean = SavedVariable(mean, false);
-  node->rstd = SavedVariable(rstd, false);
-  node->weight = SavedVariable(or_undefined(weight), false);
-  node->bias = SavedVariable(or_undefined(bias), false);
+  node->save(Node::Input, sum.defined() ? sum : input, sum.defined());
+  node->save(Node::Mean, mean);
+  node->save(Node::Rstd, rstd);
+  node->save(Node::Weight, or_undefined(weight));
+  node->bias = Bias(bias);
   node->normalized_ndim = normalized_ndim;
   node->eps = eps;
+  node->rms = rms;
   node->residual = sum.defined();
   if (dropout != nullptr) {
-    node->state = SavedVariable(state, false);
+    node->save(Node::State, state);
     node->p = dropout->p;
   }
   return {std::move(y), std::move(sum)};
@@ -496,13 +489,14 @@ OptionalTensor rms_weight(const Tensor& input, const OptionalTensor& weight) {
   return weight->to(accumulate_type(input.scalar_type()));
 }
 
-// x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
+// x + residual broadcasts and promotes as torch's addition does, a number on the CPU with any device; the kernel wants
+// one shape, one type and one device.
 std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) {
   if (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes())) {
     return {input, residual};
   }
   const at::ScalarType type = c10::promoteTypes(input.scalar_type(), residual.scalar_type());
-  const auto expanded = at::broadcast_tensors({input.to(type), residual.to(type)});
+  const auto expanded = at::broadcast_tensors({input.to(type), residual.to(input.device(), type)});
   return {expanded[0], expanded[1]};
 }
 
@@ -635,19 +629,19 @@ std::tuple<Tensor, Tensor> dropout_add_rms_norm_autocast(const Tensor& input, co
 
 template <class Device>
 void implement_kernels(torch::Library& m) {
-  m.impl("layer_norm_forward", static_cast<decltype(&forward_meta)>(forward<Device>));
-  m.impl("layer_norm_backward", static_cast<decltype(&backward_meta)>(backward<Device>));
-  m.impl("dropout_layer_norm_forward", dropped_forward<Device>);
-  m.impl("dropout_layer_norm_backward", dropped_backward<Device>);
+  implement_kernel<static_cast<decltype(&forward_meta)>(forward<Device>)>(m, "layer_norm_forward");
+  implement_kernel<static_cast<decltype(&backward_meta)>(backward<Device>)>(m, "layer_norm_backward");
+  implement_kernel<dropped_forward<Device>>(m, "dropout_layer_norm_forward");
+  implement_kernel<dropped_backward<Device>>(m, "dropout_layer_norm_backward");
 }
 
-void implement_public(torch::Library& m) {
-  m.impl("layer_norm", layer_norm);
-  m.impl("rms_norm", rms_norm);
-  m.impl("add_layer_norm", add_layer_norm);
-  m.impl("add_rms_norm", add_rms_norm);
-  m.impl("dropout_add_layer_norm", dropout_add_layer_norm);
-  m.impl("dropout_add_rms_norm", dropout_add_rms_norm);
+void implement_all(torch::Library& m) {
+  implement_public<layer_norm>(m, "layer_norm");
+  implement_public<rms_norm>(m, "rms_norm");
+  implement_public<add_layer_norm>(m, "add_layer_norm");
+  implement_public<add_rms_norm>(m, "add_rms_norm");
+  implement_public<dropout_add_layer_norm>(m, "dropout_add_layer_norm");
+  implement_public<dropout_add_rms_norm>(m, "dropout_add_rms_norm");
 }
 
 }  // namespace
@@ -702,14 +696,14 @@ DLKIT_DEFINE_OPS(m) {
 DLKIT_IMPLEMENT_KERNELS(dlkit::layer_norm::implement_kernels)
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {
-  m.impl("layer_norm_forward", dlkit::layer_norm::forward_meta);
-  m.impl("layer_norm_backward", dlkit::layer_norm::backward_meta);
-  m.impl("dropout_layer_norm_forward", dlkit::layer_norm::dropped_forward_meta);
-  m.impl("dropout_layer_norm_backward", dlkit::layer_norm::dropped_backward_meta);
+  dlkit::implement_kernel<dlkit::layer_norm::forward_meta>(m, "layer_norm_forward");
+  dlkit::implement_kernel<dlkit::layer_norm::backward_meta>(m, "layer_norm_backward");
+  dlkit::implement_kernel<dlkit::layer_norm::dropped_forward_meta>(m, "dropout_layer_norm_forward");
+  dlkit::implement_kernel<dlkit::layer_norm::dropped_backward_meta>(m, "dropout_layer_norm_backward");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_public(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_public(m); }
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
   m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
   m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);

@@ -44,7 +44,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             products = products + (mask if mask.dim() == 2 else mask.view(products.shape))
         if key_padding_mask is not None:
             products = products + _additive(key_padding_mask, query.dtype)[:, None, None, :]
-        weights = F.dropout(torch.softmax(products, -1), self.dropout)
+        masked = attn_mask is not None or key_padding_mask is not None
+        # A row that is masked as a whole is 0 in scaled_dot_product_attention, and NaN where torch returns weights.
+        # By its operator, which TorchDynamo follows.
+        softmax = torch.ops.aten._safe_softmax.default if masked and not need_weights else torch.softmax
+        weights = F.dropout(softmax(products, -1), self.dropout)
         joined = (weights @ v).transpose(1, 2).flatten(2)  # [N, L, E]
         output = self.out_proj(joined if self.batch_first else joined.transpose(0, 1))
         if not need_weights:

@@ -1,8 +1,13 @@
 """BatchNorm, alone and with the residual add and the ReLU that follow it."""
 
+import re
+import sys
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from dlkit import functional as F
 
@@ -22,19 +27,34 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # as torch: without a count of batches there is no cumulative average
     use_batch = training or (running_mean is None and running_var is None)
-    return F._batch_norm(
-        input,
-        running_mean,
-        running_var,
-        layer.weight,
-        layer.bias,
-        residual,
-        num_batches_tracked,
-        use_batch,
-        momentum,
-        layer.eps,
-        relu,
-    )
+    eps = layer.__dict__["eps"]  # past what guards it from others
+    try:
+        return F._batch_norm(
+            input,
+            running_mean,
+            running_var,
+            layer.weight,
+            layer.bias,
+            residual,
+            num_batches_tracked,
+            use_batch,
+            momentum,
+            eps,
+            relu,
+        )
+    except (RuntimeError, ValueError) as error:
+        F.refuse_batch_norm(
+            type(layer).__name__,
+            error,
+            input,
+            running_mean,
+            running_var,
+            layer.weight,
+            layer.bias,
+            residual,
+            0.0 if momentum is None else momentum,
+            eps,
+        )
 
 
 torch.fx.wrap("normalize")  # one node in a graph, as torch's own layers are
@@ -57,7 +77,41 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
 
 
-class _BatchNormReLU(_BatchNorm):
+_CONVERSIONS = re.compile("convert|fuse|fold|fr[eo]ez|frozen|merge|replace|sync")
+
+
+def _guarded(name: str) -> Any:
+    """An attribute of a layer that does more than a BatchNorm, and which is one to ``isinstance``: weight decay, hooks
+    and freezing go by that. What makes another layer of it would lose the ReLU in silence, as
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``: all such tools read these attributes,
+    and functions with such names may not.
+    """
+
+    def read(layer: Any) -> Any:
+        if not is_dynamo_compiling():
+            caller = sys._getframe(1)
+            if _CONVERSIONS.search(caller.f_code.co_name) and not caller.f_globals["__name__"].startswith("dlkit."):
+                raise TypeError(
+                    f"{type(layer).__name__} does the work of the ReLU behind it too, which {caller.f_code.co_name}() "
+                    "would lose; call dlkit.restore(model) first, which undoes dlkit.fuse() (to synchronise: "
+                    "dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(model) knows these layers)"
+                )
+        return layer.__dict__[name]
+
+    def write(layer: Any, value: Any) -> None:
+        layer.__dict__[name] = value
+
+    return property(read, write)
+
+
+class DoesMore:
+    """Mixed into what is a BatchNorm and a ReLU: see :func:`_guarded`."""
+
+    eps = _guarded("eps")
+    num_features = _guarded("num_features")
+
+
+class _BatchNormReLU(DoesMore, _BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return normalize(self, input, residual, True)
 

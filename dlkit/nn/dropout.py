@@ -41,8 +41,19 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
     :class:`torch.nn.LayerNorm`'s; see :func:`dlkit.functional.dropout_add_layer_norm`.
     """
 
-    def __init__(self, normalized_shape: Any, p: float = 0.5, *arguments: Any, prenorm: bool = False, **options: Any):
-        super().__init__(normalized_shape, *arguments, **options)
+    def __init__(
+        self,
+        normalized_shape: Any,
+        p: float = 0.5,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        prenorm: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         F.check_probability("DropoutAddLayerNorm", p)
         self.p, self.prenorm = p, prenorm
 
@@ -66,8 +77,18 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
 class DropoutAddRMSNorm(torch.nn.RMSNorm):
     """Dropout, residual add and RMSNorm in one pass; see :class:`DropoutAddLayerNorm`."""
 
-    def __init__(self, normalized_shape: Any, p: float = 0.5, *arguments: Any, prenorm: bool = False, **options: Any):
-        super().__init__(normalized_shape, *arguments, **options)
+    def __init__(
+        self,
+        normalized_shape: Any,
+        p: float = 0.5,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        prenorm: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         F.check_probability("DropoutAddRMSNorm", p)
         self.p, self.prenorm = p, prenorm
 

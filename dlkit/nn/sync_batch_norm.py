@@ -25,6 +25,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    DoesMore,
     normalize,
 )
 
@@ -91,7 +92,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return module
 
 
-class SyncBatchNormReLU(SyncBatchNorm):
+class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
     """``relu(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -119,6 +120,8 @@ def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, relu:
         return torch.relu(y) if relu else y
     tracked = layer.track_running_stats
     running_mean, running_var = (layer.running_mean, layer.running_var) if tracked else (None, None)
+    if residual is not None and residual.device != input.device:
+        raise RuntimeError(f"SyncBatchNorm: expected residual on {input.device} as input, got {residual.device}")
     _check(input, running_mean=running_mean, running_var=running_var, weight=layer.weight, bias=layer.bias)
     return _Synchronised.apply(
         input,
@@ -191,7 +194,9 @@ class _Synchronised(torch.autograd.Function):
         empty = input.numel() == 0
         y = torch.empty_like(input) if empty else _apply(input, residual, weight, bias, mean, rstd, relu)
         ctx.relu, ctx.group = relu, group
-        ctx.save_for_backward(input, y if relu and residual is not None else None, weight, bias, mean, rstd, count)
+        # The bias's values only where the ReLU's mask is found from them, else its type alone.
+        kept_bias = bias if bias is None or (relu and residual is None) else torch.empty_like(bias)
+        ctx.save_for_backward(input, y if relu and residual is not None else None, weight, kept_bias, mean, rstd, count)
         return y
 
     @staticmethod

@@ -548,8 +548,12 @@ def _backward(
     view = _view(input, groups)
     grad_input = torch.empty_like(input) if output_mask[0] else None
     grad_residual = torch.empty_like(input) if output_mask[1] else None
-    grad_weight = torch.empty_like(weight) if output_mask[2] and weight is not None else None
-    grad_bias = torch.empty_like(bias) if output_mask[3] and bias is not None else None
+    # A bias that is not read may be left out: the weight tells the parameters' dtype as well.
+    parameter = next((tensor for tensor in (weight, bias) if tensor is not None), input)
+    grad_weight, grad_bias = (
+        torch.empty(input.shape[1], dtype=parameter.dtype, device=input.device) if wanted else None
+        for wanted in output_mask[2:]
+    )
     tensors = (input, y, weight, bias, mean, rstd)
     constants = {"groups": view.groups, "group_channels": view.group_channels, "WEIGHTED": groups > 0}
     second_pass = training and grad_input is not None

@@ -467,18 +467,18 @@ def layer_norm_backward(
     """The gradients of :func:`layer_norm_forward`, those that ``output_mask`` asks for, else None.
 
     ``input`` is what was normalised (the sum, where there was a residual); RMSNorm is ``mean is None``; ``grad_sum`` is
-    the gradient that reaches the sum from elsewhere and is added to grad_input. ``bias`` only tells its dtype.
+    the gradient that reaches the sum from elsewhere and is added to grad_input. ``bias`` only tells its dtype, and only
+    where there is no ``weight``.
     """
     lead = input.dim() - normalized_ndim
     rows, cols = math.prod(input.shape[:lead]), math.prod(input.shape[lead:])
     accumulate = accumulate_type(input.dtype)
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device) if output_mask[0] else None
     allocate = torch.empty if rows else torch.zeros
+    parameter = next((tensor for tensor in (weight, bias) if tensor is not None), input)
     grad_weight, grad_bias = (
-        allocate(input.shape[lead:], dtype=parameter.dtype, device=input.device)
-        if wanted and parameter is not None
-        else None
-        for parameter, wanted in ((weight, output_mask[1]), (bias, output_mask[2]))
+        allocate(input.shape[lead:], dtype=parameter.dtype, device=input.device) if wanted else None
+        for wanted in output_mask[1:]
     )
     gradients = (grad_input, grad_weight, grad_bias)
     if rows == 0:

@@ -17,25 +17,43 @@ bool groups_are_rows(const Backward& op) {
          op.grad_residual == nullptr && !op.relu;
 }
 
-// Hands out the workspace. layer_norm takes a period's parameters in the type it accumulates in; where they are of
-// another, they are converted here, and their gradients back.
+// Where things lie in the workspace, in bytes from its start. It is made of presence, types and sizes alone, so that it
+// is the same before there is a workspace and after. layer_norm takes a period's parameters in the type it accumulates
+// in; where they are of another, they are converted here, and their gradients back.
 template <class A>
 struct Room {
-  uintptr_t next;  // from null on where the workspace is still to be sized
-  const Shape& shape;
-  A* take() {
-    A* const taken = reinterpret_cast<A*>(next);
-    next += uintptr_t(shape.channels * int64_t(sizeof(A)) + 63) / 64 * 64;
+  static constexpr int64_t kInPlace = -1;
+  int64_t weight, bias, grad_weight, grad_bias;
+  int64_t end = 0;  // layer_norm's partials begin here
+
+  Room(const Forward& op)
+      : Room(op.shape, op.parameter_dtype, op.weight != nullptr, op.bias != nullptr, false, false) {}
+  Room(const Backward& op)
+      : Room(op.shape, op.parameter_dtype, op.weight != nullptr, false, op.grad_weight != nullptr,
+             op.grad_bias != nullptr) {}
+
+  const void* converted(void* workspace, int64_t offset, const void* parameter, const Shape& shape, DType type) const {
+    if (offset == kInPlace) return parameter;
+    A* const taken = reinterpret_cast<A*>(static_cast<char*>(workspace) + offset);
+    read_all(parameter, type, A(1), shape.channels, taken);
     return taken;
   }
-  const void* converted(const void* parameter, DType type, bool sizing = false) {
-    if (parameter == nullptr || type == kDType<A>) return parameter;
-    A* const taken = take();
-    if (!sizing) read_all(parameter, type, A(1), shape.channels, taken);
-    return taken;
+  static void* for_gradient(void* workspace, int64_t offset, void* gradient) {
+    return offset == kInPlace ? gradient : static_cast<char*>(workspace) + offset;
   }
-  void* for_gradient(void* gradient, DType type) {
-    return gradient == nullptr || type == kDType<A> ? gradient : take();
+
+ private:
+  Room(const Shape& shape, DType type, bool has_weight, bool has_bias, bool has_grad_weight, bool has_grad_bias) {
+    const auto take = [&](bool present) {
+      if (!present || type == kDType<A>) return kInPlace;
+      const int64_t offset = end;
+      end += (shape.channels * int64_t(sizeof(A)) + 63) / 64 * 64;
+      return offset;
+    };
+    weight = take(has_weight);
+    bias = take(has_bias);
+    grad_weight = take(has_grad_weight);
+    grad_bias = take(has_grad_bias);
   }
 };
 
@@ -43,13 +61,11 @@ template <class A>
 void forward_rows(const Forward& op) {
   const Shape& shape = op.shape;
   const int64_t cols = shape.channels / shape.groups;
-  Room<A> room{uintptr_t(op.workspace), shape};
-  const void* const weight = room.converted(op.weight, op.parameter_dtype);
-  const void* const bias = room.converted(op.bias, op.parameter_dtype);
+  const Room<A> room(op);
   layer_norm::forward_cpu({op.x,
                            nullptr,
-                           weight,
-                           bias,
+                           room.converted(op.workspace, room.weight, op.weight, shape, op.parameter_dtype),
+                           room.converted(op.workspace, room.bias, op.bias, shape, op.parameter_dtype),
                            op.y,
                            nullptr,
                            op.mean,
@@ -66,24 +82,21 @@ void forward_rows(const Forward& op) {
                            shape.groups});
 }
 
-// Backward's rows; layer_norm's partials begin where the room ends.
+// Backward as layer_norm sees it, with `op`'s own parameters and gradients: what the size of its partials takes.
 template <class A>
-layer_norm::Backward rows_of(const Backward& op, Room<A>& room, bool sizing) {
+layer_norm::Backward rows_of(const Backward& op) {
   const Shape& shape = op.shape;
   const int64_t cols = shape.channels / shape.groups;
-  const void* const weight = room.converted(op.weight, op.parameter_dtype, sizing);
-  void* const grad_weight = room.for_gradient(op.grad_weight, op.parameter_dtype);
-  void* const grad_bias = room.for_gradient(op.grad_bias, op.parameter_dtype);
   return {op.grad_output,
           nullptr,
           op.x,
           op.mean,
           op.rstd,
-          weight,
+          op.weight,
           op.grad_input,
-          grad_weight,
-          grad_bias,
-          reinterpret_cast<void*>(room.next),
+          op.grad_weight,
+          op.grad_bias,
+          nullptr,
           shape.batch * shape.groups,
           cols,
           cols,
@@ -99,8 +112,12 @@ layer_norm::Backward rows_of(const Backward& op, Room<A>& room, bool sizing) {
 
 template <class A>
 void backward_rows(const Backward& op) {
-  Room<A> room{uintptr_t(op.workspace), op.shape};
-  const layer_norm::Backward rows = rows_of(op, room, false);
+  const Room<A> room(op);
+  layer_norm::Backward rows = rows_of<A>(op);
+  rows.weight = room.converted(op.workspace, room.weight, op.weight, op.shape, op.parameter_dtype);
+  rows.grad_weight = room.for_gradient(op.workspace, room.grad_weight, op.grad_weight);
+  rows.grad_bias = room.for_gradient(op.workspace, room.grad_bias, op.grad_bias);
+  rows.partials = op.workspace == nullptr ? nullptr : static_cast<char*>(op.workspace) + room.end;
   layer_norm::backward_cpu(rows);
   const auto convert = [&](const void* found, void* gradient) {
     if (found == gradient) return;
@@ -117,17 +134,12 @@ void backward_rows(const Backward& op) {
 
 template <class A>
 int64_t forward_rows_bytes(const Forward& op) {
-  Room<A> room{0, op.shape};
-  room.converted(op.weight, op.parameter_dtype, true);
-  room.converted(op.bias, op.parameter_dtype, true);
-  return int64_t(room.next);
+  return Room<A>(op).end;
 }
 
 template <class A>
 int64_t backward_rows_bytes(const Backward& op) {
-  Room<A> room{0, op.shape};
-  const layer_norm::Backward rows = rows_of(op, room, true);
-  return int64_t(room.next) + layer_norm::backward_partials_cpu(rows);
+  return Room<A>(op).end + layer_norm::backward_partials_cpu(rows_of<A>(op));
 }
 
 }  // namespace

@@ -1,0 +1,293 @@
+"""What users do with saved tensors, around every layer: checkpointing in each of its modes, offloading, hooks of their
+own. The gradients must be those of the plain run, bit for bit, with the same masks."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.utils import checkpoint as checkpointing
+
+import dlkit
+import dlkit.functional as F
+
+FEATURES = 8
+ROWS, PLANES = (6, FEATURES), (4, FEATURES, 4, 4)
+
+
+class Twice(torch.nn.Module):
+    """A layer with a residual, fed with one input and something made from it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x, x.sin())
+        return y if isinstance(y, torch.Tensor) else y[0] + 2 * y[1]
+
+
+class Function(torch.nn.Module):
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.function = function
+        self.bias = torch.nn.Parameter(torch.randn(shape)) if shape else None
+
+    def forward(self, x):
+        return self.function(x) if self.bias is None else self.function(x, self.bias)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, need_weights):
+        super().__init__()
+        self.attention = dlkit.nn.MultiheadAttention(FEATURES, 2, dropout=0.3, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x):
+        x = x.unflatten(0, (2, 3))
+        return self.attention(x, x, x, need_weights=self.need_weights)[0].flatten(0, 1)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, norm_first):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(FEATURES, 2, 16, 0.3, batch_first=True, norm_first=norm_first)
+        self.layer = dlkit.fuse(dlkit.replace(layer))
+
+    def forward(self, x):
+        return self.layer(x.unflatten(0, (2, 3))).flatten(0, 1)
+
+
+NN = dlkit.nn
+LAYERS = {
+    "LayerNorm": (ROWS, lambda: NN.LayerNorm(FEATURES)),
+    "RMSNorm": (ROWS, lambda: NN.RMSNorm(FEATURES)),
+    "AddLayerNorm": (ROWS, lambda: Twice(NN.AddLayerNorm(FEATURES))),
+    "AddRMSNorm": (ROWS, lambda: Twice(NN.AddRMSNorm(FEATURES))),
+    "DropoutAddLayerNorm": (ROWS, lambda: Twice(NN.DropoutAddLayerNorm(FEATURES, 0.3))),
+    "DropoutAddRMSNorm-prenorm": (ROWS, lambda: Twice(NN.DropoutAddRMSNorm(FEATURES, 0.3, prenorm=True))),
+    "BatchNorm1d": (ROWS, lambda: NN.BatchNorm1d(FEATURES)),
+    "BatchNormReLU2d": (PLANES, lambda: NN.BatchNormReLU2d(FEATURES)),
+    "BatchNormReLU2d-residual": (PLANES, lambda: Twice(NN.BatchNormReLU2d(FEATURES))),
+    "GroupNorm": (PLANES, lambda: NN.GroupNorm(2, FEATURES)),
+    "InstanceNorm2d": (PLANES, lambda: NN.InstanceNorm2d(FEATURES, affine=True)),
+    "Dropout": (ROWS, lambda: NN.Dropout(0.3)),
+    "Dropout2d": (PLANES, lambda: NN.Dropout2d(0.3)),
+    "AlphaDropout": (ROWS, lambda: NN.AlphaDropout(0.3)),
+    "FeatureAlphaDropout": (PLANES, lambda: NN.FeatureAlphaDropout(0.3)),
+    "DropoutAdd": (ROWS, lambda: Twice(NN.DropoutAdd(0.3))),
+    "DropPath": (ROWS, lambda: NN.DropPath(0.3)),
+    "DropBlock2d": (PLANES, lambda: NN.DropBlock2d(0.3, 2)),
+    "DropConnectLinear": (ROWS, lambda: NN.DropConnectLinear(FEATURES, FEATURES, p=0.3)),
+    "bias_gelu_dropout": (ROWS, lambda: Function(functools.partial(F.bias_gelu_dropout, p=0.3), FEATURES)),
+    "bias_relu_dropout": (ROWS, lambda: Function(functools.partial(F.bias_relu_dropout, p=0.3), FEATURES)),
+    "dropout-inplace": (ROWS, lambda: Function(lambda x: F.dropout(x * 2, 0.3, inplace=True))),
+    "dropblock-inplace": (PLANES, lambda: Function(lambda x: F.dropblock2d(x * 2, 0.3, 2, inplace=True))),
+    "MultiheadAttention": (ROWS, lambda: Attention(False)),
+    "MultiheadAttention-weights": (ROWS, lambda: Attention(True)),
+    "TransformerEncoderLayer": (ROWS, lambda: Encoder(False)),
+    "TransformerEncoderLayer-norm_first": (ROWS, lambda: Encoder(True)),
+}
+
+
+def mixing(shape):
+    """Matrix products among the features, as a network has between its layers."""
+    return torch.nn.Linear(FEATURES, FEATURES) if len(shape) == 2 else torch.nn.Conv2d(FEATURES, FEATURES, 1)
+
+
+BLOCKS = {
+    "alone": lambda layer, mix: layer,
+    "first": lambda layer, mix: torch.nn.Sequential(layer, mix),
+    "last": lambda layer, mix: torch.nn.Sequential(mix, layer),
+    "branch": lambda layer, mix: Function(lambda x: x + layer(mix(x))),
+    "both": lambda layer, mix: torch.nn.Sequential(layer, mix, copy.deepcopy(layer)),
+}
+
+
+def checkpointed(use_reentrant):
+    return lambda block, x: checkpointing.checkpoint(block, x, use_reentrant=use_reentrant)
+
+
+def nested(block, x):
+    def inner(t):
+        return checkpointing.checkpoint(block, t.cos(), use_reentrant=False).sin()
+
+    return checkpointing.checkpoint(inner, x, use_reentrant=False)
+
+
+def without_early_stop(block, x):
+    with checkpointing.set_checkpoint_early_stop(False):
+        return checkpointing.checkpoint(block, x, use_reentrant=False)
+
+
+def selective(block, x):
+    """Keeps what matrix products give, computes the rest again."""
+    keep = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.convolution.default]
+    contexts = functools.partial(checkpointing.create_selective_checkpoint_contexts, keep)
+    return checkpointing.checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+def offloaded(block, x):
+    with torch.autograd.graph.save_on_cpu():
+        return block(x)
+
+
+def hooked(block, x):
+    """Hooks that compute, as those that compress do."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: (t, (t * 2).sum()), lambda packed: torch.where(packed[1] == packed[1], packed[0], packed[0])):
+        return block(x)
+
+
+def offloaded_and_checkpointed(block, x):
+    with torch.autograd.graph.save_on_cpu():
+        return checkpointing.checkpoint(block, x, use_reentrant=False)
+
+
+MODES = {
+    "reentrant": checkpointed(True),
+    "non_reentrant": checkpointed(False),
+    "without_early_stop": without_early_stop,
+    "nested": nested,
+    "selective": selective,
+    "offloaded": offloaded,
+    "hooked": hooked,
+    "offloaded_and_checkpointed": offloaded_and_checkpointed,
+}
+
+
+def gradients(block, call, x, seed):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    call(block, x).square().sum().backward()
+    return [x.grad, *(p.grad for p in block.parameters())]
+
+
+@pytest.mark.parametrize("where", BLOCKS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_the_plain_run(name, where, seed, one_thread):
+    shape, make_layer = LAYERS[name]
+    block = BLOCKS[where](make_layer(), mixing(shape))
+    x = torch.randn(shape)
+    for mode, call in MODES.items():
+        plain = (lambda b, t: b(t.cos()).sin()) if mode == "nested" else (lambda b, t: b(t))
+        expected = gradients(copy.deepcopy(block), plain, x, seed)
+        found = gradients(copy.deepcopy(block), call, x, seed)
+        for got, wanted in zip(found, expected, strict=True):
+            assert torch.equal(got, wanted), mode
+
+
+@pytest.mark.parametrize(
+    "name", ["LayerNorm", "DropoutAddLayerNorm", "BatchNormReLU2d-residual", "Dropout", "DropPath"]
+)
+def test_compiled(name, seed, one_thread):
+    """Checkpointing and compile, either inside the other."""
+    shape, make_layer = LAYERS[name]
+    block = BLOCKS["branch"](make_layer(), mixing(shape))
+    x = torch.randn(shape)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    outside = torch.compile(checkpointed(False), backend="aot_eager")
+    expected = gradients(copy.deepcopy(block), lambda b, t: b(t), x, seed)
+    for call in (lambda b, t: checkpointed(False)(compiled, t), outside):
+        for parameter in block.parameters():
+            parameter.grad = None
+        for got, wanted in zip(gradients(block, call, x, seed), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_gradients(name, seed, one_thread):
+    """create_graph, whose backward is another path, through checkpointed blocks."""
+    shape, make_layer = LAYERS[name]
+    block = BLOCKS["last"](make_layer(), mixing(shape))
+    results = []
+    for call in (lambda b, t: b(t), checkpointed(False), hooked):
+        own = copy.deepcopy(block)
+        x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).requires_grad_()
+        torch.manual_seed(seed)
+        (grad,) = torch.autograd.grad(call(own, x).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_twice_is_refused_as_in_torch(name):
+    shape, make_layer = LAYERS[name]
+    y = make_layer()(torch.randn(shape, requires_grad=True).exp()).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+CHANGED_BIAS = {
+    "BatchNorm1d": (ROWS, lambda: NN.BatchNorm1d(FEATURES)),
+    "BatchNorm1d, evaluation": (ROWS, lambda: NN.BatchNorm1d(FEATURES).eval()),
+    "BatchNormReLU2d, residual": (PLANES, lambda: Twice(NN.BatchNormReLU2d(FEATURES))),
+    "GroupNorm": (PLANES, lambda: NN.GroupNorm(2, FEATURES)),
+    "InstanceNorm2d": (PLANES, lambda: NN.InstanceNorm2d(FEATURES, affine=True)),
+    "LayerNorm": (ROWS, lambda: NN.LayerNorm(FEATURES)),
+    "AddLayerNorm": (ROWS, lambda: Twice(NN.AddLayerNorm(FEATURES))),
+    "DropoutAddLayerNorm": (ROWS, lambda: Twice(NN.DropoutAddLayerNorm(FEATURES, 0.3))),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("name", CHANGED_BIAS)
+def test_a_bias_may_change_between_two_backwards(name, weighted, create_graph):
+    """No backward reads it, but for a ReLU whose mask is found from it again: that one notices the change."""
+    shape, make_layer = CHANGED_BIAS[name]
+    layer = make_layer()
+    norm = getattr(layer, "layer", layer)
+    if weighted:
+        norm.weight.requires_grad_(False)
+    else:
+        norm.weight = None
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x).sin().sum()
+    first = torch.autograd.grad(y, [x, norm.bias], retain_graph=True, create_graph=create_graph)
+    with torch.no_grad():
+        norm.bias.add_(1)
+    for got, wanted in zip(torch.autograd.grad(y, [x, norm.bias], create_graph=create_graph), first, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_relu_notices_a_changed_bias():
+    layer = NN.BatchNormReLU2d(FEATURES)
+    y = layer(torch.randn(PLANES)).sum()
+    y.backward(retain_graph=True)
+    with torch.no_grad():
+        layer.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("parameter", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_a_bias_alone_gets_a_gradient_of_its_type(parameter):
+    """Where there is no weight, the type comes from the bias, whose values are not kept."""
+    x = torch.randn(256, FEATURES).bfloat16()
+    bias = torch.zeros(FEATURES, dtype=parameter, requires_grad=True)
+    grad_output = torch.randn(256, FEATURES).bfloat16()
+    exact = grad_output.double().sum(0)
+    for y in (
+        F.batch_norm(x, None, None, None, bias, True),
+        F.group_norm(x, 2, None, bias),
+        F.layer_norm(x, (FEATURES,), None, bias),
+        F.add_layer_norm(x, x, (FEATURES,), None, bias)[0],
+    ):
+        (grad,) = torch.autograd.grad(y, bias, grad_output)
+        assert grad.dtype == parameter
+        torch.testing.assert_close(grad.double(), exact, rtol=torch.finfo(parameter).eps, atol=1e-4)
+
+
+def test_only_what_backward_reads_is_kept():
+    """By the tensors that the hooks see: no bias, but where the ReLU's mask is found from it."""
+    for name, kept in (*((name, False) for name in CHANGED_BIAS), ("BatchNormReLU2d", True)):
+        shape, make_layer = CHANGED_BIAS.get(name) or LAYERS[name]
+        layer = make_layer()
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.data_ptr()) or t, lambda t: t):
+            layer(torch.randn(shape, requires_grad=True))
+        assert (getattr(layer, "layer", layer).bias.data_ptr() in seen) == kept, name
