@@ -134,7 +134,7 @@ DLKIT_HOST_DEVICE float join(BFloat16 high, int16_t remainder) {
 DLKIT_HOST_DEVICE BFloat16 split(float value, BFloat16, int16_t* remainder) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const BFloat16 high{uint16_t((bits + 0x8000) >> 16)};
-  *remainder = has_remainder(high) ? int16_t(bits - (uint32_t(high.bits) << 16)) : int16_t(0);
+  *remainder = int16_t(has_remainder(high) ? bits : 0);  // the difference to `high` is these lower 16 bits
   return value != value ? BFloat16{uint16_t(0x7fc0)} : high;
 }
 
