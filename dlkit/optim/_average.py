@@ -26,28 +26,22 @@ class AveragingOptimizer(StatefulOptimizer):
         """How often averages have moved. A group that came later, or took parameters of another, counts on."""
         return max((group.get("ema_steps", 0) for group in self.param_groups if _is_averaged(group)), default=0)
 
-    def _is_at_rest(self, group: dict[str, Any], rate: float) -> bool:
-        """Before the first step that has a learning rate, averages follow the weights.
-
-        A tool for checkpoints makes states by a step of learning rate 0, and loads the weights only then.
-        """
-        return rate == 0 and not _is_on_device(group["lr"]) and self._ema_steps() == 0
-
-    def _decay(self, group: dict[str, Any], rate: float) -> float:
+    def _decay(self, group: dict[str, Any]) -> float:
         """What the average keeps of itself at this step."""
-        if not _is_averaged(group) or self._is_at_rest(group, rate):
-            return 0.0
         decay = float(group["ema_decay"])
         if group.get("ema_warmup"):
             steps = self._ema_steps()
             decay = min(decay, (1 + steps) / (10 + steps))
         return decay
 
-    def _start_averages(self, rates: list[float]) -> None:
-        """Before the first step that counts, averages made earlier become the weights as they are now."""
+    def _start_averages(self) -> None:
+        """Before a step. Until one has a learning rate, averages begin at the weights as they are.
+
+        A tool for checkpoints makes states by a step of learning rate 0, and loads the weights only then.
+        """
         if self._ema_steps() == 0:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                if _is_averaged(group) and not self._is_at_rest(group, rate):
+            for group in self.param_groups:
+                if _is_averaged(group):
                     self._averages_become_weights(group)
 
     @torch.no_grad()
@@ -69,11 +63,12 @@ class AveragingOptimizer(StatefulOptimizer):
                 average.lerp_(weights, rest * (found_inf.to(average.device) == 0).to(average.dtype).reshape(()))
 
     def _count_averages(self, rates: list[float]) -> None:
-        steps = self._ema_steps() + 1
-        pairs = zip(self.param_groups, rates, strict=True)
-        moved = [group for group, rate in pairs if _is_averaged(group) and not self._is_at_rest(group, rate)]
-        for group in moved:
-            group["ema_steps"] = steps
+        """Averages have moved, unless no step has had a learning rate yet."""
+        averaged = [(group, rate) for group, rate in zip(self.param_groups, rates, strict=True) if _is_averaged(group)]
+        steps = self._ema_steps()
+        moved = steps > 0 or any(rate != 0 or _is_on_device(group["lr"]) for group, rate in averaged)
+        for group, _ in averaged:
+            group["ema_steps"] = steps + moved
 
     # For the user.
 

@@ -233,7 +233,7 @@ class OnePass(AveragingOptimizer):
 
     def _row(self, group: dict[str, Any]) -> tuple[float, ...]:
         """A group's hyperparameters in the order of OPTIONS."""
-        average = 0.0 if group.get("ema_decay") is None else self._decay(group, host_rate(group["lr"]))
+        average = 0.0 if group.get("ema_decay") is None else self._decay(group)
         numbers = self._numbers(group, average)
         if not self._is_stochastic(group):
             return (*numbers, 0.0, 0.0)
@@ -560,7 +560,7 @@ class OnePass(AveragingOptimizer):
         seed = self._next_seed() if plan.stochastic else None
         write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
         if plan.averages:
-            self._start_averages([row[_LR] for row in rows])
+            self._start_averages()
         status: int
         if gather_first and seed is None and grad_scale is None and found_inf is None and not rates:
             status = plan.step_plainly(options)
