@@ -90,8 +90,10 @@ sanitize: install
 	"$$python" -c 'import dlkit._C as library; assert "build/sanitize" in library.__file__, library.__file__' && \
 	"$$python" -m pytest -q -n auto -c ../../pyproject.toml --rootdir ../.. \
 	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py ../../tests/test_dropout.py \
-	  ../../tests/test_dropout_variants.py ../../tests/test_dropblock2d.py ../../tests/test_bias_act_dropout.py ../../tests/test_optim.py \
-	  -k 'cpu and not triton and not compile and not (very_long and cuda)'
+	  ../../tests/test_dropout_variants.py ../../tests/test_dropblock2d.py ../../tests/test_bias_act_dropout.py \
+	  ../../tests/test_optim.py ../../tests/test_optim_launches.py ../../tests/test_optim_use.py ../../tests/fuzz \
+	  ../../tests/test_arguments.py ../../tests/test_numbers.py ../../tests/test_saved_tensors.py \
+	  -k '(cpu or optim_use or fuzz) and not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build for that GPU, every test that is not of the CPU's
 # kernels (side by side with pytest-xdist), the quick benchmark of every op with the peers that are installed, JSON and
