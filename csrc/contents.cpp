@@ -17,6 +17,7 @@ constexpr const char* kCapsule = "dlkit._C.contents";
 // where its elements are, since parameters that overlap are stepped one after the other. An empty entry ends each
 // container, so that what moves from one to the next is seen.
 struct Entry {
+  const PyObject* key = nullptr;  // in a dict
   const PyObject* object = nullptr;
   const PyTypeObject* type = nullptr;
   const c10::TensorImpl *tensor = nullptr, *local = nullptr;
@@ -50,8 +51,10 @@ const c10::TensorImpl* local_part(PyObject* object) {
   return tensor;
 }
 
-Entry entry_of(PyObject* object, bool is_parameter) {
+Entry entry_of(PyObject* key, PyObject* object) {
+  const bool is_parameter = key == nullptr;  // in a list
   Entry entry;
+  entry.key = key;
   entry.object = object;
   entry.type = Py_TYPE(object);
   if (!THPVariable_Check(object)) return entry;
@@ -62,27 +65,29 @@ Entry entry_of(PyObject* object, bool is_parameter) {
 }
 
 // Whether the object is still what it was. Of a state the op itself checks dtype, device and shape at each step.
-bool is_same(const Entry& entry, PyObject* object) {
-  if (object != entry.object || Py_TYPE(object) != entry.type) return false;
+bool is_same(const Entry& entry, PyObject* key, PyObject* object) {
+  if (object != entry.object || key != entry.key || Py_TYPE(object) != entry.type) return false;
   if (entry.tensor == nullptr) return true;
   if (tensor_of(object) != entry.tensor || (entry.local != nullptr && local_part(object) != entry.local)) return false;
   return entry.layout == 0 || layout_of(entry.local != nullptr ? *entry.local : *entry.tensor) == entry.layout;
 }
 
-// Calls visit(object, is_parameter) for what a container holds, in order. A dict's dicts are opened: {a: {b: x}} gives
-// {b: x}, then x.
+// Calls visit(key or null, object) for what a container holds, in order. A dict's dicts are opened: {a: {b: x}} gives
+// {b: x}, then x. False as well for a container that cannot be looked into, which counts as changed.
 template <class Visit>
-bool walk(PyObject* container, const Visit& visit) {
+bool walk(PyObject* container, const Visit& visit, bool opened = false) {
   if (PyDict_Check(container)) {
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(container, &position, &key, &value)) {
-      if (!visit(value, false) || (PyDict_Check(value) && !walk(value, visit))) return false;
+      if (!visit(key, value)) return false;
+      if (PyDict_Check(value) ? !walk(value, visit, true) : !opened && PyMapping_Check(value)) return false;
     }
-  } else if (PyList_Check(container)) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
-      if (!visit(PyList_GET_ITEM(container, i), true)) return false;
-    }
+    return true;
+  }
+  if (!PyList_Check(container)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
+    if (!visit(nullptr, PyList_GET_ITEM(container, i))) return false;
   }
   return true;
 }
@@ -97,8 +102,8 @@ PyObject* contents(PyObject*, PyObject* containers) {
   HANDLE_TH_ERRORS
   auto entries = std::make_unique<Entries>();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(containers); ++i) {
-    walk(PyTuple_GET_ITEM(containers, i), [&](PyObject* object, bool is_parameter) {
-      entries->push_back(entry_of(object, is_parameter));
+    walk(PyTuple_GET_ITEM(containers, i), [&](PyObject* key, PyObject* object) {
+      entries->push_back(entry_of(key, object));
       return true;
     });
     entries->push_back({});
@@ -118,8 +123,8 @@ PyObject* holds(PyObject*, PyObject* arguments) {
   const Entries& expected = *static_cast<const Entries*>(PyCapsule_GetPointer(capsule, kCapsule));
   size_t next = 0;
   for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(arguments); ++i) {
-    const bool same = walk(PyTuple_GET_ITEM(arguments, i), [&](PyObject* object, bool) {
-      return next < expected.size() && is_same(expected[next++], object);
+    const bool same = walk(PyTuple_GET_ITEM(arguments, i), [&](PyObject* key, PyObject* object) {
+      return next < expected.size() && is_same(expected[next++], key, object);
     });
     if (!same || next == expected.size() || expected[next++].object != nullptr) Py_RETURN_FALSE;
   }

@@ -156,6 +156,47 @@ def test_masters_survive_a_mask_at_every_step():
     torch.testing.assert_close(exact[mask] - param[mask].float(), moved - param[mask].float(), rtol=0, atol=2.0**-9)
 
 
+def test_readers_see_what_was_written_to_a_weight():
+    param = parameter(50, dtype=torch.bfloat16)
+    ours = dlkit.optim.AdamW([param], master_weights=True, ema_decay=0.5)
+    step(ours, torch.randn(50).bfloat16())
+    for i, read in enumerate(
+        (
+            lambda: next(ours.master_parameters()),
+            lambda: ours.state_dict(consolidate=True)["state"][0]["master_param"],
+            lambda: ours.reset_ema() or next(ours.ema_parameters()),
+        )
+    ):
+        step(ours, torch.randn(50).bfloat16())
+        with torch.no_grad():
+            param.fill_(1.0 + i)
+        assert (read() == 1 + i).all()
+    with ours.ema(), pytest.raises(RuntimeError, match="swapped in"):
+        ours.master_parameters()
+
+
+@pytest.mark.parametrize("how", ["cast", "switched off"])
+def test_masters_that_were_written_and_then_given_up(how):
+    model = nn.Linear(4, 4).bfloat16()
+    ours = dlkit.optim.SGD(model.parameters(), lr=0.5, master_weights=True)
+    for i in range(4):
+        grads = [torch.ones_like(param) for param in model.parameters()]
+        before = [param.detach().clone() for param in model.parameters()]
+        step(ours, *grads)
+        for param, old in zip(model.parameters(), before, strict=True):
+            assert not torch.equal(param, old)
+        model.zero_grad()
+        if i == 0:
+            with torch.no_grad():
+                model.weight.mul_(0.5)
+        if i == 1 and how == "cast":
+            model.float()
+        elif i == 1:
+            ours.param_groups[0]["master_weights"] = False
+    for found, param in zip(ours.master_parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, param.float())
+
+
 def test_join_and_split_in_torchs_ops_are_inverse():
     for dtype in (torch.bfloat16, torch.float16):
         values = torch.cat([torch.randn(5000) * 2.0**e for e in range(-60, 15, 5)])
@@ -246,6 +287,35 @@ def test_nothing_is_kept_alive():
     gc.collect()
     assert gone() is None
     step(ours, torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [tuple, nn.ParameterList])
+def test_parameters_that_are_not_in_a_list(kind):
+    first, second = parameter(1000), parameter(1000)
+    ours = dlkit.optim.SGD([first], lr=0.1)
+    for param in (first, second):
+        ours.param_groups[0]["params"] = kind((param,))
+        before = param.detach().clone()
+        step(ours, torch.ones(1000))
+        torch.testing.assert_close(param.detach(), before - 0.1)
+
+
+def test_states_that_are_exchanged():
+    """The same objects in the same order, under other keys."""
+    runs = []
+    for library in (torch.optim, dlkit.optim):
+        params = [nn.Parameter(torch.full((3,), float(i + 1))) for i in range(2)]
+        optimizer = library.SGD(params, lr=0.1, momentum=0.9)
+        for i in range(3):
+            if i == 2:
+                first, second = params
+                states = {second: optimizer.state[first], first: optimizer.state[second]}
+                optimizer.state.clear()
+                optimizer.state.update(states)
+            step(optimizer, torch.ones(3), torch.full((3,), 10.0))
+        runs.append(params)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_parameters_are_converted_by_swapping():
@@ -567,16 +637,62 @@ def test_swapped_averages_are_a_state_that_everything_knows():
     assert torch.equal(raw, model.weight)
 
 
-def test_weights_that_are_written_while_averages_are_swapped_in_are_not_lost():
+@pytest.mark.parametrize("how", ["in place", "through data"])
+def test_weights_that_are_written_while_averages_are_swapped_in_are_not_lost(how):
     model = nn.Linear(4, 1)
     ours = averaged(model)
+    raw = model.weight.detach().clone()
+    ours.swap_ema()
+    with torch.no_grad():
+        (model.weight if how == "in place" else model.weight.data).fill_(2.0)
+    with pytest.raises(RuntimeError, match="written while averaged weights were swapped in; call swap_ema"):
+        ours.swap_ema()
+    ours.swap_ema(discard=True)
+    assert torch.equal(raw, model.weight)
     ours.swap_ema()
     model.load_state_dict({"weight": torch.full((1, 4), 2.0), "bias": torch.zeros(1)})
-    with pytest.raises(RuntimeError, match="written while averaged weights were swapped in; call reset_ema"):
-        ours.swap_ema()
     ours.reset_ema()
     assert (model.weight == 2).all() and (next(ours.ema_parameters()) == 2).all()
     ours.step()
+    raw = model.weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), ours.ema(), torch.no_grad():
+        model.weight.fill_(3.0)
+        raise ZeroDivisionError
+    assert torch.equal(raw, model.weight)
+
+
+def test_a_swap_that_cannot_be_done_changes_nothing():
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    ours = dlkit.optim.SGD(params, lr=0.1, ema_decay=0.5)
+    step(ours, torch.ones(3), torch.ones(3))
+    before = [param.detach().clone() for param in params]
+    ours.state[params[1]]["ema"] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"an average of shape \[3\] as its parameter, got \[1\]"):
+        ours.swap_ema()
+    assert all(map(torch.equal, params, before)) and ours._shared.swapped is None
+
+
+def test_averages_of_a_model_whose_state_dict_has_other_names():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.Linear(4, 1))
+    ours = averaged(model)
+    found, raw = ours.ema_state_dict(model), model.state_dict()
+    assert found.keys() == raw.keys() and not any(torch.equal(found[name], raw[name]) for name in raw)
+    model.state_dict = lambda **_: {}
+    with pytest.raises(RuntimeError, match="does not hold its parameter"):
+        ours.ema_state_dict(model)
+
+
+def test_a_consolidated_state_keeps_a_warmed_up_average():
+    param = nn.Parameter(torch.zeros(1))
+    ours = dlkit.optim.SGD([param], lr=1.0, ema_decay=0.999, ema_warmup=True)
+    for _ in range(200):
+        step(ours, -torch.ones(1))
+    before = float(next(ours.ema_parameters()))
+    ours.load_state_dict(copy.deepcopy(ours.state_dict(consolidate=True)))
+    step(ours, -torch.ones(1))
+    assert abs(float(next(ours.ema_parameters())) - before) < 0.1 * (float(param) - before)
 
 
 def test_averages_by_name():
@@ -759,6 +875,49 @@ def test_a_step_that_raises_leaves_no_scale_behind(fused):
 
 
 # Loading and saving.
+
+
+@pytest.mark.parametrize("of", ["torch", "consolidated"])
+def test_options_of_groups_outlive_a_state_dict_without_them(of):
+    model = nn.Linear(64, 64).bfloat16()
+    options = {"master_weights": True, "ema_decay": 0.999}
+    ours = dlkit.optim.AdamW(dlkit.optim.param_groups(model, 0.01, **options))
+    step(ours, *(torch.ones_like(param) for param in model.parameters()))
+    saved = ours.state_dict(consolidate=True)
+    if of == "torch":
+        saved = torch.optim.AdamW(dlkit.optim.param_groups(model, 0.01)).state_dict()
+    ours.load_state_dict(copy.deepcopy(saved))
+    for group in ours.param_groups:
+        assert {key: group.get(key) for key in options} == options
+
+
+def test_state_dtype_may_change_between_steps():
+    param = parameter(5000)
+    ours = dlkit.optim.AdamW([param], lr=1e-3)
+    for given, dtype in (
+        (torch.bfloat16, torch.bfloat16),
+        ("int8", torch.uint8),
+        (None, torch.float32),
+        ("bfloat16", torch.bfloat16),
+        (torch.float32, torch.float32),
+    ):
+        ours.param_groups[0]["state_dtype"] = given
+        step(ours, torch.randn(5000))
+        state = ours.state[param]
+        assert {state.get(f"{key}_codes", state.get(key)).dtype for key in ("exp_avg", "exp_avg_sq")} == {dtype}
+    ours.param_groups[0]["ema_decay"] = 1.5
+    with pytest.raises(ValueError, match="ema_decay between 0 and 1"):
+        step(ours, torch.randn(5000))
+
+
+def test_the_seed_is_the_number_of_the_step():
+    params = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2)]
+    ours = dlkit.optim.SGD(params, lr=1e-3, momentum=0.9, stochastic_rounding=True)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for i in range(6):
+        step(ours, torch.ones(64).bfloat16(), torch.ones(64).bfloat16() if i > 2 else None)
+    assert ours.param_groups[0]["rounding_steps"] == 6 and torch.equal(before, torch.get_rng_state())
 
 
 def test_hooks_after_loading_have_the_last_word():

@@ -7,9 +7,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/view_as_real.h>
+#include <Python.h>  // before the others, as it asks for
 #include <c10/util/strides.h>
 #include <torch/custom_class.h>
 
+#include <atomic>
 #include <cmath>
 #include <deque>
 #include <unordered_map>
@@ -561,6 +563,12 @@ class Plan : public torch::CustomClassHolder {
   // Takes hold of the gradients, or of those given, one for each parameter in the order of add(). 0: ready; 1: a
   // parameter without state has a gradient; 2: a gradient is not dense.
   int64_t gather(const std::optional<std::vector<std::optional<Tensor>>>& given) {
+    const Turn turn(busy_);
+    return gather_all(given);
+  }
+
+  int64_t gather_all(const std::optional<std::vector<std::optional<Tensor>>>& given) {
+    const Interpreter interpreter;
     for (const Tensor& param : stateless_) {
       if (param.grad().defined()) return 1;
     }
@@ -573,7 +581,8 @@ class Plan : public torch::CustomClassHolder {
       run.all = true;
       for (size_t i = 0; i < run.params.size(); ++i, ++next) {
         const Tensor& param = run.params[i];
-        const Tensor& held = given ? run.keep(or_undefined((*given)[next])) : param.grad();
+        // Held, since other threads run during the step.
+        const Tensor& held = run.keep(given ? or_undefined((*given)[next]) : param.grad());
         const bool lazy = held.defined() && (held.is_conj() || held.is_neg());
         if (lazy) run.resolved.emplace_back(held, held.resolve_conj().resolve_neg());
         const Tensor& grad = lazy ? run.resolved.back().second : held;
@@ -639,8 +648,9 @@ class Plan : public torch::CustomClassHolder {
   int64_t step(bool gather_first, const std::vector<double>& options, const std::vector<Tensor>& lr,
                const OptionalTensor& grad_norm, double max_norm, const OptionalTensor& grad_scale,
                const OptionalTensor& found_inf, bool write_grads, std::optional<int64_t> seed) {
+    const Turn turn(busy_);
     if (gather_first) {
-      const int64_t status = gather(std::nullopt);
+      const int64_t status = gather_all(std::nullopt);
       if (status != 0) return status;
     }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -686,6 +696,7 @@ class Plan : public torch::CustomClassHolder {
 
   // Lets go of the gradients.
   int64_t release(int64_t status) {
+    const Interpreter interpreter;
     for (Run& run : runs_) {
       run.let_go();
     }
@@ -756,6 +767,29 @@ class Plan : public torch::CustomClassHolder {
     run.selected = std::move(some);
   }
 
+  // Calls of a custom class let other Python threads run. None may take a gradient away while it is taken hold of.
+  class Interpreter {
+   public:
+    Interpreter() : state_(PyGILState_Ensure()) {}
+    ~Interpreter() { PyGILState_Release(state_); }
+
+   private:
+    PyGILState_STATE state_;
+  };
+
+  // One thread at a time: a second one would change what the first is reading.
+  class Turn {
+   public:
+    explicit Turn(std::atomic_flag& busy) : busy_(busy) {
+      TORCH_CHECK(!busy.test_and_set(), "step(): expected one thread at a time, and another one is in this optimizer");
+    }
+    ~Turn() { busy_.clear(); }
+
+   private:
+    std::atomic_flag& busy_;
+  };
+
+  std::atomic_flag busy_;
   c10::intrusive_ptr<Versions> versions_;
   std::vector<Run> runs_;
   Unowned stateless_;

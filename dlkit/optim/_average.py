@@ -96,62 +96,89 @@ class AveragingOptimizer(StatefulOptimizer):
         Buffers, and parameters that this optimizer does not average, are the model's own. A model of the same kind
         loads it by ``load_state_dict``.
         """
-        named = dict(model.named_parameters(remove_duplicate=False))
-        result = model.state_dict()
+        result = model.state_dict(keep_vars=True)
+        missing = {id(param): name for name, param in model.named_parameters() if self._is_kept(param)}
         with torch.no_grad():
-            for name in result:
-                param = named.get(name)
-                if param is not None and param in self.state and "ema" in self.state[param]:
-                    result[name] = self.state[param]["ema"].to(param.dtype)
+            for name, value in result.items():
+                if not isinstance(value, Tensor):
+                    continue
+                missing.pop(id(value), None)
+                kept = self._is_kept(value)
+                result[name] = self.state[value]["ema"].to(value.dtype) if kept else value.detach()
+        if missing:
+            raise RuntimeError(
+                f"{type(self).__name__}.ema_state_dict(): the model's state_dict() does not hold its parameter "
+                f"{min(missing.values())!r}; use `with optimizer.ema():` and model.state_dict()"
+            )
         return result
 
+    def _is_kept(self, param: Tensor) -> bool:
+        return param in self.state and "ema" in self.state[param]
+
     @torch.no_grad()
-    def swap_ema(self) -> None:
+    def swap_ema(self, *, discard: bool = False) -> None:
         """Puts the averaged weights into the parameters; called again, puts the parameters' own back, bit for bit.
 
-        In between, step(), state_dict() and load_state_dict() raise. A copy of the optimizer (deepcopy, pickle) is
-        swapped as well. Better: ``with optimizer.ema():``.
+        In between, step(), state_dict(), load_state_dict() and master_parameters() raise. A copy of the optimizer
+        (deepcopy, pickle) is swapped as well. Better: ``with optimizer.ema():``.
+
+        Args:
+            discard: put the parameters' own weights back even where they were written in between.
 
         Raises:
-            RuntimeError: no group has ``ema_decay``, or the parameters were written while averages were swapped in.
+            RuntimeError: no group has ``ema_decay``; an average has another shape than its parameter; or the parameters
+                were written while averages were swapped in.
         """
         name = type(self).__name__
         if self._shared.swapped is not None:
-            for param, _, version in self._shared.swapped:
-                if local(param)._version != version:
-                    raise RuntimeError(
-                        f"{name}.swap_ema(): the parameters were written while averaged weights were swapped in; call "
-                        "reset_ema() to go on from what was written"
-                    )
-            for param, kept, _ in self._shared.swapped:
+            if not discard and any(not _same_bits(p, self._average_of(p)) for p, _ in self._shared.swapped):
+                raise RuntimeError(
+                    f"{name}.swap_ema(): the parameters were written while averaged weights were swapped in; call "
+                    "swap_ema(discard=True) to put the trained weights back, or reset_ema() to go on from what was "
+                    "written"
+                )
+            for param, kept in self._shared.swapped:
                 param.copy_(kept)
-            self._trust_params([param for param, _, _ in self._shared.swapped])
+            self._trust_params([param for param, _ in self._shared.swapped])
             self._shared.swapped = None
             return
         params = [p for group, p in self._params() if _is_averaged(group)]
         if not params:
             raise RuntimeError(f"{name}.swap_ema(): expected ema_decay to be set, got None")
+        averages = [self._average_of(param) for param in params]
+        for param, average in zip(params, averages, strict=True):
+            if average.shape != param.shape:
+                raise RuntimeError(
+                    f"{name}.swap_ema(): expected an average of shape {list(param.shape)} as its parameter, got "
+                    f"{list(average.shape)}"
+                )
         self._restart_written_masters()
-        swapped = [(param, param.detach().clone()) for param in params]
-        for param, average in zip(params, list(self.ema_parameters()), strict=True):
+        self._shared.swapped = [(param, param.detach().clone()) for param in params]
+        for param, average in zip(params, averages, strict=True):
             param.copy_(average)
-        self._shared.swapped = [(param, kept, local(param)._version) for param, kept in swapped]
 
     @contextlib.contextmanager
     def ema(self) -> Iterator[None]:
-        """``with optimizer.ema():`` the parameters are the averaged weights inside the block."""
+        """``with optimizer.ema():`` the parameters are the averaged weights inside the block.
+
+        Where the block raises, the parameters' own weights are put back whatever was written.
+        """
         self._refuse_if_swapped("ema")
         self.swap_ema()
         try:
             yield
-        finally:
+        except BaseException:
             if self._shared.swapped is not None:
-                self.swap_ema()
+                self.swap_ema(discard=True)
+            raise
+        if self._shared.swapped is not None:
+            self.swap_ema()
 
     @torch.no_grad()
     def reset_ema(self) -> None:
         """Averages begin again at the weights as they are now; swapped in, they become the weights."""
         self._shared.swapped = None
+        self._restart_written_masters()
         for group in self.param_groups:
             if _is_averaged(group):
                 group["ema_steps"] = 0
@@ -160,8 +187,11 @@ class AveragingOptimizer(StatefulOptimizer):
     def _trust_params(self, params: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _restart_written_masters(self) -> None:
-        raise NotImplementedError
+
+def _same_bits(param: Tensor, average: Tensor) -> bool:
+    """Whether the parameter is the average in its dtype. NaN is itself."""
+    a, b = local(param.detach()), local(average).to(param.dtype)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _is_averaged(group: dict[str, Any]) -> bool:

@@ -144,8 +144,8 @@ class OnePass(AveragingOptimizer):
             processes: needed where each process has parameters of its own (FSDP1's flat parameters, pipeline stages).
             DTensors (FSDP2, tensor parallelism) and ZeroRedundancyOptimizer need none; for DDP it would be wrong.
         master_weights (bool): bf16 and fp16 parameters are kept as fp32 ones in two halves, the parameter itself and
-            16 bits in ``state["remainder"]``. Exact for bf16 down to 2^-134; for fp16 from 2^-17 to 65504 in magnitude,
-            and within 2^-41 below. States are fp32 then, unless ``state_dtype`` says otherwise. A parameter that is
+            16 bits in ``state["remainder"]``. Exact for bf16 down to 2^-134; for fp16 from 2^-16 to 65504 in magnitude,
+            and within 2^-40 below. States are fp32 then, unless ``state_dtype`` says otherwise. A parameter that is
             written between steps keeps what was written. Its remainders start again at 0, and from then on a copy of
             it in ``state["param_copy"]``, 2 bytes an element, tells which elements are written. A write through
             ``p.data`` goes unseen before there is such a copy; then zeros, infinities and NaN are exact, and others
@@ -242,7 +242,7 @@ class OnePass(AveragingOptimizer):
     @staticmethod
     def _is_stochastic(group: dict[str, Any]) -> bool:
         """Whether something of this group is rounded stochastically."""
-        return group.get("stochastic_rounding") or group.get("state_dtype") == "bfloat16"
+        return group.get("stochastic_rounding") or group.get("state_dtype") in ("bfloat16", torch.bfloat16)
 
     # Groups and state.
 
@@ -261,7 +261,7 @@ class OnePass(AveragingOptimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._normalise(self.param_groups[-1])
-        self._plan = None
+        self._plan = self._embeddings = None
 
     def _normalise(self, group: dict[str, Any]) -> None:
         if group.get("state_dtype") is not None:
@@ -285,13 +285,13 @@ class OnePass(AveragingOptimizer):
         for key, value in _CLIPPING.items():
             self.__dict__.setdefault(key, value)
         self._reset()
-        for group in self.param_groups:
-            for key, value in self._group_options.items():
+        for group, kept in zip(self.param_groups, self._kept_options or [{}] * len(self.param_groups), strict=True):
+            for key, value in {**self._group_options, **kept}.items():
                 group.setdefault(key, value)
         if self._loading is not None:
             self._take_loaded()
-        if swapped is not None:  # a copy: its tensors count versions anew
-            self._shared.swapped = [(param, kept, local(param)._version) for param, kept, _ in swapped]
+        if swapped is not None:
+            self._shared.swapped = swapped
         for group in self.param_groups:
             self._normalise(group)
 
@@ -384,6 +384,7 @@ class OnePass(AveragingOptimizer):
         for g, group in enumerate(self.param_groups):
             if group["differentiable"]:
                 return _Plan(unserved="differentiable=True")
+            self._check_group(group)
             for i, param in enumerate(group["params"]):
                 if param.grad is None and not self.state.get(param):
                     stateless.append(param)  # whatever it is: frozen parameters of any kind do no harm
@@ -396,6 +397,9 @@ class OnePass(AveragingOptimizer):
                     return _Plan(unserved=unserved)
                 seen.add(id(param))
                 stepped.append((g, i, param))
+                if not group.get("master_weights") and param in self.state:
+                    for half in ("remainder", "param_copy"):  # of masters that were switched off
+                        self.state[param].pop(half, None)
 
         runs: dict[Any, list[list[Any]]] = {}
         layers = layers_without_overlap([local(param) for _, _, param in stepped])
@@ -422,7 +426,7 @@ class OnePass(AveragingOptimizer):
             plan.wrapped = plan.wrapped or is_dtensor(param)
             plan.flat_shards = plan.flat_shards or is_flat_shard(param)
             plan.captures = plan.captures or (self._counts_steps and param.device.type != "cpu")
-            plan.copies = plan.copies or "param_copy" in self.state.get(param, {})
+            plan.copies = plan.copies or ("remainder" in found and "param_copy" in self.state.get(param, {}))
             key = (layer, param.device, *(value is None for value in row))
             columns = runs.setdefault(key, [[] for _ in row])
             for column, value in zip(columns, row, strict=True):
@@ -473,7 +477,7 @@ class OnePass(AveragingOptimizer):
         if plan.unserved:
             return plan
         status = plan.runs.gather(self._gradients(plan))
-        if status == _STATE_MISSING:
+        while status == _STATE_MISSING:
             plan = self._make_plan()
             if plan.unserved:
                 return plan
@@ -494,7 +498,7 @@ class OnePass(AveragingOptimizer):
                 state.update(new)
             plan.pending = []
             plan.contents = _C.contents(*self._containers())
-            plan.simple = not plan.wrapped and not plan.fresh
+            plan.simple = not plan.wrapped and not plan.fresh and not plan.stochastic  # a seed is drawn once
         self._plan = plan
 
     # The step.
@@ -511,6 +515,8 @@ class OnePass(AveragingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if self._shared.swapped is not None:
+                self._refuse_if_swapped("step")
         try:
             plan = self._current_plan()
             if plan is not None and plan.simple and self.max_norm is None:

@@ -36,6 +36,8 @@ LEAST_CODED = 4096  # elements: smaller tensors gain nothing from 8 bits, and ar
 
 def name_of_dtype(dtype: Any) -> Any:
     """`state_dtype` as it stands in groups: a string, which every tool for checkpoints can store."""
+    if isinstance(dtype, str):
+        return dtype.removeprefix("torch.")
     return str(dtype).removeprefix("torch.") if dtype in FLOATING else dtype
 
 
@@ -57,13 +59,6 @@ def other_form(name: str) -> tuple[str, ...]:
     return (f"{base}_codes",) if name == base else (base,)
 
 
-def _serves(state: torch.dtype, param: torch.dtype) -> bool:
-    """Whether kernels take a state of this dtype with such a parameter. What is not floating raises there."""
-    if state == param or not (state.is_floating_point and param.is_floating_point):
-        return True
-    return torch.float64 not in (state, param) and state != torch.float16
-
-
 class Shared:
     """What an optimizer and a wrapper around it both have to see, in one object that is changed in place.
 
@@ -71,7 +66,7 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self.swapped: list[tuple[Tensor, Tensor, int]] | None = None  # (parameter, its own weights, its version)
+        self.swapped: list[tuple[Tensor, Tensor]] | None = None  # (parameter, its own weights)
         self.offloading: Any = None  # an event after which offloaded states have arrived
 
 
@@ -79,6 +74,7 @@ class StatefulOptimizer(Optimizer):
     """What the optimizers do with their states besides a step; see OnePass for the arguments."""
 
     _loading: dict[str, Any] | None = None  # what load_state_dict() was given, while it runs
+    _kept_options: list[dict[str, Any]] | None = None  # those of the groups before, which torch's state dicts lack
     _embeddings: set[int] | None = None
     _shared: Shared
     _algorithm = ""
@@ -175,12 +171,20 @@ class StatefulOptimizer(Optimizer):
             values, wanted = None, self._state_type(group, param)
             if not self._is_in_form(key, wanted, state):
                 values = self._read_state(key, state, param)
-            elif wanted != torch.uint8 and not _serves(state[key].dtype, param.dtype):
-                values = state[key]
-                wanted = torch.float32 if param.dtype in SIXTEEN_BITS else wanted  # 16 bits might overflow
+            elif wanted != torch.uint8 and state[key].dtype != wanted:
+                if group.get("state_dtype") is None and param.dtype in SIXTEEN_BITS:
+                    wanted = torch.float32  # what was wider before a cast would lose by 16 bits, or overflow
+                if state[key].dtype != wanted and not state[key].is_complex():
+                    values = state[key]
             if values is not None:
                 kept = {name: value for name, value in formed.items() if name not in names_of(key)}
                 formed = {**kept, **self._write_state(key, wanted, values, param)}
+        counter = state.get("step")
+        if counter is not None and not (
+            isinstance(counter, Tensor) and counter.dtype in (torch.float32, torch.float64)
+        ):
+            device = counter.device if isinstance(counter, Tensor) else torch.device("cpu")
+            formed = {**formed, "step": torch.as_tensor(counter, dtype=torch.float32, device=device)}
         if "ema" in state and param.is_floating_point() and state["ema"].dtype != average_dtype(param):
             formed = {**formed, "ema": state["ema"].to(average_dtype(param))}
         return formed
@@ -195,13 +199,14 @@ class StatefulOptimizer(Optimizer):
 
         Args:
             consolidate: everything in fp32 under torch's names, so that a run can go on without dlkit: states in full,
-                masters as ``master_param`` (also :meth:`master_parameters`), none of dlkit's entries in groups. Such a
+                masters as ``master_param`` (also :meth:`master_parameters`), none of dlkit's options in groups. Such a
                 state dict can be loaded by dlkit, too.
 
         Raises:
             RuntimeError: averaged weights are swapped in.
         """
         self._refuse_if_swapped("state_dict")
+        self._restart_written_masters()
 
         def convert(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             return self._converted(saved, consolidate)
@@ -238,9 +243,9 @@ class StatefulOptimizer(Optimizer):
                 for key in ("remainder", "param_copy"):
                     state.pop(key, None)
         if consolidate:
-            left_out = (*GROUP_OPTIONS, "ema_steps", "rounding_steps")
             saved["param_groups"] = [
-                {key: value for key, value in group.items() if key not in left_out} for group in saved["param_groups"]
+                {key: value for key, value in group.items() if key not in GROUP_OPTIONS}
+                for group in saved["param_groups"]
             ]
         return saved
 
@@ -258,10 +263,11 @@ class StatefulOptimizer(Optimizer):
         # Hooks may put another dictionary in its place. This hook is the last one, and sees what is loaded.
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
         self._loading = given
+        self._kept_options = [{key: group[key] for key in GROUP_OPTIONS if key in group} for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
-            self._loading = None
+            self._loading = self._kept_options = None
             handle.remove()
 
     def _take_loaded(self) -> None:
@@ -325,9 +331,16 @@ class StatefulOptimizer(Optimizer):
 
         Yields:
             Copies of the parameters' shapes: fp32 for 16-bit parameters, else in the parameter's dtype.
+
+        Raises:
+            RuntimeError: averaged weights are swapped in.
         """
-        for _, param in self._params():
-            yield self._exact(param)
+        self._refuse_if_swapped("master_parameters")
+        self._restart_written_masters()
+        return (self._exact(param) for _, param in self._params())
+
+    def _restart_written_masters(self) -> None:
+        raise NotImplementedError
 
     def _exact(self, param: Tensor) -> Tensor:
         if self._has_master(param):
