@@ -211,7 +211,7 @@ def test_gradients_of_another_dtype(backend, dtype, grad_dtype):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=lambda dtype: str(dtype)[6:])
 def test_gradients_of_another_dtype_are_not_rounded(backend, state_dtype, layout):
     """Bit for bit the step of fp32 parameters and gradients, but for the parameters' own rounding."""
-    pairs = [(a, b) for a, b in MIXED if torch.float64 not in (a, b)]
+    pairs = [(a, b) for a, b in MIXED if a != torch.float64]
     sizes = [(3,), (17, 15), (257,), (1000,)]
     for dtype, grad_dtype in pairs if backend.draws > 2 else pairs[::2]:
         for variant in (VARIANTS[1], VARIANTS[6]):

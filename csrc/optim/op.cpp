@@ -201,12 +201,12 @@ class Arranger {
   int64_t numel() const { return param_->numel(); }
   at::ScalarType type() const { return param_->scalar_type(); }
 
-  // With `converts`, in the parameter's type.
-  void* place(const Tensor& tensor, bool changes, bool converts = false) {
+  // In the type `as`, where one is given.
+  void* place(const Tensor& tensor, bool changes, std::optional<at::ScalarType> as = std::nullopt) {
     const Tensor& real = as_real(tensor);
     const bool fits = contiguous_ ? real.is_contiguous() : real.strides() == at::IntArrayRef(strides_);
-    if (fits && !converts) return real.unsafeGetTensorImpl()->mutable_data();
-    const auto options = converts ? real.options().dtype(type()) : real.options();
+    if (fits && !as) return real.unsafeGetTensorImpl()->mutable_data();
+    const auto options = as ? real.options().dtype(*as) : real.options();
     kept_.push_back(contiguous_ ? at::empty(real.sizes(), options)
                                 : at::empty_strided(real.sizes(), strides_, options));
     kept_.back().copy_(real);
@@ -345,9 +345,12 @@ void step_lists(Algorithm algorithm, const Lists& lists, const Settings& setting
     tensor.param = arranger.place(lists.params[i], true);
     // Kernels read any gradient of up to 32 bits beside any such parameter.
     const at::ScalarType grad_type = c10::toRealValueType(lists.grads[i].scalar_type());
-    const bool converts = grad_type != arranger.type() && (grad_type == at::kDouble || arranger.type() == at::kDouble);
-    tensor.grad = arranger.place(lists.grads[i], settings.write_grads, converts);
-    tensor.grad_dtype = dtype_of(converts ? arranger.type() : grad_type);
+    std::optional<at::ScalarType> as;
+    if (grad_type != arranger.type() && (grad_type == at::kDouble || arranger.type() == at::kDouble)) {
+      as = arranger.type() == at::kDouble ? at::kDouble : at::kFloat;  // not 16 bits, which would round it more
+    }
+    tensor.grad = arranger.place(lists.grads[i], settings.write_grads, as);
+    tensor.grad_dtype = dtype_of(as.value_or(grad_type));
     tensor.dtype = dtype_of(arranger.type());
     tensor.state_type = StateType(tensor.dtype);
     for (int s = 0; s < kStates; ++s) {

@@ -714,7 +714,7 @@ def optim_step_(
         row[_INDEX], row[_STEP] = i, counter
         dtype, grad_dtype = _real_type(param.dtype), _real_type(grads[i].dtype)
         if torch.float64 in (dtype, grad_dtype):
-            grad_dtype = dtype
+            grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32  # not 16 bits
         row[_PARAM], row[_GRAD] = arranger.place(param, True), arranger.place(grads[i], write_grads, grad_dtype)
         for s in range(_STATES):
             if states[s]:

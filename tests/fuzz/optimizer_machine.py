@@ -195,7 +195,7 @@ class Pair:
         if self.extras and isinstance(errors[0], RuntimeError) and any(text in str(errors[0]) for text in REFUSED):
             self.ended = True
             return
-        several = self.widened() or bool(self.extras)
+        several = torch_refuses or bool(self.extras)
         if errors[0] is None or errors[1] is None or not several:
             self.check_errors(name, *errors)  # where there is more than one reason, either may come first
         if errors[0] is not None:
