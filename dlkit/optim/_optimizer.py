@@ -157,8 +157,8 @@ class OnePass(AveragingOptimizer):
         state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16, or "int8", a code
             of 8 bits an element and a scale every 256 (Dettmers et al. 2022). None: as torch does, in the parameter's.
             In bf16 the averages that would stand still (second moments, and others with a decay above 0.992) are
-            rounded stochastically, in the same way. With "int8", tensors below 4,096 elements and the weights of
-            nn.Embedding keep fp32.
+            rounded stochastically, in the same way, which makes a step on a CPU slower than with fp32 moments. With
+            "int8", tensors below 4,096 elements and the weights of nn.Embedding keep fp32.
         ema_decay (float): keeps ``ema = ema_decay * ema + (1 - ema_decay) * p`` of each parameter, in fp32 at least,
             from the parameter before its first step on, at every step, whether it has a gradient or not. See
             :meth:`ema`, :meth:`ema_state_dict`, :meth:`ema_parameters` and :meth:`reset_ema`.
