@@ -661,6 +661,17 @@ def test_weights_that_are_written_while_averages_are_swapped_in_are_not_lost(how
     assert torch.equal(raw, model.weight)
 
 
+def test_averages_of_parameters_that_share_memory_are_swapped():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))]
+    ours = dlkit.optim.SGD(params, lr=0.1, ema_decay=0.5)
+    step(ours, torch.ones(3), torch.ones(3))
+    params[1].data = params[0].data
+    before = params[0].detach().clone()
+    with ours.ema():
+        pass
+    assert torch.equal(params[0], before)
+
+
 def test_a_swap_that_cannot_be_done_changes_nothing():
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     ours = dlkit.optim.SGD(params, lr=0.1, ema_decay=0.5)

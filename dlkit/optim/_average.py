@@ -131,15 +131,16 @@ class AveragingOptimizer(StatefulOptimizer):
         """
         name = type(self).__name__
         if self._shared.swapped is not None:
-            if not discard and any(not _same_bits(p, self._average_of(p)) for p, _ in self._shared.swapped):
+            swapped = self._shared.swapped
+            if not discard and any(held and not _same_bits(p, self._average_of(p)) for p, _, held in swapped):
                 raise RuntimeError(
                     f"{name}.swap_ema(): the parameters were written while averaged weights were swapped in; call "
                     "swap_ema(discard=True) to put the trained weights back, or reset_ema() to go on from what was "
                     "written"
                 )
-            for param, kept in self._shared.swapped:
+            for param, kept, _ in swapped:
                 param.copy_(kept)
-            self._trust_params([param for param, _ in self._shared.swapped])
+            self._trust_params([param for param, _, _ in swapped])
             self._shared.swapped = None
             return
         params = [p for group, p in self._params() if _is_averaged(group)]
@@ -153,9 +154,12 @@ class AveragingOptimizer(StatefulOptimizer):
                     f"{list(average.shape)}"
                 )
         self._restart_written_masters()
-        self._shared.swapped = [(param, param.detach().clone()) for param in params]
+        self._shared.swapped = [(param, param.detach().clone(), False) for param in params]
         for param, average in zip(params, averages, strict=True):
             param.copy_(average)
+        # Of parameters that share memory only the last one holds its average.
+        pairs = zip(self._shared.swapped, averages, strict=True)
+        self._shared.swapped = [(param, kept, _same_bits(param, average)) for (param, kept, _), average in pairs]
 
     @contextlib.contextmanager
     def ema(self) -> Iterator[None]:

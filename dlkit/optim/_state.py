@@ -66,7 +66,7 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self.swapped: list[tuple[Tensor, Tensor]] | None = None  # (parameter, its own weights)
+        self.swapped: list[tuple[Tensor, Tensor, bool]] | None = None  # (parameter, its own weights, holds its average)
         self.offloading: Any = None  # an event after which offloaded states have arrived
 
 
