@@ -710,7 +710,7 @@ class Plan : public torch::CustomClassHolder {
   struct Run {
     std::string algorithm;
     Unowned params, grads, states[kStates], scales[kStates], remainders, ema, steps;
-    std::deque<Tensor> kept;                         // gradients that nothing else holds
+    std::deque<Tensor> kept;                         // the gradients, during a step
     std::deque<std::pair<Tensor, Tensor>> resolved;  // conjugate or negated views, and what the kernels take instead
     std::vector<int64_t> groups;
     std::vector<std::string> labels;  // what errors call the parameters

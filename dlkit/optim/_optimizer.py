@@ -661,24 +661,28 @@ class OnePass(AveragingOptimizer):
 
     # Masters: half of each is the parameter, which the user may write to.
 
+    def _restart_remainder(self, param: Tensor, written: bool) -> bool:
+        """A remainder starts again at 0 where its parameter was written. True if the state got a copy to compare."""
+        state = self.state[param]
+        remainder, copy = _masters.bits(local(state["remainder"])), state.get("param_copy")
+        if copy is not None:
+            remainder.masked_fill_(_masters.bits(local(param.detach())) != _masters.bits(local(copy)), 0)
+        elif written:  # what was written and what was not cannot be told apart yet
+            remainder.zero_()
+            state["param_copy"] = param.detach().clone()
+            return True
+        return False
+
     @torch.no_grad()
     def _restart_written(self, plan: _Plan) -> None:
         """Before a step: remainders of what was written since the last one start again at 0."""
-        for where in [plan.masters[k] for k in plan.runs.written()]:
-            param = self._param_at(where)
-            state = self.state[param]
-            if "remainder" not in state:
-                continue  # taken out of the state: it begins anew in this step
-            if "param_copy" not in state:  # what was written and what was not cannot be told apart yet
-                local(state["remainder"]).zero_()
-                state["param_copy"] = param.detach().clone()
+        written = {plan.masters[k] for k in plan.runs.written()}
+        if not written and not plan.copies:
+            return
+        for where in plan.masters:
+            param = self._param_at(where)  # one that was taken out of the state begins anew in this step
+            if self._has_master(param) and self._restart_remainder(param, where in written):
                 plan.copies, plan.contents = True, None  # the state has an entry more
-        if plan.copies:
-            for param in map(self._param_at, plan.masters):
-                copy = self.state[param].get("param_copy")
-                if copy is not None and self._has_master(param):
-                    written = _masters.bits(local(param.detach())) != _masters.bits(local(copy))
-                    _masters.bits(local(self.state[param]["remainder"])).masked_fill_(written, 0)
 
     @torch.no_grad()
     def _copy_written(self, plan: _Plan) -> None:
@@ -697,14 +701,9 @@ class OnePass(AveragingOptimizer):
         if not params:
             return
         for param, changed in zip(params, self._versions.changed([*map(local, params)]), strict=True):
-            state = self.state[param]
-            if "param_copy" in state:
-                written = _masters.bits(local(param.detach())) != _masters.bits(local(state["param_copy"]))
-                _masters.bits(local(state["remainder"])).masked_fill_(written, 0)
-                state["param_copy"].copy_(param)
-            elif changed:
-                local(state["remainder"]).zero_()
-                state["param_copy"] = param.detach().clone()
+            self._restart_remainder(param, changed)
+            if "param_copy" in self.state[param]:
+                self.state[param]["param_copy"].copy_(param)
 
     # What dlkit does not serve.
 
