@@ -1,4 +1,4 @@
-# make demo | test | test-integration | fuzz | lint | format | check-cuda | sanitize | gpu | clean
+# make demo | test | test-big | test-integration | fuzz | lint | format | check-cuda | sanitize | gpu | clean
 #
 # TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
 # PYTHON  an interpreter that has torch already, used as it is, without a virtual environment: make demo PYTHON=python
@@ -18,7 +18,7 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test test-integration fuzz lint format check-cuda sanitize gpu clean
+.PHONY: install demo test test-big test-integration fuzz lint format check-cuda sanitize gpu clean
 
 $(VENV)/ready-%:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ demo: install
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
 	$(PYTHON) -m pytest -q -n auto --dist worksteal --ignore=tests/integration
+
+# More than 2^31 elements through every op: 20 GB of memory, half an hour on 2 cores.
+test-big: install
+	DLKIT_TEST_BIG=1 $(PYTHON) -m pytest -q tests/test_big.py
 
 # The optimizers inside transformers, Accelerate and Lightning. pip is told of the torch that is there, so that it stays.
 test-integration: $(READY)
@@ -89,11 +93,8 @@ sanitize: install
 	  ASAN_OPTIONS=detect_leaks=0 DLKIT_CUDA_ON_CPU_LIBRARY=$(CURDIR)/build/sanitize/libdlkit_cuda_on_cpu.so && \
 	"$$python" -c 'import dlkit._C as library; assert "build/sanitize" in library.__file__, library.__file__' && \
 	"$$python" -m pytest -q -n auto -c ../../pyproject.toml --rootdir ../.. \
-	  ../../tests/test_layer_norm.py ../../tests/test_batch_norm.py ../../tests/test_dropout.py \
-	  ../../tests/test_dropout_variants.py ../../tests/test_dropblock2d.py ../../tests/test_bias_act_dropout.py \
-	  ../../tests/test_optim.py ../../tests/test_optim_launches.py ../../tests/test_optim_use.py ../../tests/fuzz \
-	  ../../tests/test_arguments.py ../../tests/test_numbers.py ../../tests/test_saved_tensors.py \
-	  -k '(cpu or optim_use or fuzz) and not triton and not compile and not (very_long and cuda)'
+	  ../../tests --ignore ../../tests/integration -m 'kernel or sanitize' \
+	  -k 'not triton and not compile and not (very_long and cuda)'
 
 # On a machine with a GPU, in the environment that has its torch: build for that GPU, every test that is not of the CPU's
 # kernels (side by side with pytest-xdist), the quick benchmark of every op with the peers that are installed, JSON and

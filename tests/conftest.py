@@ -12,7 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, so that the processes finish together."""
+    """Tests that take a backend are marked. The longest come first, so that the processes finish together."""
+    for item in items:
+        if "backend" in item.fixturenames:
+            item.add_marker("kernel")
     items.sort(key=lambda item: "test_triton_aot" not in item.nodeid)
 
 

@@ -9,6 +9,8 @@ import torch
 import dlkit
 import dlkit.functional as fused
 
+pytestmark = pytest.mark.sanitize
+
 X = torch.linspace(-2, 3, 120).sin().view(4, 6, 5) * torch.arange(1.0, 6)
 ROW, CHANNELS = torch.ones(5), torch.ones(6)
 STATS, ROW_STATS = torch.ones(6), torch.ones(4, 6, 1)

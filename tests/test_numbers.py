@@ -10,6 +10,8 @@ import torch.nn.functional as native
 import dlkit
 import dlkit.functional as fused
 
+pytestmark = pytest.mark.sanitize
+
 X = torch.linspace(-2, 3, 120).sin().view(4, 6, 5) * torch.arange(1.0, 6)
 PLANES = torch.ones(2, 3, 6, 6)
 

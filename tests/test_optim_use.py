@@ -16,6 +16,8 @@ from torch import nn
 import dlkit
 from dlkit.optim import _int8, _masters
 
+pytestmark = pytest.mark.sanitize
+
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 CLASSES = ("Adam", "AdamW", "SGD", "RMSprop")
 

@@ -11,6 +11,8 @@ from torch.utils import checkpoint as checkpointing
 import dlkit
 import dlkit.functional as F
 
+pytestmark = pytest.mark.sanitize
+
 FEATURES = 8
 ROWS, PLANES = (6, FEATURES), (4, FEATURES, 4, 4)
 

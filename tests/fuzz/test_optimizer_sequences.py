@@ -9,6 +9,8 @@ import pytest
 
 from fuzz import optimizer_machine as machine
 
+pytestmark = pytest.mark.sanitize
+
 FOUND = json.loads((Path(__file__).parent / "found.json").read_text())
 
 

@@ -44,7 +44,7 @@ class Result:
     barriers: int
 
 
-def compile_all(capability: int, timeout: float = 1200) -> list[Result]:
+def compile_all(capability: int, timeout: float = 7200) -> list[Result]:
     """Every case for compute capability ``capability`` (80, 90, ...), compiled in a process of its own.
 
     That process is free of TRITON_INTERPRET and of the driver that a GPU in this machine would bring.
