@@ -1,5 +1,5 @@
 """Benchmarks: `python -m dlkit bench [OP …]` measures ops, `bench models` training steps, `bench calls` single calls;
-`bench table FILE …` and `bench plot FILE …` show result files.
+`bench table FILE …`, `bench plot FILE …` and `bench overview MODELS OPS` show result files.
 
 Every file in this folder whose name does not begin with an underscore is the spec of one op: what is measured, on which
 inputs, by whom and against which reference. The runner (`_runner.py`) and the report (`_report.py`) know no op.
@@ -24,6 +24,7 @@ COMMANDS = {
     "calls": ("_calls", "the cost of one call from Python on small tensors, hop by hop"),
     "memory": ("_memory", "what reuse_cpu_memory() gains and costs"),
     "plot": ("_plot", "draw result files: a PNG, or the page that --html writes"),
+    "overview": ("_overview", "draw whole steps and headline ops beside torch's, as bars"),
 }
 
 
