@@ -11,6 +11,7 @@
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/instance_norm.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "../common/autograd.h"
@@ -65,8 +66,15 @@ int64_t workspace_bytes(const CpuDevice&, const Forward& op) { return forward_wo
 int64_t workspace_bytes(const CpuDevice&, const Backward& op) { return backward_workspace_cpu(op); }
 #endif
 
+// For what is found over the elements of a channel or a group: zeros where there are none.
+Tensor empty_for(const Tensor& input, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return input.numel() > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
+}
+
+// An empty input gets here where a compiler could not know its size.
 template <class Device, class Op>
 void run_with_workspace(const Tensor& input, Op& op) {
+  if (input.numel() == 0) return;
   const Device device(input);
   const int64_t bytes = workspace_bytes(device, op);
   Tensor workspace;
@@ -80,9 +88,11 @@ at::TensorOptions accumulate_options(const Tensor& input) {
   return input.options().dtype(accumulate_type(input.scalar_type()));
 }
 
-auto statistics_sizes(const auto& sizes, int64_t groups) {
-  auto result = sizes.slice(0, groups > 0 ? 2 : 1).vec();
-  if (groups > 0) {
+template <class Int>
+auto statistics_sizes(c10::ArrayRef<Int> sizes, Int groups) {
+  const bool grouped = groups != 0;
+  auto result = sizes.slice(0, grouped ? 2 : 1).vec();
+  if (grouped) {
     result[1] = groups;
   } else {
     result[0] = sizes[1];
@@ -101,8 +111,8 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, cons
   const Tensor old_mean = has(running_mean) ? running_mean->contiguous() : Tensor();
   const Tensor old_var = has(running_var) ? running_var->contiguous() : Tensor();
   Tensor y = layout.empty();
-  Tensor mean = at::empty(statistics_sizes(input.sizes(), groups), accumulate_options(input));
-  Tensor rstd = at::empty_like(mean);
+  Tensor mean = empty_for(input, statistics_sizes(input.sizes(), groups), accumulate_options(input));
+  Tensor rstd = empty_for(input, mean.sizes(), mean.options());
   const DType type = dtype_of(input.scalar_type());
   Forward op{layout.x.const_data_ptr(),
              data_or_null(added),
@@ -125,6 +135,7 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, cons
              old_mean.defined() ? dtype_of(old_mean.scalar_type()) : type,
              relu};
   run_with_workspace<Device>(input, op);
+  if (input.numel() == 0 && training && has(num_batches_tracked)) num_batches_tracked->add_(1);
   if (training && has(running_mean) && !running_mean->is_contiguous()) running_mean->copy_(old_mean);
   if (training && has(running_var) && !running_var->is_contiguous()) running_var->copy_(old_var);
   return {std::move(y), std::move(mean), std::move(rstd)};
@@ -162,8 +173,8 @@ BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const O
   Tensor grad_input, grad_residual, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = layout.empty();
   if (output_mask[1]) grad_residual = layout.empty();
-  if (output_mask[2]) grad_weight = at::empty({input.size(1)}, parameter_options);
-  if (output_mask[3]) grad_bias = at::empty({input.size(1)}, parameter_options);
+  if (output_mask[2]) grad_weight = empty_for(input, {input.size(1)}, parameter_options);
+  if (output_mask[3]) grad_bias = empty_for(input, {input.size(1)}, parameter_options);
   Backward op = backward_arguments(layout, dy, saved_y, parameters, mean, rstd, relu);
   op.grad_input = mutable_data_or_null(grad_input);
   op.grad_residual = mutable_data_or_null(grad_residual);
@@ -177,8 +188,8 @@ BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const O
 template <class Device>
 std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t groups) {
   const Layout layout(input, groups);
-  Tensor mean = at::empty(statistics_sizes(input.sizes(), groups), accumulate_options(input));
-  Tensor rstd = at::empty_like(mean), var = at::empty_like(mean);
+  Tensor mean = empty_for(input, statistics_sizes(input.sizes(), groups), accumulate_options(input));
+  Tensor rstd = at::empty_like(mean), var = empty_for(input, mean.sizes(), mean.options());
   Forward op{};
   op.x = layout.x.const_data_ptr();
   op.mean = mean.mutable_data_ptr();
@@ -222,9 +233,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& grad_output, cons
   const Layout layout(input, 0);
   const Parameters parameters(input, weight, bias);
   const Tensor dy = layout.like(grad_output), saved_y = layout.like(y), m = mean.contiguous(), r = rstd.contiguous();
-  Tensor sums = at::empty({2, input.size(1)}, accumulate_options(input)), grad_weight, grad_bias;
-  if (output_mask[0]) grad_weight = at::empty({input.size(1)}, accumulate_options(input).dtype(parameters.type));
-  if (output_mask[1]) grad_bias = at::empty({input.size(1)}, accumulate_options(input).dtype(parameters.type));
+  Tensor sums = empty_for(input, {2, input.size(1)}, accumulate_options(input)), grad_weight, grad_bias;
+  if (output_mask[0]) grad_weight = empty_for(input, {input.size(1)}, accumulate_options(input).dtype(parameters.type));
+  if (output_mask[1]) grad_bias = empty_for(input, {input.size(1)}, accumulate_options(input).dtype(parameters.type));
   Backward op = backward_arguments(layout, dy, saved_y, parameters, m, r, relu);
   op.grad_weight = mutable_data_or_null(grad_weight);
   op.grad_bias = mutable_data_or_null(grad_bias);
@@ -265,8 +276,8 @@ Tensor channels_meta(const Tensor& input, at::ScalarType type) {
 }
 
 ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t groups, bool,
-                            double, double, bool) {
+                            const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::SymInt groups,
+                            bool, double, double, bool) {
   const auto like = [&] {
     return at::empty_symint(statistics_sizes(input.sym_sizes(), groups), accumulate_options(input));
   };
@@ -274,7 +285,7 @@ ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor&, const Op
 }
 
 BackwardOutputs backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&, const OptionalTensor& weight,
-                              const OptionalTensor& bias, const Tensor&, const Tensor&, int64_t, bool, bool,
+                              const OptionalTensor& bias, const Tensor&, const Tensor&, c10::SymInt, bool, bool,
                               std::array<bool, 4> output_mask) {
   const at::ScalarType type = parameter_type(input, weight, bias);
   return {output_mask[0] ? like_input_meta(input) : Tensor(), output_mask[1] ? like_input_meta(input) : Tensor(),
@@ -282,7 +293,7 @@ BackwardOutputs backward_meta(const Tensor&, const Tensor& input, const Optional
           output_mask[3] ? channels_meta(input, type) : Tensor()};
 }
 
-std::tuple<Tensor, Tensor> statistics_meta(const Tensor& input, int64_t groups) {
+std::tuple<Tensor, Tensor> statistics_meta(const Tensor& input, c10::SymInt groups) {
   const auto like = [&] {
     return at::empty_symint(statistics_sizes(input.sym_sizes(), groups), accumulate_options(input));
   };
@@ -312,7 +323,7 @@ std::tuple<Tensor, Tensor> backward_apply_meta(const Tensor&, const Tensor& inpu
 
 // What one call computes, beside its tensors.
 struct Options {
-  int64_t groups = 0;  // 0: batch_norm
+  c10::SymInt groups = 0;  // 0: batch_norm
   bool training = true, relu = false;
   double eps = 1e-5;
 };
@@ -321,11 +332,12 @@ struct Options {
 Tensor native_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const Options& options) {
   if (options.groups == 0) return at::batch_norm(input, weight, bias, {}, {}, true, 0, options.eps, true);
-  if (has(weight) || !has(bias)) return at::group_norm(input, options.groups, weight, bias, options.eps, true);
+  const int64_t groups = options.groups.guard_int(__FILE__, __LINE__);
+  if (has(weight) || !has(bias)) return at::group_norm(input, groups, weight, bias, options.eps, true);
   // torch's backward fails with a bias and no weight.
   std::vector<int64_t> along(input.dim(), 1);
   along[1] = -1;
-  return at::group_norm(input, options.groups, {}, {}, options.eps, true) + bias->view(along);
+  return at::group_norm(input, groups, {}, {}, options.eps, true) + bias->view(along);
 }
 
 const auto& forward_op() {
@@ -342,16 +354,16 @@ bool is_for_torch(const Tensor& input, const Optionals&... others) {
 ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& running_mean,
                             const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                            int64_t groups, bool training, double momentum, double eps, bool relu) {
+                            const c10::SymInt& groups, bool training, double momentum, double eps, bool relu) {
   return forward_op().call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, groups,
                            training, momentum, eps, relu);
 }
 
 BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
                               const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                              const Tensor& rstd, int64_t groups, bool training, bool relu,
+                              const Tensor& rstd, const c10::SymInt& groups, bool training, bool relu,
                               std::array<bool, 4> output_mask) {
-  static const auto op = find_op<decltype(call_backward)>("batch_norm_backward");
+  static const auto op = find_op<decltype(backward_meta)>("batch_norm_backward");
   return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
 }
 
@@ -399,6 +411,9 @@ struct BatchNormBackward : SavingNode<6> {
     args.collect(bias.type);
     args.collect(residual);
   }
+
+  void swap_before(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.before(options.groups); }
+  void swap_after(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.after(options.groups); }
 
  private:
   Tensor bias_of(const Saved& saved) const {
@@ -541,7 +556,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const
                          momentum, eps, relu);
 }
 
-Tensor group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
+Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   constexpr const char* name = "group_norm";
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
@@ -557,7 +572,7 @@ Tensor group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor&
   check_vector(name, "bias", input, bias);
   if (is_for_torch(input, weight, bias)) {
     return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
-      return at::group_norm(t, num_groups, w, b, eps, true);
+      return at::group_norm(t, num_groups.guard_int(__FILE__, __LINE__), w, b, eps, true);
     });
   }
   check_parameter_types(name, input, weight, bias);
@@ -584,13 +599,14 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
     });
   }
   check_parameter_types(name, input, weight, bias);
-  const int64_t channels = input.sym_size(1).guard_int(__FILE__, __LINE__);
-  const auto [y, mean, rstd] = normalize(input, {}, weight, bias, {}, {}, {}, 0, Options{channels, true, false, eps});
+  const auto [y, mean, rstd] =
+      normalize(input, {}, weight, bias, {}, {}, {}, 0, Options{input.sym_size(1), true, false, eps});
   if (has(running_mean)) {
     // The mean over the batch of what each sample alone would leave.
     const at::NoGradGuard no_grad;
-    const double count = double(input.numel()) / double(mean.numel());
-    const Tensor var = (rstd.to(at::kDouble).pow(-2) - eps).clamp_min(0) * (count / (count - 1));
+    TORCH_SYM_CHECK(input.sym_numel().sym_ne(0), name, "(): expected elements to take statistics of, got none");
+    const Tensor var =
+        (rstd.to(at::kDouble).pow(-2) - eps).clamp_min(0) * at::Scalar(c10::SymFloat(space) / c10::SymFloat(space - 1));
     const auto update = [&](const Tensor& running, const Tensor& found) {
       running.mul_(1 - momentum).add_(found.mean(0).to(running.scalar_type()), momentum);
     };
@@ -601,7 +617,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
 }
 
 // Autocast on CUDA runs torch's group_norm in fp32; batch_norm and instance_norm keep the type that comes.
-Tensor group_norm_autocast(const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
+Tensor group_norm_autocast(const Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
                            const OptionalTensor& bias, double eps) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
   const auto to_fp32 = [](const auto& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); };
@@ -635,22 +651,23 @@ DLKIT_DEFINE_OPS(m) {
       " Tensor? residual, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool relu)"
       " -> Tensor",
       tags);
-  m.def("group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", tags);
+  m.def("group_norm(Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", tags);
   m.def(
       "instance_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,"
       " bool use_input_stats, float momentum, float eps) -> Tensor",
       tags);
   m.def(
       "batch_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-      " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int groups, bool training, float momentum, float eps,"
+      " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, SymInt groups, bool training, float momentum, float "
+      "eps,"
       " bool relu) -> (Tensor y, Tensor mean, Tensor rstd)",
       tags);
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean,"
-      " Tensor rstd, int groups, bool training, bool relu, bool[4] output_mask)"
+      " Tensor rstd, SymInt groups, bool training, bool relu, bool[4] output_mask)"
       " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
       tags);
-  m.def("batch_norm_statistics(Tensor input, int groups) -> (Tensor mean, Tensor var)", tags);
+  m.def("batch_norm_statistics(Tensor input, SymInt groups) -> (Tensor mean, Tensor var)", tags);
   m.def(
       "batch_norm_apply(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
       " bool relu) -> Tensor",
