@@ -113,6 +113,7 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, cons
   Tensor y = layout.empty();
   Tensor mean = empty_for(input, statistics_sizes(input.sizes(), groups), accumulate_options(input));
   Tensor rstd = empty_for(input, mean.sizes(), mean.options());
+  if (input.numel() == 0) return {std::move(y), mean.zero_(), rstd.zero_()};  // a process's part of a larger tensor
   const DType type = dtype_of(input.scalar_type());
   Forward op{layout.x.const_data_ptr(),
              data_or_null(added),
@@ -175,6 +176,11 @@ BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const O
   if (output_mask[1]) grad_residual = layout.empty();
   if (output_mask[2]) grad_weight = empty_for(input, {input.size(1)}, parameter_options);
   if (output_mask[3]) grad_bias = empty_for(input, {input.size(1)}, parameter_options);
+  if (input.numel() == 0) {
+    if (grad_weight.defined()) grad_weight.zero_();
+    if (grad_bias.defined()) grad_bias.zero_();
+    return {std::move(grad_input), std::move(grad_residual), std::move(grad_weight), std::move(grad_bias)};
+  }
   Backward op = backward_arguments(layout, dy, saved_y, parameters, mean, rstd, relu);
   op.grad_input = mutable_data_or_null(grad_input);
   op.grad_residual = mutable_data_or_null(grad_residual);

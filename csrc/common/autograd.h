@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -74,7 +73,8 @@ struct Bias {
     if (has(bias)) type = bias->scalar_type();
   }
   at::Tensor stand_in(c10::SymIntArrayRef sizes, const at::Tensor& input) const {
-    return type ? at::zeros_symint(sizes, input.options().dtype(*type)).requires_grad_(at::GradMode::is_enabled())
+    // By the input's own method: of the input's kind, where that is a subclass.
+    return type ? input.new_zeros_symint(sizes, input.options().dtype(*type)).requires_grad_(at::GradMode::is_enabled())
                 : at::Tensor();
   }
 };

@@ -1,0 +1,451 @@
+"""How dlkit's ops run on DTensors: every op has shardings, a rule, or a refusal.
+
+Norms and activations have shardings: torch.distributed.tensor picks the cheapest, moves what does not fit and runs the
+op on each process's part. What is random has rules, for a part alone does not know which elements of the whole it
+holds: a mask is drawn for the whole tensor and cut as the input is, so that it is the same on every mesh and the same
+as in one process. All processes of a mesh take the seed of its first one. Ops that do more than to drop are taken apart
+then: in 16 bits they round once more than in one pass.
+
+dlkit._ops imports this file at the first call on tensors of a subclass, if torch.distributed.tensor is loaded then.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+_ops = torch.ops.dlkit
+
+# The ops that have shardings, and those that have a rule.
+_sharded: set[str] = set()
+_ruled: set[str] = set()
+
+# Placements along one dimension of the mesh: of the results, then by name of the arguments that are tensors.
+Sharding = tuple[Sequence[Any], dict[str, Any]]
+
+
+def _sharding(name: str) -> Callable[[Callable[..., Iterator[Sharding]]], None]:
+    """Registers what a function of the op's arguments yields: the placements that the op can run on as it is."""
+    overload = getattr(_ops, name).default
+    arguments = [argument.name for argument in overload._schema.arguments]
+
+    def register(shardings: Callable[..., Iterator[Sharding]]) -> None:
+        _sharded.add(name)
+
+        @register_sharding(overload)
+        def _(*args: Any, **kwargs: Any) -> list[tuple[list[Any], list[Any]]]:
+            given = dict(zip(arguments, args, strict=False)) | kwargs
+            return [
+                (list(results), [None if given[key] is None else inputs.get(key) for key in given])
+                for results, inputs in shardings(given)
+            ]
+
+    return register
+
+
+@_sharding("layer_norm_forward")
+def _(given: dict[str, Any]) -> Iterator[Sharding]:
+    stats, rms = given["stats"], given["rms"]
+    for rows in (Replicate(), *map(Shard, range(given["input"].ndim - given["normalized_ndim"]))):
+        total, mean = given["residual"] is not None, stats and not rms
+        results = [rows, rows if total else None, rows if mean else None, rows if stats else None]
+        yield results, {"input": rows, "residual": rows, "weight": Replicate(), "bias": Replicate()}
+
+
+@_sharding("layer_norm_backward")
+def _(given: dict[str, Any]) -> Iterator[Sharding]:
+    for rows in (Replicate(), *map(Shard, range(given["input"].ndim - given["normalized_ndim"]))):
+        inputs = dict.fromkeys(("grad_output", "grad_sum", "input", "mean", "rstd"), rows)
+        yield _wanted([rows, *[_sum_over(rows)] * 2], given), inputs | {"weight": Replicate(), "bias": Replicate()}
+
+
+@_sharding("batch_norm_forward")
+def _(given: dict[str, Any]) -> Iterator[Sharding]:
+    for data, statistics, channels in _batch_norm_placements(given):
+        vectors = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channels)
+        inputs = {"input": data, "residual": data, "num_batches_tracked": Replicate()}
+        yield [data, statistics, statistics], inputs | vectors
+
+
+@_sharding("batch_norm_backward")
+def _(given: dict[str, Any]) -> Iterator[Sharding]:
+    for data, statistics, channels in _batch_norm_placements(given):
+        inputs = dict.fromkeys(("grad_output", "input", "y"), data) | dict.fromkeys(("mean", "rstd"), statistics)
+        summed = channels if channels.is_shard() else _sum_over(data)
+        yield _wanted([data, data, summed, summed], given), inputs | {"weight": channels, "bias": channels}
+
+
+def _batch_norm_placements(given: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Of data, of statistics, and of what has one element a channel."""
+    yield Replicate(), Replicate(), Replicate()
+    if given["groups"] > 0:  # statistics are [N, groups]
+        yield Shard(0), Shard(0), Replicate()
+        return
+    yield Shard(1), Shard(0), Shard(0)
+    if not given["training"]:
+        for dim in range(given["input"].ndim):
+            if dim != 1:
+                yield Shard(dim), Replicate(), Replicate()
+
+
+@_sharding("bias_act_dropout_forward")
+def _(given: dict[str, Any]) -> Iterator[Sharding]:
+    for data, bias in _bias_placements(given):
+        yield [data, Replicate()], {"input": data, "bias": bias, "state": Replicate()}
+
+
+@_sharding("bias_act_dropout_backward")
+def _(given: dict[str, Any]) -> Iterator[Sharding]:
+    for data, bias in _bias_placements(given):
+        grad_bias = bias if bias.is_shard() else _sum_over(data)
+        results = [data, grad_bias if given["needs_bias"] and given["bias"] is not None else None]
+        yield results, {"grad_output": data, "input": data, "bias": bias, "state": Replicate()}
+
+
+def _bias_placements(given: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    yield Replicate(), Replicate()
+    last = given["input"].ndim - 1
+    for dim in range(last + 1):
+        yield Shard(dim), Shard(0) if dim == last else Replicate()
+
+
+def _sum_over(data: Any) -> Any:
+    """Where each process sums over its part of the data."""
+    return Partial() if data.is_shard() else Replicate()
+
+
+def _wanted(results: list[Any], given: dict[str, Any]) -> list[Any]:
+    return [placement if wanted else None for placement, wanted in zip(results, given["output_mask"], strict=True)]
+
+
+# Rules.
+
+
+def _rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of (op, *arguments) for calls on DTensors. NotImplemented stands for the op's shardings."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def rule(cls: type, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch.no_grad():
+                return function(op, *args, **(kwargs or {}))
+
+        for name in names:
+            torch.library.register_torch_dispatch(f"dlkit::{name}", DTensor, rule)
+            _ruled.add(name)
+        return function
+
+    return register
+
+
+def _cut(*inputs: DTensor) -> list[DTensor]:
+    """The inputs in one placement: where the first of them is sharded, else the next; sums are added up."""
+    meshes = [tensor.device_mesh if isinstance(tensor, DTensor) else None for tensor in inputs]
+    if any(mesh is None or mesh != meshes[0] for mesh in meshes):
+        raise RuntimeError(f"dropout: expected DTensors on one mesh, got {meshes}; None is a plain tensor")
+    placements = [
+        next((placement for placement in along if type(placement) is Shard), Replicate())
+        for along in zip(*(tensor.placements for tensor in inputs), strict=True)
+    ]
+    return [tensor.redistribute(placements=placements) for tensor in inputs]
+
+
+def _like(part: Tensor, whole: DTensor) -> DTensor:
+    kept: dict[str, Any] = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
+    return DTensor.from_local(part, whole.device_mesh, whole.placements, **kept)
+
+
+def _part_of(whole: Tensor, input: DTensor) -> Tensor:
+    """This process's part of what every process has, cut as the input. Dimensions of size 1 stay."""
+    placements = [
+        placement if isinstance(placement, Shard) and whole.size(placement.dim) > 1 else Replicate()
+        for placement in input.placements
+    ]
+    mesh = input.device_mesh
+    copies = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(placements=placements).to_local()
+
+
+def _is_whole(input: DTensor) -> bool:
+    return all(placement.is_replicate() for placement in input.placements)
+
+
+def _agreed(state: Tensor, input: DTensor) -> Tensor:
+    """What the first process of the mesh drew."""
+    mesh = input.device_mesh
+    coordinate = mesh.get_coordinate()
+    for dim in range(mesh.ndim):
+        if mesh.size(dim) > 1 and coordinate is not None:
+            placements: list[Any] = [Replicate()] * mesh.ndim
+            placements[dim] = Partial()
+            own = state if coordinate[dim] == 0 else torch.zeros_like(state)
+            state = DTensor.from_local(own, mesh, placements, run_check=False).full_tensor()
+    return state
+
+
+def _state_for(input: DTensor, p: float, generator: Any) -> Tensor:
+    """Seed and offset of a call. Drawn on every process, whether it has a part of the input or not."""
+    one = torch.ones(1, dtype=input.dtype, device=input.to_local().device)
+    if p == 1 or input.numel() == 0:
+        return torch.zeros(2, dtype=torch.int64, device=one.device)
+    return _agreed(_ops.dropout_forward.default(one, 0.5, 1, 1.0, 0.0, 0.0, generator)[1], input)
+
+
+def _kept(input: DTensor, state: Tensor, p: float, inner: int) -> Tensor:
+    """Where the elements of this process's part stay; broadcasts against it. One bit for every `inner` elements."""
+    shape, size, dim = list(input.shape), 1, input.ndim
+    while size != inner:
+        dim -= 1
+        size, shape[dim] = size * shape[dim], 1
+    # The narrowest type that the op takes.
+    ones = torch.ones(shape, dtype=torch.bfloat16, device=state.device)
+    return _part_of(_ops.dropout_apply.default(ones, state, p, 1, 1.0, 0.0, 0.0), input) != 0
+
+
+@_rule("dropout_apply")
+def _dropout_apply(
+    op: Any, input: DTensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
+) -> DTensor:
+    (x,) = _cut(input)
+    part = x.to_local()
+    if _is_whole(x):
+        return _like(_ops.dropout_apply.default(part, state, p, inner, scale, shift, dropped), x)
+    if x.numel() == 0:
+        return _like(torch.empty_like(part), x)
+    kept = _ops.dropout_apply.default(part, state, 0.0, 1, scale, shift, dropped)
+    return _like(torch.where(_kept(x, state.to(part.device), p, inner), kept, dropped), x)
+
+
+@_rule("dropout_forward")
+def _dropout_forward(
+    op: Any, input: DTensor, p: float, inner: int, scale: float, shift: float, dropped: float, generator: Any = None
+) -> tuple[DTensor, Tensor]:
+    state = _state_for(input, p, generator)
+    return _dropout_apply(op, input, state, p, inner, scale, shift, dropped), state
+
+
+@_rule("dropout_forward_")
+def _dropout_forward_(
+    op: Any,
+    input: DTensor,
+    state: Tensor | None,
+    p: float,
+    inner: int,
+    scale: float,
+    shift: float,
+    dropped: float,
+    generator: Any = None,
+) -> Tensor:
+    _check_written(op, input)
+    state = _state_for(input, p, generator) if state is None else state.clone()
+    input.to_local().copy_(_dropout_apply(op, input, state, p, inner, scale, shift, dropped).to_local())
+    return state
+
+
+def _check_written(op: Any, input: DTensor) -> None:
+    if any(type(placement) is not Shard and not placement.is_replicate() for placement in input.placements):
+        name = op.name().removeprefix("dlkit::").removesuffix("_forward_")
+        raise RuntimeError(
+            f"{name}(): expected a DTensor of placements Shard and Replicate to change in place, got "
+            f"{input.placements}; leave out inplace, or redistribute() it first"
+        )
+
+
+@_rule("dropout_add_forward")
+def _dropout_add_forward(
+    op: Any, input: DTensor, residual: DTensor, state: Tensor | None, p: float, generator: Any = None
+) -> tuple[DTensor, Tensor]:
+    x, added = _cut(input, residual)
+    state = _state_for(x, p, generator) if state is None else state.clone()
+    part, rest = x.to_local(), added.to_local()
+    if _is_whole(x) or x.numel() == 0:
+        return _like(_ops.dropout_add_forward.default(part, rest, state, p)[0], x), state
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = torch.add(rest.to(wide), part.to(wide), alpha=scale).to(x.dtype)
+    return _like(torch.where(_kept(x, state.to(part.device), p, 1), total, rest), x), state
+
+
+@_rule("dropout_layer_norm_forward")
+def _(
+    op: Any,
+    input: DTensor,
+    residual: DTensor,
+    state: Tensor | None,
+    p: float,
+    normalized_ndim: int,
+    weight: DTensor | None,
+    bias: DTensor | None,
+    eps: float,
+    rms: bool,
+    stats: bool,
+    generator: Any = None,
+) -> tuple[Any, ...]:
+    total, drawn = _dropout_add_forward(op, input, residual, state, p, generator)
+    norm = _ops.layer_norm_forward.default
+    y, _, mean, rstd = norm(total, None, normalized_ndim, weight, bias, eps, rms, stats)
+    return y, total, mean, rstd, drawn
+
+
+@_rule("dropout_layer_norm_backward")
+def _(
+    op: Any,
+    grad_output: DTensor,
+    grad_sum: DTensor | None,
+    input: DTensor,
+    mean: DTensor | None,
+    rstd: DTensor,
+    weight: DTensor | None,
+    bias: DTensor | None,
+    state: Tensor,
+    p: float,
+    normalized_ndim: int,
+    output_mask: Sequence[bool],
+) -> tuple[Any, ...]:
+    needs_input, needs_residual, *needs_parameters = output_mask
+    wanted = [needs_input or needs_residual, *needs_parameters]
+    norm = _ops.layer_norm_backward.default
+    grad, *parameters = norm(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, wanted)
+    grad_input = _dropped(op, grad, state, p) if needs_input else None
+    return grad_input, grad if needs_residual else None, *parameters
+
+
+def _dropped(op: Any, input: DTensor, state: Tensor, p: float) -> DTensor:
+    return _dropout_apply(op, input, state, p, 1, 1 / (1 - p) if p < 1 else 0.0, 0.0, 0.0)
+
+
+@_rule("bias_act_dropout_forward")
+def _(
+    op: Any,
+    input: DTensor,
+    bias: DTensor | None,
+    state: Tensor | None,
+    activation: int,
+    p: float,
+    generator: Any = None,
+) -> Any:
+    if p == 0:
+        return NotImplemented
+    drawn = _state_for(input, p, generator) if state is None else state.clone()
+    return _dropped(op, op(input, bias, None, activation, 0.0)[0], drawn, p), drawn
+
+
+@_rule("bias_act_dropout_backward")
+def _(
+    op: Any,
+    grad_output: DTensor,
+    input: DTensor,
+    bias: DTensor | None,
+    state: Tensor,
+    activation: int,
+    p: float,
+    needs_bias: bool,
+) -> Any:
+    if p == 0 and isinstance(state, DTensor):
+        return NotImplemented
+    mesh = input.device_mesh
+    unused = DTensor.from_local(state, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return op(_dropped(op, grad_output, state, p), input, bias, unused, activation, 0.0, needs_bias)
+
+
+@_rule("dropblock2d_apply")
+def _dropblock2d_apply(op: Any, input: DTensor, state: Tensor, p: float, block_size: int) -> DTensor:
+    (x,) = _cut(input)
+    part = x.to_local()
+    factors = _part_of(_ops.dropblock2d_apply.default(_ones(x), state, p, block_size), x)
+    return _like(torch.where(factors != 0, part * factors, 0.0).to(x.dtype), x)
+
+
+def _ones(input: DTensor) -> Tensor:
+    """DropBlock makes of them what each element is multiplied by."""
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return torch.ones(input.shape, dtype=wide, device=input.to_local().device)
+
+
+@_rule("dropblock2d_forward")
+def _dropblock2d_forward(
+    op: Any, input: DTensor, state: Tensor | None, p: float, block_size: int, generator: Any = None
+) -> tuple[DTensor, Tensor]:
+    drawn = _ops.dropblock2d_forward.default(_ones(input), state, p, block_size, generator)[1]
+    if state is None:
+        drawn = _agreed(drawn, input)
+    return _dropblock2d_apply(op, input, drawn, p, block_size), drawn
+
+
+@_rule("dropblock2d_forward_")
+def _(op: Any, input: DTensor, state: Tensor | None, p: float, block_size: int, generator: Any = None) -> Tensor:
+    _check_written(op, input)
+    y, drawn = _dropblock2d_forward(op, input, state, p, block_size, generator)
+    input.to_local().copy_(y.to_local())
+    return drawn
+
+
+@_rule("batch_norm_forward")
+def _(
+    op: Any,
+    input: DTensor,
+    residual: DTensor | None,
+    weight: DTensor | None,
+    bias: DTensor | None,
+    running_mean: DTensor | None,
+    running_var: DTensor | None,
+    num_batches_tracked: DTensor | None,
+    groups: int,
+    training: bool,
+    *others: Any,
+) -> Any:
+    """Running statistics are written to where they lie, so the shardings must not have to move them."""
+    if groups > 0 or not training or running_mean is None or running_var is None:
+        return NotImplemented
+    mesh = input.device_mesh
+    by_channel = [type(placement) is Shard and placement.dim == 1 for placement in input.placements]
+    parts = 1
+    for dim, sharded in enumerate(by_channel):
+        parts *= mesh.size(dim) if sharded else 1
+    if input.size(1) < parts:  # torch has no sharding with empty parts
+        by_channel = [False] * mesh.ndim
+    data = [Shard(1) if sharded else Replicate() for sharded in by_channel]
+    channels = [Shard(0) if sharded else Replicate() for sharded in by_channel]
+    moved = [_moved(tensor, data) for tensor in (input, residual)]
+    moved += [_moved(tensor, channels) for tensor in (weight, bias, running_mean, running_var)]
+    own = (input, residual, weight, bias, running_mean, running_var)
+    if all(one is other for one, other in zip(moved, own, strict=True)):
+        return NotImplemented
+    outputs = op(*moved, num_batches_tracked, groups, training, *others)
+    for running, found in ((running_mean, moved[4]), (running_var, moved[5])):
+        if found is not None and running is not found:
+            running.copy_(found)
+    return outputs
+
+
+def _moved(tensor: DTensor | None, placements: list[Any]) -> DTensor | None:
+    if not isinstance(tensor, DTensor) or tensor.placements == tuple(placements):
+        return tensor
+    return tensor.redistribute(placements=placements)
+
+
+@_rule("batch_norm_statistics", "batch_norm_apply", "batch_norm_backward_sums", "batch_norm_backward_apply")
+def _(op: Any, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        "SyncBatchNorm: expected plain tensors, got a DTensor; take BatchNorm, which normalizes a DTensor over all of "
+        "its batch, or call the layer on to_local()"
+    )
+
+
+def _call_below_autograd(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """In inference mode the public ops come here as they are: they take themselves apart."""
+    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+
+
+def _refuse(op: Any, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(f"{op.name()}: expected plain tensors, got a DTensor; call it on to_local()")
+
+
+for _qualified in torch._C._dispatch_get_all_op_names():
+    _name = _qualified.removeprefix("dlkit::")
+    if _name == _qualified or _name in _ruled or _name in _sharded:
+        continue
+    _public = torch._C._dispatch_has_kernel_for_dispatch_key(_qualified, "CompositeExplicitAutograd")
+    _rule(_name)(_call_below_autograd if _public else _refuse)
