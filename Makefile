@@ -50,11 +50,16 @@ test-integration: $(READY)
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
 	$(PYTHON) -m pytest -q tests/integration
 
-# Random sequences of what users do on the optimizers, for SECONDS, from SEED on (else from the time of day).
+# Random calls of the ops and layers, then random sequences of what users do on the optimizers, for SECONDS in all, from
+# SEED on (else from the time of day).
 SECONDS := 600
 SEED ?= $(shell date +%s)
+FUZZ = PYTHONPATH=$(CURDIR):. $(abspath $(PYTHON)) -m
+HALF = --seconds $$(($(SECONDS) / 2)) --seed $(SEED)
 fuzz: install
-	cd tests && PYTHONPATH=$(CURDIR):. $(abspath $(PYTHON)) -m fuzz.optimizer_machine --seconds $(SECONDS) --seed $(SEED)
+	$(PYTHON) setup.py -q build_cuda_on_cpu
+	cd tests && found=0; $(FUZZ) fuzz.layers $(HALF) --processes 2 || found=1; \
+	  $(FUZZ) fuzz.optimizer_machine $(HALF) || found=1; exit $$found
 
 LINT := $(VENV)/bin/python -m
 CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh' 2>/dev/null)

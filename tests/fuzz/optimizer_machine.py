@@ -18,7 +18,6 @@ import json
 import random
 import sys
 import time
-import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,16 +29,9 @@ from fuzz.optimizer_formulas import Exact, agrees, array
 from fuzz.optimizer_operations import OPERATIONS, TORCH_STATES
 from fuzz.optimizer_oracle import ORACLES, average_of, rounded
 from fuzz.optimizer_world import FLOATING, SIXTEEN_BITS, Setup, Side
+from fuzz.shared import Difference, Settings
 
 Sequence = list[tuple[str, dict[str, Any]]]
-
-
-class Difference(Exception):
-    """What a user would see; `what` says it without values, so that equal kinds have equal texts."""
-
-    def __init__(self, what: str, detail: str = "") -> None:
-        super().__init__(f"{what}: {detail}" if detail else what)
-        self.what = what
 
 
 def classes_of(library: str) -> dict[str, Any]:
@@ -779,24 +771,6 @@ def replay(setup: Setup, sequence: Sequence, library: str = "dlkit") -> None:
     found, done = difference(setup, [(name, arguments) for name, arguments in sequence], library)
     if found is not None:
         raise AssertionError(f"operation {done} of {len(sequence)}: {found}")
-
-
-class Settings:
-    """One thread, no warnings, fresh memory full of NaN while sequences run."""
-
-    def __enter__(self) -> None:
-        self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self.deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: Any) -> None:
-        self.warnings.__exit__(None, None, None)
-        torch.use_deterministic_algorithms(self.deterministic)
-        torch.set_num_threads(self.threads)
 
 
 class Report:
