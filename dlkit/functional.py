@@ -50,7 +50,8 @@ def layer_norm(
         The input's shape and dtype, contiguous. Statistics are computed in fp32 (fp64 for fp64 input).
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit; NotImplementedError: input is not of a floating type;
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type.
 
     Source: `Layer Normalization <https://arxiv.org/abs/1607.06450>`_.
@@ -78,7 +79,9 @@ def rms_norm(
         The input's shape and dtype, contiguous (4-D and 5-D channels_last input: channels_last, as torch does).
 
     Raises:
-        RuntimeError, ValueError: a shape or device does not fit; NotImplementedError: input is not of a floating type;
+        RuntimeError: a shape or device does not fit.
+        ValueError: the input has fewer dimensions than ``normalized_shape``.
+        NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type.
 
     Source: `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`_.
@@ -97,10 +100,27 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """``sum = input + residual`` and ``layer_norm(sum)`` in one pass over memory; returns ``(y, sum)``.
+    """``sum = input + residual`` and ``y = layer_norm(sum)`` in one pass over memory.
 
-    ``input`` and ``residual`` broadcast and promote as ``input + residual`` does, and ``sum`` has that shape and dtype;
-    the fast case is equal shapes and dtypes. Gradients flow through both outputs. The rest is as :func:`layer_norm`.
+    Gradients flow through both outputs.
+
+    Args:
+        input: ``[*, *normalized_shape]``, fp64, fp32, bf16 or fp16, any strides.
+        residual: broadcasts and promotes with ``input`` as in an addition; the fast case is equal shapes and dtypes.
+        normalized_shape: the sizes of the dimensions to normalize over.
+        weight: ``normalized_shape``, in the dtype of ``sum`` or fp32, or None.
+        bias: ``normalized_shape``, in the dtype of ``weight``, or None.
+        eps: added to the variance.
+
+    Returns:
+        ``(y, sum)``, both of the shape and dtype of ``input + residual``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: the sum is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Layer Normalization <https://arxiv.org/abs/1607.06450>`_.
     """
     try:
         return _add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
@@ -115,9 +135,27 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``sum = input + residual`` and ``rms_norm(sum)`` in one pass over memory; returns ``(y, sum)``.
+    """``sum = input + residual`` and ``y = rms_norm(sum)`` in one pass over memory.
 
-    See :func:`add_layer_norm` and :func:`rms_norm`.
+    Gradients flow through both outputs.
+
+    Args:
+        input: ``[*, *normalized_shape]``, fp64, fp32, bf16 or fp16, any strides.
+        residual: broadcasts and promotes with ``input`` as in an addition; the fast case is equal shapes and dtypes.
+        normalized_shape: the sizes of the dimensions to normalize over.
+        weight: ``normalized_shape``, any floating dtype, or None.
+        eps: added to the mean square; None stands for the machine epsilon of fp32 (of fp64 for an fp64 sum).
+
+    Returns:
+        ``(y, sum)``, both of the shape and dtype of ``input + residual``.
+
+    Raises:
+        RuntimeError: a shape or device does not fit.
+        ValueError: the input has fewer dimensions than ``normalized_shape``.
+        NotImplementedError: the sum is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`_.
     """
     try:
         return _add_rms_norm(input, residual, normalized_shape, weight, eps)
@@ -143,9 +181,13 @@ def batch_norm(
     Args:
         input: ``[N, C, *]`` of 2 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last; each is
             computed in its own layout, others are copied first.
-        running_mean, running_var: ``[C]``, any floating dtype, or both None. In training they move towards the batch's
-            mean and unbiased variance by ``momentum``, as a rule between 0 and 1.
-        weight, bias: ``[C]``, in the input's dtype or fp32, or None.
+        running_mean: ``[C]``, any floating dtype; None together with ``running_var``. In training it moves towards the
+            batch's mean by ``momentum``.
+        running_var: the same for the unbiased variance.
+        weight: ``[C]``, in the input's dtype or fp32, or None.
+        bias: ``[C]``, in the dtype of ``weight``, or None.
+        training: normalize by the batch's statistics and move the running ones.
+        momentum: the share of the batch in the new running statistics, as a rule between 0 and 1.
         eps: added to the variance; above 0 in training, and not below 0 in evaluation.
 
     Returns:
@@ -153,10 +195,10 @@ def batch_norm(
         statistics as they are, as torch does.
 
     Raises:
-        ValueError: one value per channel in training, eps out of range, only one running statistic;
-        RuntimeError: a shape, dtype or device does not fit; NotImplementedError: input is not of a floating type;
-        TypeError: an argument is of the wrong Python type.
-        Running statistics are untouched then.
+        ValueError: one value per channel in training, eps out of range, only one running statistic.
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
 
     Source: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_.
     """
@@ -216,10 +258,34 @@ def batch_norm_relu(
     eps: float = 1e-5,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``relu(batch_norm(input) + residual)`` in one pass; see :func:`batch_norm`.
+    """``relu(batch_norm(input) + residual)`` in one pass over memory, with :func:`batch_norm`'s statistics.
 
-    ``residual`` broadcasts and promotes as in an addition; the fast case is the input's shape and dtype. Backward finds
-    the ReLU's mask again from ``input``, or from the result where there is a residual: nothing else is kept.
+    Backward finds the ReLU's mask again from ``input``, or from the result where there is a residual: nothing else is
+    kept.
+
+    Args:
+        input: ``[N, C, *]`` of 2 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last.
+        running_mean: ``[C]``, any floating dtype; None together with ``running_var``.
+        running_var: the same for the unbiased variance.
+        weight: ``[C]``, in the input's dtype or fp32, or None.
+        bias: ``[C]``, in the dtype of ``weight``, or None.
+        training: normalize by the batch's statistics and move the running ones.
+        momentum: the share of the batch in the new running statistics.
+        eps: added to the variance; above 0 in training, and not below 0 in evaluation.
+        residual: broadcasts and promotes with the normalized input as in an addition, or None; the fast case is the
+            input's shape and dtype.
+
+    Returns:
+        The input's shape, dtype and memory format; with a residual of another shape or dtype, those of the sum.
+
+    Raises:
+        ValueError: one value per channel in training, eps out of range, only one running statistic.
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
+
+    Source: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_; the residual is that of `Deep Residual Learning
+    <https://arxiv.org/abs/1512.03385>`_.
     """
     return _normalize_batch(
         "batch_norm_relu", input, running_mean, running_var, weight, bias, residual, training, momentum, eps, True
@@ -234,13 +300,18 @@ def group_norm(
     Args:
         input: ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
         num_groups: into how many groups of adjacent channels C is divided.
-        weight, bias: ``[C]``, in the input's dtype or fp32, or None.
+        weight: ``[C]``, in the input's dtype or fp32, or None.
+        bias: ``[C]``, in the dtype of ``weight``, or None.
+        eps: added to the variance.
 
     Returns:
         The input's shape, dtype and memory format.
 
     Raises:
-        ValueError: one value per group, or ``num_groups`` below 1; RuntimeError: a shape, dtype or device does not fit.
+        ValueError: one value per group, or ``num_groups`` below 1.
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
 
     Source: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
     """
@@ -264,8 +335,24 @@ def instance_norm(
 ) -> Tensor:
     """Normalization of each channel of each sample, as :func:`torch.nn.functional.instance_norm`.
 
-    Arguments and errors are those of :func:`batch_norm`; running statistics move towards the mean over the batch of
-    each sample's statistics. A channels_last input gives a channels_last result, where torch makes it contiguous.
+    Args:
+        input: ``[N, C, *]`` of 3 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last.
+        running_mean: ``[C]``, or None. It moves towards the mean over the batch of each sample's mean.
+        running_var: the same for the unbiased variance.
+        weight: ``[C]``, in the input's dtype or fp32, or None.
+        bias: ``[C]``, in the dtype of ``weight``, or None.
+        use_input_stats: normalize by the input's statistics; False: by the running ones.
+        momentum: the share of the batch in the new running statistics.
+        eps: added to the variance.
+
+    Returns:
+        The input's shape, dtype and memory format; torch makes a channels_last input contiguous.
+
+    Raises:
+        ValueError: one value per channel, or another argument out of range.
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
 
     Source: `Instance Normalization <https://arxiv.org/abs/1607.08022>`_.
     """
@@ -302,9 +389,9 @@ def dropout(
         The input's shape, dtype and memory format.
 
     Raises:
-        ValueError: p is not between 0 and 1; RuntimeError: p is NaN, the generator is of another device, or ``inplace``
-        on a leaf that requires grad; TypeError: an argument is of the wrong Python type. The generator is untouched
-        then.
+        ValueError: p is not between 0 and 1.
+        RuntimeError: p is NaN, the generator is of another device, or ``inplace`` on a leaf that requires grad.
+        TypeError: an argument is of the wrong Python type. The generator is untouched by any of these.
 
     Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
     <https://jmlr.org/papers/v15/srivastava14a.html>`_; the stream is written down in ``csrc/common/philox.h``.
@@ -315,10 +402,28 @@ def dropout(
 def dropout_add(
     input: Tensor, residual: Tensor, p: float = 0.5, training: bool = True, *, generator: Generator | None = None
 ) -> Tensor:
-    """``dropout(input) + residual`` in one pass over memory; see :func:`dropout`.
+    """``dropout(input) + residual`` in one pass over memory, with the mask of :func:`dropout`.
 
-    ``input`` and ``residual`` broadcast and promote as in an addition; the fast case is equal shapes and dtypes, where
-    the result is rounded once. Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
+    Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
+
+    Args:
+        input: any shape and strides, fp64, fp32, bf16 or fp16.
+        residual: broadcasts and promotes with ``input`` as in an addition; the fast case is equal shapes and dtypes,
+            where the result is rounded once.
+        p: the probability of an element to become 0; with 0 nothing is drawn.
+        training: False gives ``input + residual``.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The shape and dtype of ``input + residual``.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: p is NaN, or a shape or device does not fit.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     p = check_probability("dropout_add", p)
     if not training or p == 0:
@@ -349,15 +454,19 @@ def bias_gelu_dropout(
     Args:
         input: ``[*, C]``, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
         bias: ``[C]``, in the input's dtype or fp32, or None.
-        p, training, generator: as in :func:`dropout`; with p = 0 or in evaluation nothing is dropped or drawn.
+        p: the probability of an element to become 0; with 0 nothing is drawn.
+        training: False drops nothing and draws nothing.
         approximate: "none" or "tanh", as in :func:`torch.nn.functional.gelu`.
+        generator: as in :func:`dropout`.
 
     Returns:
         The input's shape and dtype, contiguous; rounded once.
 
     Raises:
-        RuntimeError: the shape, dtype or device of ``bias`` does not fit, or ``approximate`` is something else;
-        NotImplementedError: input is not of a floating type; the rest is as :func:`dropout`.
+        ValueError: p is not between 0 and 1.
+        RuntimeError: the input is not of a floating type, the shape, dtype or device of ``bias`` does not fit,
+            ``approximate`` is something else, or p is NaN.
+        TypeError: an argument is of the wrong Python type.
 
     Source: `Gaussian Error Linear Units <https://arxiv.org/abs/1606.08415>`_.
     """
@@ -374,7 +483,31 @@ def bias_relu_dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``dropout(relu(input + bias))`` in one pass over memory; see :func:`bias_gelu_dropout`."""
+    """``dropout(relu(input + bias))`` in one pass over memory, forward and backward, for what comes out of a matrix
+    product.
+
+    The mask is that of :func:`dropout` for the same generator. Backward works it and the activation out again: input
+    and bias are all that is kept.
+
+    Args:
+        input: ``[*, C]``, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
+        bias: ``[C]``, in the input's dtype or fp32, or None.
+        p: the probability of an element to become 0; with 0 nothing is drawn.
+        training: False drops nothing and draws nothing.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The input's shape and dtype, contiguous; rounded once.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: the input is not of a floating type, the shape, dtype or device of ``bias`` does not fit, or p is
+            NaN.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_.
+    """
     return _activate("bias_relu_dropout", input, bias, 0, p, training, generator)
 
 
@@ -403,14 +536,33 @@ def dropout_add_layer_norm(
     *,
     generator: Generator | None = None,
 ) -> Any:
-    """``sum = dropout(input) + residual`` and ``layer_norm(sum)`` in one pass over memory.
+    """``sum = dropout(input) + residual`` and ``y = layer_norm(sum)`` in one pass over memory.
+
+    The mask is that of :func:`dropout` for the same generator. Backward reads what it needs once and draws the mask
+    again. Gradients flow through both outputs.
+
+    Args:
+        input: ``[*, *normalized_shape]``, fp64, fp32, bf16 or fp16, any strides.
+        residual: broadcasts and promotes with ``input`` as in an addition; the fast case is equal shapes and dtypes.
+        normalized_shape: the sizes of the dimensions to normalize over.
+        weight: ``normalized_shape``, in the dtype of ``sum`` or fp32, or None.
+        bias: ``normalized_shape``, in the dtype of ``weight``, or None.
+        p: the probability of an element of ``input`` to become 0; with 0 nothing is drawn.
+        eps: added to the variance.
+        training: False drops nothing: the result is :func:`add_layer_norm`'s.
+        prenorm: return the sum too, for blocks that add further to it.
+        generator: as in :func:`dropout`.
 
     Returns:
-        ``y``, or ``(y, sum)`` if ``prenorm``, for blocks that add further to the sum. Gradients flow through both;
-        backward reads what it needs once and draws the mask again.
+        ``y``, or ``(y, sum)`` if ``prenorm``, of the shape and dtype of ``input + residual``.
 
-    The mask is that of :func:`dropout` for the same generator. See :func:`dropout`, :func:`add_layer_norm` and
-    :func:`layer_norm` for the arguments and errors.
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: a shape, dtype or device does not fit, or p is NaN.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Layer Normalization <https://arxiv.org/abs/1607.06450>`_ and `Dropout
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     p = check_probability("dropout_add_layer_norm", p)
     if not training or p == 0:
@@ -437,7 +589,32 @@ def dropout_add_rms_norm(
     *,
     generator: Generator | None = None,
 ) -> Any:
-    """``sum = dropout(input) + residual`` and ``rms_norm(sum)`` in one pass; see :func:`dropout_add_layer_norm`."""
+    """``sum = dropout(input) + residual`` and ``y = rms_norm(sum)`` in one pass over memory.
+
+    The mask is that of :func:`dropout` for the same generator. Gradients flow through both outputs.
+
+    Args:
+        input: ``[*, *normalized_shape]``, fp64, fp32, bf16 or fp16, any strides.
+        residual: broadcasts and promotes with ``input`` as in an addition; the fast case is equal shapes and dtypes.
+        normalized_shape: the sizes of the dimensions to normalize over.
+        weight: ``normalized_shape``, any floating dtype, or None.
+        p: the probability of an element of ``input`` to become 0; with 0 nothing is drawn.
+        eps: added to the mean square; None stands for the machine epsilon of fp32 (of fp64 for an fp64 sum).
+        training: False drops nothing: the result is :func:`add_rms_norm`'s.
+        prenorm: return the sum too, for blocks that add further to it.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        ``y``, or ``(y, sum)`` if ``prenorm``, of the shape and dtype of ``input + residual``.
+
+    Raises:
+        ValueError: p is not between 0 and 1, or the sum has fewer dimensions than ``normalized_shape``.
+        RuntimeError: a shape or device does not fit, or p is NaN.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`_ and `Dropout
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_.
+    """
     p = check_probability("dropout_add_rms_norm", p)
     if not training or p == 0:
         y, total = add_rms_norm(input, residual, normalized_shape, weight, eps)
@@ -453,10 +630,25 @@ def dropout_add_rms_norm(
 def dropout1d(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
 ) -> Tensor:
-    """Dropout of whole channels, as :func:`torch.nn.functional.dropout1d`; the rest is as :func:`dropout`.
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout1d`.
 
-    ``input``: ``[N, C, L]``, or ``[C, L]`` for one sample; RuntimeError for other shapes. The mask goes by the logical
-    index of the channel, ``n * C + c``.
+    Args:
+        input: ``[N, C, L]``, or ``[C, L]`` for one sample; fp64, fp32, bf16 or fp16.
+        p: the probability of a channel to become 0; the others grow by ``1 / (1 - p)``.
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The input's shape, dtype and memory format. The mask goes by the logical index of the channel, ``n * C + c``.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: the input is of another shape, p is NaN, the generator is of another device, or ``inplace`` on a
+            leaf that requires grad.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Efficient Object Localization Using Convolutional Networks <https://arxiv.org/abs/1411.4280>`_.
     """
     p = check_probability("dropout1d", p)
     if input.dim() not in (2, 3):
@@ -467,10 +659,25 @@ def dropout1d(
 def dropout2d(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
 ) -> Tensor:
-    """Dropout of whole channels, as :func:`torch.nn.functional.dropout2d`; the rest is as :func:`dropout`.
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout2d`.
 
-    ``input``: ``[N, C, H, W]``, contiguous or channels_last. Other shapes warn, as in torch; ``[N, C, *]`` is meant
-    then. The mask goes by the logical index of the channel, ``n * C + c``.
+    Args:
+        input: ``[N, C, H, W]``, contiguous or channels_last; fp64, fp32, bf16 or fp16. Other shapes warn, as in torch,
+            and are taken for ``[N, C, *]``.
+        p: the probability of a channel to become 0; the others grow by ``1 / (1 - p)``.
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The input's shape, dtype and memory format. The mask goes by the logical index of the channel, ``n * C + c``.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: p is NaN, the generator is of another device, or ``inplace`` on a leaf that requires grad.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Efficient Object Localization Using Convolutional Networks <https://arxiv.org/abs/1411.4280>`_.
     """
     p = check_probability("dropout2d", p)
     if input.dim() != 4:
@@ -481,10 +688,25 @@ def dropout2d(
 def dropout3d(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
 ) -> Tensor:
-    """Dropout of whole channels, as :func:`torch.nn.functional.dropout3d`; the rest is as :func:`dropout`.
+    """Dropout of whole channels, as :func:`torch.nn.functional.dropout3d`.
 
-    ``input``: ``[N, C, D, H, W]``, or ``[C, D, H, W]`` for one sample. Other shapes warn, as in torch; ``[C, *]`` is
-    meant then. The mask goes by the logical index of the channel, ``n * C + c``.
+    Args:
+        input: ``[N, C, D, H, W]``, or ``[C, D, H, W]`` for one sample; fp64, fp32, bf16 or fp16. Other shapes warn, as
+            in torch, and are taken for ``[C, *]``.
+        p: the probability of a channel to become 0; the others grow by ``1 / (1 - p)``.
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The input's shape, dtype and memory format. The mask goes by the logical index of the channel, ``n * C + c``.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: p is NaN, the generator is of another device, or ``inplace`` on a leaf that requires grad.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Efficient Object Localization Using Convolutional Networks <https://arxiv.org/abs/1411.4280>`_.
     """
     p = check_probability("dropout3d", p)
     if input.dim() not in (4, 5):
@@ -498,7 +720,22 @@ def alpha_dropout(
     """Dropout that keeps zero mean and unit variance, as :func:`torch.nn.functional.alpha_dropout`.
 
     What is dropped becomes SELU's lower bound, -1.7581, then ``y = a * x + b`` for all, with
-    ``a = 1 / sqrt((1 - p) * (1 + p * 1.7581**2))`` and ``b = 1.7581 * a * p``. The rest is as :func:`dropout`.
+    ``a = 1 / sqrt((1 - p) * (1 + p * 1.7581**2))`` and ``b = 1.7581 * a * p``.
+
+    Args:
+        input: any shape and strides, fp64, fp32, bf16 or fp16.
+        p: the probability of an element to be dropped.
+        training: False, the default as in torch, gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: p is NaN, the generator is of another device, or ``inplace`` on a leaf that requires grad.
+        TypeError: an argument is of the wrong Python type.
 
     Source: `Self-Normalizing Neural Networks <https://arxiv.org/abs/1706.02515>`_.
     """
@@ -508,9 +745,27 @@ def alpha_dropout(
 def feature_alpha_dropout(
     input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, generator: Generator | None = None
 ) -> Tensor:
-    """:func:`alpha_dropout` of whole channels of ``[N, C, *]``, as :func:`torch.nn.functional.feature_alpha_dropout`.
+    """:func:`alpha_dropout` of whole channels, as :func:`torch.nn.functional.feature_alpha_dropout`.
 
-    RuntimeError for fewer than 2 dimensions. The mask goes by the logical index of the channel, ``n * C + c``.
+    The mask goes by the logical index of the channel, ``n * C + c``.
+
+    Args:
+        input: ``[N, C, *]``, fp64, fp32, bf16 or fp16.
+        p: the probability of a channel to be dropped.
+        training: False, the default as in torch, gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: fewer than 2 dimensions, p is NaN, the generator is of another device, or ``inplace`` on a leaf
+            that requires grad.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Self-Normalizing Neural Networks <https://arxiv.org/abs/1706.02515>`_.
     """
     return _drop("feature_alpha_dropout", input, p, training, inplace, generator, 2, alpha=True)
 
@@ -518,10 +773,25 @@ def feature_alpha_dropout(
 def drop_path(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, generator: Generator | None = None
 ) -> Tensor:
-    """Stochastic depth: dropout of whole samples of ``[N, *]``, the others grow by ``1 / (1 - p)``.
+    """Stochastic depth: dropout of whole samples, the others grow by ``1 / (1 - p)``.
 
-    Meant for the branch of a residual block: ``x + drop_path(branch(x))``. RuntimeError for an input without
-    dimensions; the rest is as :func:`dropout`.
+    Meant for the branch of a residual block: ``x + drop_path(branch(x))``.
+
+    Args:
+        input: ``[N, *]``, fp64, fp32, bf16 or fp16.
+        p: the probability of a sample to become 0.
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`; the mask goes by the index of the sample.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+        RuntimeError: an input without dimensions, p is NaN, the generator is of another device, or ``inplace`` on a
+            leaf that requires grad.
+        TypeError: an argument is of the wrong Python type.
 
     Source: `Deep Networks with Stochastic Depth <https://arxiv.org/abs/1603.09382>`_.
     """
@@ -545,18 +815,21 @@ def dropblock2d(
     tensor.
 
     Args:
-        input: ``[N, C, H, W]``, floating.
+        input: ``[N, C, H, W]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
         p: the share to drop.
         block_size: the side of a square; the smaller of H and W where it is larger than that.
-        training, inplace, generator: as in :func:`dropout`; seeds come from its stream, by their logical index in
+        training: False gives the input itself.
+        inplace: write the result into ``input``.
+        generator: as in :func:`dropout`; seeds come from its stream, by their logical index in
             ``[N, C, H - block_size + 1, W - block_size + 1]``.
 
     Returns:
         The input's shape, dtype and memory format. Backward draws the mask again and keeps none.
 
     Raises:
-        ValueError: p is not between 0 and 1, block_size is below 1, or the shape is another; the rest is as
-        :func:`dropout`.
+        ValueError: p is not between 0 and 1, block_size is below 1, or the shape is another.
+        RuntimeError: p is NaN, the generator is of another device, or ``inplace`` on a leaf that requires grad.
+        TypeError: an argument is of the wrong Python type.
 
     Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
     """

@@ -62,7 +62,7 @@ class Left(Exception):
 
 def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
     """Fuses every BatchNorm that a ReLU follows, with or without a residual add between, and in torch's transformer
-    layers dropout, residual add and LayerNorm, in place. Returns ``model``.
+    layers dropout, residual add and LayerNorm, in place.
 
     The BatchNorm becomes :class:`dlkit.nn.BatchNormReLU2d` (``1d``, ``3d``, :class:`dlkit.nn.SyncBatchNormReLU`) by a
     change of its class: names, parameters, buffers, state_dict and results stay what they are, in training and in
@@ -80,8 +80,10 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
     Args:
         model: any module, complete: a fused forward() does not see what is added to its module later.
         report: a list that receives a :class:`Change` for everything changed, and for each BatchNorm and transformer
-            layer left.
-            ``print(*report, sep="\\n")`` shows it.
+            layer left. ``print(*report, sep="\\n")`` shows it.
+
+    Returns:
+        The same object, ``model``.
     """
     before = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
     registrations = Counter(id(child) for module in model.modules() for child in module._modules.values())

@@ -68,7 +68,8 @@ def reuse_cpu_memory(limit: int | None = None) -> ReusedMemory:
         at its end what was before. Kept memory goes back to the kernel then; tensors that live on stay valid.
 
     Raises:
-        ValueError: ``limit`` is negative; TypeError: it is not an integer.
+        ValueError: ``limit`` is negative.
+        TypeError: ``limit`` is not an integer.
     """
     if limit is not None:
         if isinstance(limit, bool) or not isinstance(limit, int):

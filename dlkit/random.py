@@ -37,7 +37,12 @@ class Philox:
         self.manual_seed(seed)
 
     def manual_seed(self, seed: int) -> "Philox":
-        """Starts the stream of ``seed`` from its beginning."""
+        """Starts the stream of ``seed`` from its beginning.
+
+        Raises:
+            TypeError: seed is not an int.
+            ValueError: seed has more than 64 bits.
+        """
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"Philox: expected seed to be an int, got {type(seed).__name__}")
         self.load_state_dict({"seed": seed, "offset": 0})
@@ -49,7 +54,11 @@ class Philox:
         return {"seed": seed % 2**64, "offset": offset % 2**64}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on from where another stream stood."""
+        """Goes on from where another stream stood.
+
+        Raises:
+            ValueError: a number has more than 64 bits, or the offset is no multiple of 4.
+        """
         for name in ("seed", "offset"):
             if not -(2**63) <= state[name] < 2**64:
                 raise ValueError(f"Philox: expected {name} of 64 bits, got {state[name]}")
@@ -71,7 +80,17 @@ def default() -> Philox | None:
 
 @contextlib.contextmanager
 def use(stream: Philox) -> Iterator[Philox]:
-    """Makes ``stream`` the default of every function and module of dlkit in the block, in all threads."""
+    """Makes ``stream`` the default of every function and module of dlkit in the block, in all threads.
+
+    Args:
+        stream: the stream to draw from; each call moves it on.
+
+    Yields:
+        ``stream``.
+
+    Raises:
+        TypeError: ``stream`` is not a :class:`Philox`.
+    """
     global _default
     if not isinstance(stream, Philox):
         raise TypeError(f"use(): expected stream to be a dlkit.random.Philox, got {type(stream).__name__}")

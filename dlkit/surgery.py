@@ -51,7 +51,7 @@ class Change(NamedTuple):
 
 
 def replace(model: Model, *, report: list[Change] | None = None) -> Model:
-    """Turns every layer of ``model`` that has a fused twin into it, in place, and returns ``model``.
+    """Turns every layer of ``model`` that has a fused twin into it, in place.
 
     Exactly torch's own classes are changed. A subclass, or a layer whose forward was replaced on the instance, may do
     something else and is left alone.
@@ -60,16 +60,26 @@ def replace(model: Model, *, report: list[Change] | None = None) -> Model:
         model: any module; itself a layer, perhaps.
         report: a list that receives a :class:`Change` for each layer changed, and for each that was left and could have
             been meant. ``print(*report, sep="\\n")`` shows it.
+
+    Returns:
+        The same object, ``model``.
     """
     return _change(model, TWINS, "has a fused twin", report)
 
 
 def restore(model: Model, *, report: list[Change] | None = None) -> Model:
     """Undoes :func:`replace` and :func:`dlkit.fuse`: every dlkit layer that has a twin in torch.nn becomes it, in
-    place, and the adds and ReLUs that fused layers took in are where they were. Returns ``model``.
+    place, and the adds and ReLUs that fused layers took in are where they were.
 
     A fused layer is left where what it belongs to is not in ``model``: the Sequential with its ReLU, or the module
     whose forward() calls it. So is one that was made as such.
+
+    Args:
+        model: any module; itself a layer, perhaps.
+        report: a list that receives a :class:`Change` for each layer changed, and for each fused layer left.
+
+    Returns:
+        The same object, ``model``.
     """
     from dlkit.fusion import unfuse  # which imports this module
 

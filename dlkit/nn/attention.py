@@ -17,8 +17,12 @@ from dlkit import functional as F
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with :func:`dlkit.functional.dropout` on its weights.
 
-    The rest is torch's own: evaluation, ``dropout=0``, ``bias_k``, ``add_zero_attn``, one sample without a batch, and
-    every argument that it refuses.
+    Arguments, parameters and state_dict are torch's. Shapes: query ``[L, N, E]``, key ``[S, N, kdim]`` and value
+    ``[S, N, vdim]``, batch first with ``batch_first=True``; the output has the query's shape. The rest is torch's own:
+    evaluation, ``dropout=0``, ``bias_k``, ``add_zero_attn``, one sample without a batch, and every argument that it
+    refuses.
+
+    Source: `Attention Is All You Need <https://arxiv.org/abs/1706.03762>`_.
     """
 
     def forward(

@@ -66,15 +66,27 @@ class _BatchNorm(_TorchBatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
+    """:class:`torch.nn.BatchNorm1d` on fused kernels: the same arguments, parameters, buffers and state_dict.
+
+    Shapes: input and output ``[N, C]`` or ``[N, C, L]``. Dtypes and errors are those of
+    :func:`dlkit.functional.batch_norm`.
+    """
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
+    """:class:`torch.nn.BatchNorm2d` on fused kernels: the same arguments, parameters, buffers and state_dict.
+
+    Shapes: input and output ``[N, C, H, W]``, contiguous or channels_last. Dtypes and errors are those of
+    :func:`dlkit.functional.batch_norm`.
+    """
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` on fused kernels; see :func:`dlkit.functional.batch_norm`."""
+    """:class:`torch.nn.BatchNorm3d` on fused kernels: the same arguments, parameters, buffers and state_dict.
+
+    Shapes: input and output ``[N, C, D, H, W]``, contiguous or channels_last_3d. Dtypes and errors are those of
+    :func:`dlkit.functional.batch_norm`.
+    """
 
 
 _CONVERSIONS = re.compile("convert|fuse|fold|fr[eo]ez|frozen|merge|replace|sync")
@@ -119,7 +131,8 @@ class _BatchNormReLU(DoesMore, _BatchNorm):
 class BatchNormReLU1d(_BatchNormReLU, BatchNorm1d):
     """``relu(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm1d`'s; see
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm1d`'s. Shapes: input, residual and output
+    ``[N, C]`` or ``[N, C, L]``. Dtypes and errors are those of
     :func:`dlkit.functional.batch_norm_relu`.
     """
 
@@ -127,7 +140,8 @@ class BatchNormReLU1d(_BatchNormReLU, BatchNorm1d):
 class BatchNormReLU2d(_BatchNormReLU, BatchNorm2d):
     """``relu(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm2d`'s; see
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm2d`'s. Shapes: input, residual and output
+    ``[N, C, H, W]``, contiguous or channels_last. Dtypes and errors are those of
     :func:`dlkit.functional.batch_norm_relu`.
     """
 
@@ -135,6 +149,7 @@ class BatchNormReLU2d(_BatchNormReLU, BatchNorm2d):
 class BatchNormReLU3d(_BatchNormReLU, BatchNorm3d):
     """``relu(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s; see
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s. Shapes: input, residual and output
+    ``[N, C, D, H, W]``, contiguous or channels_last_3d. Dtypes and errors are those of
     :func:`dlkit.functional.batch_norm_relu`.
     """

@@ -1,4 +1,4 @@
-"""Dropout and its variants. Modules that torch.nn has not are of its dropout classes' form: (p, inplace)."""
+"""Dropout and its variants. Modules absent from torch.nn take (p, inplace) as torch's dropouts do."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from dlkit import functional as F
 
 
 class Dropout(torch.nn.Dropout):
-    """:class:`torch.nn.Dropout` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout`."""
+    """:class:`torch.nn.Dropout` on fused kernels, which store no mask.
+
+    Shapes: input and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.dropout`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout(input, self.p, self.training, self.inplace)
@@ -19,7 +22,10 @@ class Dropout(torch.nn.Dropout):
 class DropoutAdd(torch.nn.Module):
     """Dropout and a residual add in one pass: ``forward(input, residual) -> dropout(input) + residual``.
 
-    See :func:`dlkit.functional.dropout_add`.
+    Shapes: input, residual and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.dropout_add`.
+
+    Args:
+        p: the probability of an element of ``input`` to become 0.
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -37,8 +43,18 @@ class DropoutAdd(torch.nn.Module):
 class DropoutAddLayerNorm(torch.nn.LayerNorm):
     """Dropout, residual add and LayerNorm in one pass: ``forward(input, residual) -> norm(dropout(input) + residual)``.
 
-    With ``prenorm`` the sum is returned too, as ``(y, sum)``. The other arguments, parameters and state_dict are
-    :class:`torch.nn.LayerNorm`'s; see :func:`dlkit.functional.dropout_add_layer_norm`.
+    Parameters and state_dict are :class:`torch.nn.LayerNorm`'s. Shapes: input, residual and outputs
+    ``[*, *normalized_shape]``. Dtypes and errors are those of :func:`dlkit.functional.dropout_add_layer_norm`.
+
+    Args:
+        normalized_shape: the sizes of the dimensions to normalize over.
+        p: the probability of an element of ``input`` to become 0.
+        eps: added to the variance.
+        elementwise_affine: have a weight, and a bias unless ``bias=False``.
+        bias: have a bias.
+        device: of the parameters.
+        dtype: of the parameters.
+        prenorm: return ``(y, sum)`` instead of ``y``.
     """
 
     def __init__(
@@ -75,7 +91,20 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
 
 
 class DropoutAddRMSNorm(torch.nn.RMSNorm):
-    """Dropout, residual add and RMSNorm in one pass; see :class:`DropoutAddLayerNorm`."""
+    """Dropout, residual add and RMSNorm in one pass: ``forward(x, residual) -> norm(dropout(x) + residual)``.
+
+    Parameters and state_dict are :class:`torch.nn.RMSNorm`'s. Shapes: x, residual and outputs
+    ``[*, *normalized_shape]``. Dtypes and errors are those of :func:`dlkit.functional.dropout_add_rms_norm`.
+
+    Args:
+        normalized_shape: the sizes of the dimensions to normalize over.
+        p: the probability of an element of ``x`` to become 0.
+        eps: added to the mean square; None: the machine epsilon of fp32 (of fp64 for fp64 input).
+        elementwise_affine: have a weight.
+        device: of the weight.
+        dtype: of the weight.
+        prenorm: return ``(y, sum)`` instead of ``y``.
+    """
 
     def __init__(
         self,
@@ -102,30 +131,40 @@ class DropoutAddRMSNorm(torch.nn.RMSNorm):
 
 
 class Dropout1d(torch.nn.Dropout1d):
-    """:class:`torch.nn.Dropout1d` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout1d`."""
+    """:class:`torch.nn.Dropout1d` on fused kernels, which store no mask.
+
+    Shapes: input and output ``[N, C, L]`` or ``[C, L]``. Dtypes and errors are those of
+    :func:`dlkit.functional.dropout1d`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout1d(input, self.p, self.training, self.inplace)
 
 
 class Dropout2d(torch.nn.Dropout2d):
-    """:class:`torch.nn.Dropout2d` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout2d`."""
+    """:class:`torch.nn.Dropout2d` on fused kernels, which store no mask.
+
+    Shapes: input and output ``[N, C, H, W]``. Dtypes and errors are those of :func:`dlkit.functional.dropout2d`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout2d(input, self.p, self.training, self.inplace)
 
 
 class Dropout3d(torch.nn.Dropout3d):
-    """:class:`torch.nn.Dropout3d` on fused kernels, which store no mask; see :func:`dlkit.functional.dropout3d`."""
+    """:class:`torch.nn.Dropout3d` on fused kernels, which store no mask.
+
+    Shapes: input and output ``[N, C, D, H, W]``. Dtypes and errors are those of :func:`dlkit.functional.dropout3d`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout3d(input, self.p, self.training, self.inplace)
 
 
 class AlphaDropout(torch.nn.AlphaDropout):
-    """:class:`torch.nn.AlphaDropout` on fused kernels, which store no mask; see :func:`dlkit.functional.alpha_dropout`.
+    """:class:`torch.nn.AlphaDropout` on fused kernels, which store no mask. Never in place, as torch's.
 
-    Never in place, as torch's.
+    Shapes: input and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.alpha_dropout`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -133,9 +172,10 @@ class AlphaDropout(torch.nn.AlphaDropout):
 
 
 class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
-    """:class:`torch.nn.FeatureAlphaDropout` on fused kernels, which store no mask.
+    """:class:`torch.nn.FeatureAlphaDropout` on fused kernels, which store no mask. Never in place, as torch's.
 
-    See :func:`dlkit.functional.feature_alpha_dropout`. Never in place, as torch's.
+    Shapes: input and output ``[N, C, *]``. Dtypes and errors are those of
+    :func:`dlkit.functional.feature_alpha_dropout`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -143,16 +183,25 @@ class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
 
 
 class DropPath(_DropoutNd):
-    """Stochastic depth: drops whole samples; see :func:`dlkit.functional.drop_path`."""
+    """Stochastic depth: drops whole samples.
+
+    Shapes: input and output ``[N, *]``. Dtypes and errors are those of :func:`dlkit.functional.drop_path`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return F.drop_path(input, self.p, self.training, self.inplace)
 
 
 class DropBlock2d(_DropoutNd):
-    """Drops squares of ``block_size`` in each channel; see :func:`dlkit.functional.dropblock2d`.
+    """Drops squares of ``block_size`` in each channel.
 
-    The arguments are torchvision's, but for ``eps``, which nothing here needs.
+    Shapes: input and output ``[N, C, H, W]``, contiguous or channels_last. Dtypes and errors are those of
+    :func:`dlkit.functional.dropblock2d`.
+
+    Args:
+        p: the share of elements to drop.
+        block_size: the side of a square.
+        inplace: write the result into the input. There is no ``eps`` as in torchvision: nothing here needs it.
     """
 
     def __init__(self, p: float, block_size: int, inplace: bool = False) -> None:
@@ -171,6 +220,18 @@ class DropConnectLinear(torch.nn.Linear):
 
     One mask a call serves the whole batch, as usual where a mask for each sample would take the memory of N weights.
     The bias stays whole. In evaluation it is the linear layer itself, since what is kept grows by ``1 / (1 - p)``.
+    Shapes: input ``[*, in_features]``, output ``[*, out_features]``.
+
+    Args:
+        in_features: as in :class:`torch.nn.Linear`.
+        out_features: as in :class:`torch.nn.Linear`.
+        bias: have a bias.
+        p: the probability of a weight to be dropped.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
 
     Source: `Regularization of Neural Networks using DropConnect <https://proceedings.mlr.press/v28/wan13.html>`_.
     """

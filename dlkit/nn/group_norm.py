@@ -9,7 +9,11 @@ from dlkit.nn.layer_norm import affine
 
 
 class GroupNorm(torch.nn.GroupNorm):
-    """:class:`torch.nn.GroupNorm` on fused kernels; see :func:`dlkit.functional.group_norm`."""
+    """:class:`torch.nn.GroupNorm` on fused kernels: the same arguments, parameters and state_dict.
+
+    Shapes: input and output ``[N, C, *]``, contiguous or channels_last; weight and bias ``[C]``. Dtypes and errors are
+    those of :func:`dlkit.functional.group_norm`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = affine(self)
@@ -40,12 +44,24 @@ class _InstanceNorm(_TorchInstanceNorm):
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
-    """:class:`torch.nn.InstanceNorm1d` on fused kernels; see :func:`dlkit.functional.instance_norm`."""
+    """:class:`torch.nn.InstanceNorm1d` on fused kernels: the same arguments, parameters, buffers and state_dict.
+
+    Shapes: input and output ``[N, C, L]`` or ``[C, L]``. Dtypes and errors are those of
+    :func:`dlkit.functional.instance_norm`.
+    """
 
 
 class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
-    """:class:`torch.nn.InstanceNorm2d` on fused kernels; see :func:`dlkit.functional.instance_norm`."""
+    """:class:`torch.nn.InstanceNorm2d` on fused kernels: the same arguments, parameters, buffers and state_dict.
+
+    Shapes: input and output ``[N, C, H, W]`` or ``[C, H, W]``. Dtypes and errors are those of
+    :func:`dlkit.functional.instance_norm`.
+    """
 
 
 class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
-    """:class:`torch.nn.InstanceNorm3d` on fused kernels; see :func:`dlkit.functional.instance_norm`."""
+    """:class:`torch.nn.InstanceNorm3d` on fused kernels: the same arguments, parameters, buffers and state_dict.
+
+    Shapes: input and output ``[N, C, D, H, W]`` or ``[C, D, H, W]``. Dtypes and errors are those of
+    :func:`dlkit.functional.instance_norm`.
+    """

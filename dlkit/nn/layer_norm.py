@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, alone and behind a residual add."""
+"""LayerNorm and RMSNorm, with and without the residual add before them."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ def affine(layer: torch.nn.LayerNorm | torch.nn.GroupNorm) -> tuple[Tensor | Non
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm` on fused kernels; see :func:`dlkit.functional.layer_norm`."""
+    """:class:`torch.nn.LayerNorm` on fused kernels: the same arguments, parameters and state_dict.
+
+    Shapes: input and output ``[*, *normalized_shape]``; weight and bias ``normalized_shape``. Dtypes and errors are
+    those of :func:`dlkit.functional.layer_norm`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = affine(self)
@@ -23,7 +27,11 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm` on fused kernels; see :func:`dlkit.functional.rms_norm`."""
+    """:class:`torch.nn.RMSNorm` on fused kernels: the same arguments, parameters and state_dict.
+
+    Shapes: input and output ``[*, *normalized_shape]``; weight ``normalized_shape``. Dtypes and errors are those of
+    :func:`dlkit.functional.rms_norm`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -32,7 +40,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class AddLayerNorm(torch.nn.LayerNorm):
     """Residual add and LayerNorm in one pass: ``forward(input, residual) -> (y, input + residual)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.LayerNorm`'s; see :func:`dlkit.functional.add_layer_norm`.
+    Arguments, parameters and state_dict are :class:`torch.nn.LayerNorm`'s. Shapes: input, residual and both outputs
+    ``[*, *normalized_shape]``. Dtypes and errors are those of :func:`dlkit.functional.add_layer_norm`.
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -42,7 +51,8 @@ class AddLayerNorm(torch.nn.LayerNorm):
 class AddRMSNorm(torch.nn.RMSNorm):
     """Residual add and RMSNorm in one pass: ``forward(x, residual) -> (y, x + residual)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.RMSNorm`'s; see :func:`dlkit.functional.add_rms_norm`.
+    Arguments, parameters and state_dict are :class:`torch.nn.RMSNorm`'s. Shapes: x, residual and both outputs
+    ``[*, *normalized_shape]``. Dtypes and errors are those of :func:`dlkit.functional.add_rms_norm`.
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -47,10 +47,23 @@ HALF = 2**24  # whole numbers up to this are exact in fp32
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on fused kernels, on CPU (Gloo) as on GPU (NCCL): same arguments and state_dict.
 
-    Not a subclass of it: DistributedDataParallel refuses those on CPU.
+    Not a subclass of it: DistributedDataParallel refuses those on CPU. Shapes: input and output ``[N, C, *]``, weight,
+    bias and running statistics ``[C]``.
 
-    Raises, where torch does not: ValueError on every process if the numbers of channels differ between them or if there
-    is one value per channel in all of them together. A GPU is not waited for: there, both are device-side assertions.
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: the share of the batch in the new running statistics; None: their average over all batches.
+        affine: have a weight and a bias.
+        track_running_stats: keep running statistics.
+        process_group: the processes whose batches are normalized together; None: all.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
+        options: further arguments that the installed torch's BatchNorm takes.
+
+    Raises:
+        ValueError: in forward() and on every process: the numbers of channels differ between processes, or all of them
+            together have one value per channel. A GPU is not waited for: there, both are device-side assertions.
     """
 
     def __init__(
@@ -81,6 +94,13 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but the layers stay the same objects, with their
         hooks. BatchNormReLU layers become :class:`SyncBatchNormReLU`. Layers of other classes that derive from
         BatchNorm may do something else: they are left as they are, with a warning.
+
+        Args:
+            module: any module; itself a layer, perhaps.
+            process_group: of all converted layers; None: all processes.
+
+        Returns:
+            ``module``.
         """
         for name, layer in module.named_modules():
             if type(layer) in SYNCHRONISED and "forward" not in vars(layer):
@@ -93,7 +113,11 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
 
 class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
-    """``relu(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``."""
+    """``relu(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``.
+
+    Arguments, parameters, state_dict and errors are :class:`SyncBatchNorm`'s. Shapes: input, residual and output
+    ``[N, C, *]``.
+    """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return _forward(self, input, residual, True)

@@ -90,7 +90,11 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer` with :func:`dlkit.functional.dropout_add_layer_norm` in training.
 
-    Evaluation, and layers whose norms or dropouts are of other classes or have hooks, run torch's own forward().
+    Arguments, parameters and state_dict are torch's. Shapes: src and output ``[S, N, E]``, batch first with
+    ``batch_first=True``. Evaluation, and layers whose norms or dropouts are of other classes or have hooks, run torch's
+    own forward().
+
+    Source: `Attention Is All You Need <https://arxiv.org/abs/1706.03762>`_.
     """
 
     def forward(
@@ -110,7 +114,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
-    """:class:`torch.nn.TransformerDecoderLayer`, as :class:`TransformerEncoderLayer`."""
+    """:class:`torch.nn.TransformerDecoderLayer` with :func:`dlkit.functional.dropout_add_layer_norm` in training.
+
+    Arguments, parameters and state_dict are torch's. Shapes: tgt and output ``[T, N, E]``, memory ``[S, N, E]``, batch
+    first with ``batch_first=True``. The rest is as in :class:`TransformerEncoderLayer`.
+    """
 
     def forward(
         self,

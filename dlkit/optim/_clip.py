@@ -26,6 +26,13 @@ def clip_grad_norm_(
     The sum of squares is added up in fp32 and fp64 whatever the gradients' dtype. What dlkit has no kernel for (other
     norms than 2, DTensors, other dtypes and devices) goes to torch's function.
 
+    Args:
+        parameters: a tensor or several; those without a gradient count for nothing.
+        max_norm: the largest norm of all gradients together that is left as it is.
+        norm_type: 2 is served by dlkit's kernels.
+        error_if_nonfinite: raise where the norm is NaN or infinite.
+        foreach: handed to torch's function, where that is called.
+
     Returns:
         The norm before scaling, a tensor of the gradients' dtype.
 

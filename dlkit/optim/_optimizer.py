@@ -131,7 +131,9 @@ class _Plan:
 class OnePass(AveragingOptimizer):
     """step() in one pass over memory; mixed into a subclass of torch's optimizer of the same name.
 
-    Args, beyond torch's, by keyword. The first five belong to the optimizer, the others may differ between groups:
+    The first five arguments belong to the optimizer as a whole, the others may differ between param groups.
+
+    Keyword Args:
         max_norm (float): before the update, gradients are scaled so that the 2-norm of all of them together is at most
             this, as :func:`torch.nn.utils.clip_grad_norm_` does; the norm before that is ``optimizer.grad_norm``, a
             tensor. Unlike there ``p.grad`` keeps its values, unless ``clip_gradients_in_place=True``. Costs one more
@@ -504,7 +506,17 @@ class OnePass(AveragingOptimizer):
     # The step.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one step; returns what ``closure`` does, which reevaluates the model, or None without one."""
+        """Performs one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; optional.
+
+        Returns:
+            What ``closure`` returns, or None without one.
+
+        Raises:
+            RuntimeError: something was asked for that cannot be done here; every parameter and state is as it was.
+        """
         if self._shared.swapped is not None:
             self._refuse_if_swapped("step")
         if torch.compiler.is_compiling():

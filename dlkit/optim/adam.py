@@ -35,8 +35,41 @@ class _AdamFamily(OnePass):
 class Adam(_AdamFamily, torch.optim.Adam):
     """:class:`torch.optim.Adam`, with the same arguments, state and results, in one pass over memory.
 
-    For the arguments beyond torch's (``max_norm``, ``master_weights``, ``stochastic_rounding``, ``state_dtype``,
-    ``ema_decay``, ...) see :class:`dlkit.optim._optimizer.OnePass`.
+    The arguments from ``max_norm`` on are dlkit's own; :class:`dlkit.optim._optimizer.OnePass` says in full what each
+    does. Those from ``master_weights`` on may differ between param groups.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups, as torch's optimizers take them; see
+            :func:`dlkit.optim.param_groups`.
+        lr: the learning rate, a number or a tensor of one element.
+        betas: how much of themselves the running averages of the gradient and of its square keep at each step.
+        eps: added to the denominator.
+        weight_decay: the factor of the parameter that is added to its gradient.
+        amsgrad: divide by the largest second moment so far.
+        foreach: as in torch where torch's own step runs; the kernels ask nothing of it.
+        maximize: step up the gradient instead of down.
+        capturable: keep step counters on the device, so that a CUDA graph can capture the step.
+        differentiable: record the step for autograd; torch's own step runs then.
+        fused: as in torch for a GradScaler, whose scaling the step then does itself; step counters are on the device.
+        decoupled_weight_decay: decay as :class:`AdamW` does.
+
+    Keyword Args:
+        max_norm (float): clip: scale gradients so that the 2-norm of all of them together is at most this.
+        norm_type (float): of ``max_norm``; 2 is the only one.
+        error_if_nonfinite (bool): with ``max_norm``, raise where the norm is NaN or infinite, with nothing changed.
+        clip_gradients_in_place (bool): with ``max_norm``, write the scaled gradients to ``p.grad``.
+        process_group (ProcessGroup or DeviceMesh): with ``max_norm``, the processes whose gradients the norm is of,
+            where each has its own.
+        master_weights (bool): keep fp32 masters of bf16 and fp16 parameters.
+        stochastic_rounding (bool): round 16-bit parameters without masters, and 16-bit states, up or down at random.
+        state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16 or "int8"; None: as
+            torch does.
+        ema_decay (float): keep a running average of the weights, which keeps this share of itself at each step.
+        ema_warmup (bool): with ``ema_decay``, let the average forget the first weights sooner.
+
+    Raises:
+        TypeError: an unknown keyword argument.
+        ValueError: an argument is out of range, or contradicts another.
 
     Source: `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_.
     """
@@ -78,8 +111,40 @@ class Adam(_AdamFamily, torch.optim.Adam):
 class AdamW(_AdamFamily, torch.optim.AdamW):
     """:class:`torch.optim.AdamW`, with the same arguments, state and results, in one pass over memory.
 
-    For the arguments beyond torch's (``max_norm``, ``master_weights``, ``stochastic_rounding``, ``state_dtype``,
-    ``ema_decay``, ...) see :class:`dlkit.optim._optimizer.OnePass`.
+    The arguments from ``max_norm`` on are dlkit's own; :class:`dlkit.optim._optimizer.OnePass` says in full what each
+    does. Those from ``master_weights`` on may differ between param groups.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups, as torch's optimizers take them; see
+            :func:`dlkit.optim.param_groups`.
+        lr: the learning rate, a number or a tensor of one element.
+        betas: how much of themselves the running averages of the gradient and of its square keep at each step.
+        eps: added to the denominator.
+        weight_decay: each step takes lr * weight_decay of the parameter from it.
+        amsgrad: divide by the largest second moment so far.
+        maximize: step up the gradient instead of down.
+        foreach: as in torch where torch's own step runs; the kernels ask nothing of it.
+        capturable: keep step counters on the device, so that a CUDA graph can capture the step.
+        differentiable: record the step for autograd; torch's own step runs then.
+        fused: as in torch for a GradScaler, whose scaling the step then does itself; step counters are on the device.
+
+    Keyword Args:
+        max_norm (float): clip: scale gradients so that the 2-norm of all of them together is at most this.
+        norm_type (float): of ``max_norm``; 2 is the only one.
+        error_if_nonfinite (bool): with ``max_norm``, raise where the norm is NaN or infinite, with nothing changed.
+        clip_gradients_in_place (bool): with ``max_norm``, write the scaled gradients to ``p.grad``.
+        process_group (ProcessGroup or DeviceMesh): with ``max_norm``, the processes whose gradients the norm is of,
+            where each has its own.
+        master_weights (bool): keep fp32 masters of bf16 and fp16 parameters.
+        stochastic_rounding (bool): round 16-bit parameters without masters, and 16-bit states, up or down at random.
+        state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16 or "int8"; None: as
+            torch does.
+        ema_decay (float): keep a running average of the weights, which keeps this share of itself at each step.
+        ema_warmup (bool): with ``ema_decay``, let the average forget the first weights sooner.
+
+    Raises:
+        TypeError: an unknown keyword argument.
+        ValueError: an argument is out of range, or contradicts another.
 
     Source: `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_.
     """

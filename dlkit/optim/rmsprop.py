@@ -14,10 +14,43 @@ from dlkit.optim._optimizer import OnePass, Options, host_rate, stands_still
 class RMSprop(OnePass, torch.optim.RMSprop):
     """:class:`torch.optim.RMSprop`, with the same arguments, state and results, in one pass over memory.
 
-    For the arguments beyond torch's (``max_norm``, ``master_weights``, ``stochastic_rounding``, ``state_dtype``,
-    ``ema_decay``, ...) see :class:`dlkit.optim._optimizer.OnePass`.
+    The arguments from ``max_norm`` on are dlkit's own; :class:`dlkit.optim._optimizer.OnePass` says in full what each
+    does. Those from ``master_weights`` on may differ between param groups.
 
-    Source: `torch.optim.RMSprop <https://docs.pytorch.org/docs/stable/generated/torch.optim.RMSprop.html>`_.
+    Args:
+        params: parameters, (name, parameter) pairs or param groups, as torch's optimizers take them; see
+            :func:`dlkit.optim.param_groups`.
+        lr: the learning rate, a number or a tensor of one element.
+        alpha: how much of itself the running average of the squared gradient keeps at each step.
+        eps: added to the denominator.
+        weight_decay: the factor of the parameter that is added to its gradient.
+        momentum: how much of itself the momentum buffer keeps at each step; 0: there is none.
+        centered: divide by the gradient's standard deviation: subtract the square of its running average.
+        capturable: keep step counters on the device, so that a CUDA graph can capture the step.
+        foreach: as in torch where torch's own step runs; the kernels ask nothing of it.
+        maximize: step up the gradient instead of down.
+        differentiable: record the step for autograd; torch's own step runs then.
+
+    Keyword Args:
+        max_norm (float): clip: scale gradients so that the 2-norm of all of them together is at most this.
+        norm_type (float): of ``max_norm``; 2 is the only one.
+        error_if_nonfinite (bool): with ``max_norm``, raise where the norm is NaN or infinite, with nothing changed.
+        clip_gradients_in_place (bool): with ``max_norm``, write the scaled gradients to ``p.grad``.
+        process_group (ProcessGroup or DeviceMesh): with ``max_norm``, the processes whose gradients the norm is of,
+            where each has its own.
+        master_weights (bool): keep fp32 masters of bf16 and fp16 parameters.
+        stochastic_rounding (bool): round 16-bit parameters without masters, and 16-bit states, up or down at random.
+        state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16 or "int8"; None: as
+            torch does.
+        ema_decay (float): keep a running average of the weights, which keeps this share of itself at each step.
+        ema_warmup (bool): with ``ema_decay``, let the average forget the first weights sooner.
+
+    Raises:
+        TypeError: an unknown keyword argument.
+        ValueError: an argument is out of range, or contradicts another.
+
+    Source: `torch.optim.RMSprop <https://docs.pytorch.org/docs/stable/generated/torch.optim.RMSprop.html>`_; centered:
+    `Generating Sequences With Recurrent Neural Networks <https://arxiv.org/abs/1308.0850>`_.
     """
 
     _algorithm = "rmsprop"
