@@ -77,7 +77,7 @@ $(DOCS_VENV)/ready: pyproject.toml
 	touch $@
 
 docs: $(DOCS_VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 # The whole CUDA build with a CUDA build of torch, without a GPU: compile, link, import, and what the kernels look like.
 CUDA_ARCHS ?= 8.0;9.0;10.0;12.0+PTX

@@ -18,6 +18,8 @@ def train(rank: int, file: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
     gpus = torch.cuda.device_count() >= args.processes
     backend, device = ("nccl", torch.device("cuda", rank)) if gpus else ("gloo", torch.device("cpu"))
+    if gpus:
+        torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=args.processes)
 
     torch.manual_seed(0)  # the same weights everywhere
