@@ -1,4 +1,4 @@
-# make demo | test | test-big | test-integration | fuzz | lint | format | check-cuda | sanitize | gpu | clean
+# make demo | test | test-big | test-integration | fuzz | lint | format | docs | check-cuda | sanitize | gpu | clean
 #
 # TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
 # PYTHON  an interpreter that has torch already, used as it is, without a virtual environment: make demo PYTHON=python
@@ -8,6 +8,7 @@ CUDA_TORCH ?= torch==2.14.1
 SYSTEM_PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
+DOCS_VENV ?= .venv-docs
 
 ifdef PYTHON
 READY :=
@@ -18,7 +19,7 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test test-big test-integration fuzz lint format check-cuda sanitize gpu clean
+.PHONY: install demo test test-big test-integration fuzz lint format docs check-cuda sanitize gpu clean
 
 $(VENV)/ready-%:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
@@ -44,11 +45,11 @@ test: install
 test-big: install
 	DLKIT_TEST_BIG=1 $(PYTHON) -m pytest -q tests/test_big.py
 
-# The optimizers inside transformers, Accelerate and Lightning. pip is told of the torch that is there, so that it stays.
+# The libraries of others, and the examples. pip is told of the torch that is there, so that it stays.
 test-integration: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
-	$(PYTHON) -m pytest -q tests/integration
+	$(PYTHON) -m pytest -q tests/integration tests/test_examples.py
 
 # Random calls of the ops and layers, then random sequences of what users do on the optimizers, for SECONDS in all, from
 # SEED on (else from the time of day).
@@ -76,6 +77,16 @@ format: $(VENV)/ready-$(TORCH)
 	$(LINT) ruff check --fix .
 	$(LINT) ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
+
+# The site, in build/site; a link or a name that leads nowhere is an error. Docstrings are read, not imported: no torch.
+$(DOCS_VENV)/ready: pyproject.toml
+	$(SYSTEM_PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python $(INSTALL) $$($(DOCS_VENV)/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 # The whole CUDA build with a CUDA build of torch, without a GPU: compile, link, import, and what the kernels look like.
 CUDA_ARCHS ?= 8.0;9.0;10.0;12.0+PTX
@@ -118,4 +129,4 @@ gpu:
 	for file in bench/results/*-quick.json; do $(GPU_PYTHON) -m dlkit bench plot $$file || true; done
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(CUDA_VENV) dlkit/_C*.so dlkit/_build_facts.py
+	rm -rf build dist *.egg-info $(VENV) $(CUDA_VENV) $(DOCS_VENV) dlkit/_C*.so dlkit/_build_facts.py

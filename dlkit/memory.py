@@ -18,7 +18,7 @@ _OFF, _UNBOUNDED = -1, (1 << 63) - 1  # csrc/memory/op.cpp
 
 
 class ReusedMemory:
-    """What :func:`reuse_cpu_memory` did: ``print`` shows it, ``with`` takes it back at the end of the block."""
+    """The result of :func:`reuse_cpu_memory`: ``print`` shows it, ``with`` takes it back at the end of the block."""
 
     def __init__(self, before: int | None, report: str) -> None:
         self._before = before

@@ -38,7 +38,7 @@ def label(cls: type) -> str:
 
 
 class Change(NamedTuple):
-    """What became of one layer: its name in the model, its class before and after, and why."""
+    """The change of one layer: its name in the model, its class before and after, and the reason."""
 
     name: str
     before: type[torch.nn.Module]

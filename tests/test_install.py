@@ -1,6 +1,7 @@
 """Installing and loading: every way it can fail gives one sentence with the cause and the command that mends it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -226,3 +227,11 @@ def test_backend_that_cannot_be(name):
         pytest.skip("this build has CUDA kernels")
     done = run_dlkit("info", DLKIT_BACKEND=name)
     assert done.returncode != 0 and f"DLKIT_BACKEND={name}" in done.stderr.strip().splitlines()[-1]
+
+
+def test_pre_commit_and_docs_use_the_tools_of_make_lint():
+    pinned = dict(line.split("==") for line in (ROOT / "lint-requirements.txt").read_text().split() if "==" in line)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = dict(re.findall(r"repo: \S+/(?:mirrors-)?(\S+?)(?:-pre-commit)?\n\s+rev: v(\S+)", hooks))
+    assert found == {name: pinned[name] for name in ("ruff", "clang-format")}
+    assert re.search(r"ruff==([\d.]+)", (ROOT / "pyproject.toml").read_text())[1] == pinned["ruff"]

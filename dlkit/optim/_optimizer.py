@@ -169,7 +169,8 @@ class OnePass(AveragingOptimizer):
     Gradients may be fp32 for bf16 and fp16 parameters and the reverse. Under torch.amp.GradScaler the step behaves as
     torch's: with ``fused=True`` it unscales gradients itself, writes them back so, and leaves everything as it is where
     one of them is not finite; otherwise the scaler does. Where no kernel serves (``differentiable=True``, sparse
-    gradients, other dtypes and devices, inside torch.compile) torch's own step runs; it refuses what is said above.
+    gradients, other dtypes and devices) torch's own step runs; with one of the arguments above, step() raises. Inside
+    torch.compile torch's own step runs too, and with one of them dlkit's kernels, outside the graph.
     """
 
     max_norm: float | None

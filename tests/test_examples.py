@@ -1,0 +1,39 @@
+"""The scripts in examples/ run, each in a process of its own and with tiny settings, and print what they promise."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# script: its arguments, a library that it needs, what it prints
+EXAMPLES = {
+    "training_loop": ("--steps 3 --batch 16 --width 32", None, r"now dlkit\.nn\.layer_norm\.LayerNorm.*accuracy 0\.\d"),
+    "cnn": ("--steps 1 --batch 2 --size 32", "torchvision", "17 BatchNorm layers fused, 3 left.*restored: 20 layers"),
+    "transformer": ("--steps 2 --batch 2 --width 16", "transformers", r"12 layers replaced.*averaged weights \d"),
+    "ddp": ("--steps 2 --batch 8", None, "equal in all processes: True"),
+    "checkpoint": ("--steps 3", None, r"difference from torch throughout: (0\.00e\+00|\d\.\d\de-(0[7-9]|1\d))"),
+}
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name):
+    arguments, library, promised = EXAMPLES[name]
+    if library:
+        try:
+            importlib.import_module(library)
+        except Exception as error:  # one that was built for another torch raises anything
+            pytest.skip(f"{library} cannot be imported: {error}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(promised, done.stdout, re.DOTALL), done.stdout
