@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-
 IMPORTED = ["torch", "torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "pytest"]
 
 
