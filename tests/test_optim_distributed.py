@@ -303,6 +303,31 @@ def tensor_parallel(rank, folder):
 
 
 @case
+def clipping_of_plain_and_sharded_gradients(rank, folder):
+    """torch's function refuses them together."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for norm_type in (2.0, 1.0, float("inf")):
+        torch.manual_seed(1)
+        alone = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.LayerNorm(4)).double()
+        model, x = copy.deepcopy(alone), torch.randn(8, 6).double()
+        parallelize_module(
+            model, dist.init_device_mesh("cpu", (PROCESSES,)), {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        )
+        norms = []
+        for each, clip in ((model, dlkit.optim.clip_grad_norm_), (alone, nn.utils.clip_grad_norm_)):
+            loss_of(each, x).backward()
+            norms.append(clip(each.parameters(), 0.01, norm_type))
+        assert norms[1] > 0.01
+        assert_same(
+            [norms[0], *(p.grad for p in model.parameters())], [norms[1], *(p.grad for p in alone.parameters())]
+        )
+        model[3].weight.grad.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="non-finite"):
+            dlkit.optim.clip_grad_norm_(model.parameters(), 0.01, norm_type, error_if_nonfinite=True)
+
+
+@case
 def zero_redundancy(rank, folder):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

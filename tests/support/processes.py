@@ -1,5 +1,9 @@
-"""Tests in several processes, which are started once for all cases of a file: torch's imports take seconds."""
+"""Tests in several processes, which are started once for all cases of a file.
 
+Imports take most of their time (torch.distributed.tensor brings TorchDynamo), so a server imports once and forks them.
+"""
+
+import multiprocessing
 import time
 import traceback
 from pathlib import Path
@@ -7,10 +11,13 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+IMPORTED = ["torch", "torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "pytest"]
+
 
 def start(run, folder: Path, count: int, seconds: float = 150) -> None:
     """Calls run(rank, folder) in `count` processes and waits for them; after `seconds` they are killed."""
-    context = mp.start_processes(run, (str(folder),), count, join=False, start_method="spawn")
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    context = mp.start_processes(run, (str(folder),), count, join=False, start_method="forkserver")
     deadline = time.monotonic() + seconds
     while not context.join(timeout=1) and time.monotonic() < deadline:
         pass
