@@ -40,6 +40,7 @@ CALLS = {
     "batch_norm_backward_apply": (X, X, X, CHANNELS, CHANNELS, STATS, STATS, torch.ones(2, 6), True, [True] * 2),
     "dropout": (X, 0.5, -1, False, None, STATE),
     "dropout_": (X, 0.5, -1, False, None, STATE),
+    "dropout_mask": (X, 0.5, None, STATE),
     "dropout_add": (X, X, 0.5, None, STATE),
     "dropout_forward_": (X, STATE, 0.5, 1, 2.0, 0.0, 0.0, None),
     "dropout_apply": (X, STATE, 0.5, 1, 2.0, 0.0, 0.0),

@@ -172,15 +172,13 @@ def test_share_and_mean():
     assert abs(y.mean().item() - 1) < 1e-5 and 0.12 < (y == 0).float().mean() < 0.2
 
 
-def test_vmap_draws_by_torch():
+def test_each_sample_of_a_vmap_keeps_its_mean():
     x = torch.ones(3, 2, 4, 9, 9)
     for randomness, alike in (("same", True), ("different", False)):
         y = torch.vmap(lambda x: fused.dropblock2d(x, 0.5, 3), randomness=randomness)(x)
         assert (y == 0).any() and torch.equal(y[0], y[1]) == alike
         for sample in y:
             assert sample[sample != 0].unique().numel() == 1 and abs(sample.mean() - 1) < 1e-5
-    with pytest.raises(NotImplementedError, match="generator"):
-        torch.vmap(lambda x: fused.dropblock2d(x, P, 3, generator=Philox(1)), randomness="same")(x)
 
 
 def test_compiled_and_checked():

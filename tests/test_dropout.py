@@ -353,18 +353,6 @@ def test_function_transforms_have_the_same_mask():
         assert torch.allclose(torch.autograd.forward_ad.unpack_dual(call(dual)).tangent, x.sin() * scaled)
 
 
-def test_vmap_goes_by_its_randomness():
-    x = torch.ones(5, 64)
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.func.vmap(fused.dropout)(x)
-    same = torch.func.vmap(fused.dropout, randomness="same")(x)
-    assert all(torch.equal(row, same[0]) for row in same)
-    different = torch.func.vmap(fused.dropout, randomness="different")(x)
-    assert not torch.equal(different[0], different[1])
-    with pytest.raises(NotImplementedError, match="generator"):
-        torch.func.vmap(lambda t: fused.dropout(t, generator=Philox(1)), randomness="same")(x)
-
-
 def outcome(call):
     try:
         return call()

@@ -196,12 +196,6 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   return std::move(y);
 }
 
-Tensor bias_act_dropout_vmap(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
-                             const OptionalGenerator& generator, const OptionalTensor& stream) {
-  check(input, bias, activation, p, generator, stream);
-  return formula(input, bias, activation, p, generator, stream);
-}
-
 template <class Device>
 void implement_kernels(torch::Library& m) {
   implement_kernel<forward<Device>>(m, "bias_act_dropout_forward");
@@ -240,6 +234,6 @@ DLKIT_IMPLEMENT_OPS(Autograd, m) {
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
   dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
 }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout_vmap>(m, "bias_act_dropout");
+DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) {
+  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
 }

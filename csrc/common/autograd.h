@@ -27,13 +27,16 @@ bool has_kernel(const Op& op, const at::Tensor& input) {
          op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
 }
 
+// Inside a transform of torch.func.
+inline bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 // Where only torch's own ops will do: what has no kernel, torch.func transforms, forward-mode derivatives.
 template <class Op, class... Optionals>
 bool needs_native(const Op& op, const at::Tensor& input, const Optionals&... others) {
   [[maybe_unused]] const auto with_tangent = [](const OptionalTensor& t) { return has(t) && has_tangent(*t); };
-  return !has_kernel(op, input) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         has_tangent(input) || (with_tangent(others) || ...);
+  return !has_kernel(op, input) || is_transformed() || has_tangent(input) || (with_tangent(others) || ...);
 }
 
 // The gradients of y with respect to those of `sources` that the mask names, differentiable themselves.
@@ -94,7 +97,7 @@ struct SavingNode : torch::autograd::Node {
 
   // The gradients by the kernels' ops, which need no autograd.
   virtual Variables backward(const Variables& grads, const Saved& saved) = 0;
-  // The same by ops that can themselves be differentiated: under create_graph.
+  // The same by ops that can themselves be differentiated, or transformed by torch.func.
   virtual Variables differentiable_backward(const Variables& grads, const Saved& saved) = 0;
   // What a compiler must know to be constant, and the sizes that it may not.
   virtual void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const = 0;
@@ -106,7 +109,10 @@ struct SavingNode : torch::autograd::Node {
     for (const at::Tensor& grad : grads) any = any || grad.defined();
     if (!any) return Variables(num_outputs());
     const Saved saved = unpack();
-    if (at::GradMode::is_enabled()) return differentiable_backward(grads, saved);
+    if (at::GradMode::is_enabled() || is_transformed()) {
+      const at::AutoGradMode recording(true);
+      return differentiable_backward(grads, saved);
+    }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return backward(grads, saved);
   }

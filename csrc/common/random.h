@@ -5,7 +5,14 @@
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Generator.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/ones.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <atomic>
 
 #include "op.h"
 #include "philox.h"
@@ -88,6 +95,15 @@ inline OptionalTensor draw_for(const at::Tensor& input, double p, const Optional
   static const auto op = find_op<at::Tensor(at::Tensor&)>("philox_draw");
   at::Tensor tensor = *stream;
   return op.call(tensor);
+}
+
+// 1 where an element stays and 0 where it is dropped, with probability p: what a kernel would do, but as a tensor, for
+// torch.func's transforms and forward-mode derivatives. Its vmap goes by `randomness`.
+inline at::Tensor draw_mask(c10::SymIntArrayRef sizes, const at::Tensor& input, double p,
+                            const OptionalGenerator& generator, const OptionalTensor& stream) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, double, const OptionalGenerator&, const OptionalTensor&)>("dropout_mask");
+  return op.call(at::ones_symint(sizes, input.options().dtype(at::kFloat)), p, generator, stream);
 }
 
 }  // namespace dlkit

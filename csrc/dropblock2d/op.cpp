@@ -1,12 +1,11 @@
 // DropBlock as torch ops. The public two, dropblock2d and dropblock2d_, check their arguments and call the forward op,
 // through an autograd node where a gradient is asked for. Backward is dropblock2d_apply, the pure function of forward's
-// state (seed, offset, how many elements were dropped), and its own backward as well. Forward-mode derivatives go
-// through a differentiable formula with the same mask; vmap and devices without a kernel through torch's own ops.
+// state (seed, offset, how many elements were dropped), and its own backward as well. Forward-mode derivatives,
+// torch.func's transforms and devices without a kernel go through torch's own ops, with the same mask.
 #include "../common/op.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/bernoulli.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/max_pool2d.h>
@@ -167,20 +166,23 @@ auto node_for(const Tensor& input, double p, int64_t block_size) {
   return node;
 }
 
-// What dropblock2d makes of ones: 0 where an element is dropped, else what it is multiplied by.
-template <class F>
-Tensor masked(const Tensor& input, const F& of_ones) {
-  const Tensor factors =
-      of_ones(at::ones_symint(input.sym_sizes(), input.options().dtype(accumulate_type(input.scalar_type()))));
+// input times what dropblock2d makes of ones: 0 where an element is dropped.
+Tensor scaled(const Tensor& input, const Tensor& factors) {
   return at::where(factors.ne(0), input * factors, 0).to(input.scalar_type());
 }
 
 Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_t block_size) {
-  if (has_tangent(input)) {
-    return masked(input, [&](const Tensor& ones) { return apply_op().call(ones, state, p, block_size); });
+  Tensor y;
+  if (has_tangent(input) || is_transformed()) {
+    const auto type = accumulate_type(input.scalar_type());
+    const Tensor ones = at::ones_symint(input.sym_sizes(), input.options().dtype(type));
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      y = apply_op().call(ones, state, p, block_size);
+    }
+    return scaled(input, y);
   }
   const auto node = node_for(input, p, block_size);
-  Tensor y;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     y = apply_op().call(input, state, p, block_size);
@@ -192,22 +194,20 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_
   return y;
 }
 
-// By torch's own ops and from torch's own stream: other devices, vmap.
-Tensor native(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
-              const OptionalTensor& stream) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!(generator.has_value() && generator->defined()) && !has(stream),
-                              "dropblock2d(): expected no generator for ", input.scalar_type(), " input on ",
-                              input.device(), " or under vmap, where torch's own ops serve; got one");
-  return masked(input, [&](const Tensor& ones) {
-    const Corners corners(input.size(2), input.size(3), block_size);
-    const int64_t size = corners.size, margin = size - 1;
-    const Tensor seeds = at::bernoulli(ones.slice(2, 0, corners.rows).slice(3, 0, corners.columns),
-                                       seed_probability(p, input.size(2), input.size(3), corners));
-    const Tensor dropped =
-        at::max_pool2d(at::constant_pad_nd(seeds, {margin, margin, margin, margin}), {size, size}, {1, 1});
-    const Tensor kept = 1 - dropped;
-    return kept * (double(input.numel()) / kept.sum().clamp_min(1));
-  });
+// The kernel's mask and factor, by torch's own ops.
+Tensor formula(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
+               const OptionalTensor& stream) {
+  const int64_t height = input.sym_size(2).guard_int(__FILE__, __LINE__);
+  const int64_t width = input.sym_size(3).guard_int(__FILE__, __LINE__);
+  if (height == 0 || width == 0) return input.clone();
+  const Corners corners(height, width, block_size);
+  const int64_t size = corners.size, margin = size - 1;
+  const Tensor seeds = 1 - draw_mask({input.sym_size(0), input.sym_size(1), corners.rows, corners.columns}, input,
+                                     std::min(seed_probability(p, height, width, corners), 1.0), generator, stream);
+  const Tensor kept =
+      1 - at::max_pool2d(at::constant_pad_nd(seeds, {margin, margin, margin, margin}), {size, size}, {1, 1});
+  const Tensor factor = at::Scalar(input.sym_numel()) / kept.to(at::kDouble).sum().clamp_min(1);
+  return scaled(input, kept.to(accumulate_type(input.scalar_type())) * factor);
 }
 
 void check(const char* name, const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
@@ -222,13 +222,8 @@ void check(const char* name, const Tensor& input, double p, int64_t block_size, 
 Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
                    const OptionalTensor& stream) {
   check("dropblock2d", input, p, block_size, generator, stream);
-  if (!has_kernel(forward_op(), input)) return native(input, p, block_size, generator, stream);
+  if (needs_native(forward_op(), input)) return formula(input, p, block_size, generator, stream);
   const OptionalTensor drawn = draw_for(input, 0, stream);
-  if (has_tangent(input)) {
-    return masked(input, [&](const Tensor& ones) {
-      return std::get<0>(forward_op().call(ones, drawn, p, block_size, generator));
-    });
-  }
   const auto node = node_for(input, p, block_size);
   std::tuple<Tensor, Tensor> result;
   {
@@ -247,7 +242,7 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
                   const OptionalTensor& stream) {
   check("dropblock2d_", input, p, block_size, generator, stream);
   check_written("dropblock2d_", input);
-  if (!has_kernel(forward_op(), input) || has_tangent(input)) {
+  if (needs_native(forward_op(), input)) {
     input.copy_(dropblock2d(input, p, block_size, generator, stream));
     return;
   }
@@ -265,12 +260,6 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
     torch::autograd::rebase_history(input, node);
     node->save(0, state);
   }
-}
-
-Tensor dropblock2d_vmap(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
-                        const OptionalTensor& stream) {
-  check("dropblock2d", input, p, block_size, generator, stream);
-  return native(input, p, block_size, generator, stream);
 }
 
 template <class Device>
@@ -322,6 +311,7 @@ DLKIT_IMPLEMENT_OPS(Autograd, m) {
   dlkit::implement_kernel<dlkit::dropblock2d::apply_autograd>(m, "dropblock2d_apply");
 }
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::dropblock2d::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  dlkit::implement_public<dlkit::dropblock2d::dropblock2d_vmap>(m, "dropblock2d");
+  dlkit::implement_kernel<dlkit::dropblock2d::apply_autograd>(m, "dropblock2d_apply");
 }

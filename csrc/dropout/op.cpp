@@ -1,20 +1,24 @@
 // Dropout and its variants as torch ops. The public three, dropout, dropout_ and dropout_add, check their arguments,
 // choose the constants of kernel.h and call dropout_forward, through an autograd node where a gradient is asked for.
 // Backward is dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
-// dlkit.random.Philox. Forward-mode derivatives go through a differentiable formula with the same mask, vmap through
-// torch's own dropout, which knows what its `randomness` asks for.
+// dlkit.random.Philox. Forward-mode derivatives and torch.func's transforms go through a differentiable formula with
+// the same mask, which dropout_mask draws.
 #include "../common/op.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <ATen/ops/alpha_dropout.h>
+#include <ATen/ops/bernoulli.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/feature_alpha_dropout.h>
 #include <ATen/ops/feature_dropout.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/rand.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include <cmath>
 
@@ -272,16 +276,18 @@ Tensor select(const Tensor& input, const Tensor& keep, const Form<c10::SymInt>& 
   return at::where(keep.ne(0), kept, constant(form.dropped));
 }
 
-Tensor ones_like_input(const Tensor& input) {
-  return at::ones_symint(input.sym_sizes(), input.options().dtype(at::kFloat));
-}
-
-// The pure function where a gradient, or a derivative in forward mode, is asked for.
+// The pure function where a gradient, a derivative in forward mode or a transform is asked for.
 Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::SymInt inner, double scale, double shift,
                       double dropped) {
   const Form<c10::SymInt> form{p, inner, scale, shift, dropped};
-  if (has_tangent(input)) {
-    return select(input, call_apply(ones_like_input(input), state, {p, inner, 1, 0, 0}), form);
+  if (has_tangent(input) || is_transformed()) {
+    const Tensor ones = at::ones_symint(input.sym_sizes(), input.options().dtype(at::kFloat));
+    Tensor keep;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      keep = call_apply(ones, state, {p, inner, 1, 0, 0});
+    }
+    return select(input, keep, form);
   }
   const bool graph = any_requires_grad(input);
   const auto node = graph ? node_for(input, form) : nullptr;
@@ -316,15 +322,54 @@ Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64
   return {p, inner, scale, saturated * scale * p, saturated * scale * (p - 1)};
 }
 
-// torch's own op, for what has no kernel here: other dtypes and layouts, other devices, vmap.
+// dropout_mask without vmap. `input`: ones.
+Tensor mask(const Tensor& input, double p, const OptionalGenerator& generator, const OptionalTensor& stream) {
+  if (is_transformed()) {  // for the transforms outside of this one
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find_op<decltype(mask)>("dropout_mask");
+    return op.call(input, p, generator, stream);
+  }
+  if (!has_kernel(forward_op(), input)) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!has(stream), "dropout: no kernel for a dlkit.random.Philox on ", input.device());
+    return at::bernoulli(input, 1 - p, generator);
+  }
+  return std::get<0>(call_forward(input, draw_for(input, p, stream), {p, 1, 1, 0, 0}, generator));
+}
+
+int64_t vmap_level(const Tensor& tensor) {
+  const auto* const batch = at::functorch::maybeGetBatchedImpl(tensor);
+  return batch == nullptr ? -1 : batch->level();
+}
+
+// One mask for all samples of a vmap, or one for each: then that of the whole batch, as a call without vmap draws it.
+Tensor mask_vmap(const Tensor& input, double p, const OptionalGenerator& generator, const OptionalTensor& stream) {
+  // torch's own random op, which draws nothing here, raises or has a batch of this vmap's as `randomness` asks for.
+  const Tensor probe = at::rand({0});
+  const c10::impl::ExcludeDispatchKeyGuard no_vmap(c10::DispatchKey::FuncTorchVmapMode);
+  const Tensor outside = at::rand({0});
+  if (vmap_level(probe) == vmap_level(outside)) return draw_mask(input.sym_sizes(), input, p, generator, stream);
+  const auto* const batch = at::functorch::maybeGetBatchedImpl(probe);
+  std::vector<c10::SymInt> sizes = input.sym_sizes().vec();
+  sizes.insert(sizes.begin(), batch->value().sym_size(batch->bdim()));
+  return at::functorch::makeBatched(draw_mask(sizes, input, p, generator, stream), 0, batch->level());
+}
+
+Tensor by_mask(const Tensor& input, const Form<c10::SymInt>& form, int64_t mask_ndim,
+               const OptionalGenerator& generator, const OptionalTensor& stream) {
+  std::vector<c10::SymInt> sizes = input.sym_sizes().vec();
+  if (mask_ndim >= 0) std::fill(sizes.begin() + mask_ndim, sizes.end(), 1);
+  if (form.p == 1) return select(input, at::zeros_symint(sizes, input.options()), form);
+  return select(input, draw_mask(sizes, input, form.p, generator, stream), form);
+}
+
+// torch's own op, for what has no kernel here: other dtypes, layouts and devices.
 Tensor native(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
               const OptionalGenerator& generator, const OptionalTensor& stream) {
   TORCH_CHECK_NOT_IMPLEMENTED(!(generator.has_value() && generator->defined()) && !has(stream), name,
                               "(): expected no generator for ", input.scalar_type(), " input on ", input.device(),
-                              " in layout ", input.layout(),
-                              " or under vmap, where torch's own dropout serves; got one");
+                              " in layout ", input.layout(), ", where torch's own dropout serves; got one");
   if (mask_ndim < 0) return alpha ? at::alpha_dropout(input, p, true) : at::dropout(input, p, true);
-  TORCH_CHECK_NOT_IMPLEMENTED(mask_ndim == 2, name, "(): expected fp64, fp32, bf16 or fp16 input outside vmap, got ",
+  TORCH_CHECK_NOT_IMPLEMENTED(mask_ndim == 2, name, "(): expected fp64, fp32, bf16 or fp16 input, got ",
                               input.scalar_type());
   return alpha ? at::feature_alpha_dropout(input, p, true) : at::feature_dropout(input, p, true);
 }
@@ -333,11 +378,8 @@ Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, con
                const OptionalTensor& stream) {
   const auto form = form_of("dropout", input, p, mask_ndim, alpha, generator, stream);
   if (!has_kernel(forward_op(), input)) return native("dropout", input, p, mask_ndim, alpha, generator, stream);
+  if (has_tangent(input) || is_transformed()) return by_mask(input, form, mask_ndim, generator, stream);
   const OptionalTensor drawn = draw_for(input, p, stream);
-  if (has_tangent(input)) {
-    const auto keep = std::get<0>(call_forward(ones_like_input(input), drawn, {p, form.inner, 1, 0, 0}, generator));
-    return select(input, keep, form);
-  }
   const bool graph = any_requires_grad(input);
   const auto node = graph ? node_for(input, form) : nullptr;
   std::tuple<Tensor, Tensor> result;
@@ -395,7 +437,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   const auto form = form_of("dropout_", input, p, mask_ndim, alpha, generator, stream);
   const bool graph = any_requires_grad(input);
   check_written("dropout_", input);
-  if (!has_kernel(forward_op(), input) || has_tangent(input)) {
+  if (needs_native(forward_op(), input)) {
     input.copy_(dropout(input, p, mask_ndim, alpha, generator, stream));
     return;
   }
@@ -414,20 +456,6 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   }
 }
 
-Tensor dropout_vmap(const Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
-                    const OptionalTensor& stream) {
-  form_of("dropout", input, p, mask_ndim, alpha, generator, stream);
-  return native("dropout", input, p, mask_ndim, alpha, generator, stream);
-}
-
-// Reached where a transform lies between vmap and the public op.
-std::tuple<Tensor, Tensor> forward_vmap(const Tensor&, double, c10::SymInt, double, double, double,
-                                        const OptionalGenerator&) {
-  TORCH_CHECK(false,
-              "dropout(): vmap over a torch.func transform of a function that calls it is not supported; take torch's "
-              "own dropout there (dlkit.restore(model) puts it back)");
-}
-
 template <class Device>
 void implement_kernels(torch::Library& m) {
   implement_kernel<forward<Device>>(m, "dropout_forward");
@@ -441,6 +469,8 @@ void implement_all(torch::Library& m) {
   implement_public<dropout_>(m, "dropout_");
   implement_public<dropout_add>(m, "dropout_add");
 }
+
+void implement_mask(torch::Library& m) { implement_kernel<mask>(m, "dropout_mask"); }
 
 }  // namespace
 }  // namespace dlkit::dropout
@@ -476,6 +506,7 @@ DLKIT_DEFINE_OPS(m) {
       "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None)"
       " -> (Tensor y, Tensor state)",
       random);
+  m.def("dropout_mask(Tensor input, float p, *, Generator? generator=None, Tensor(a!)? stream=None) -> Tensor", random);
   m.def("philox_draw(Tensor(a!) stream) -> Tensor", tags);
 }
 
@@ -492,10 +523,18 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) {
   dlkit::dropout::implement_all(m);
+  dlkit::dropout::implement_mask(m);
   dlkit::implement_kernel<dlkit::dropout::apply_autograd>(m, "dropout_apply");
 }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
+  dlkit::dropout::implement_all(m);
+  dlkit::dropout::implement_mask(m);
+}
+// Under vmap what is random is so for inputs without a batch too.
+DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) {
+  dlkit::dropout::implement_all(m);
+  dlkit::implement_kernel<dlkit::dropout::mask_vmap>(m, "dropout_mask");
+}
 DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  dlkit::implement_public<dlkit::dropout::dropout_vmap>(m, "dropout");
-  dlkit::implement_kernel<dlkit::dropout::forward_vmap>(m, "dropout_forward");
+  dlkit::implement_kernel<dlkit::dropout::apply_autograd>(m, "dropout_apply");
 }

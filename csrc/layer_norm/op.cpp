@@ -635,13 +635,17 @@ void implement_kernels(torch::Library& m) {
   implement_kernel<dropped_backward<Device>>(m, "dropout_layer_norm_backward");
 }
 
+void implement_random(torch::Library& m) {
+  implement_public<dropout_add_layer_norm>(m, "dropout_add_layer_norm");
+  implement_public<dropout_add_rms_norm>(m, "dropout_add_rms_norm");
+}
+
 void implement_all(torch::Library& m) {
   implement_public<layer_norm>(m, "layer_norm");
   implement_public<rms_norm>(m, "rms_norm");
   implement_public<add_layer_norm>(m, "add_layer_norm");
   implement_public<add_rms_norm>(m, "add_rms_norm");
-  implement_public<dropout_add_layer_norm>(m, "dropout_add_layer_norm");
-  implement_public<dropout_add_rms_norm>(m, "dropout_add_rms_norm");
+  implement_random(m);
 }
 
 }  // namespace
@@ -703,6 +707,7 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
 }
 DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_all(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::layer_norm::implement_random(m); }
 DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
   m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
