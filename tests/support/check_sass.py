@@ -23,7 +23,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
 REGISTERS = 1 << 16  # of a multiprocessor; a thread gets them by eights
 
 
