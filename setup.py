@@ -1,8 +1,9 @@
 """Builds dlkit._C against the installed torch. Metadata is in pyproject.toml; what to build follows from csrc/ itself.
 
 DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS are honoured.
-Every csrc/*/cpu.cpp is compiled once per instruction set, the best is chosen at run time; torch is imported only when
-something is compiled, so that metadata and the sdist need none.
+Every csrc/*/cpu.cpp is compiled once per instruction set, the best is chosen at run time; DLKIT_CPU_KERNELS=baseline
+leaves it at one, for a build that is to be quick. torch is imported only when something is compiled, so that metadata
+and the sdist need none.
 """
 
 import hashlib
@@ -227,10 +228,15 @@ class BuildExtension(build_ext):
             nvcc = [str(cuda_home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=0", "--expt-relaxed-constexpr"]
             nvcc += ["-Xcompiler=-fPIC", *gencode(architectures)]
 
+        kernels = os.environ.get("DLKIT_CPU_KERNELS", "all")
+        if kernels not in ("all", "baseline"):
+            stop(f"DLKIT_CPU_KERNELS={kernels} is not one of all, baseline", f"run: unset it; {INSTALL}")
+        if kernels == "baseline":
+            build.cxx.append("-DDLKIT_BASELINE_ONLY")
         for source in map(Path, ext.sources):
             if source.name == "cpu.cpp":
                 build.add(source, [*build.cxx, *KERNEL_FLAGS], "-baseline")
-                if platform.machine() in ("x86_64", "AMD64"):
+                if kernels == "all" and platform.machine() in ("x86_64", "AMD64"):
                     for name, flags in CPU_CAPABILITIES.items():
                         build.add(source, [*build.cxx, *KERNEL_FLAGS, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
             elif source.suffix == ".cu":
@@ -272,12 +278,22 @@ class BuildCudaOnCpu(Command):
     def run(self) -> None:
         build = Build("cuda_on_cpu")
         definitions = ["-DDLKIT_CUDA_ON_CPU", "-DDLKIT_LIBRARY=dlkit_cuda_on_cpu"]
+        # nvcc fuses a product and a sum wherever it can, so that bits which hang on it are seen here.
+        flags = ["-O2", "-ffp-contract=fast", *(["-mfma"] if has_fma() else [])]
         for source in map(Path, sources()):
             if source.name == "cuda.cu":
-                build.add(source, [*build.cxx, "-O2", *definitions, "-Itests/support/cuda_on_cpu", "-xc++"])
+                build.add(source, [*build.cxx, *flags, *definitions, "-Itests/support/cuda_on_cpu", "-xc++"])
             elif source.name == "op.cpp":
                 build.add(source, [*build.cxx, "-O2", *definitions], includes_torch=True)
         build.link(Path(self.output))
+
+
+def has_fma() -> bool:
+    """Whether this machine's processor fuses multiplication and addition, where a compiler has to be told."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " fma " in cpuinfo.read_text()
 
 
 def sources() -> list[str]:

@@ -84,6 +84,7 @@ def facts(device: str) -> dict[str, Any]:
         machine["triton"] = _version("triton")
         machine["liger_kernel"] = _version("liger_kernel")
         machine["quack"] = _version("quack-kernels")
+        machine["bitsandbytes"] = _version("bitsandbytes")
     return machine
 
 

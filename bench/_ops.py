@@ -42,12 +42,16 @@ def chosen(spec: Spec, settings: Settings, sizes: str | None, dtypes: Sequence[s
     ]
 
 
-def compiled_cases(spec: Spec, cases: Sequence[Case], mode: str) -> set[Case]:
+def compiled_cases(spec: Spec, cases: Sequence[Case], mode: str, device: str) -> set[Case]:
     """Where torch.compile takes part: everywhere, but with --quick once an op and direction.
+
+    Not on a GPU, which rotates through up to 64 sets of inputs, where each would be compiled by itself.
 
     A compilation takes 1.5 to 3 s (12 the first one; 0.1 where inductor's cache on disk has it from an earlier run), so
     of the op's first variant in fp32 the largest case.
     """
+    if device == "cuda" and getattr(spec, "COMPILED_PER_SET", False):
+        return set()
     if mode != "quick":
         return set(cases)
     candidates = [
@@ -103,7 +107,7 @@ def run(
         "memory": [],
     }
     with_compile = {
-        name: compiled_cases(spec, cases, settings.mode) if settings.compile else set()
+        name: compiled_cases(spec, cases, settings.mode, settings.device) if settings.compile else set()
         for name, (spec, cases) in plan.items()
     }
 
@@ -120,6 +124,7 @@ def run(
     gc.freeze()
     with progress(total) as (echo, advance):
         try:
+            _runner.spin(settings.device)
             report["copy_bandwidth"] = _runner.copy_bandwidth(settings)
             echo(_report.heading(report))
             for name, (spec, cases) in plan.items():
@@ -184,7 +189,9 @@ def main(args: argparse.Namespace) -> int:
         allocator="reuse_cpu_memory" if reuses else "default",
         against=tuple(name for name in against if name not in gone),
     )
-    if args.quick:
+    if args.quick and device == "cuda":
+        settings = replace(settings, budget_s=args.budget or 0.2, min_rounds=10)
+    elif args.quick:
         settings = replace(settings, budget_s=args.budget or 0.05, min_rounds=3, sample_s=0.0005, warm_up_s=0.0)
     gone |= {name: "left out" for name in CONTESTANTS[1:] if name not in against}  # native takes part
     plan = {}

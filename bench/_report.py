@@ -137,10 +137,12 @@ def heading(report: dict[str, Any]) -> str:
     copy = report["copy_bandwidth"][-1]
     ways = ", ".join(f"{name} {value:,.1f}" for name, value in copy.items() if name != "bytes")
     memory = "" if "gpu" in machine else f" Allocator: {report['allocator']}."
+    found = (f"{name} {machine[name]}" for name in ("liger_kernel", "quack", "bitsandbytes") if machine.get(name))
+    peers = f"\nPeers found: {', '.join(found) or 'none'}." if "gpu" in machine else ""
     absent = ", ".join(f"{name} ({reason})" for name, reason in report.get("absent", {}).items())
     return (
         f"{', '.join(report['ops'])} on {where(machine)}; {software}; {report['date']}.\n"
-        f"Copy of {copy['bytes'] >> 20} MB (half read, half written), GB/s: {ways}.{memory}{busy(machine)}"
+        f"Copy of {copy['bytes'] >> 20} MB (half read, half written), GB/s: {ways}.{memory}{busy(machine)}{peers}"
     ) + (f"\nAbsent: {absent}." if absent else "")
 
 

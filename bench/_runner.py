@@ -15,6 +15,7 @@ import ctypes
 import functools
 import gc
 import importlib
+import itertools
 import math
 import operator
 import os
@@ -214,21 +215,36 @@ def sample_cpu(calls: Sequence[Call], loops: int) -> Sample:
     return Sample(seconds, seconds, faults / (loops * len(calls)))
 
 
-def sample_cuda(calls: Sequence[Call], loops: int, host_seconds: float) -> Sample:
-    """`host_seconds`: about how long the host takes to queue all calls; the device sleeps for that long first."""
+# A queue holds about a thousand launches, at some 4 us each for the host; one more would stall it, and the device
+# would wait for the host.
+QUEUE_S, QUEUE_CALLS = 0.004, 64
+
+
+def sample_cuda(calls: Iterator[Call], count: int, host_seconds: float) -> Sample:
+    """The next `count` of `calls`. `host_seconds`: about how long the host takes to queue them; the device sleeps for
+    that long first, so that it finds them all."""
     cuda: Any = torch.cuda
     begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-    cuda._sleep(int(min(1.5 * host_seconds, 0.05) * 2e9))  # in clock cycles, at about 2 GHz
+    cuda._sleep(int(1.5 * host_seconds * 2e9))  # in clock cycles, at about 2 GHz
     begin.record()
     start = time.perf_counter()
-    for _ in range(loops):
-        for call in calls:
-            call()
+    for call in itertools.islice(calls, count):
+        call()
     host = time.perf_counter() - start
     end.record()
     end.synchronize()
-    count = loops * len(calls)
     return Sample(begin.elapsed_time(end) / 1e3 / count, host / count, 0.0)
+
+
+def spin(device: str, seconds: float = 1.0) -> None:
+    """Keeps a GPU at work until its clocks are up."""
+    if device != "cuda":
+        return
+    tensor, until = torch.ones(1 << 24, device=device), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for _ in range(100):
+            tensor.mul_(1.0)
+        torch.cuda.synchronize()
 
 
 def calibrated(calls: Sequence[Call], settings: Settings) -> Callable[[], Sample]:
@@ -244,11 +260,11 @@ def calibrated(calls: Sequence[Call], settings: Settings) -> Callable[[], Sample
         if on_gpu:
             torch.cuda.synchronize()
         passes += 1
-    loops = max(1, math.ceil(settings.sample_s / host_seconds))
     if on_gpu:
-        # A queue holds about a thousand kernels and an unfused backward launches ten: more calls would stall the host.
-        loops = max(1, min(loops, 64 // len(calls)))
-        return functools.partial(sample_cuda, calls, loops, host_seconds * loops)
+        each = host_seconds / len(calls)
+        count = max(1, min(QUEUE_CALLS, int(QUEUE_S / each)))
+        return functools.partial(sample_cuda, itertools.cycle(calls), count, each * count)
+    loops = max(1, math.ceil(settings.sample_s / host_seconds))
     return functools.partial(sample_cpu, calls, loops)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._runner import DTYPES, Case, Contestant, Inputs
 
 MAX_NORM = 1.0
+COMPILED_PER_SET = True  # an optimizer holds its parameters, so torch.compile would take each set of inputs anew
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {  # variant: class, arguments
     "AdamW": ("AdamW", {}),
     "AdamW_clip": ("AdamW", {}),

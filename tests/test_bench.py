@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -529,15 +530,40 @@ def test_case_without_memory_does_not_end_the_run(monkeypatch, capsys):
     assert "error: dlkit doubling/forward/4x8/fp32: RuntimeError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 64), (0.01, 1)])
+def test_a_gpu_s_sample_is_no_longer_than_its_queue(monkeypatch, seconds, most):
+    """Where it is, the host stalls and the device waits for it; the device sleeps until the last call is queued."""
+    slept, made = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = self.synchronize = lambda: None
+            self.elapsed_time = lambda end: 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call():
+        made.append(None)
+        time.sleep(seconds)
+
+    sampler = _runner.calibrated([call] * 3, replace(QUICK, device="cuda"))
+    made.clear()
+    sample = sampler()
+    assert 1 <= len(made) <= most and slept[0] >= len(made) * seconds * 1e9
+    assert sample.seconds == 1e-3 / len(made)
+
+
 def test_compile_takes_part_once_a_direction_in_quick():
     for name in bench.specs():
         spec = _runner.load(name)
         cases = spec.cases("quick", "cpu")
-        few = _ops.compiled_cases(spec, cases, "quick")
+        few = _ops.compiled_cases(spec, cases, "quick", "cpu")
         ways = {case.direction for case in few}
         assert "forward" in ways and ways <= {"forward", "backward"}
         assert len(few) == len(ways) and {case.dtype for case in few} == {"fp32"}
-        assert _ops.compiled_cases(spec, cases, "default") == set(cases)
+        assert _ops.compiled_cases(spec, cases, "default", "cpu") == set(cases)
 
 
 def test_contestants_are_chosen_and_the_absent_named(monkeypatch):

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as native
 from support import reference
+from support.backends import DEVICE_MODELS
 from support.inputs import TYPES, make
 from support.tolerance import Yardstick, max_error, ulp
+from torch._subclasses import FakeTensorMode
 
 import dlkit
 import dlkit.functional as fused
@@ -202,6 +204,29 @@ def test_backward_needs_no_bias_beside_a_weight(backend, types):
     without = op(dy, None, x, mean, rstd, weight, None, state, 0.5, 1, [True] * 4)
     for a, b in zip(whole, without, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("arch", DEVICE_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_widths_that_fill_the_shared_memory_of_a_launch(backend, dtype, arch, monkeypatch):
+    """Static shared memory counts too: for 48 KB, which need no asking, and for all that a device has."""
+    if backend.name == "cuda-on-cpu":
+        monkeypatch.setenv("DLKIT_CUDA_ON_CPU_ARCH", arch)
+    elif arch != DEVICE_MODELS[0]:
+        pytest.skip("the device is what it is")
+    forward, backward = backend.op("layer_norm_forward"), backend.op("layer_norm_backward")
+    plain = [1536, 3072, 6144, 12288, 48 << 10, 98 << 10, 162 << 10, 226 << 10]
+    for row_bytes, with_sum in [*((n, False) for n in plain), *((n, True) for n in (64, 256, 512, 1024, 8192))]:
+        shape = (1, row_bytes // dtype.itemsize)
+        x, grad, grad_sum = (make(shape, dtype, backend.device) for _ in range(3))
+        y, _, mean, rstd = forward(x, None, 1, None, None, 1e-5, False, True)
+        mask = [True, False, False]
+        dx = backward(grad, grad_sum if with_sum else None, x, mean, rstd, None, None, 1, mask)[0]
+        wide = x.double().requires_grad_()
+        expected = native.layer_norm(wide, shape[1:])
+        expected_dx = torch.autograd.grad(expected, wide, grad.double())[0] + with_sum * grad_sum.double()
+        for found, wanted in ((y, expected), (dx, expected_dx)):
+            assert ((found.double() - wanted).abs() <= 4 * torch.finfo(dtype).eps * (wanted.abs() + 1)).all()
 
 
 def test_more_rows_than_a_grid_dimension_holds(backend):
@@ -569,6 +594,28 @@ def test_autocast_behaves_as_in_torch(device, dtype):
         for function in ("layer_norm", "rms_norm"):
             ours, theirs = (getattr(module, function)(x, (4,), weight) for module in (fused, native))
             assert ours.dtype == theirs.dtype and torch.allclose(ours, theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm"])
+def test_autocast_on_a_gpu_gives_torchs_dtypes(name, dtype):
+    """What autocast casts hangs on the version of torch. Fake tensors need no GPU."""
+    enabled, to = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            x, weight = torch.empty(3, 4, device="cuda", dtype=dtype), torch.empty(4, device="cuda")
+            where = 2 if name == "group_norm" else (4,)
+            expected = getattr(native, name)(x, where, weight)
+            assert getattr(fused, name)(x, where, weight).dtype == expected.dtype
+            if name != "group_norm":
+                for prefix, options in (("add_", {}), ("dropout_add_", {"prenorm": True})):
+                    y, total = getattr(fused, prefix + name)(x, x, where, weight=weight, **options)
+                    assert (y.dtype, total.dtype) == (expected.dtype, dtype)
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", to)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])

@@ -729,11 +729,16 @@ def run_classes(variant, dtype, steps, sizes=((3, 5), (7,), (300,)), ulps=1):
     return runs
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_parity_over_torchs_database(name):
+def torchs_info(name):
+    pytest.importorskip("expecttest", reason="torch's database of optimizers needs expecttest")
     from torch.testing._internal.common_optimizers import optim_db
 
-    info = next(info for info in optim_db if info.optim_cls is getattr(torch.optim, name))
+    return next(info for info in optim_db if info.optim_cls is getattr(torch.optim, name))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_parity_over_torchs_database(name):
+    info = torchs_info(name)
     inputs = [
         (input.kwargs, flag)
         for input in info.optim_inputs_func(device="cpu", dtype=torch.float32)
@@ -1043,9 +1048,7 @@ def test_the_order_of_threads_changes_nothing():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_bad_arguments_raise_what_torch_raises(name):
-    from torch.testing._internal.common_optimizers import optim_db
-
-    info = next(info for info in optim_db if info.optim_cls is getattr(torch.optim, name))
+    info = torchs_info(name)
     for case in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
         if case.error_type is UserWarning:
             continue

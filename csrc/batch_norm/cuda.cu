@@ -300,9 +300,6 @@ __device__ __forceinline__ void load_of_groups(const void* from, const Walk& wal
   for (int k = 0; k < Count; ++k) values[k] = static_cast<const A*>(from)[divide(column + k, walk.per_group)];
 }
 
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-
 // x to z without the residual, the same bits in forward and in backward.
 template <class A, int Columns>
 struct Affine {
@@ -414,9 +411,10 @@ __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast
 }
 
 // The second stage, finish_lanes groups or channels a block: f(entry) adds an entry to the calling thread's state.
+// `exchange` holds a State for every other thread of the block.
 template <class State, class F>
-__device__ __forceinline__ void add_entries(State& state, int64_t index, int64_t end, int64_t entries, const F& f) {
-  __shared__ double exchange[finish_threads / 2 * State::size];
+__device__ __forceinline__ void add_entries(State& state, int64_t index, int64_t end, int64_t entries, double* exchange,
+                                            const F& f) {
   if (index < end) {
     for (int64_t entry = threadIdx.x / finish_lanes; entry < entries; entry += finish_threads / finish_lanes) f(entry);
   }
@@ -426,12 +424,14 @@ __device__ __forceinline__ void add_entries(State& state, int64_t index, int64_t
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
     forward_finish(const Forward op, const Walk walk, int64_t elements, const A* partial) {
+  using State = Moments<double, 1>;
+  __shared__ double exchange[finish_threads / 2 * State::size];
   for (int64_t first = int64_t(blockIdx.x) * finish_lanes; first < walk.groups;
        first += int64_t(gridDim.x) * finish_lanes) {
     const int64_t group = first + threadIdx.x % finish_lanes;
     const bool has_pivots = op.dtype == DType::F32 || op.dtype == DType::F64;
-    Moments<double, 1> total{};
-    add_entries(total, group, walk.groups, walk.per_group * walk.pieces, [&](int64_t entry) {
+    State total{};
+    add_entries(total, group, walk.groups, walk.per_group * walk.pieces, exchange, [&](int64_t entry) {
       const int64_t piece = divide(entry, walk.per_group), left = walk.positions - piece * walk.piece;
       const int64_t column = group * walk.per_group + entry - piece * walk.per_group;
       const A* from = partial + piece * walk.columns + column;
@@ -748,13 +748,15 @@ __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
     backward_channels(const Backward op, const Walk walk, const A* partial, A* sums) {
+  using State = Sums<double, 1>;
+  __shared__ double exchange[finish_threads / 2 * State::size];
   const int64_t samples = walk.columns / walk.channels;
   const A* rstd = static_cast<const A*>(op.rstd);
   for (int64_t first = int64_t(blockIdx.x) * finish_lanes; first < walk.channels;
        first += int64_t(gridDim.x) * finish_lanes) {
     const int64_t channel = first + threadIdx.x % finish_lanes;
-    Sums<double, 1> total{};
-    add_entries(total, channel, walk.channels, samples * walk.pieces, [&](int64_t entry) {
+    State total{};
+    add_entries(total, channel, walk.channels, samples * walk.pieces, exchange, [&](int64_t entry) {
       const int64_t sample = divide(entry, walk.pieces), column = sample * walk.channels + channel;
       const A* from = partial + (entry - sample * walk.pieces) * walk.columns + column;
       const double scale = op.shape.groups > 0 ? double(rstd[divide(column, walk.per_group)]) : 1.0;
@@ -775,11 +777,13 @@ __global__ void __launch_bounds__(finish_threads)
 template <class A>
 __global__ void __launch_bounds__(finish_threads)
     backward_groups(const Backward op, const Walk walk, const A* partial, A* means) {
+  using State = Sums<double, 1>;
+  __shared__ double exchange[finish_threads / 2 * State::size];
   for (int64_t first = int64_t(blockIdx.x) * finish_lanes; first < walk.groups;
        first += int64_t(gridDim.x) * finish_lanes) {
     const int64_t group = first + threadIdx.x % finish_lanes;
-    Sums<double, 1> total{};
-    add_entries(total, group, walk.groups, walk.per_group * walk.pieces, [&](int64_t entry) {
+    State total{};
+    add_entries(total, group, walk.groups, walk.per_group * walk.pieces, exchange, [&](int64_t entry) {
       const int64_t piece = divide(entry, walk.per_group);
       const int64_t column = group * walk.per_group + entry - piece * walk.per_group;
       const A* from = partial + piece * walk.columns + column;

@@ -34,7 +34,7 @@ struct Constants {
   __device__ __forceinline__ explicit Constants(const Dropout& op)
       : scale(accumulate_t<T>(op.scale)), shift(accumulate_t<T>(op.shift)), dropped(accumulate_t<T>(op.dropped)) {}
   __device__ __forceinline__ accumulate_t<T> apply(accumulate_t<T> x, bool keep) const {
-    return keep ? x * scale + shift : dropped;
+    return keep ? multiply_add(x, scale, shift) : dropped;
   }
 };
 
@@ -58,7 +58,9 @@ __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uin
   widen<T, PackBytes>(pack, values);
   widen<T, PackBytes>(residual, added);
 #pragma unroll
-  for (int k = 0; k < width; ++k) values[k] = keep >> k & 1 ? values[k] * constants.scale + added[k] : added[k];
+  for (int k = 0; k < width; ++k) {
+    values[k] = keep >> k & 1 ? multiply_add(values[k], constants.scale, added[k]) : added[k];
+  }
   return narrow<T, PackBytes>(values);
 }
 
@@ -127,9 +129,13 @@ __global__ void __launch_bounds__(threads, resident_blocks<T, PackBytes, Residua
   if (blockIdx.x == 0 && threadIdx.x < op.numel - whole * width) {  // less than a pack is left
     const int64_t i = whole * width + threadIdx.x;
     const uint32_t keep = keep_bits(state, op.threshold, uint64_t(i / kBlockElements)) >> i % kBlockElements;
-    accumulate_t<T> value = constants.apply(dlkit::widen(x[i]), keep & 1);
-    if constexpr (Residual) value += dlkit::widen(residual[i]);
-    y[i] = dlkit::narrow<T>(value);
+    constexpr int one = sizeof(T);
+    const Pack<one> value = load<one>(x + i);
+    if constexpr (Residual) {
+      store<one>(y + i, drop<T, one>(value, keep, constants, load<one>(residual + i)));
+    } else {
+      store<one>(y + i, drop<T, one>(value, keep, constants));
+    }
   }
 }
 

@@ -54,7 +54,7 @@ __device__ __forceinline__ uint32_t keep_pack(const FusedDropout& dropout, const
   return keep_bits(state, dropout.threshold, uint64_t(element / kBlockElements)) >> element % kBlockElements;
 }
 
-// drop(x) + residual, rounded to T.
+// drop(x) + residual, rounded to T: the bits of a dropout with a residual.
 template <class T, int PackBytes>
 __device__ __forceinline__ Pack<PackBytes> drop_add(const Pack<PackBytes>& x, const Pack<PackBytes>& residual,
                                                     uint32_t keep, accumulate_t<T> scale) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ Pack<PackBytes> drop_add(const Pack<PackBytes>& x, co
   widen<T, PackBytes>(x, a);
   widen<T, PackBytes>(residual, b);
 #pragma unroll
-  for (int k = 0; k < int(PackBytes / sizeof(T)); ++k) b[k] = keep >> k & 1 ? a[k] * scale + b[k] : b[k];
+  for (int k = 0; k < int(PackBytes / sizeof(T)); ++k) b[k] = keep >> k & 1 ? multiply_add(a[k], scale, b[k]) : b[k];
   return narrow<T, PackBytes>(b);
 }
 
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(long_threads, 2) forward_long(const Forward op
   }
 }
 
-// What the row sums and the gradients need of one pack.
+// What the row sums and the gradients need of one pack. The same bits with a dropout and without.
 template <class T, int PackBytes>
 struct Gradients {
   static constexpr int width = PackBytes / sizeof(T);
@@ -305,9 +305,9 @@ struct Gradients {
   __device__ __forceinline__ void add_to(accumulate_t<T> (&sums)[2], accumulate_t<T> rstd) const {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const accumulate_t<T> wdy = grad_output[k] * weight[k];
+      const accumulate_t<T> wdy = multiply(grad_output[k], weight[k]);
       sums[0] += wdy;
-      sums[1] += wdy * (centered[k] * rstd);
+      sums[1] = multiply_add(wdy, centered[k] * rstd, sums[1]);
     }
   }
 
@@ -315,7 +315,7 @@ struct Gradients {
                                          accumulate_t<T> rstd) const {
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      grad_weight[k] += grad_output[k] * (centered[k] * rstd);
+      grad_weight[k] = multiply_add(grad_output[k], centered[k] * rstd, grad_weight[k]);
       grad_bias[k] += grad_output[k];
     }
   }
@@ -325,8 +325,8 @@ struct Gradients {
     accumulate_t<T> result[width];
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const accumulate_t<T> wdy = grad_output[k] * weight[k];
-      result[k] = rstd * (wdy - means[0] - centered[k] * rstd * means[1]) + grad_sum[k];
+      const accumulate_t<T> wdy = multiply(grad_output[k], weight[k]);
+      result[k] = multiply_add(rstd, multiply_add(-centered[k] * rstd, means[1], wdy - means[0]), grad_sum[k]);
     }
     return narrow<T, PackBytes>(result);
   }

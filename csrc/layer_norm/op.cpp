@@ -569,8 +569,14 @@ std::tuple<Tensor, Tensor> dropout_add_rms_norm(const Tensor& input, const Tenso
                           generator, stream);
 }
 
-// Autocast on CUDA runs torch's layer_norm and rms_norm in fp32 and leaves the addition as it is; on the CPU it does
-// nothing.
+// Autocast on CUDA runs torch's layer_norm and, from torch 2.12 on, its rms_norm in fp32, and leaves the addition as it
+// is; on the CPU it does nothing.
+bool casts_rms_norm() {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow("aten::rms_norm", "")
+      .hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA);
+}
+
 Tensor to_fp32(const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); }
 OptionalTensor to_fp32(const OptionalTensor& tensor) {
   return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA);
@@ -711,9 +717,10 @@ DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::layer_norm::implement_random(
 DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
   m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
-  m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);
   m.impl("add_layer_norm", dlkit::layer_norm::add_layer_norm_autocast);
-  m.impl("add_rms_norm", dlkit::layer_norm::add_rms_norm_autocast);
   m.impl("dropout_add_layer_norm", dlkit::layer_norm::dropout_add_layer_norm_autocast);
+  if (!dlkit::layer_norm::casts_rms_norm()) return;
+  m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);
+  m.impl("add_rms_norm", dlkit::layer_norm::add_rms_norm_autocast);
   m.impl("dropout_add_rms_norm", dlkit::layer_norm::dropout_add_rms_norm_autocast);
 }

@@ -33,13 +33,6 @@ constexpr int kThreads = 256;
 constexpr int kLeastChunk = 2048, kMostChunk = 16384;  // elements; multiples of what a block handles at once
 constexpr int kChunksPerMultiprocessor = 8;
 
-// What a kernel may take as arguments. 4 KB on the CPU as well, where every fiber gets a copy of them.
-#if !defined(DLKIT_CUDA_ON_CPU) && CUDART_VERSION >= 12010
-constexpr int kArgumentBytes = 32764;
-#else
-constexpr int kArgumentBytes = 4096;
-#endif
-
 // A launch's arguments: what all its tensors share, and an entry of `stride` words for each of them. The low half of an
 // entry's first word is the first chunk of the tensor.
 template <class Head>
@@ -112,8 +105,7 @@ constexpr int width_of = sizeof(S) == 1 ? 8 : 16 / int(sizeof(S) < sizeof(T) ? s
 template <class A>
 struct Math {
   static __device__ __forceinline__ A splat(A value) { return value; }
-  static __device__ __forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
-  static __device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
+  static __device__ __forceinline__ A fma(A a, A b, A c) { return multiply_add(a, b, c); }
   static __device__ __forceinline__ float sqrt(float value) { return ::sqrtf(value); }
   static __device__ __forceinline__ double sqrt(double value) { return ::sqrt(value); }
   static __device__ __forceinline__ A choose(bool condition, A a, A b) { return condition ? a : b; }
@@ -451,8 +443,9 @@ __device__ __forceinline__ void apply(const Scalars<A>& k, const bool (&has)[kSt
 
 __device__ __forceinline__ float larger_or_nan(float a, float b) { return !(b <= a) && a == a ? b : a; }
 
-// The formulas on one tile. With 8-bit states all lanes of the warp must come, with a block of 256 elements; `count` of
-// this lane's are there.
+// The formulas on one tile. Products that a difference follows are not fused to it, so that a state's or a gradient's
+// type changes no bit but by its own rounding. With 8-bit states all lanes of the warp must come, with a block of 256
+// elements; `count` of this lane's are there.
 template <class T, class S, Algorithm Which>
 __device__ __forceinline__ void update(const StepHead& head, const Scalars<accumulate_t<T>>& k, const DynamicMap* maps,
                                        const Span<T, S>& span, Tile<T, S, Which>& tile, int at, int count) {
@@ -480,7 +473,7 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
     A p[part], states[kStates][part];
     A(&g)[part] = tile.grad.parts[i];
 #pragma unroll
-    for (int j = 0; j < part; ++j) g[j] *= k.grad_factor;
+    for (int j = 0; j < part; ++j) g[j] = multiply(g[j], k.grad_factor);
     widen_param(tile, span, i, p);
 #pragma unroll
     for (int s = 0; s < used; ++s) {
@@ -488,7 +481,9 @@ __device__ __forceinline__ void update(const StepHead& head, const Scalars<accum
       if constexpr (coded) {
         const auto codes = tile.states[s].elements(i);
 #pragma unroll
-        for (int j = 0; j < part; ++j) states[s][j] = maps[has_sign(Which, s)].values[codes.at[j].bits] * scales[s];
+        for (int j = 0; j < part; ++j) {
+          states[s][j] = multiply(maps[has_sign(Which, s)].values[codes.at[j].bits], scales[s]);
+        }
       } else {
         tile.states[s].widen_to(states[s], i);
       }

@@ -15,6 +15,12 @@ def accumulate_type(dtype: torch.dtype) -> torch.dtype:
 
 
 @triton.jit
+def multiply(a, b):
+    """a * b, which no sum that follows is fused to: where kernels are to give the same bits."""
+    return tl.fma(a, tl.broadcast_to(b, a.shape), tl.zeros(a.shape, a.dtype))
+
+
+@triton.jit
 def divide(numerator, denominator):
     """Correctly rounded, as an IEEE division is."""
     if numerator.dtype == tl.float64:

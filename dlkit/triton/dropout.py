@@ -91,16 +91,16 @@ def _begin(state, seed, offset, GIVEN: tl.constexpr):
 
 @triton.jit
 def _value(x, keep, scale, shift, dropped, ACC: tl.constexpr, AFFINE: tl.constexpr):
-    value = x.to(ACC) * scale
     if AFFINE:
-        return tl.where(keep, value + shift, dropped).to(x.dtype)
+        value = tl.fma(x.to(ACC), tl.full(x.shape, scale, ACC), tl.full(x.shape, shift, ACC))
+        return tl.where(keep, value, dropped).to(x.dtype)
     else:
-        return tl.where(keep, value, 0.0).to(x.dtype)
+        return tl.where(keep, x.to(ACC) * scale, 0.0).to(x.dtype)
 
 
 @triton.jit
 def _sum(x, residual, keep, scale, ACC: tl.constexpr):
-    return (tl.where(keep, x.to(ACC) * scale, 0.0) + residual).to(x.dtype)
+    return tl.where(keep, tl.fma(x.to(ACC), tl.full(x.shape, scale, ACC), residual), residual).to(x.dtype)
 
 
 @_jit

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_TYPE, accumulate_type, divide
+from ._common import TRITON_TYPE, accumulate_type, divide, multiply
 
 _OPTIONS = 14  # a group; csrc/optim/op.cpp says which
 _STATES = 3
@@ -313,7 +313,7 @@ def _step(
             p = _join(stored, tl.load(rest_pointers, mask=mask, other=0))
         else:
             p = stored.to(ACC)
-        g = g * factor
+        g = multiply(g, factor)
         if WRITE_GRADS:
             tl.store(grads, g.to(GRAD), mask=mask)
         if MAXIMIZE:
@@ -386,7 +386,7 @@ def _load_state(
     values = tl.load(_pointers(row, 5 + STATE_INDEX, first, at, STATE, ALIGN), mask=mask, other=0)
     if values.dtype == tl.uint8:
         scales = _pointers(row, 8 + STATE_INDEX, first // 256, at // 256, tl.float32, 4)
-        return _decode(values, maps, _has_sign(ALGORITHM, STATE_INDEX)) * tl.load(scales, mask=mask, other=0)
+        return multiply(_decode(values, maps, _has_sign(ALGORITHM, STATE_INDEX)), tl.load(scales, mask=mask, other=0))
     else:
         return values.to(ACC)
 

@@ -19,6 +19,8 @@ import torch
 
 import dlkit
 
+DEVICE_MODELS = ("80", "90", "100", "120")  # whose limits the CUDA-on-CPU harness knows: DLKIT_CUDA_ON_CPU_ARCH
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported

@@ -1,4 +1,4 @@
-"""Static checks of compiled CUDA kernels, no GPU needed: architectures, spills, 128-bit global accesses.
+"""Static checks of compiled CUDA kernels, no GPU needed: architectures, spills, registers, 128-bit global accesses.
 
     python check_sass.py build/lib/dlkit/_C.so --arch sm_80 sm_90 --ptx 120
 
@@ -6,13 +6,15 @@ reads the machine code that cuobjdump prints. A kernel spills where it uses loca
 Kernels say in their name whether they are a fast path: template arguments (T, PackBytes, ...), the second of which is
 how many bytes one memory instruction moves. With PackBytes = 16 a kernel must hold 128-bit global loads (LDG or, to
 shared memory, LDGSTS) and 128-bit stores (STG). With any other second
-argument it is no fast path.
+argument it is no fast path. Every kernel has launch bounds, and registers for a block of that many threads: no launch
+can ask for too many (the CUDA-on-CPU harness refuses blocks beyond the bounds).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -21,11 +23,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+REGISTERS = 1 << 16  # of a multiprocessor; a thread gets them by eights
+
 
 @dataclass
 class Kernel:
     arch: str
     name: str
+    threads: int = 0  # of a block at most, by its launch bounds; 0 where it has none
     registers: int = 0
     shared: int = 0
     stack: int = 0
@@ -75,9 +80,8 @@ def read_kernels(binary: Path, cuobjdump: str) -> list[Kernel]:
             kernel.loads += match[1] in ("LDG", "LDGSTS") and ".128" in match[2]
             kernel.stores += match[1] == "STG" and ".128" in match[2]
             kernel.local += match[1] in ("LDL", "STL")
-    arch = ""
     function = ""
-    for line in dump("-res-usage").splitlines():
+    for line in dump("-res-usage").splitlines():  # which names no architecture where a cubin has but one
         if match := re.match(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):$", line):
@@ -85,6 +89,18 @@ def read_kernels(binary: Path, cuobjdump: str) -> list[Kernel]:
         elif (match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)) and (arch, function) in kernels:
             kernel = kernels[arch, function]
             kernel.registers, kernel.stack, kernel.shared = (int(value) for value in match.groups())
+    # The binary's own notes, which cuobjdump prints beside all of its bytes: too much to keep.
+    with subprocess.Popen([cuobjdump, "-elf", str(binary)], stdout=subprocess.PIPE, text=True, errors="replace") as elf:
+        attribute = ""
+        for line in elf.stdout or ():
+            if match := re.search(r"^64-bit ELF: .*\bsm=(\d+\w*)", line):
+                arch = f"sm_{match[1]}"
+            elif match := re.match(r"\.nv\.info\.(\S+)$", line):
+                function = match[1]
+            elif match := re.match(r"\s*Attribute:\s+(\w+)", line):
+                attribute = match[1]
+            elif attribute == "EIATTR_MAX_THREADS" and (match := re.match(r"\s*Value:\s+(.*\S)", line)):
+                kernels[arch, function].threads = math.prod(int(side, 16) for side in match[1].split())
     found = list(kernels.values())
     for kernel, name in zip(found, demangle([kernel.name for kernel in found]), strict=True):
         kernel.name = name
@@ -101,6 +117,10 @@ def problems(kernels: list[Kernel], expected: list[str]) -> list[str]:
         where = f"{kernel.name} on {kernel.arch}"
         if kernel.local or kernel.stack:
             wrong.append(f"{where} spills: {kernel.local} local-memory accesses, {kernel.stack} bytes of stack")
+        if not kernel.threads:
+            wrong.append(f"{where} has no launch bounds")
+        elif -(-kernel.registers // 8) * 8 * kernel.threads > REGISTERS:
+            wrong.append(f"{where} has {kernel.registers} registers, too many for {kernel.threads} threads")
         if kernel.fast and not kernel.loads:
             wrong.append(f"{where} has no 128-bit global load")
         if kernel.fast and not kernel.stores:
@@ -128,7 +148,7 @@ def main() -> None:
     if options.ptx and not has_ptx(options.binary, cuobjdump, options.ptx):
         wrong.append(f"no PTX for sm_{options.ptx}")
     if not options.quiet:
-        columns = ("registers", "shared", "stack", "loads", "stores")
+        columns = ("threads", "registers", "shared", "stack", "loads", "stores")
         print(f"{'arch':8}{'kernel':48}" + "".join(f"{column:>10}" for column in columns) + "  (128-bit)")
         for kernel in kernels:
             values = "".join(f"{getattr(kernel, column):10}" for column in columns)

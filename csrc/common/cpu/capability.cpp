@@ -12,7 +12,7 @@ namespace {
 const char* const kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
 CpuCapability detect() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DLKIT_BASELINE_ONLY)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,5 +1,6 @@
 // Run-time dispatch over instruction sets. Every cpu.cpp is compiled once per instruction set (see CPU_CAPABILITIES in
 // setup.py) with DLKIT_ISA naming the namespace; DLKIT_CPU_ENTRY defines the public entry in the baseline object alone.
+// With DLKIT_BASELINE_ONLY there are no others.
 #pragma once
 
 namespace dlkit {
@@ -23,7 +24,7 @@ bool set_cpu_capability(const char* name);
 // Defines void name(const Argument&) as the function of that name in the chosen instruction set's namespace.
 #if !defined(DLKIT_ISA_IS_BASELINE)
 #define DLKIT_CPU_ENTRY(name, function, Argument)
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) && !defined(DLKIT_BASELINE_ONLY)
 #define DLKIT_CPU_ENTRY(name, function, Argument) \
   namespace avx2 {                                \
   void function(const Argument&);                 \

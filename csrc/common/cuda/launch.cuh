@@ -1,5 +1,5 @@
 // The one way to launch a kernel: <<<>>> under nvcc, fibers on the CPU where tests compile with -DDLKIT_CUDA_ON_CPU.
-// Every launch is checked, and dynamic shared memory beyond the default 48 KB is asked for here. Nothing waits for the
+// Every launch is checked, and dynamic shared memory beyond the default is asked for here. Nothing waits for the
 // device.
 #pragma once
 
@@ -10,9 +10,12 @@
 #endif
 
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 namespace dlkit::cuda {
 
@@ -21,12 +24,38 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("dlkit: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
+// What a kernel may take as arguments. 4 KB on the CPU as well, where every fiber gets a copy of them.
+#if !defined(DLKIT_CUDA_ON_CPU) && CUDART_VERSION >= 12010
+constexpr int kArgumentBytes = 32764;
+#else
+constexpr int kArgumentBytes = 4096;
+#endif
+
+// A launch gets 48 KB of shared memory without asking, less what the kernel has statically. So a kernel with dynamic
+// shared memory is allowed all that the device has, once: were it what one launch needs, host threads that launch the
+// same kernel with different sizes would take it from each other.
+inline void allow_shared(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;  // (kernel, device)
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(attributes.sharedSizeBytes)),
+      name);
+  allowed.insert({kernel, device});
+}
+
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             std::common_type_t<Parameters>... arguments) {
-  if (shared_bytes > (48 << 10)) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
-  }
+  static_assert((size_t(0) + ... + ((sizeof(Parameters) + 7) / 8 * 8)) <= kArgumentBytes,
+                "more than a kernel may take");
+  if (shared_bytes > 0) allow_shared(reinterpret_cast<const void*>(kernel), name);
 #if defined(DLKIT_CUDA_ON_CPU)
   (void)stream;
   cuda_on_cpu::launch(kernel, grid, block, shared_bytes, arguments...);

@@ -117,6 +117,13 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
+// Where kernels are to give the same bits, whatever the compiler fuses: a * b + c rounded once, a * b never fused.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+
 template <class T, int Bytes>
 struct Elements {
   T at[Bytes / sizeof(T)];

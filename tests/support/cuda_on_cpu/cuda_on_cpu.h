@@ -4,17 +4,18 @@
 //
 // What would be undefined or fault on a GPU ends the process with a message here: a barrier or shuffle that live
 // threads never reach or reach on different lines, a shuffle that reads a lane outside its mask, a misaligned vector
-// access (vec.cuh asks). Dynamic shared memory starts as NaN, an asynchronous copy lands as late as it may, and launch
-// limits give the runtime's error codes (static shared memory alone is left to ptxas, which refuses more than 48 KB).
+// access (vec.cuh asks). Dynamic shared memory starts as NaN, and an asynchronous copy lands as late as it may. Every
+// launch is checked against a device's limits (device_model.h) and refused with the runtime's error codes.
 //
+// DLKIT_CUDA_ON_CPU_ARCH=80|90|100|120 sets whose limits these are (90 unset), and so how the kernels' plans come out.
 // DLKIT_CUDA_ON_CPU_SHUFFLE=<seed> permutes the order in which warps and their lanes run between barriers: with a
 // barrier missing, some order gives another result. DLKIT_CUDA_ON_CPU_SMS=<count> sets the number of multiprocessors
 // (3 unless set).
 #pragma once
 
+#include <math.h>  // as under nvcc, sqrt and its like have overloads for float in the global namespace
 #include <sys/mman.h>
 
-#include <cmath>
 #include <cstdarg>
 #include <cstddef>
 #include <cstdint>
@@ -49,7 +50,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static thread_local
 
@@ -80,6 +80,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchOutOfResources = 701,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -87,11 +88,13 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+  int maxThreadsPerBlock, maxDynamicSharedSizeBytes;
+};
 using cudaStream_t = void*;
 
 namespace cuda_on_cpu {
-
-constexpr size_t shared_default = 48 << 10, shared_opt_in = 227 << 10, shared_per_multiprocessor = 228 << 10;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
   va_list arguments;
@@ -113,6 +116,12 @@ inline int64_t environment(const char* name, int64_t otherwise) {
   const char* text = std::getenv(name);
   return text != nullptr && *text != '\0' ? std::strtoll(text, nullptr, 10) : otherwise;
 }
+
+}  // namespace cuda_on_cpu
+
+#include "device_model.h"
+
+namespace cuda_on_cpu {
 
 struct Copy {
   void* to;
@@ -151,7 +160,7 @@ struct Machine {
 #else
   static constexpr size_t stack_bytes = 64 << 10;
 #endif
-  static constexpr size_t guard_bytes = 4 << 10, most_threads = 1024;
+  static constexpr size_t guard_bytes = 4 << 10, most_threads = most_threads_per_block;
 
   std::vector<Fiber> fibers;
   char* stacks = nullptr;
@@ -411,29 +420,33 @@ inline void run_block(Machine& m, unsigned threads) {
 }
 
 inline std::mutex attribute_mutex;
-inline std::map<const void*, size_t> raised_shared;  // kernel -> dynamic shared memory it may use
+inline std::map<std::pair<const void*, int>, size_t> raised_shared;  // (kernel, arch) -> dynamic memory it may use
 
+// Of dynamic shared memory, the most that a launch may ask for.
 inline size_t shared_limit(const void* kernel) {
   const std::lock_guard<std::mutex> lock(attribute_mutex);
-  const auto found = raised_shared.find(kernel);
-  return found == raised_shared.end() ? shared_default : found->second;
+  const auto found = raised_shared.find({kernel, device_model().arch});
+  return found != raised_shared.end() ? found->second : shared_default - facts_of(kernel).static_shared;
+}
+
+inline cudaError_t refusal(const void* kernel, dim3 grid, dim3 block, size_t shared) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  const bool sizes_fit = threads >= 1 && threads <= most_threads_per_block && block.z <= 64 && grid.x >= 1 &&
+                         grid.y >= 1 && grid.z >= 1 && grid.x <= most_blocks_x && grid.y <= most_blocks_yz &&
+                         grid.z <= most_blocks_yz;
+  if (!sizes_fit) return cudaErrorInvalidConfiguration;
+  if (threads > facts_of(kernel).most_threads) return cudaErrorLaunchOutOfResources;
+  if (shared > shared_limit(kernel)) return cudaErrorInvalidValue;
+  return cudaSuccess;
 }
 
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
             const std::common_type_t<Parameters>&... arguments) {
   Machine& m = machine;
-  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  const bool sizes_fit = threads >= 1 && threads <= Machine::most_threads && block.z <= 64 && grid.x >= 1 &&
-                         grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535;
-  if (!sizes_fit) {
-    m.last_error = cudaErrorInvalidConfiguration;
-    return;
-  }
-  if (shared > shared_limit(reinterpret_cast<const void*>(kernel))) {
-    m.last_error = cudaErrorInvalidValue;
-    return;
-  }
+  const unsigned threads = block.x * block.y * block.z;
+  m.last_error = refusal(reinterpret_cast<const void*>(kernel), grid, block, shared);
+  if (m.last_error != cudaSuccess) return;
   if (m.stacks == nullptr) {
     const size_t bytes = Machine::most_threads * Machine::stack_bytes;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -459,7 +472,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
         std::memset(m.dynamic_shared, 0xff, shared);
-        run_block(m, unsigned(threads));
+        run_block(m, threads);
       }
     }
   }
@@ -508,6 +521,10 @@ T atomicOr(T* address, T value) {
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
+// Products that no sum is fused to, and so hidden from the compiler as such.
+inline float __fmul_rn(float a, float b) { return fmaf(a, b, 0.0f); }
+inline double __dmul_rn(double a, double b) { return fma(a, b, 0.0); }
+
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 inline cudaError_t cudaGetLastError() {
@@ -516,12 +533,21 @@ inline cudaError_t cudaGetLastError() {
   return error;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess             ? "no error"
-         : error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "invalid configuration argument";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+  }
+  return "unknown error";
 }
+// A device's index is its architecture, so that what is kept for one device is not used for another.
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_on_cpu::device_model().arch;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -530,18 +556,25 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = int(cuda_on_cpu::environment("DLKIT_CUDA_ON_CPU_SMS", 3));
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = int(cuda_on_cpu::shared_per_multiprocessor);
+      *value = int(cuda_on_cpu::device_model().shared_per_multiprocessor);
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = int(cuda_on_cpu::shared_opt_in);
+      *value = int(cuda_on_cpu::device_model().shared_opt_in);
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || size_t(value) > cuda_on_cpu::shared_opt_in) return cudaErrorInvalidValue;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const cuda_on_cpu::KernelFacts facts = cuda_on_cpu::facts_of(kernel);
+  *attributes = {facts.static_shared, int(facts.most_threads), int(cuda_on_cpu::shared_limit(kernel))};
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  const cuda_on_cpu::DeviceModel& model = cuda_on_cpu::device_model();
+  if (value < 0 || size_t(value) + cuda_on_cpu::facts_of(kernel).static_shared > model.shared_opt_in) {
+    return cudaErrorInvalidValue;
+  }
   const std::lock_guard<std::mutex> lock(cuda_on_cpu::attribute_mutex);
-  cuda_on_cpu::raised_shared[reinterpret_cast<const void*>(kernel)] = size_t(value);
+  cuda_on_cpu::raised_shared[{kernel, model.arch}] = size_t(value);
   return cudaSuccess;
 }
