@@ -135,11 +135,13 @@ gpu:
 # file where it knows how to.
 gpu-build:
 	@$(call logged,gpu-build,\
-	  export TORCH_CUDA_ARCH_LIST=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
-	  nvcc=$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc; command -v $$nvcc > /dev/null || nvcc=/usr/local/cuda/bin/nvcc; \
-	  export NVCC_APPEND_FLAGS="$$NVCC_APPEND_FLAGS $$($$nvcc --help | grep -q -- --split-compile && echo --split-compile=0)"; \
-	  DLKIT_BUILD=cuda DLKIT_CPU_KERNELS=baseline \
-	    $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e . && $(GPU_PYTHON) -m dlkit info); $(finished)
+	  arch=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') && \
+	  { nvcc=$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc; [ -x $$nvcc ] || nvcc=nvcc; \
+	    $$nvcc --help | grep -q -- --split-compile && split=--split-compile=0; \
+	    TORCH_CUDA_ARCH_LIST=$$arch NVCC_APPEND_FLAGS="$$NVCC_APPEND_FLAGS $$split" \
+	    DLKIT_BUILD=cuda DLKIT_CPU_KERNELS=baseline \
+	      $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .; } && $(GPU_PYTHON) -m dlkit info); \
+	$(finished)
 
 gpu-test:
 	@$(call logged,gpu-smoke,$(GPU_PYTEST) --junitxml=$(OUT)/gpu-smoke.xml tests/test_gpu_smoke.py); \

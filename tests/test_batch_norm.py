@@ -348,6 +348,27 @@ def test_cumulative_average(backend):
     torch.testing.assert_close(var, 0.8 + 0.2 * x.var(0))
 
 
+@pytest.mark.parametrize(("shape", "groups"), [((4, 12, 4, 4), 6), ((5, 40, 3, 3), 20), ((2, 9, 5, 5), 0)], ids=str)
+def test_the_number_of_multiprocessors_changes_no_bit(backend, shape, groups, monkeypatch):
+    """Small groups share a block only where there are enough of them for all."""
+    if backend.name != "cuda-on-cpu":
+        pytest.skip("a device has as many as it has")
+    x, grad = make(shape, torch.float32), make(shape, torch.float32)
+    weight, bias = make(shape[1:2], torch.float32), make(shape[1:2], torch.float32)
+    results = []
+    for count in ("1", "8", "200"):
+        monkeypatch.setenv("DLKIT_CUDA_ON_CPU_SMS", count)
+        y, mean, rstd = backend.op("batch_norm_forward")(
+            x, None, weight, bias, None, None, None, groups, True, 0.1, EPS, False
+        )
+        grads = backend.op("batch_norm_backward")(
+            grad, x, None, weight, bias, mean, rstd, groups, True, False, [True, False, True, True]
+        )
+        results.append([y, mean, rstd, *grads])
+    for other in results[1:]:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 def test_shared_statistics(backend, channels_last, relu):

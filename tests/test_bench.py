@@ -10,9 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -546,7 +546,7 @@ def test_a_gpu_s_sample_is_no_longer_than_its_queue(monkeypatch, seconds, most):
 
     def call():
         made.append(None)
-        time.sleep(seconds)
+        sleep(seconds)
 
     sampler = _runner.calibrated([call] * 3, replace(QUICK, device="cuda"))
     made.clear()

@@ -156,8 +156,13 @@ def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], ob
     def apply(count: int, inner: int) -> None:
         op.dropout_apply(torch.zeros(count, dtype=dtype), torch.zeros(2, dtype=torch.int64), 0.1, inner, 1.25, 0.0, 0.0)
 
+    def add(count: int) -> None:
+        x = torch.zeros(count, dtype=dtype)
+        op.dropout_add_forward(x, x, torch.zeros(2, dtype=torch.int64), 0.1)
+
     yield "forward", True, partial(forward, 4099, 1)
     yield "apply", True, partial(apply, 4099, 1)
+    yield "add", True, partial(add, 4099)
     yield "runs of 784", True, partial(forward, 784 * 9, 784)
     yield "runs of 49", False, partial(forward, 49 * 9, 49)
     if dtype_name in ("float32", "bfloat16"):

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU: g++ or clang++ compiles a .cu file with -DDLKIT_CUDA_ON_CPU and -I of this folder, and
-// every thread of a block becomes a fiber of the calling host thread. Blocks run one after another. A fiber runs until
-// it waits at __syncthreads, __syncwarp or a shuffle; a switch costs nanoseconds, and results do not depend on timing.
+// Runs CUDA kernels on the CPU: g++ compiles a .cu file with -DDLKIT_CUDA_ON_CPU and -I of this folder, and every
+// thread of a block becomes a fiber of the calling host thread. Blocks run one after another. A fiber runs until it
+// waits at __syncthreads, __syncwarp or a shuffle; a switch costs nanoseconds, and results do not depend on timing.
 //
 // What would be undefined or fault on a GPU ends the process with a message here: a barrier or shuffle that live
 // threads never reach or reach on different lines, a shuffle that reads a lane outside its mask, a misaligned vector
