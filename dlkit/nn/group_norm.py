@@ -3,15 +3,19 @@
 import torch
 import torch.fx
 from torch import Tensor
+from torch.fx import Proxy
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 from dlkit.nn.layer_norm import affine
 
 
-class GroupNorm(torch.nn.GroupNorm):
+class GroupNorm(Layer, torch.nn.GroupNorm):
     """:class:`torch.nn.GroupNorm` on fused kernels; see :func:`dlkit.functional.group_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         weight, bias = affine(self)
         return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
@@ -27,8 +31,10 @@ def normalize_instances(layer: _TorchInstanceNorm, input: Tensor) -> Tensor:
 torch.fx.wrap("normalize_instances")  # one node in a graph, as torch's own layers are
 
 
-class _InstanceNorm(_TorchInstanceNorm):
+class _InstanceNorm(Layer, _TorchInstanceNorm):
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return normalize_instances(self, input)
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
