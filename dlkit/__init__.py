@@ -9,10 +9,18 @@ from dlkit import _backends
 
 _backends.load()
 
-from dlkit import functional, nn, optim, random  # noqa: E402  (the ops exist only once the library is loaded)
+from dlkit import (  # noqa: E402  (the ops exist only once the library is loaded)
+    _registries,
+    functional,
+    nn,
+    optim,
+    random,
+)
 from dlkit.fusion import fuse  # noqa: E402
 from dlkit.memory import reuse_cpu_memory  # noqa: E402
 from dlkit.surgery import Change, replace, restore  # noqa: E402
+
+_registries.register()
 
 __version__ = "0.1.0"
 __all__ = [

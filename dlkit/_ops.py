@@ -6,7 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.jit import is_tracing
+from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
+
+from dlkit import _native
 
 _Call = importlib.import_module("dlkit._C").Call
 
@@ -24,23 +28,30 @@ def op(name: str) -> Callable[..., Any]:
     """``torch.ops.dlkit.<name>``, its arguments by position in the schema's order, keyword-only ones too.
 
     A call costs 1.5 us less than by ``torch.ops`` (csrc/call.cpp). TorchDynamo cannot look into a C function and gets
-    the overload itself.
+    the overload itself. Programs that torch.export, torch.jit.trace and torch.onnx make are for other places, where
+    dlkit may not be: they get torch's own ops (dlkit._native). So do the weights of
+    :func:`torch.nn.utils._per_sample_grad.call_for_per_sample_grads`, which know only those.
     """
     overload = getattr(torch.ops.dlkit, name).default
-
-    def dispatch(*args: Any, **kwargs: Any) -> Any:
-        _serve_dtensors()
-        return overload(*args, **kwargs)
-
-    call = _Call(dispatch, f"dlkit::{name}")
+    native = getattr(_native, name)
     arguments = overload._schema.arguments
     keywords = [argument.name for argument in arguments if argument.kwarg_only]
     positional = len(arguments) - len(keywords)
 
+    def unusual(*args: Any, **keywords: Any) -> Any:
+        """Subclasses of Tensor, function modes and whatever traces."""
+        if is_exporting() or is_tracing() or any(isinstance(arg, ExpandedWeight) for arg in args):
+            return native(*args, **keywords)
+        _serve_dtensors()
+        return overload(*args, **keywords)
+
+    call = _Call(unusual, f"dlkit::{name}")
+
     def function(*args: Any) -> Any:
         if is_dynamo_compiling():
             _serve_dtensors()
-            return overload(*args[:positional], **dict(zip(keywords, args[positional:], strict=False)))
+            run = native if is_exporting() else overload
+            return run(*args[:positional], **dict(zip(keywords, args[positional:], strict=False)))
         return call(*args)
 
     return function

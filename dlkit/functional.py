@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.fx
 from torch import Tensor
+from torch.compiler import is_exporting
 
-from dlkit import random
+from dlkit import _native, random
 from dlkit._ops import op
 
 _layer_norm = op("layer_norm")
@@ -844,6 +846,10 @@ def dropblock2d(
     return _dropblock2d(input, p, block_size, own, stream)
 
 
+for _name in ("dropout1d", "dropout2d", "dropout3d", "dropblock2d"):
+    torch.fx.wrap(_name)  # they ask for the shape of their input, which torch.fx does not know
+
+
 def _drop(
     name: str,
     input: Tensor,
@@ -857,7 +863,8 @@ def _drop(
     """Every variant of dropout. The mask has the input's first ``mask_ndim`` dimensions, all of them if -1."""
     p = check_probability(name, p)
     if not training or p == 0:
-        return input
+        # A program that was exported in evaluation can be set to training later: the call stays in it.
+        return _native.dropout(input, p, mask_ndim, alpha, training) if is_exporting() else input
     generator, stream = split_generator(name, generator)
     try:
         if inplace:

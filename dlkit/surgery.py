@@ -94,6 +94,13 @@ def restore(model: Model, *, report: list[Change] | None = None) -> Model:
     return model
 
 
+def can_restore(cls: type) -> bool:
+    """Whether :func:`restore` makes layers of torch.nn of those of this class, in the model that they belong to."""
+    from dlkit.fusion import FUSED, TRANSFORMERS
+
+    return cls in (*TWINS.values(), *FUSED.values(), *TRANSFORMERS.values())
+
+
 def _change(
     model: Model,
     table: dict[type[torch.nn.Module], type[torch.nn.Module]],

@@ -83,10 +83,7 @@ def test_graphs_hold_the_op(arguments):
     assert any(node.target is torch.ops.dlkit.layer_norm.default for node in symbolic.graph.nodes)
     assert torch.equal(symbolic(x), expected)
     assert torch.equal(make_fx(function)(x)(x), expected)
-    traced = torch.jit.trace(function, (x,))
-    assert "dlkit::layer_norm" in str(traced.graph)
     other = torch.randn(4, 16)
-    assert torch.equal(traced(other), function(other))
     batched = torch.vmap(function)(torch.stack([x, other]))
     torch.testing.assert_close(batched, torch.stack([function(x), function(other)]))  # vmap takes torch's own op
 

@@ -10,11 +10,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with :func:`dlkit.functional.dropout` on its weights.
 
     Arguments, parameters and state_dict are torch's. Shapes: query ``[L, N, E]``, key ``[S, N, kdim]`` and value
@@ -36,6 +38,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(query, Proxy) and self._is_leaf(query):
+            return self._call_node(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         drops = self.training and self.dropout > 0 and (need_weights or query.device.type == "cpu")
         if not (drops and self._is_plain(query, key, value, key_padding_mask, attn_mask, is_causal)):
             return super().forward(

@@ -8,8 +8,10 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 
 _TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
@@ -60,8 +62,10 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
 torch.fx.wrap("normalize")  # one node in a graph, as torch's own layers are
 
 
-class _BatchNorm(_TorchBatchNorm):
+class _BatchNorm(Layer, _TorchBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return normalize(self, input, None, False)
 
 
@@ -125,6 +129,8 @@ class DoesMore:
 
 class _BatchNormReLU(DoesMore, _BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
         return normalize(self, input, residual, True)
 
 

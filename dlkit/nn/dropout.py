@@ -4,22 +4,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.dropout import _DropoutNd
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 
 
-class Dropout(torch.nn.Dropout):
+class Dropout(Layer, torch.nn.Dropout):
     """:class:`torch.nn.Dropout` on fused kernels, which store no mask.
 
     Shapes: input and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.dropout`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.dropout(input, self.p, self.training, self.inplace)
 
 
-class DropoutAdd(torch.nn.Module):
+class DropoutAdd(Layer, torch.nn.Module):
     """Dropout and a residual add in one pass: ``forward(input, residual) -> dropout(input) + residual``.
 
     Shapes: input, residual and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.dropout_add`.
@@ -37,10 +41,12 @@ class DropoutAdd(torch.nn.Module):
         return f"p={self.p}"
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
         return F.dropout_add(input, residual, self.p, self.training)
 
 
-class DropoutAddLayerNorm(torch.nn.LayerNorm):
+class DropoutAddLayerNorm(Layer, torch.nn.LayerNorm):
     """Dropout, residual add and LayerNorm in one pass: ``forward(input, residual) -> norm(dropout(input) + residual)``.
 
     Parameters and state_dict are :class:`torch.nn.LayerNorm`'s. Shapes: input, residual and outputs
@@ -77,6 +83,8 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         return f"{super().extra_repr()}, p={self.p}, prenorm={self.prenorm}"
 
     def forward(self, input: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
         return F.dropout_add_layer_norm(
             input,
             residual,
@@ -90,7 +98,7 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         )
 
 
-class DropoutAddRMSNorm(torch.nn.RMSNorm):
+class DropoutAddRMSNorm(Layer, torch.nn.RMSNorm):
     """Dropout, residual add and RMSNorm in one pass: ``forward(x, residual) -> norm(dropout(x) + residual)``.
 
     Parameters and state_dict are :class:`torch.nn.RMSNorm`'s. Shapes: x, residual and outputs
@@ -125,12 +133,14 @@ class DropoutAddRMSNorm(torch.nn.RMSNorm):
         return f"{super().extra_repr()}, p={self.p}, prenorm={self.prenorm}"
 
     def forward(self, x: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
+        if isinstance(x, Proxy) and self._is_leaf(x):
+            return self._call_node(x, residual)
         return F.dropout_add_rms_norm(
             x, residual, self.normalized_shape, self.weight, self.p, self.eps, self.training, self.prenorm
         )
 
 
-class Dropout1d(torch.nn.Dropout1d):
+class Dropout1d(Layer, torch.nn.Dropout1d):
     """:class:`torch.nn.Dropout1d` on fused kernels, which store no mask.
 
     Shapes: input and output ``[N, C, L]`` or ``[C, L]``. Dtypes and errors are those of
@@ -138,40 +148,48 @@ class Dropout1d(torch.nn.Dropout1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.dropout1d(input, self.p, self.training, self.inplace)
 
 
-class Dropout2d(torch.nn.Dropout2d):
+class Dropout2d(Layer, torch.nn.Dropout2d):
     """:class:`torch.nn.Dropout2d` on fused kernels, which store no mask.
 
     Shapes: input and output ``[N, C, H, W]``. Dtypes and errors are those of :func:`dlkit.functional.dropout2d`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.dropout2d(input, self.p, self.training, self.inplace)
 
 
-class Dropout3d(torch.nn.Dropout3d):
+class Dropout3d(Layer, torch.nn.Dropout3d):
     """:class:`torch.nn.Dropout3d` on fused kernels, which store no mask.
 
     Shapes: input and output ``[N, C, D, H, W]``. Dtypes and errors are those of :func:`dlkit.functional.dropout3d`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.dropout3d(input, self.p, self.training, self.inplace)
 
 
-class AlphaDropout(torch.nn.AlphaDropout):
+class AlphaDropout(Layer, torch.nn.AlphaDropout):
     """:class:`torch.nn.AlphaDropout` on fused kernels, which store no mask. Never in place, as torch's.
 
     Shapes: input and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.alpha_dropout`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.alpha_dropout(input, self.p, self.training)
 
 
-class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
+class FeatureAlphaDropout(Layer, torch.nn.FeatureAlphaDropout):
     """:class:`torch.nn.FeatureAlphaDropout` on fused kernels, which store no mask. Never in place, as torch's.
 
     Shapes: input and output ``[N, C, *]``. Dtypes and errors are those of
@@ -179,20 +197,24 @@ class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.feature_alpha_dropout(input, self.p, self.training)
 
 
-class DropPath(_DropoutNd):
+class DropPath(Layer, _DropoutNd):
     """Stochastic depth: drops whole samples.
 
     Shapes: input and output ``[N, *]``. Dtypes and errors are those of :func:`dlkit.functional.drop_path`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.drop_path(input, self.p, self.training, self.inplace)
 
 
-class DropBlock2d(_DropoutNd):
+class DropBlock2d(Layer, _DropoutNd):
     """Drops squares of ``block_size`` in each channel.
 
     Shapes: input and output ``[N, C, H, W]``, contiguous or channels_last. Dtypes and errors are those of
@@ -209,13 +231,15 @@ class DropBlock2d(_DropoutNd):
         self.block_size = block_size
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return F.dropblock2d(input, self.p, self.block_size, self.training, self.inplace)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, block_size={self.block_size}, inplace={self.inplace}"
 
 
-class DropConnectLinear(torch.nn.Linear):
+class DropConnectLinear(Layer, torch.nn.Linear):
     """A linear layer with dropout on its weights: ``y = x @ dropout(weight, p).T + bias``.
 
     One mask a call serves the whole batch, as usual where a mask for each sample would take the memory of N weights.
@@ -250,6 +274,8 @@ class DropConnectLinear(torch.nn.Linear):
         self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return torch.nn.functional.linear(input, F.dropout(self.weight, self.p, self.training), self.bias)
 
     def extra_repr(self) -> str:

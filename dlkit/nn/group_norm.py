@@ -3,12 +3,14 @@
 import torch
 import torch.fx
 from torch import Tensor
+from torch.fx import Proxy
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 from dlkit.nn.layer_norm import affine
 
 
-class GroupNorm(torch.nn.GroupNorm):
+class GroupNorm(Layer, torch.nn.GroupNorm):
     """:class:`torch.nn.GroupNorm` on fused kernels: the same arguments, parameters and state_dict.
 
     Shapes: input and output ``[N, C, *]``, contiguous or channels_last; weight and bias ``[C]``. Dtypes and errors are
@@ -16,6 +18,8 @@ class GroupNorm(torch.nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         weight, bias = affine(self)
         return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
@@ -31,8 +35,10 @@ def normalize_instances(layer: _TorchInstanceNorm, input: Tensor) -> Tensor:
 torch.fx.wrap("normalize_instances")  # one node in a graph, as torch's own layers are
 
 
-class _InstanceNorm(_TorchInstanceNorm):
+class _InstanceNorm(Layer, _TorchInstanceNorm):
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return normalize_instances(self, input)
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 
 
 def affine(layer: torch.nn.LayerNorm | torch.nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
@@ -14,7 +16,7 @@ def affine(layer: torch.nn.LayerNorm | torch.nn.GroupNorm) -> tuple[Tensor | Non
     return layer.weight, layer.bias  # parametrized, or flattened by FSDP
 
 
-class LayerNorm(torch.nn.LayerNorm):
+class LayerNorm(Layer, torch.nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on fused kernels: the same arguments, parameters and state_dict.
 
     Shapes: input and output ``[*, *normalized_shape]``; weight and bias ``normalized_shape``. Dtypes and errors are
@@ -22,11 +24,13 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         weight, bias = affine(self)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(Layer, torch.nn.RMSNorm):
     """:class:`torch.nn.RMSNorm` on fused kernels: the same arguments, parameters and state_dict.
 
     Shapes: input and output ``[*, *normalized_shape]``; weight ``normalized_shape``. Dtypes and errors are those of
@@ -34,10 +38,12 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and self._is_leaf(x):
+            return self._call_node(x)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-class AddLayerNorm(torch.nn.LayerNorm):
+class AddLayerNorm(Layer, torch.nn.LayerNorm):
     """Residual add and LayerNorm in one pass: ``forward(input, residual) -> (y, input + residual)``.
 
     Arguments, parameters and state_dict are :class:`torch.nn.LayerNorm`'s. Shapes: input, residual and both outputs
@@ -45,10 +51,12 @@ class AddLayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
         return F.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class AddRMSNorm(torch.nn.RMSNorm):
+class AddRMSNorm(Layer, torch.nn.RMSNorm):
     """Residual add and RMSNorm in one pass: ``forward(x, residual) -> (y, x + residual)``.
 
     Arguments, parameters and state_dict are :class:`torch.nn.RMSNorm`'s. Shapes: x, residual and both outputs
@@ -56,4 +64,6 @@ class AddRMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if isinstance(x, Proxy) and self._is_leaf(x):
+            return self._call_node(x, residual)
         return F.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps)

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 
+from dlkit.nn._layer import Layer
 from dlkit.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -44,7 +46,7 @@ HEADER = 3  # the number of channels, then the number of elements a channel as u
 HALF = 2**24  # whole numbers up to this are exact in fp32
 
 
-class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on fused kernels, on CPU (Gloo) as on GPU (NCCL): same arguments and state_dict.
 
     Not a subclass of it: DistributedDataParallel refuses those on CPU. Shapes: input and output ``[N, C, *]``, weight,
@@ -85,6 +87,8 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     _check_non_zero_input_channels: Any = torch.nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input)
         return _forward(self, input, None, False)
 
     @classmethod
@@ -120,6 +124,8 @@ class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
         return _forward(self, input, residual, True)
 
 

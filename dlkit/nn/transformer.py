@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from dlkit import functional as F
+from dlkit.nn._layer import Layer
 from dlkit.nn.dropout import Dropout
 from dlkit.nn.layer_norm import LayerNorm
 
@@ -87,7 +89,7 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     return layer.linear2(x)
 
 
-class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(Layer, torch.nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer` with :func:`dlkit.functional.dropout_add_layer_norm` in training.
 
     Arguments, parameters and state_dict are torch's. Shapes: src and output ``[S, N, E]``, batch first with
@@ -104,6 +106,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        if isinstance(src, Proxy) and self._is_leaf(src):
+            return self._call_node(src, src_mask, src_key_padding_mask, is_causal)
         if not self.training or why_not_fused(self):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
@@ -113,7 +117,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return run(self, src, attend_self, partial(feed_forward, self))
 
 
-class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(Layer, torch.nn.TransformerDecoderLayer):
     """:class:`torch.nn.TransformerDecoderLayer` with :func:`dlkit.functional.dropout_add_layer_norm` in training.
 
     Arguments, parameters and state_dict are torch's. Shapes: tgt and output ``[T, N, E]``, memory ``[S, N, E]``, batch
@@ -131,17 +135,11 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal)
+        if isinstance(tgt, Proxy) and self._is_leaf(tgt):
+            return self._call_node(tgt, memory, *masks)
         if not self.training or why_not_fused(self):
-            return super().forward(
-                tgt,
-                memory,
-                tgt_mask,
-                memory_mask,
-                tgt_key_padding_mask,
-                memory_key_padding_mask,
-                tgt_is_causal,
-                memory_is_causal,
-            )
+            return super().forward(tgt, memory, *masks)
 
         def attend_self(x: Tensor) -> Tensor:
             return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)

@@ -1,0 +1,134 @@
+"""dlkit's ops in torch's own terms: what exported and traced programs hold, so that they run where dlkit is not.
+
+Signatures are those of the ops' schemas.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _widened(norm: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
+    """16-bit input with fp32 weights, which torch takes on a CPU alone."""
+    dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor)), input.dtype)
+    return norm(input, *args) if dtype == input.dtype else norm(input.to(dtype), *args).to(input.dtype)
+
+
+def layer_norm(input: Tensor, *args: Any) -> Tensor:
+    return _widened(F.layer_norm, input, *args)
+
+
+def rms_norm(input: Tensor, *args: Any) -> Tensor:
+    return _widened(F.rms_norm, input, *args)
+
+
+def group_norm(input: Tensor, *args: Any) -> Tensor:
+    return _widened(F.group_norm, input, *args)
+
+
+def instance_norm(input: Tensor, *args: Any) -> Tensor:
+    return F.instance_norm(input, *args)
+
+
+def add_layer_norm(input: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    total = input + residual
+    return layer_norm(total, *args), total
+
+
+def add_rms_norm(input: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    total = input + residual
+    return rms_norm(total, *args), total
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if relu else y
+
+
+def dropout(
+    input: Tensor,
+    p: float,
+    mask_ndim: int,
+    alpha: bool,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    stream: Tensor | None = None,
+) -> Tensor:
+    _refuse_generator(generator, stream)
+    if mask_ndim == -1:
+        return (torch.alpha_dropout if alpha else torch.dropout)(input, p, training)
+    drop = torch.feature_alpha_dropout if alpha else torch.feature_dropout
+    # torch's drop what belongs to the first two dimensions.
+    return drop(input, p, training) if mask_ndim == 2 else drop(input.unsqueeze(0), p, training).squeeze(0)
+
+
+def dropout_(input: Tensor, *args: Any, **generators: Any) -> None:
+    input.copy_(dropout(input, *args, **generators))
+
+
+def dropout_add(input: Tensor, residual: Tensor, p: float, **generators: Any) -> Tensor:
+    return dropout(input, p, -1, False, **generators) + residual
+
+
+def dropout_add_layer_norm(
+    input: Tensor, residual: Tensor, shape: Any, p: float, *args: Any, **generators: Any
+) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(dropout(input, p, -1, False, **generators), residual, shape, *args)
+
+
+def dropout_add_rms_norm(
+    input: Tensor, residual: Tensor, shape: Any, p: float, *args: Any, **generators: Any
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(dropout(input, p, -1, False, **generators), residual, shape, *args)
+
+
+def bias_act_dropout(
+    input: Tensor, bias: Tensor | None, activation: int, p: float, *, generator: Any, stream: Any
+) -> Tensor:
+    x = input if bias is None else input + bias
+    y = torch.relu(x) if activation == 0 else F.gelu(x, approximate="none" if activation == 1 else "tanh")
+    y = y.to(input.dtype)
+    return y if p == 0 else dropout(y, p, -1, False, generator=generator, stream=stream)
+
+
+def dropblock2d(input: Tensor, p: float, block_size: int, *, generator: Any, stream: Any) -> Tensor:
+    _refuse_generator(generator, stream)
+    height, width = input.shape[2:]
+    size = min(block_size, height, width)
+    rows, columns = height - size + 1, width - size + 1
+    probability = p / size**2 * height * width / (rows * columns)
+    seeds = (torch.rand_like(input[:, :, :rows, :columns], dtype=torch.float32) < probability).float()
+    keep = F.max_pool2d(F.pad(seeds, [size - 1] * 4), size, 1) == 0
+    return torch.where(keep, input * (keep.numel() / keep.sum().clamp(min=1)), 0.0)
+
+
+def dropblock2d_(input: Tensor, *args: Any, **generators: Any) -> None:
+    input.copy_(dropblock2d(input, *args, **generators))
+
+
+def _refuse_generator(generator: torch.Generator | None, stream: Tensor | None) -> None:
+    if generator is not None or stream is not None:
+        raise RuntimeError(
+            "an exported or traced program draws from torch's default generator: leave generator out, and "
+            "dlkit.random.use()"
+        )

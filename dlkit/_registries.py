@@ -1,0 +1,95 @@
+"""dlkit's layers in the tables of libraries that look layers up by their exact class.
+
+A table is filled when its library is imported, whether that is before dlkit or after it, and not at all if it is not.
+Without this torch.ao.quantization finds nothing to fuse, and opacus, which refuses BatchNorm since it mixes what should
+be private to a sample, does not know one when it sees it.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dlkit.fusion import FUSED
+from dlkit.surgery import TWINS, restore
+
+
+def _quantization(mappings: ModuleType) -> None:
+    """fuse_modules() and fuse_modules_qat(): what they make of dlkit's layers is torch's."""
+    table = mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
+    for classes, fuser in list(table.items()):
+        norm = next((cls for cls in classes if cls in FUSED), None)
+        if norm is None:
+            continue
+
+        def fuse(is_qat: bool, *layers: torch.nn.Module, fuser: Callable[..., Any] = fuser) -> Any:
+            return fuser(is_qat, *map(restore, layers))
+
+        def refuse(is_qat: bool, *layers: Any) -> Any:
+            next(layer for layer in layers if type(layer) in FUSED.values())._refuse("torch.ao.quantization")
+
+        table[tuple(TWINS.get(cls, cls) for cls in classes)] = fuse
+        for relu in (torch.nn.ReLU, torch.nn.Identity):
+            swapped = {norm: FUSED[norm], torch.nn.ReLU: relu}
+            table[tuple(swapped.get(cls, cls) for cls in classes)] = refuse
+
+
+def _privacy_validators(validators: ModuleType) -> None:
+    validator = validators.ModuleValidator
+    for original, twin in TWINS.items():
+        if original in validator.VALIDATORS:
+            validator.VALIDATORS[twin] = validator.VALIDATORS[original]
+        if original in validator.FIXERS:
+            validator.FIXERS[twin] = _restoring(validator.FIXERS[original])
+    for original, fused in FUSED.items():
+        if original in validator.VALIDATORS:
+            validator.VALIDATORS[fused] = validator.VALIDATORS[original]
+            validator.FIXERS[fused] = lambda layer, **_: layer._refuse("opacus")
+
+
+def _restoring(fix: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda layer, **options: fix(restore(layer), **options)
+
+
+def _privacy_gradients(grad_sample: ModuleType) -> None:
+    samplers = grad_sample.GradSampleModule.GRAD_SAMPLERS
+    samplers.update({twin: samplers[original] for original, twin in TWINS.items() if original in samplers})
+
+
+TABLES: dict[str, Callable[[ModuleType], None]] = {
+    "torch.ao.quantization.fuser_method_mappings": _quantization,
+    "opacus.validators": _privacy_validators,
+    "opacus.grad_sample": _privacy_gradients,
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of TABLES as they are found anyhow, and fills their tables once they have run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in TABLES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            TABLES[fullname](module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    for name, fill in TABLES.items():
+        if name in sys.modules:
+            fill(sys.modules[name])
+    sys.meta_path.insert(0, _Finder())
