@@ -1,6 +1,6 @@
 """The command `bench overview MODELS OPS`: one picture for a README, bars of time beside torch's.
 
-Left: whole training steps, from a result file of `bench models`. Right: the ops named in HEADLINES, from one of `bench`.
+Left: whole training steps, from a result file of `bench models`. Right: the ops in HEADLINES, from one of `bench`.
 """
 
 from __future__ import annotations
