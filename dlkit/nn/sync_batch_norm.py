@@ -49,7 +49,8 @@ HALF = 2**24  # whole numbers up to this are exact in fp32
 class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on fused kernels, on CPU (Gloo) as on GPU (NCCL): same arguments and state_dict.
 
-    Not a subclass of it: DistributedDataParallel refuses those on CPU.
+    Not a subclass of it, which DistributedDataParallel refuses on CPU: ``isinstance`` says so, and that it is a
+    ``torch.nn.modules.batchnorm._BatchNorm``.
 
     Raises, where torch does not: ValueError on every process if the numbers of channels differ between them or if there
     is one value per channel in all of them together. A GPU is not waited for: there, both are device-side assertions.
