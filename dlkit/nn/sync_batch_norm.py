@@ -49,8 +49,9 @@ HALF = 2**24  # whole numbers up to this are exact in fp32
 class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on fused kernels, on CPU (Gloo) as on GPU (NCCL): same arguments and state_dict.
 
-    Not a subclass of it: DistributedDataParallel refuses those on CPU. Shapes: input and output ``[N, C, *]``, weight,
-    bias and running statistics ``[C]``.
+    ``isinstance(layer, torch.nn.SyncBatchNorm)`` is False, since DistributedDataParallel refuses those on CPU; it is a
+    ``torch.nn.modules.batchnorm._BatchNorm``. Shapes: input and output ``[N, C, *]``, weight, bias and running
+    statistics ``[C]``.
 
     Args:
         num_features: C.

@@ -1,4 +1,4 @@
-"""dlkit's optimizers inside the training libraries people use. A file whose library is not installed is skipped.
+"""dlkit inside the libraries people use. A file whose library is not installed is skipped.
 
 make test-integration installs the libraries. Nothing is downloaded: models come from configurations, data from seeds.
 """
@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
     here = os.path.dirname(__file__)
     for item in items:
         if str(item.path).startswith(here):
-            item.add_marker(pytest.mark.filterwarnings("ignore"))  # the libraries' own, many and not about optimizers
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # the libraries' own, many and not about dlkit
 
 
 @pytest.fixture(autouse=True)
