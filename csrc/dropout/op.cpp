@@ -197,10 +197,17 @@ Tensor philox_draw(Tensor& stream) {
   TORCH_CHECK(stream.is_cpu() && stream.scalar_type() == at::kLong && stream.numel() == 2 && stream.is_contiguous(),
               "philox_draw(): expected stream to be int64 [2] on cpu, got ", stream.scalar_type(), " ", stream.sizes(),
               " on ", stream.device());
-  const std::lock_guard<std::mutex> lock(mutex);
-  Tensor state = stream.clone();
-  int64_t* const data = stream.mutable_data_ptr<int64_t>();
-  data[1] = int64_t(uint64_t(data[1]) + kDrawn);
+  const PhiloxSource source = drawn_once(From::Stream, [&]() -> PhiloxSource {
+    const std::lock_guard<std::mutex> lock(mutex);
+    int64_t* const data = stream.mutable_data_ptr<int64_t>();
+    const uint64_t offset = uint64_t(data[1]);
+    data[1] = int64_t(offset + kDrawn);
+    return {nullptr, nullptr, uint64_t(data[0]), offset};
+  });
+  Tensor state = at::empty({2}, stream.options());
+  int64_t* const data = state.mutable_data_ptr<int64_t>();
+  data[0] = int64_t(source.seed);
+  data[1] = int64_t(source.offset);
   return state;
 }
 
