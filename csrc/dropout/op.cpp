@@ -313,6 +313,9 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::S
 // The constants of a call, and torch's checks. mask_ndim: how many leading dimensions the mask has, -1 for all.
 Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
                           const OptionalGenerator& generator, const OptionalTensor& stream) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_nested() || (mask_ndim < 0 && !alpha), name,
+                              "(): expected input that is not a nested tensor for alpha_dropout and for dropout of "
+                              "channels or samples: call it on each tensor of unbind()");
   check_dropout(name, input, p, generator, stream);
   TORCH_CHECK(mask_ndim >= -1 && mask_ndim <= input.dim(), name, "(): expected input of at least ", mask_ndim,
               " dimensions, got shape ", input.sym_sizes());
@@ -412,8 +415,8 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
                    const OptionalTensor& stream) {
   const auto form = form_of("dropout_add", input, p, -1, false, generator, stream);
   TORCH_CHECK(residual.defined(), "dropout_add(): expected residual to be a Tensor, got None");
-  const bool fits = input.scalar_type() == residual.scalar_type() && input.device() == residual.device() &&
-                    input.sym_sizes().equals(residual.sym_sizes());
+  const bool fits = !input.is_nested() && !residual.is_nested() && input.scalar_type() == residual.scalar_type() &&
+                    input.device() == residual.device() && input.sym_sizes().equals(residual.sym_sizes());
   if (!fits || needs_native(add_op(), input, residual)) {
     static const auto op = find_op<decltype(dropout)>("dropout");
     return op.call(input, p, -1, false, generator, stream) + residual;
