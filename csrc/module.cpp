@@ -5,6 +5,7 @@
 #include "call.h"
 #include "common/cpu/capability.h"
 #include "contents.h"
+#include "draws.h"
 
 #if !defined(DLKIT_CUDA_ARCHITECTURES)
 #define DLKIT_CUDA_ARCHITECTURES ""
@@ -37,6 +38,12 @@ PyMethodDef methods[] = {
      "alive."},
     {"holds", dlkit::holds, METH_VARARGS,
      "holds(contents, *containers): whether they still hold the same tensors, in the same dtypes and places."},
+    {"watch_draws", dlkit::watch_draws, METH_VARARGS,
+     "watch_draws(replay, record): whom the ops ask for random numbers inside torch.utils.checkpoint."},
+    {"replay_draw", dlkit::replay_draw, METH_VARARGS,
+     "replay_draw(kind): (seed, offset) of a draw made before, or None."},
+    {"record_draw", dlkit::record_draw, METH_VARARGS, "record_draw(kind, seed, offset): what was drawn just now."},
+    {"others_draw", dlkit::others_draw_soon, METH_NOARGS, "There is a random stream that torch does not know."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "dlkit._C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

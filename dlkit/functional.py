@@ -241,6 +241,7 @@ def _normalize_batch(
 ) -> Tensor:
     if momentum is None:
         number(name, "momentum", momentum)  # None is for layers, which count
+    check_flag(name, "training", training)
     try:
         return _batch_norm(
             input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, relu
@@ -317,6 +318,8 @@ def group_norm(
 
     Source: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
     """
+    if isinstance(num_groups, (bool, float)):
+        raise TypeError(f"group_norm(): expected num_groups to be an int, got {type(num_groups).__name__}")
     try:
         return _group_norm(input, num_groups, weight, bias, eps)
     except RuntimeError as error:
@@ -358,6 +361,7 @@ def instance_norm(
 
     Source: `Instance Normalization <https://arxiv.org/abs/1607.08022>`_.
     """
+    check_flag("instance_norm", "use_input_stats", use_input_stats)
     try:
         return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     except RuntimeError as error:
@@ -428,6 +432,7 @@ def dropout_add(
     <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     p = check_probability("dropout_add", p)
+    check_flag("dropout_add", "training", training)
     if not training or p == 0:
         return input + residual
     generator, stream = split_generator("dropout_add", generator)
@@ -517,6 +522,7 @@ def _activate(
     name: str, input: Tensor, bias: Tensor | None, activation: int, p: float, training: bool, generator: Any
 ) -> Tensor:
     p = check_probability(name, p)
+    check_flag(name, "training", training)
     own, stream = split_generator(name, generator)
     try:
         return _bias_act_dropout(input, bias, activation, p if training else 0.0, own, stream)
@@ -567,6 +573,7 @@ def dropout_add_layer_norm(
     <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     p = check_probability("dropout_add_layer_norm", p)
+    check_flag("dropout_add_layer_norm", "training", training)
     if not training or p == 0:
         y, total = add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
         return (y, total) if prenorm else y
@@ -618,6 +625,7 @@ def dropout_add_rms_norm(
     <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     p = check_probability("dropout_add_rms_norm", p)
+    check_flag("dropout_add_rms_norm", "training", training)
     if not training or p == 0:
         y, total = add_rms_norm(input, residual, normalized_shape, weight, eps)
         return (y, total) if prenorm else y
@@ -836,6 +844,7 @@ def dropblock2d(
     Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
     """
     p = check_probability("dropblock2d", p)
+    check_flag("dropblock2d", "training", training)
     check_tensors("dropblock2d", input=input)
     if not training or p == 0:
         return input
@@ -862,6 +871,7 @@ def _drop(
 ) -> Tensor:
     """Every variant of dropout. The mask has the input's first ``mask_ndim`` dimensions, all of them if -1."""
     p = check_probability(name, p)
+    check_flag(name, "training", training)
     if not training or p == 0:
         # A program that was exported in evaluation can be set to training later: the call stays in it.
         return _native.dropout(input, p, mask_ndim, alpha, training) if is_exporting() else input
@@ -883,6 +893,8 @@ def check_tensors(name: str, **tensors: Any) -> None:
 
 
 def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:
+    if input.is_nested:
+        return  # refused, and without a shape
     warnings.warn(
         f"{name}(): expected input {expected}, got shape {list(input.shape)}, which is taken for {taken} and may become"
         " an error",
@@ -913,6 +925,11 @@ def check_probability(name: str, p: Any) -> Any:
     if p != p:
         raise RuntimeError(f"{name}(): expected p between 0 and 1, got {p}")
     return p
+
+
+def check_flag(name: str, argument: str, value: Any) -> None:
+    if value is not True and value is not False and not isinstance(value, torch.SymBool):
+        raise TypeError(f"{name}(): expected {argument} to be a bool, got {type(value).__name__}")
 
 
 def split_generator(name: str, generator: Generator | None) -> tuple[torch.Generator | None, Tensor | None]:

@@ -7,14 +7,26 @@ the CPU. A :class:`Philox` stream gives the same masks everywhere:
     y = dlkit.functional.dropout(x, 0.1, generator=stream)
     with dlkit.random.use(stream):      # or: for every dropout of dlkit in this block
         y = model(x)
+
+Inside ``torch.utils.checkpoint``, in each of its modes, what a stream or a ``generator=`` gave in forward is given
+again where a block is computed again; the stream itself stays where it is, and need not be in use then. Any other draw
+from it in a backward pass raises, one of a checkpoint inside ``torch.compile`` too: which mask that should repeat
+cannot be known.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 __all__ = ["Philox", "use"]
+
+_C: Any = importlib.import_module("dlkit._C")
 
 
 def _signed(value: int) -> int:
@@ -23,6 +35,8 @@ def _signed(value: int) -> int:
 
 class Philox:
     """A stream of random numbers for dropout: one seed, and an offset that each call moves on.
+
+    Copies and pickles go on from where the stream stood, each on its own.
 
     Under CUDA-graph capture it raises: what it drew is a constant there, and each replay would repeat it. torch's own
     CUDA generators draw afresh.
@@ -34,6 +48,8 @@ class Philox:
     def __init__(self, seed: int = 0) -> None:
         # A tensor, which an op advances in place: a compiler sees no Python number that would be a constant to it.
         self._state = torch.zeros(2, dtype=torch.int64, device="cpu")
+        if not torch.compiler.is_dynamo_compiling():
+            _C.others_draw()
         self.manual_seed(seed)
 
     def manual_seed(self, seed: int) -> "Philox":
@@ -99,3 +115,89 @@ def use(stream: Philox) -> Iterator[Philox]:
         yield stream
     finally:
         _default = before
+
+
+# How checkpoints are told: those without reentry by their hooks on saved tensors, the others by their Python frames.
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction
+_FORWARD, _BACKWARD = _REENTRANT.forward.__code__, _REENTRANT.backward.__code__
+DEFAULT, GENERATOR, STREAM = range(3)  # csrc/common/random.h
+
+
+class _Draws:
+    """What was drawn in one checkpointed call of a function: (from where, seed, offset), in order."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[int, int, int]] = []
+        self.repeated: dict[Any, int] = {}  # for each time that it is computed again
+
+
+def _variables(hook: Callable[..., Any]) -> dict[str, Any]:
+    """What a function took from where it was defined."""
+    cells = hook.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(hook.__code__.co_freevars, cells, strict=True)}
+
+
+def _checkpoints(hooks: list[Callable[..., Any]]) -> tuple[list[Any], Any, Any]:
+    """(checkpoints that compute for the first time, the one that computes again or None, which time that is).
+
+    Those outside of the one that computes again had these draws before.
+    """
+    first, again, time = [], None, None
+    for hook in map(inspect.unwrap, hooks):
+        kind = getattr(hook, "__qualname__", "")
+        if kind.startswith("_checkpoint_hook."):
+            first.append(_variables(hook)["frame"])
+        elif kind.startswith("_recomputation_hook."):
+            variables = _variables(hook)
+            again, time = variables["target_frame_ref"](), variables["gid"]
+            break
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _FORWARD:
+            first.append(frame.f_locals["ctx"])
+        elif frame.f_code is _BACKWARD and again is None:
+            again, time = frame.f_locals["ctx"], torch._C._current_graph_task_id()
+            break
+        elif frame.f_code.co_name == "unpack_hook" and frame.f_locals.get("frame") is again is not None:
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return first, again, time
+
+
+def _record(kind: int, seed: int, offset: int, hooks: list[Callable[..., Any]]) -> None:
+    for checkpoint in _checkpoints(hooks)[0]:
+        if not hasattr(checkpoint, "_dlkit_draws"):
+            checkpoint._dlkit_draws = _Draws()
+        checkpoint._dlkit_draws.drawn.append((kind, seed, offset))
+
+
+def _replay(kind: int, seed: int, offset: int, hooks: list[Callable[..., Any]]) -> tuple[int, int] | None:
+    """(seed, offset) of a draw that is made again; None for a first one, and for those that torch restores itself."""
+    _, again, time = _checkpoints(hooks)
+    if again is None:
+        if kind != DEFAULT and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "dropout: a dlkit.random.Philox, or a torch.Generator that is not the default one, in a backward pass "
+                "but not inside torch.utils.checkpoint in eager mode: which mask is to be repeated cannot be known. "
+                "Put torch.compile inside the checkpoint and not around it, or draw from torch's default generator"
+            )
+        return None
+    draws = getattr(again, "_dlkit_draws", None) or _Draws()
+    position = draws.repeated.get(time, 0)
+    draws.repeated[time] = position + 1
+    before: tuple[int, int, int] = draws.drawn[position] if position < len(draws.drawn) else (DEFAULT, 0, 0)
+    if before[0] != kind and (kind, before[0]) != (DEFAULT, STREAM):  # use() may have ended since
+        raise RuntimeError(
+            f"dropout: draw {position} of a checkpointed function is not from where it was in forward; a function that "
+            "is computed again must draw as it did before"
+        )
+    if before[0] == DEFAULT:
+        return None
+    _record(*before, hooks)  # for checkpoints within
+    return before[1:]
+
+
+_C.watch_draws(_replay, _record)
+# For kernels that draw in Python.
+replay_draw: Callable[[int], tuple[int, int] | None] = _C.replay_draw
+record_draw: Callable[[int, int, int], None] = _C.record_draw

@@ -109,6 +109,27 @@ def test_tensors_are_checked_by_schema(name):
                 call(name, arguments)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dropout_mask",
+        "dropout_add_forward",
+        "dropout_forward_",
+        "dropout_layer_norm_forward",
+        "dropout_layer_norm_backward",
+        "batch_norm_forward",
+        "batch_norm_backward",
+    ],
+)
+def test_opcheck_with_every_tensor_present(name):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in CALLS[name]]
+    keywords = [a.name for a in schema_of(name).arguments if a.kwarg_only]
+    positional = arguments[: len(arguments) - len(keywords)]
+    named = dict(zip(keywords, arguments[len(positional) :], strict=True))
+    torch.library.opcheck(getattr(torch.ops.dlkit, name).default, tuple(positional), named)
+
+
 def test_what_is_refused_leaves_everything_as_it_was():
     layer = dlkit.nn.BatchNorm1d(6)
     before = copy.deepcopy(layer.state_dict())

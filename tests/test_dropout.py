@@ -1,5 +1,6 @@
 """Dropout: the stream bit for bit on every backend, then the torch-facing side."""
 
+import functools
 import math
 
 import numpy as np
@@ -158,6 +159,38 @@ def test_residual_add_gives_the_same_bits_wherever_an_element_lies(backend, dtyp
 
 
 FUSED_SHAPES = [(3, 1), (5, 8), (33, 60), (6, 257), (9, 1000), (4, 1024), (2, 4096), (2, 5004), (1, 17000)]
+
+
+RESIDUALS = {
+    "a number of fp64": torch.tensor(0.5, dtype=torch.float64),
+    "a number of an integer": torch.tensor(2),
+    "fp64": torch.randn(4, 6, dtype=torch.float64),
+    "bf16": torch.randn(4, 6).bfloat16(),
+    "integers": torch.arange(24).view(4, 6),
+    "a row": torch.randn(6),
+    "more dimensions": torch.randn(2, 1, 6),
+    "complex": torch.randn(4, 6) * 1j,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residuals_promote_as_in_an_addition(name, dtype):
+    x, residual = torch.randn(4, 6).to(dtype), RESIDUALS[name]
+    shape, call = (6,), lambda: Philox(3)
+    expected = fused.dropout(x, 0.4, generator=call()) + residual
+    once = 8 * torch.finfo(dtype).eps  # the sum is rounded once, not twice
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=once)
+    close(fused.dropout_add(x, residual, 0.4, generator=call()), expected)
+    torch.testing.assert_close(fused.dropout_add(x, residual, 0.4, False), x + residual)
+    if expected.is_complex():
+        return
+    for function in (fused.dropout_add_layer_norm, fused.dropout_add_rms_norm):
+        y, total = function(x, residual, shape, p=0.4, prenorm=True, generator=call())
+        close(total, expected)
+        assert y.dtype == expected.dtype
+    for function in (fused.add_layer_norm, fused.add_rms_norm):
+        torch.testing.assert_close(function(x, residual, shape)[1], x + residual)
 
 
 @pytest.mark.parametrize("rms", [False, True])

@@ -115,6 +115,57 @@ def test_ranges_of_numbers_are_torch_s(where, value):
         torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-3 if value < 0 else 1e-5, atol=1e-4)
 
 
+FLAGS = {
+    **{n: lambda f, v, n=n: getattr(f, n)(X, 0.0, v) for n in DROPOUTS},
+    "batch_norm": lambda f, v: f.batch_norm(X, *statistics(), ONES, ONES, v),
+    "instance_norm": lambda f, v: f.instance_norm(X, *statistics(), ONES, ONES, v),
+}
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize("value", [True, False, 1, 0, None, 1.0, "yes", [], torch.tensor(True), np.True_], ids=repr)
+@pytest.mark.parametrize("where", FLAGS)
+def test_flags_are_torch_s(where, value):
+    mine, other = (outcome(FLAGS[where], f, value) for f in (fused, native))
+    if isinstance(mine, type) or isinstance(other, type):
+        assert mine is other, (mine, other)
+    else:
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_fused_functions_and_layers_take_no_other_flags(value):
+    rows = (5,)
+    for call in (
+        lambda: fused.drop_path(X, 0.5, value),
+        lambda: fused.dropblock2d(PLANES, 0.5, 2, value),
+        lambda: fused.dropout_add(X, X, 0.5, value),
+        lambda: fused.bias_gelu_dropout(X, None, 0.5, value),
+        lambda: fused.dropout_add_layer_norm(X, X, rows, training=value),
+        lambda: fused.dropout_add_rms_norm(X, X, rows, training=value),
+        lambda: fused.batch_norm_relu(X, None, None, training=value),
+    ):
+        with pytest.raises(TypeError, match="training"):
+            call()
+    for name, arguments in (("InstanceNorm1d", (6, 1e-5, 0.1, True, True)), ("BatchNorm1d", (6,)), ("Dropout", ())):
+        results = []
+        for nn in (dlkit.nn, torch.nn):
+            layer = getattr(nn, name)(*arguments)
+            layer.training = value
+            results.append(outcome(layer, X))
+        mine, other = results
+        assert mine is other if isinstance(other, type) else torch.allclose(mine, other, atol=1e-5), name
+
+
+@pytest.mark.parametrize("value", [2, 2.0, True, None, "2", np.int64(2), torch.tensor(2)], ids=repr)
+def test_numbers_of_groups_are_torch_s(value):
+    mine, other = (outcome(lambda f: f.group_norm(X, value), f) for f in (fused, native))
+    if isinstance(mine, type) or isinstance(other, type):
+        assert mine is other, (mine, other)
+    else:
+        torch.testing.assert_close(mine, other)
+
+
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.5, math.nan, math.inf])
 def test_running_statistics_with_odd_momenta_are_torch_s(value):
     for name in ("batch_norm", "instance_norm"):

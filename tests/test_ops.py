@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from support.calls import CALLS, as_tuple, results_and_gradients
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,3 +111,66 @@ def test_nothing_is_kept(arguments):
         layer_norm(*arguments)
         dropout_add_rms_norm(arguments[0], arguments[0], (16,), arguments[2])
     assert [sys.getrefcount(item) for item in arguments] == before
+
+
+SIZES = {"N": 4, "L": 6, "C": 8}
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "permuted": lambda t: t.permute(*range(t.dim() - 1, -1, -1)).contiguous().permute(*range(t.dim() - 1, -1, -1)),
+    "sliced": lambda t: torch.cat([t, t], -1)[..., ::2] if t.dim() > 1 else t,
+    "expanded": lambda t: t[:1].expand_as(t) if t.dim() > 1 else t,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_tensors_lie_in_memory_as_real_ones_do(name, layout):
+    call = CALLS[name]
+    tensors = [LAYOUTS[layout](t.detach()).requires_grad_() for t in call.tensors({**SIZES, "L": 8, "N": 8})]
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t).detach().requires_grad_() for t in tensors]
+    found = results_and_gradients(call, tensors)
+    with mode:
+        described = results_and_gradients(call, fakes)
+    for fake, real in zip(described, found, strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class PassingFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_modes_subclasses_and_inference_change_nothing(name):
+    call = CALLS[name]
+    tensors = call.tensors(SIZES)
+
+    def run(function):
+        torch.manual_seed(2)
+        return function()
+
+    wanted = run(lambda: results_and_gradients(call, tensors))
+    for mode in (Passing(), PassingFunctions()):
+        with mode:
+            found = run(lambda: results_and_gradients(call, tensors))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    tagged = [t.detach().as_subclass(Tagged).requires_grad_() for t in tensors]
+    found = run(lambda: results_and_gradients(call, tagged))
+    assert all(type(t) is Tagged for t in found[: len(call(*tensors))])
+    for mine, plain in zip(found, wanted, strict=True):
+        assert torch.equal(mine.as_subclass(torch.Tensor), plain)
+    with torch.inference_mode():
+        found = run(lambda: call(*(t.clone() for t in tensors)))
+    for mine, plain in zip(as_tuple(found), wanted, strict=False):
+        assert mine.is_inference() and torch.equal(mine, plain)

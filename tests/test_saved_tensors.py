@@ -3,6 +3,7 @@ own. The gradients must be those of the plain run, bit for bit, with the same ma
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -177,6 +178,142 @@ def test_gradients_are_those_of_the_plain_run(name, where, seed, one_thread):
         found = gradients(copy.deepcopy(block), call, x, seed)
         for got, wanted in zip(found, expected, strict=True):
             assert torch.equal(got, wanted), mode
+
+
+def drawing_from(generator, *layers):
+    """A function that draws from ``generator``, from torch's default one, and from it again, in layers with weights."""
+
+    def function(x):
+        x = F.dropout(layers[0](x).sin(), 0.3, generator=generator)
+        x = F.bias_gelu_dropout(layers[1](F.dropout(x, 0.4)), None, 0.2, generator=generator)
+        return F.dropout_add(x, x.cos(), 0.3, generator=generator)
+
+    block = Function(function)
+    block.layers = torch.nn.ModuleList(layers)
+    return block
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_streams_and_generators_give_again_what_they_gave(mode, seed, one_thread):
+    """torch restores its default generators alone."""
+    x = torch.randn(ROWS)
+    layers = [mixing(ROWS), mixing(ROWS)]
+    plain = (lambda b, t: b(t.cos()).sin()) if mode == "nested" else (lambda b, t: b(t))
+    for source in (lambda: dlkit.random.Philox(3), lambda: torch.Generator().manual_seed(3)):
+        results = []
+        for call in (plain, MODES[mode]):
+            generator = source()
+            block = drawing_from(generator, *copy.deepcopy(layers))
+            grads = [g for _ in range(2) for g in gradients(block, call, x, seed)]  # the second goes on in the stream
+            where = generator.state_dict() if isinstance(generator, dlkit.random.Philox) else generator.get_state()
+            results.append((grads, where))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["Dropout", "DropoutAddLayerNorm", "DropBlock2d", "MultiheadAttention"])
+def test_a_stream_in_use_need_not_be_in_backward(name, mode, seed, one_thread):
+    shape, make_layer = LAYERS[name]
+    block = torch.nn.Sequential(mixing(shape), make_layer(), mixing(shape), make_layer())
+    x = torch.randn(shape)
+    results = []
+    for call in ((lambda b, t: b(t.cos()).sin()) if mode == "nested" else (lambda b, t: b(t)), MODES[mode]):
+        for outside in (True, False):
+            own, stream, leaf = copy.deepcopy(block), dlkit.random.Philox(5), x.clone().requires_grad_()
+            with dlkit.random.use(stream):
+                y = call(own, leaf).square().sum()
+                if not outside:
+                    y.backward()
+            if outside and mode == "selective" and call is MODES[mode] and name in ("Dropout", "MultiheadAttention"):
+                # torch compares the ops, and those of another source of random numbers are others.
+                with pytest.raises(RuntimeError, match="depend on global state that changed"):
+                    y.backward()
+                continue
+            if outside:
+                y.backward()
+            results.append(([leaf.grad, *(p.grad for p in own.parameters())], stream.state_dict()))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_in_turn_and_backward_twice(use_reentrant):
+    x = torch.ones(500, requires_grad=True)
+    stream, other = dlkit.random.Philox(1), dlkit.random.Philox(2)
+    call = functools.partial(checkpointing.checkpoint, use_reentrant=use_reentrant)
+    y = x
+    for generator in (stream, other, stream):
+        y = call(lambda t, g=generator: F.dropout(t.exp().log(), 0.2, generator=g), y)
+    for _ in range(2):
+        x.grad = None
+        y.sum().backward(retain_graph=True)
+        torch.testing.assert_close(x.grad, y.detach())
+    stream.manual_seed(1), other.manual_seed(2)
+    plain = F.dropout(F.dropout(F.dropout(x, 0.2, generator=stream), 0.2, generator=other), 0.2, generator=stream)
+    torch.testing.assert_close(y, plain)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_streams_and_compiled_functions_in_checkpoints(where, in_backward, one_thread):
+    torch._dynamo.reset()
+
+    def function(t):
+        return F.dropout(F.dropout(t.exp().log(), 0.3).exp().log(), 0.3)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    if where == "outside":
+        call = lambda t: checkpointing.checkpoint(compiled, t, use_reentrant=False)  # noqa: E731
+    else:
+        call = torch.compile(
+            lambda t: checkpointing.checkpoint(function, t, use_reentrant=False), backend="aot_eager", fullgraph=True
+        )
+    x = torch.ones(500, requires_grad=True)
+    with dlkit.random.use(dlkit.random.Philox(7)):
+        expected = function(x.detach())
+    for _ in range(2):
+        x.grad = None
+        with dlkit.random.use(dlkit.random.Philox(7)):
+            y = call(x)
+            if in_backward and where == "outside":
+                y.sum().backward()
+        torch.testing.assert_close(y, expected)
+        if where == "inside":  # where the compiler draws again in the backward graph, from a stream that moved on
+            with pytest.raises(RuntimeError, match=r"Put torch.compile inside"):
+                y.sum().backward()
+            continue
+        if not in_backward:
+            y.sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_draws_that_cannot_be_repeated_are_refused():
+    stream = dlkit.random.Philox(1)
+    x = torch.ones(5, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: F.dropout(grad, generator=stream))
+    with pytest.raises(RuntimeError, match="in a backward pass"):
+        y.sum().backward()
+    sources = iter((stream, None))
+    y = checkpointing.checkpoint(lambda t: F.dropout(t.exp(), generator=next(sources)).exp(), x, use_reentrant=False)
+    y.sum().backward()  # as where use() has ended
+    sources = iter((None, stream))
+    y = checkpointing.checkpoint(lambda t: F.dropout(t.exp(), generator=next(sources)).exp(), x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="must draw as it did before"):
+        y.sum().backward()
+
+
+def test_copies_of_streams_go_on_alone():
+    stream = dlkit.random.Philox(2**63 + 5)
+    F.dropout(torch.ones(4), generator=stream)
+    before = stream.state_dict()
+    for twin in (copy.deepcopy(stream), pickle.loads(pickle.dumps(stream))):
+        assert twin.state_dict() == before
+        drawn = F.dropout(torch.ones(100), generator=twin)
+        assert stream.state_dict() == before
+        third = dlkit.random.Philox()
+        third.load_state_dict(before)
+        assert torch.equal(drawn, F.dropout(torch.ones(100), generator=third))
 
 
 @pytest.mark.parametrize(

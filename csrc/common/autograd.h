@@ -23,7 +23,7 @@ inline bool has_tangent(const at::Tensor& input) { return input._fw_grad(0).defi
 // Whether `op` has a kernel for this type, layout and device.
 template <class Op>
 bool has_kernel(const Op& op, const at::Tensor& input) {
-  return is_supported(input.scalar_type()) && input.layout() == at::kStrided &&
+  return is_supported(input.scalar_type()) && input.layout() == at::kStrided && !input.is_nested() &&
          op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
 }
 

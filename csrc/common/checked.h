@@ -84,6 +84,24 @@ void check_argument(const char* op, const Arguments& arguments, size_t i, const 
   }
 }
 
+// torch's formulas of these ops take nested tensors.
+inline bool takes_nested(const std::string& op, bool strided) {
+  for (const char* name : {"layer_norm", "add_layer_norm", "dropout", "dropout_add", "dropout_add_layer_norm"}) {
+    if (op == name) return true;
+  }
+  if (strided) return false;
+  for (const char* name : {"rms_norm", "add_rms_norm", "dropout_", "dropout_add_rms_norm", "bias_act_dropout"}) {
+    if (op == name) return true;
+  }
+  return false;
+}
+
+inline void check_nested(const char* op, const std::string& argument, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_nested() || takes_nested(op, is_strided_nested(tensor)), op, "(): expected ",
+                              argument, " that is not a nested tensor, got one of layout ", tensor.layout(),
+                              ": call it on each tensor of unbind(), or on torch.nested.to_padded_tensor()");
+}
+
 template <Level kLevel, auto kFunction>
 struct Checked;
 template <Level kLevel, class Result, class... A, Result (*kFunction)(A...)>
@@ -94,6 +112,7 @@ struct Checked<kLevel, kFunction> {
     static const Arguments arguments(name);
     const std::array<const at::Tensor*, sizeof...(A)> tensors{tensor_or_null(values)...};
     const at::Tensor* const input = tensors[arguments.input];
+    if (kLevel == Level::Public && input != nullptr) check_nested(name, arguments.names[arguments.input], *input);
     for (size_t i = 0; input != nullptr && i < sizeof...(A); ++i) {
       if (tensors[i] != nullptr && i != arguments.input) {
         check_argument<kLevel>(name, arguments, i, *tensors[i], *input);

@@ -58,6 +58,11 @@ inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// A nested tensor of strided layout, which has no sizes to ask for. Those of jagged layout are as other tensors are.
+inline bool is_strided_nested(const at::Tensor& tensor) {
+  return tensor.is_nested() && tensor.layout() == at::kStrided;
+}
+
 inline bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }

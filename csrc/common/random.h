@@ -26,11 +26,54 @@ namespace dlkit {
 
 using OptionalGenerator = std::optional<at::Generator>;
 
+// torch.utils.checkpoint restores torch's default generators before it computes again, and no other. So what others
+// give inside it is recorded, and given again (dlkit.random has the rest).
+enum class From : int { Default, Generator, Stream };
+struct Draw {
+  From from;
+  uint64_t seed, offset;
+};
+struct WatchedDraws {
+  std::optional<Draw> (*replay)(Draw draw) = nullptr;
+  void (*record)(Draw draw) = nullptr;
+};
+inline WatchedDraws watched_draws;
+inline std::atomic<bool> others_draw{false};  // whether anything but a default generator ever did
+
+// Where a checkpoint may run: it has hooks, computes without grad, or computes again in a backward pass.
+inline bool may_be_checkpointed() {
+  return others_draw && watched_draws.replay != nullptr &&
+         (!at::GradMode::is_enabled() || !at::SavedTensorDefaultHooks::get_tls_state().stack.empty() ||
+          torch::autograd::get_current_graph_task_id() != -1);
+}
+
+// What `draw` gives, or what it gave before where a checkpoint computes again.
+template <class F>
+PhiloxSource drawn_once(From from, const F& draw) {
+  if (from != From::Default) others_draw = true;
+  if (!may_be_checkpointed()) return draw();
+  if (const auto before = watched_draws.replay({from, 0, 0})) return {nullptr, nullptr, before->seed, before->offset};
+  const PhiloxSource source = draw();
+  TORCH_CHECK(source.seed_at == nullptr || from == From::Default,
+              "dropout: a torch.Generator that is not the default one cannot be captured in a CUDA graph inside "
+              "torch.utils.checkpoint");
+  watched_draws.record({from, source.seed, source.offset});
+  return source;
+}
+
+inline From from_generator(const OptionalGenerator& generator) {
+  const bool is_default = !generator.has_value() || !generator->defined() ||
+                          *generator == at::globalContext().defaultGenerator(generator->device());
+  return is_default ? From::Default : From::Generator;
+}
+
 // The CPU's generator has no offset: it gives a seed a call.
 inline PhiloxSource draw_cpu(const OptionalGenerator& generator) {
   auto* const cpu = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  const std::lock_guard<std::mutex> lock(cpu->mutex_);
-  return {nullptr, nullptr, cpu->random64(), 0};
+  return drawn_once(from_generator(generator), [&]() -> PhiloxSource {
+    const std::lock_guard<std::mutex> lock(cpu->mutex_);
+    return {nullptr, nullptr, cpu->random64(), 0};
+  });
 }
 
 inline PhiloxSource draw(const CpuDevice&, const at::Tensor&, const OptionalGenerator& generator) {
@@ -45,10 +88,12 @@ inline PhiloxSource draw(const CudaDevice&, const at::Tensor&, const OptionalGen
 inline PhiloxSource draw(const CudaDevice&, const at::Tensor& input, const OptionalGenerator& generator) {
   auto* const cuda = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(input.device().index()));
-  const std::lock_guard<std::mutex> lock(cuda->mutex_);
-  const at::PhiloxCudaState state = cuda->philox_cuda_state(kDrawn);
-  if (state.captured_) return {state.seed_.ptr, state.offset_.ptr, 0, state.offset_intragraph_};
-  return {nullptr, nullptr, state.seed_.val, state.offset_.val};
+  return drawn_once(from_generator(generator), [&]() -> PhiloxSource {
+    const std::lock_guard<std::mutex> lock(cuda->mutex_);
+    const at::PhiloxCudaState state = cuda->philox_cuda_state(kDrawn);
+    if (state.captured_) return {state.seed_.ptr, state.offset_.ptr, 0, state.offset_intragraph_};
+    return {nullptr, nullptr, state.seed_.val, state.offset_.val};
+  });
 }
 #endif
 

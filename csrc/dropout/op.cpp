@@ -197,10 +197,17 @@ Tensor philox_draw(Tensor& stream) {
   TORCH_CHECK(stream.is_cpu() && stream.scalar_type() == at::kLong && stream.numel() == 2 && stream.is_contiguous(),
               "philox_draw(): expected stream to be int64 [2] on cpu, got ", stream.scalar_type(), " ", stream.sizes(),
               " on ", stream.device());
-  const std::lock_guard<std::mutex> lock(mutex);
-  Tensor state = stream.clone();
-  int64_t* const data = stream.mutable_data_ptr<int64_t>();
-  data[1] = int64_t(uint64_t(data[1]) + kDrawn);
+  const PhiloxSource source = drawn_once(From::Stream, [&]() -> PhiloxSource {
+    const std::lock_guard<std::mutex> lock(mutex);
+    int64_t* const data = stream.mutable_data_ptr<int64_t>();
+    const uint64_t offset = uint64_t(data[1]);
+    data[1] = int64_t(offset + kDrawn);
+    return {nullptr, nullptr, uint64_t(data[0]), offset};
+  });
+  Tensor state = at::empty({2}, stream.options());
+  int64_t* const data = state.mutable_data_ptr<int64_t>();
+  data[0] = int64_t(source.seed);
+  data[1] = int64_t(source.offset);
   return state;
 }
 
@@ -306,6 +313,9 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::S
 // The constants of a call, and torch's checks. mask_ndim: how many leading dimensions the mask has, -1 for all.
 Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
                           const OptionalGenerator& generator, const OptionalTensor& stream) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!input.is_nested() || (mask_ndim < 0 && !alpha), name,
+                              "(): expected input that is not a nested tensor for alpha_dropout and for dropout of "
+                              "channels or samples: call it on each tensor of unbind()");
   check_dropout(name, input, p, generator, stream);
   TORCH_CHECK(mask_ndim >= -1 && mask_ndim <= input.dim(), name, "(): expected input of at least ", mask_ndim,
               " dimensions, got shape ", input.sym_sizes());
@@ -405,8 +415,8 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
                    const OptionalTensor& stream) {
   const auto form = form_of("dropout_add", input, p, -1, false, generator, stream);
   TORCH_CHECK(residual.defined(), "dropout_add(): expected residual to be a Tensor, got None");
-  const bool fits = input.scalar_type() == residual.scalar_type() && input.device() == residual.device() &&
-                    input.sym_sizes().equals(residual.sym_sizes());
+  const bool fits = !input.is_nested() && !residual.is_nested() && input.scalar_type() == residual.scalar_type() &&
+                    input.device() == residual.device() && input.sym_sizes().equals(residual.sym_sizes());
   if (!fits || needs_native(add_op(), input, residual)) {
     static const auto op = find_op<decltype(dropout)>("dropout");
     return op.call(input, p, -1, false, generator, stream) + residual;

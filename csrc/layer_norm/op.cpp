@@ -10,6 +10,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/broadcast_tensors.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/result_type.h>
 #include <ATen/ops/rms_norm.h>
 
 #include "../common/autograd.h"
@@ -463,7 +464,7 @@ std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, cons
                                      c10::SymIntArrayRef shape, const OptionalTensor& weight,
                                      const OptionalTensor& bias, double eps, bool rms,
                                      const DropoutCall* dropout = nullptr) {
-  check_arguments(name, input, shape, weight, bias, rms);
+  if (!is_strided_nested(input)) check_arguments(name, input, shape, weight, bias, rms);
   if (needs_native(forward_op(), input, residual, weight, bias))
     return native(input, residual, shape, weight, bias, eps, rms);
   check_parameter_types(name, input, weight, bias);
@@ -492,10 +493,11 @@ OptionalTensor rms_weight(const Tensor& input, const OptionalTensor& weight) {
 // x + residual broadcasts and promotes as torch's addition does, a number on the CPU with any device; the kernel wants
 // one shape, one type and one device.
 std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) {
-  if (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes())) {
+  const bool nested = input.is_nested() || residual.is_nested();
+  if (nested || (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes()))) {
     return {input, residual};
   }
-  const at::ScalarType type = c10::promoteTypes(input.scalar_type(), residual.scalar_type());
+  const at::ScalarType type = at::result_type(input, residual);
   const auto expanded = at::broadcast_tensors({input.to(type), residual.to(input.device(), type)});
   return {expanded[0], expanded[1]};
 }
@@ -536,8 +538,9 @@ std::tuple<Tensor, Tensor> dropout_add_norm(const char* name, const Tensor& inpu
   check_dropout(name, input, p, generator, stream);
   TORCH_CHECK(residual.defined(), name, "(): expected residual to be a Tensor, got None");
   static const auto op = find_op<decltype(dropped_forward_meta)>("dropout_layer_norm_forward");
-  const bool fits = input.scalar_type() == residual.scalar_type() && input.device() == residual.device() &&
-                    input.sym_sizes().equals(residual.sym_sizes()) && !needs_native(op, input, residual, weight, bias);
+  const bool fits = !input.is_nested() && !residual.is_nested() && input.scalar_type() == residual.scalar_type() &&
+                    input.device() == residual.device() && input.sym_sizes().equals(residual.sym_sizes()) &&
+                    !needs_native(op, input, residual, weight, bias);
   const auto norm = [&](const Tensor& x, const Tensor& added, const DropoutCall* dropout) {
     return normalize(name, x, added, normalized_shape, rms ? rms_weight(x, weight) : weight, bias,
                      rms ? rms_eps(x, eps) : *eps, rms, dropout);

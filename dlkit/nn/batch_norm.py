@@ -19,7 +19,7 @@ _TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
 def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """What every BatchNorm layer computes, in training and in evaluation."""
     layer._check_input_dim(input)
-    training = layer.training
+    training = bool(layer.training)
     running_mean = running_var = num_batches_tracked = None
     if layer.track_running_stats or not training:
         running_mean, running_var = layer.running_mean, layer.running_var

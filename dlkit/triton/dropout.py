@@ -210,14 +210,22 @@ def _capturing(input: Tensor) -> bool:
 
 def _draw(input: Tensor, generator: torch.Generator | None) -> tuple[int, int]:
     """Seed and offset as the C++ ops take them."""
-    if not input.is_cuda:
-        return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)), 0
-    if generator is None:
-        index = torch.cuda.current_device() if input.device.index is None else input.device.index
-        generator = torch.cuda.default_generators[index]
-    offset = generator.get_offset()
-    generator.set_offset(offset + 8)
-    return _signed(generator.initial_seed()), _signed(offset)
+    from dlkit import random  # here: the kernels are compiled without the package too
+
+    index = torch.cuda.current_device() if input.is_cuda and input.device.index is None else input.device.index
+    default = torch.cuda.default_generators[index] if input.is_cuda else torch.default_generator
+    generator = default if generator is None else generator
+    kind = random.DEFAULT if generator is default else random.GENERATOR
+    before = random.replay_draw(kind)
+    if before is not None:
+        return _signed(before[0]), _signed(before[1])
+    if input.is_cuda:
+        seed, offset = _signed(generator.initial_seed()), generator.get_offset()
+        generator.set_offset(offset + 8)
+    else:
+        seed, offset = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)), 0
+    random.record_draw(kind, seed, offset)
+    return seed, _signed(offset)
 
 
 def _signed(value: int) -> int:
