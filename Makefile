@@ -40,7 +40,7 @@ test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
 	$(PYTHON) -m pytest -q -n auto --dist worksteal --ignore=tests/integration
 
-# The optimizers inside transformers, Accelerate and Lightning. pip is told of the torch that is there, so that it stays.
+# Inside transformers, Accelerate, Lightning and torchvision. pip is told of the torch that is there, so that it stays.
 test-integration: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
