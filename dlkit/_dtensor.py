@@ -149,7 +149,14 @@ def _cut(*inputs: DTensor) -> list[DTensor]:
         next((placement for placement in along if type(placement) is Shard), Replicate())
         for along in zip(*(tensor.placements for tensor in inputs), strict=True)
     ]
-    return [tensor.redistribute(placements=placements) for tensor in inputs]
+    return [_moved(tensor, placements) for tensor in inputs]
+
+
+def _moved(tensor: Any, placements: Sequence[Any]) -> Any:
+    """The tensor itself where it lies so already, or is none."""
+    if not isinstance(tensor, DTensor) or tensor.placements == tuple(placements):
+        return tensor
+    return tensor.detach().redistribute(placements=placements)  # torch 2.10 fails over one that requires a gradient
 
 
 def _like(part: Tensor, whole: DTensor) -> DTensor:
@@ -418,12 +425,6 @@ def _(
         if found is not None and running is not found:
             running.copy_(found)
     return outputs
-
-
-def _moved(tensor: DTensor | None, placements: list[Any]) -> DTensor | None:
-    if not isinstance(tensor, DTensor) or tensor.placements == tuple(placements):
-        return tensor
-    return tensor.redistribute(placements=placements)
 
 
 @_rule("batch_norm_statistics", "batch_norm_apply", "batch_norm_backward_sums", "batch_norm_backward_apply")

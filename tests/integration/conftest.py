@@ -1,4 +1,4 @@
-"""dlkit inside the libraries people use. A file whose library is not installed is skipped.
+"""dlkit's layers and optimizers inside the libraries people use. A file whose library is not installed is skipped.
 
 make test-integration installs the libraries. Nothing is downloaded: models come from configurations, data from seeds.
 """
@@ -10,6 +10,8 @@ import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+import support.models  # noqa: F401  (torchvision is to load before transformers asks for it)
 
 
 def pytest_collection_modifyitems(items):

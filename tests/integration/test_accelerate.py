@@ -8,17 +8,24 @@ import pytest
 import torch
 from support.runs import (
     EXACT,
+    EXTRAS,
     OURS,
     ROUNDED,
     THEIRS,
     Run,
     assert_equal_run,
     assert_same_run,
+    from_one_to_the_other,
     loss_of,
     make_batches,
     make_model,
     make_optimizer,
+    make_scaler,
+    make_scheduler,
+    with_either_library,
 )
+
+import dlkit
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (make test-integration)")
 
@@ -33,7 +40,7 @@ def make_accelerator(precision="no", accumulate=1):
         # Accelerate makes a scaler for accelerators only; autocast and all else there take the CPU as it is. The
         # scale overflows fp16 at first, and again where it has grown.
         accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_interval=2)
+        accelerator.scaler = make_scaler()
     return accelerator
 
 
@@ -45,7 +52,7 @@ class Training:
         model = make_model()
         params = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[1:].parameters()}]
         optimizer = make_optimizer(library, name, params if groups else model.parameters(), **extras)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+        scheduler = make_scheduler(optimizer)
         self.loader = torch.utils.data.DataLoader(make_batches(STEPS), batch_size=None)
         prepared = self.accelerator.prepare(model, optimizer, self.loader, scheduler)
         self.model, self.optimizer, self.loader, self.scheduler = prepared
@@ -108,6 +115,13 @@ def test_max_norm_in_place_of_accelerates_clipping(name):
     assert_same_run(ours, theirs, **EXACT)
 
 
+def test_layers():
+    ours, theirs = (Training(library) for library in (OURS, THEIRS))
+    dlkit.replace(ours.model)
+    assert any(isinstance(module, dlkit.nn.LayerNorm) for module in ours.model.modules())
+    assert_same_run(ours.train(), theirs.train(), **EXACT)
+
+
 # The scaler.
 
 
@@ -145,7 +159,7 @@ def test_fused_under_a_scaler(clip):
     assert_same_run(ours, theirs, **ROUNDED)
 
 
-@pytest.mark.parametrize("library", [OURS, THEIRS], ids=["dlkit", "torch"])
+@with_either_library
 def test_step_was_skipped(library):
     make_accelerator()
     param = torch.nn.Parameter(torch.ones(3))
@@ -181,19 +195,11 @@ def resumed(folder, first, second, name="AdamW", precision="no", extras=None, **
     return training.train(batches[half:], clip=0.5)
 
 
-EXTRAS = {
-    "plain": {},
-    "average": {"ema_decay": 0.9},
-    "bf16 states": {"state_dtype": torch.bfloat16},
-    "8-bit states": {"state_dtype": "int8"},
-}
-
-
-@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_resumed_run_is_the_unbroken_one(name, extras, tmp_path):
-    unbroken = Training(OURS, name, **EXTRAS[extras]).train(make_batches(STEPS), clip=0.5)
-    assert_equal_run(resumed(tmp_path, OURS, OURS, name, extras=EXTRAS[extras]), unbroken)
+    unbroken = Training(OURS, name, **extras).train(make_batches(STEPS), clip=0.5)
+    assert_equal_run(resumed(tmp_path, OURS, OURS, name, extras=extras), unbroken)
 
 
 def test_a_resumed_run_under_a_scaler(tmp_path):
@@ -204,7 +210,7 @@ def test_a_resumed_run_under_a_scaler(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
-@pytest.mark.parametrize("libraries", [(OURS, THEIRS), (THEIRS, OURS)], ids=["dlkit to torch", "torch to dlkit"])
+@from_one_to_the_other
 def test_a_checkpoint_of_the_other_class(libraries, name, tmp_path):
     unbroken = Training(THEIRS, name).train(make_batches(STEPS), clip=0.5)
     assert_same_run(resumed(tmp_path, *libraries, name), unbroken, **EXACT)
@@ -270,7 +276,7 @@ def test_a_group_added_later():
     assert_same_run(*runs, **EXACT)
 
 
-@pytest.mark.parametrize("library", [OURS, THEIRS], ids=["dlkit", "torch"])
+@with_either_library
 def test_memory_is_freed(library):
     training = Training(library)
     training.train(make_batches(2))

@@ -4,22 +4,29 @@ import pytest
 import torch
 from support.runs import (
     EXACT,
+    EXTRAS,
     OURS,
     ROUNDED,
+    SKIPS,
     THEIRS,
     Run,
     assert_equal_run,
     assert_same_run,
+    from_one_to_the_other,
     loss_of,
     make_batches,
     make_model,
     make_optimizer,
+    make_scaler,
+    make_scheduler,
+    with_either_library,
 )
+
+import dlkit
 
 fabrics = pytest.importorskip("lightning.fabric", reason="lightning is not installed (make test-integration)")
 
 STEPS = 10
-SKIPS = 2.0**19  # a scale that overflows fp16 at first, and again where it has grown
 
 
 class Training:
@@ -27,7 +34,7 @@ class Training:
         self.scaler = None
         arguments = {"precision": precision}
         if precision == "16-mixed":
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=SKIPS, growth_interval=2)
+            self.scaler = make_scaler()
             plugin = fabrics.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler=self.scaler)
             arguments = {"plugins": [plugin]}
         self.fabric = fabrics.Fabric(accelerator="cpu", devices=1, **arguments)
@@ -37,7 +44,7 @@ class Training:
             model, make_optimizer(library, name, model.parameters(), **extras)
         )
         assert isinstance(self.optimizer, getattr(library, name))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.1 * step))
+        self.scheduler = make_scheduler(self.optimizer)
         self.run = Run()
 
     def train(self, batches=None, clip=None, by_value=None):
@@ -102,6 +109,13 @@ def test_max_norm_in_place_of_fabrics_clipping(name):
     assert_same_run(ours, theirs, **EXACT)
 
 
+def test_layers():
+    ours, theirs = (Training(library) for library in (OURS, THEIRS))
+    dlkit.replace(ours.model)
+    assert any(isinstance(module, dlkit.nn.LayerNorm) for module in ours.model.modules())
+    assert_same_run(ours.train(), theirs.train(), **EXACT)
+
+
 # The scaler.
 
 
@@ -126,7 +140,7 @@ def test_fused_under_a_scaler():
     assert_same_run(ours, theirs, **ROUNDED)
 
 
-@pytest.mark.parametrize("library", [OURS, THEIRS], ids=["dlkit", "torch"])
+@with_either_library
 def test_fused_and_fabrics_clipping_under_a_scaler(library):
     """Fabric refuses to clip gradients that the step unscales."""
     with pytest.raises(NotImplementedError, match="optimizers handling the unscaling"):
@@ -157,20 +171,11 @@ def resumed(path, first, second, name="AdamW", precision="32-true", extras=None)
     return training.train(batches[half:])
 
 
-EXTRAS = {
-    "plain": {},
-    "clipped": {"max_norm": 0.1},
-    "average": {"ema_decay": 0.9},
-    "bf16 states": {"state_dtype": torch.bfloat16},
-    "8-bit states": {"state_dtype": "int8"},
-}
-
-
-@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("extras", [*EXTRAS.values(), {"max_norm": 0.1}], ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_resumed_run_is_the_unbroken_one(name, extras, tmp_path):
-    unbroken = Training(OURS, name, **EXTRAS[extras]).train()
-    assert_equal_run(resumed(tmp_path / "state.ckpt", OURS, OURS, name, extras=EXTRAS[extras]), unbroken)
+    unbroken = Training(OURS, name, **extras).train()
+    assert_equal_run(resumed(tmp_path / "state.ckpt", OURS, OURS, name, extras=extras), unbroken)
 
 
 def test_a_resumed_run_under_a_scaler(tmp_path):
@@ -180,7 +185,7 @@ def test_a_resumed_run_under_a_scaler(tmp_path):
     assert_equal_run(run, unbroken)
 
 
-@pytest.mark.parametrize("libraries", [(OURS, THEIRS), (THEIRS, OURS)], ids=["dlkit to torch", "torch to dlkit"])
+@from_one_to_the_other
 def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
     assert_same_run(resumed(tmp_path / "state.ckpt", *libraries), Training(THEIRS).train(), **EXACT)
 

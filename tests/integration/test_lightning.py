@@ -4,23 +4,30 @@ import pytest
 import torch
 from support.runs import (
     EXACT,
+    EXTRAS,
     OURS,
     ROUNDED,
+    SKIPS,
     THEIRS,
     Run,
     assert_equal_run,
     assert_same_run,
+    from_one_to_the_other,
     loss_of,
     make_batches,
     make_model,
     make_optimizer,
+    make_scaler,
+    make_scheduler,
+    with_either_library,
 )
+
+import dlkit
 
 L = pytest.importorskip("lightning", reason="lightning is not installed (make test-integration)")
 
 BATCHES = 6
 EPOCHS = 2
-SKIPS = 2.0**19  # a scale that overflows fp16 at first, and again where it has grown
 
 
 class Module(L.LightningModule):
@@ -34,7 +41,7 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer = self.make(self.model.parameters())
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+        scheduler = make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self):
@@ -55,9 +62,7 @@ class Module(L.LightningModule):
 
 
 def fp16():
-    return L.pytorch.plugins.MixedPrecision(
-        "16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=SKIPS, growth_interval=2)
-    )
+    return L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=make_scaler())
 
 
 def make_trainer(folder, **arguments):
@@ -115,6 +120,19 @@ def test_max_norm_in_place_of_lightnings_clipping(name, tmp_path):
     assert_same_run(ours, theirs, **EXACT)
 
 
+class WithLayers(Module):
+    def __init__(self, library, name="AdamW", **extras):
+        super().__init__(library, name, **extras)
+        if library is OURS:
+            self.model = dlkit.fuse(dlkit.replace(self.model))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_layers(precision, tmp_path):
+    tolerance = EXACT if precision == "32-true" else ROUNDED
+    assert_same_run(*both(tmp_path, kind=WithLayers, precision=precision), **tolerance)
+
+
 # The scaler.
 
 
@@ -143,7 +161,7 @@ def test_fused_under_a_scaler(tmp_path):
     assert_same_run(*both(tmp_path, extras={"fused": True}, plugins=fp16), **ROUNDED)
 
 
-@pytest.mark.parametrize("library", [OURS, THEIRS], ids=["dlkit", "torch"])
+@with_either_library
 def test_fused_and_lightnings_clipping_under_a_scaler(library, tmp_path):
     """Lightning refuses to clip gradients that the step unscales."""
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
@@ -209,20 +227,11 @@ def resumed(folder, first, second, name="AdamW", extras=None, **arguments):
     return following.run
 
 
-EXTRAS = {
-    "plain": {},
-    "clipped": {"max_norm": 0.1},
-    "average": {"ema_decay": 0.9},
-    "bf16 states": {"state_dtype": torch.bfloat16},
-    "8-bit states": {"state_dtype": "int8"},
-}
-
-
-@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("extras", [*EXTRAS.values(), {"max_norm": 0.1}], ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_resumed_run_is_the_unbroken_one(name, extras, tmp_path):
-    unbroken = train(tmp_path, Module(OURS, name, **EXTRAS[extras]))
-    assert_equal_run(resumed(tmp_path, OURS, OURS, name, EXTRAS[extras]), unbroken)
+    unbroken = train(tmp_path, Module(OURS, name, **extras))
+    assert_equal_run(resumed(tmp_path, OURS, OURS, name, extras), unbroken)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
@@ -239,7 +248,7 @@ def test_a_resumed_run_under_a_scaler(tmp_path):
     assert_equal_run(run, unbroken)
 
 
-@pytest.mark.parametrize("libraries", [(OURS, THEIRS), (THEIRS, OURS)], ids=["dlkit to torch", "torch to dlkit"])
+@from_one_to_the_other
 def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
     assert_same_run(resumed(tmp_path, *libraries), train(tmp_path, Module(THEIRS)), **EXACT)
 

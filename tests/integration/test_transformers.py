@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.models import make
 from support.runs import (
     EXACT,
     OURS,
@@ -12,8 +13,11 @@ from support.runs import (
     Run,
     assert_equal_run,
     assert_same_run,
+    from_one_to_the_other,
     make_optimizer,
 )
+
+import dlkit
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (make test-integration)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (make test-integration)")
@@ -224,7 +228,7 @@ def test_a_resumed_run_of_trainers_making_under_a_scaler(tmp_path):
     assert_equal_run(resumed, last_half(unbroken))
 
 
-@pytest.mark.parametrize("libraries", [(OURS, THEIRS), (THEIRS, OURS)], ids=["dlkit to torch", "torch to dlkit"])
+@from_one_to_the_other
 def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
     unbroken = train(tmp_path, libraries[0], **SAVES)
     resumed = train(tmp_path, libraries[1], resume=f"{tmp_path}/checkpoint-{STEPS // 2}")
@@ -232,6 +236,23 @@ def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
     torch.testing.assert_close(resumed.losses, unbroken.losses, **EXACT)
     for a, b in zip(resumed.weights, unbroken.weights, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+# Layers.
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_layers(checkpointing, tmp_path):
+    """BERT's norms and dropouts by dlkit; without dropout, for torch draws other masks."""
+    arguments = {"learning_rate": 0.05, "gradient_checkpointing": checkpointing}
+    runs = []
+    for library in (OURS, THEIRS):
+        model = make("bert", 0.0).float()
+        model = dlkit.fuse(dlkit.replace(model)) if library is OURS else model
+        trainer = make_trainer(tmp_path, make_optimizer(library, "SGD", model.parameters()), model, **arguments)
+        trainer.train()
+        runs.append(trainer.run.keep_weights(model))
+    assert_same_run(*runs, **EXACT)
 
 
 # What else is done with Trainer's optimizer.

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,21 @@ ARGUMENTS = {
     "AdamW": {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-5},
     "SGD": {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01},
 }
+
+# What else of an optimizer a checkpoint keeps.
+EXTRAS = {
+    "plain": {},
+    "average": {"ema_decay": 0.9},
+    "bf16 states": {"state_dtype": torch.bfloat16},
+    "8-bit states": {"state_dtype": "int8"},
+}
+
+SKIPS = 2.0**19  # a scale that overflows fp16 at first, and again where it has grown
+
+with_either_library = pytest.mark.parametrize("library", [OURS, THEIRS], ids=["dlkit", "torch"])
+from_one_to_the_other = pytest.mark.parametrize(
+    "libraries", [(OURS, THEIRS), (THEIRS, OURS)], ids=["dlkit to torch", "torch to dlkit"]
+)
 
 # The runs differ by the rounding of updates, an ulp of an fp32 weight at each of some ten steps: measured on AVX-512,
 # AVX2 and plain x86-64, 3e-7 of the losses and 2e-6 of the weights. This is five to thirty times that, and a thousandth
@@ -44,6 +60,14 @@ class Run:
 
 def make_optimizer(library, name, params, **extras):
     return getattr(library, name)(params, **{**ARGUMENTS[name], **extras})
+
+
+def make_scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=SKIPS, growth_interval=2)
+
+
+def make_scheduler(optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
 
 
 def make_model() -> nn.Sequential:

@@ -1,0 +1,139 @@
+"""The models of test_models in 2 processes (gloo), with dlkit's layers, against torch's layers in one."""
+
+import copy
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.models import MODELS, losses_of, make
+from support.processes import run_cases, start
+from torch import nn
+
+import dlkit
+
+PROCESSES = 2
+CASES: dict = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def run(rank, folder):
+    """What each process does."""
+    torch.set_num_threads(1)
+    meeting, timeout = f"file://{folder}/start", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timeout)
+    run_cases(CASES, (rank, dist.init_device_mesh("cpu", (PROCESSES,))), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    start(run, folder, PROCESSES, seconds=600)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+def present(*names):
+    return [name for name in names if name in MODELS]
+
+
+def ours(name, p=0.0):
+    return dlkit.fuse(dlkit.replace(make(name, p)))
+
+
+def assert_same(found, expected):
+    """`found`: of the parts of the batch, or of all of it. transformers computes losses in fp32."""
+    found = torch.tensor(found, dtype=torch.float64)
+    dist.all_reduce(found)
+    assert abs(expected[-1] - expected[0]) > 1e-3 * abs(expected[0]), expected
+    torch.testing.assert_close((found / PROCESSES).tolist(), expected, rtol=1e-6, atol=0)
+
+
+def part(rank):
+    return lambda batch: {key: value.chunk(PROCESSES)[rank] for key, value in batch.items()}
+
+
+@case
+def data_parallel(rank, mesh):
+    for name in present("gpt2", "vit"):
+        expected = losses_of(make(name, 0.0), name)
+        model = nn.parallel.DistributedDataParallel(ours(name))
+        assert_same(losses_of(model, name, part(rank)), expected)
+
+
+@case
+def data_parallel_with_synchronised_statistics(rank, mesh):
+    for name in present("resnet18"):
+        expected = losses_of(make(name, 0.0), name)
+        model = dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(ours(name))
+        assert_same(losses_of(nn.parallel.DistributedDataParallel(model), name, part(rank)), expected)
+
+
+def sharded(model, name, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = {"gpt2": "transformer.h", "llama": "model.layers", "bert": "bert.encoder.layer"}[name]
+    for block in model.get_submodule(blocks):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+@case
+def fsdp2(rank, mesh):
+    for name in present("gpt2", "bert", "llama"):
+        expected = losses_of(make(name, 0.0), name)
+        for checkpointed in (False, True):
+            model = ours(name)
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            assert_same(losses_of(sharded(model, name, mesh=mesh), name, part(rank)), expected)
+
+
+@case
+def tensor_and_sequence_parallelism(rank, mesh):
+    """Norms and dropouts on DTensors. With dropout the run is that of dlkit's layers in one process."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    for name in present("bert"):
+        for p in (0.0, 0.3):
+            model = dlkit.replace(make(name, p))
+            torch.manual_seed(3)
+            expected = losses_of(copy.deepcopy(model) if p else make(name, p), name)
+            columns = ColwiseParallel(input_layouts=Shard(1))
+            rows = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+            # The cut of the sequence comes before what SequenceParallel asks of its input.
+            cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
+            join = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True)
+            plan = {"bert.embeddings.LayerNorm": cut, "cls.predictions.transform": join}
+            parallelize_module(model, mesh, plan)
+            parallelize_module(model, mesh, {"bert.embeddings.LayerNorm": SequenceParallel()})
+            for layer in model.bert.encoder.layer:
+                layer_plan = {
+                    **{f"attention.self.{which}": columns for which in ("query", "key", "value")},
+                    "attention.output.dense": rows,
+                    "attention.output.LayerNorm": SequenceParallel(),
+                    "intermediate.dense": columns,
+                    "output.dense": rows,
+                    "output.LayerNorm": SequenceParallel(),
+                }
+                parallelize_module(layer, mesh, layer_plan)
+            torch.manual_seed(3)
+            assert_same(losses_of(model, name), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(problems, name):
+    for rank, found in enumerate(problems):
+        assert name in found, f"process {rank} did not get to it"
+        assert found[name] is None, f"process {rank}: {found[name]}"
