@@ -465,8 +465,9 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
 }
 
 // Rows too long for backward_rows: grad_input by a block a row, which reads x and grad_output twice (again from L2) ...
+// Without a number of blocks to be resident ptxas spills for sm_100.
 template <class T, int PackBytes>
-__global__ void __launch_bounds__(long_threads) backward_long(const Backward op) {
+__global__ void __launch_bounds__(long_threads, 1) backward_long(const Backward op) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
   __shared__ A exchange[long_threads / 32][2];
