@@ -156,7 +156,8 @@ def _moved(tensor: Any, placements: Sequence[Any]) -> Any:
     """The tensor itself where it lies so already, or is none."""
     if not isinstance(tensor, DTensor) or tensor.placements == tuple(placements):
         return tensor
-    return tensor.detach().redistribute(placements=placements)  # torch 2.10 fails over one that requires a gradient
+    detached: Any = tensor.detach()  # torch 2.10 fails over a tensor that requires a gradient
+    return detached.redistribute(placements=placements)
 
 
 def _like(part: Tensor, whole: DTensor) -> DTensor:

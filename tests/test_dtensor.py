@@ -5,6 +5,8 @@ Every case runs in each process, with whole tensors at hand; the processes are s
 
 import copy
 import itertools
+import subprocess
+import sys
 from datetime import timedelta
 from functools import partial
 
@@ -490,6 +492,17 @@ def test_case(problems, name):
     for rank, found in enumerate(problems):
         assert name in found, f"process {rank} did not get to it"
         assert found[name] is None, f"process {rank}: {found[name]}"
+
+
+def test_nobody_waits_for_an_import():
+    code = """if True:
+        import sys, torch, dlkit
+        class Tagged(torch.Tensor):
+            pass
+        dlkit.functional.layer_norm(torch.ones(2, 4).as_subclass(Tagged), (4,))
+        assert not {"torch.distributed.tensor", "dlkit._dtensor"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
