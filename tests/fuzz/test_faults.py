@@ -168,7 +168,7 @@ stream.manual_seed(5)
 size = 4 * x.numel()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-for spare in range(0, 5 * size, size // 2):
+for spare in range(0, 5 * size, size):
     mine = mean.clone(), var.clone(), tracked.clone()
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + spare, hard))
