@@ -386,6 +386,8 @@ def errors_of(
     if wrong.any():
         raise Difference(f"{name}: not finite where torch's is right", show(wrong, x, y, e))
     wrong = np.isnan(e) & np.isnan(y) & ~np.isnan(x)
+    if any(spec["values"] == "one infinity" for spec in case["grads"].values()):
+        wrong &= np.isfinite(x)  # infinity times a deviation, which rounding may keep from 0
     if wrong.any():
         raise Difference(f"{name}: not NaN where torch's is", show(wrong, x, y, e))
     infinite = (
@@ -414,7 +416,9 @@ def compare_wide(
             continue
         e = tensors.exact(right[name])
         # torch's in fp64 is not exact itself, nor has it one formula for all norms.
-        unit = 16 * (1e-7 if x.dtype == torch.float64 else torch.finfo(x.dtype).eps)
+        unit = (64 if x.dtype in (torch.bfloat16, torch.float16) else 16) * (
+            1e-7 if x.dtype == torch.float64 else torch.finfo(x.dtype).eps
+        )
         unit *= max(float(np.abs(e).max(initial=0)), 1e-3)  # what cancels leaves noise
         mine, torchs = (np.abs(tensors.exact(t) - e) / unit for t in (x, theirs[name]))
         judged = np.isfinite(torchs)
@@ -508,6 +512,8 @@ def check_bad(case: Case, operation: Operation, given: Named) -> None:
     case["options"].pop("inplace", None)
     if case["options"].get("p") == 1:  # of which torch asks less
         case["options"]["p"] = 0.5
+    if "bias" in given and "weight" not in given:
+        return  # torch's is called with a weight then
     twin = operation.twin or operation.torchs
     if outcome(lambda: twin({name: tensor.clone() for name, tensor in given.items()}, options_of(case)))[1] is not None:
         return
@@ -519,6 +525,8 @@ def check_bad(case: Case, operation: Operation, given: Named) -> None:
             return
         results.append(outcome(lambda f=function, t=leaves, o=options: f(t, o))[1])
     ours, theirs = results
+    if case["bad"].startswith("input of") and isinstance(ours, RuntimeError) and isinstance(theirs, RuntimeError):
+        return  # a NotImplementedError or its base, by torch's layout and parameters
     # torch's own Python stumbles over some; where torch has no such op there is no type to agree on.
     stumbles = isinstance(theirs, (AttributeError, IndexError, ZeroDivisionError))
     if ours is not None and (operation.twin is None or stumbles):
