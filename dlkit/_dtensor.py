@@ -65,7 +65,8 @@ def _(given: dict[str, Any]) -> Iterator[Sharding]:
 @_sharding("batch_norm_forward")
 def _(given: dict[str, Any]) -> Iterator[Sharding]:
     for data, statistics, channels in _batch_norm_placements(given):
-        vectors = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channels)
+        running = channels if given["groups"] == 0 else statistics
+        vectors = dict.fromkeys(("weight", "bias"), channels) | dict.fromkeys(("running_mean", "running_var"), running)
         inputs = {"input": data, "residual": data, "num_batches_tracked": Replicate()}
         yield [data, statistics, statistics], inputs | vectors
 
@@ -405,26 +406,29 @@ def _(
     *others: Any,
 ) -> Any:
     """Running statistics are written to where they lie, so the shardings must not have to move them."""
-    if groups > 0 or not training or running_mean is None or running_var is None:
+    if not training or running_mean is None or running_var is None:
         return NotImplemented
     mesh = input.device_mesh
-    by_channel = [type(placement) is Shard and placement.dim == 1 for placement in input.placements]
+    along = 0 if groups > 0 else 1  # groups have running statistics for each sample, [N, groups]
+    stays = [type(placement) is Shard and placement.dim == along for placement in input.placements]
     parts = 1
-    for dim, sharded in enumerate(by_channel):
+    for dim, sharded in enumerate(stays):
         parts *= mesh.size(dim) if sharded else 1
-    if input.size(1) < parts:  # torch has no sharding with empty parts
-        by_channel = [False] * mesh.ndim
-    data = [Shard(1) if sharded else Replicate() for sharded in by_channel]
-    channels = [Shard(0) if sharded else Replicate() for sharded in by_channel]
+    if input.size(along) < parts:  # torch has no sharding with empty parts
+        stays = [False] * mesh.ndim
+    data = [Shard(along) if sharded else Replicate() for sharded in stays]
+    running = [Shard(0) if sharded else Replicate() for sharded in stays]
+    channels = running if groups == 0 else [Replicate()] * mesh.ndim
     moved = [_moved(tensor, data) for tensor in (input, residual)]
-    moved += [_moved(tensor, channels) for tensor in (weight, bias, running_mean, running_var)]
+    moved += [_moved(tensor, channels) for tensor in (weight, bias)]
+    moved += [_moved(tensor, running) for tensor in (running_mean, running_var)]
     own = (input, residual, weight, bias, running_mean, running_var)
     if all(one is other for one, other in zip(moved, own, strict=True)):
         return NotImplemented
     outputs = op(*moved, num_batches_tracked, groups, training, *others)
-    for running, found in ((running_mean, moved[4]), (running_var, moved[5])):
-        if found is not None and running is not found:
-            running.copy_(found)
+    for written, found in ((running_mean, moved[4]), (running_var, moved[5])):
+        if found is not None and written is not found:
+            written.copy_(found)
     return outputs
 
 

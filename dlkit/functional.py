@@ -60,7 +60,7 @@ def layer_norm(
     """
     try:
         return _layer_norm(input, normalized_shape, weight, bias, eps)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _raise("layer_norm", error, normalized_shape, eps, input=input, weight=weight, bias=bias)
 
 
@@ -90,7 +90,7 @@ def rms_norm(
     """
     try:
         return _rms_norm(input, normalized_shape, weight, eps)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _raise("rms_norm", error, normalized_shape, eps, input=input, weight=weight)
 
 
@@ -126,7 +126,7 @@ def add_layer_norm(
     """
     try:
         return _add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _raise("add_layer_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight, bias=bias)
 
 
@@ -161,7 +161,7 @@ def add_rms_norm(
     """
     try:
         return _add_rms_norm(input, residual, normalized_shape, weight, eps)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _raise("add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
 
 
@@ -322,7 +322,7 @@ def group_norm(
         raise TypeError(f"group_norm(): expected num_groups to be an int, got {type(num_groups).__name__}")
     try:
         return _group_norm(input, num_groups, weight, bias, eps)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _raise_channels(
             "group_norm", error, {"input": input, "weight": weight, "bias": bias}, num_groups=num_groups, eps=eps
         )
@@ -364,7 +364,7 @@ def instance_norm(
     check_flag("instance_norm", "use_input_stats", use_input_stats)
     try:
         return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         tensors = {"input": input, "running_mean": running_mean, "running_var": running_var, "weight": weight}
         _raise_channels("instance_norm", error, tensors | {"bias": bias}, momentum=momentum, eps=eps)
 
@@ -580,7 +580,7 @@ def dropout_add_layer_norm(
     own, stream = split_generator("dropout_add_layer_norm", generator)
     try:
         y, total = _dropout_add_layer_norm(input, residual, normalized_shape, p, weight, bias, eps, own, stream)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         tensors = {"input": input, "residual": residual, "weight": weight, "bias": bias}
         _raise("dropout_add_layer_norm", error, normalized_shape, eps, **tensors)
     return (y, total) if prenorm else y
@@ -632,7 +632,7 @@ def dropout_add_rms_norm(
     own, stream = split_generator("dropout_add_rms_norm", generator)
     try:
         y, total = _dropout_add_rms_norm(input, residual, normalized_shape, p, weight, eps, own, stream)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         _raise("dropout_add_rms_norm", error, normalized_shape, eps, input=input, residual=residual, weight=weight)
     return (y, total) if prenorm else y
 
@@ -873,6 +873,7 @@ def _drop(
     p = check_probability(name, p)
     check_flag(name, "training", training)
     if not training or p == 0:
+        check_tensors(name, input=input)
         # A program that was exported in evaluation can be set to training later: the call stays in it.
         return _native.dropout(input, p, mask_ndim, alpha, training) if is_exporting() else input
     generator, stream = split_generator(name, generator)
@@ -946,7 +947,7 @@ def split_generator(name: str, generator: Generator | None) -> tuple[torch.Gener
     )
 
 
-def _raise(name: str, error: RuntimeError, normalized_shape: Any, eps: Any, **tensors: Any) -> NoReturn:
+def _raise(name: str, error: Exception, normalized_shape: Any, eps: Any, **tensors: Any) -> NoReturn:
     """Raises TypeError where an argument was of the wrong Python type, as torch does, else the error itself."""
     for argument, value in tensors.items():
         optional = argument in ("weight", "bias")
@@ -970,4 +971,6 @@ def _raise_channels(name: str, error: Exception, tensors: dict[str, Any], **numb
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
     for argument, value in numbers_.items():
         number(name, argument, value)
+        if argument == "num_groups" and isinstance(value, float):
+            raise TypeError(f"{name}(): expected num_groups to be an int, got float") from None
     raise error

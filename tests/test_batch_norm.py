@@ -425,6 +425,68 @@ def test_nan_spreads_as_in_torch(backend, where):
             torch.testing.assert_close(one.cpu(), other, equal_nan=True)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("where", ["residual", "bias"])
+def test_gradients_pass_a_relu_where_it_is_nan(backend, where, channels_last):
+    """As through torch's: what is not a number is not below 0."""
+    x, residual, grad = (lay_out(make((4, 3, 5, 7), torch.float32), channels_last) for _ in "abc")
+    weight, bias = make((3,), torch.float32), make((3,), torch.float32)
+    if where == "residual":
+        residual[1, 2, 3, 4] = math.nan
+    else:
+        bias[1], residual = math.nan, None
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    z = native.batch_norm(leaves[0], None, None, *leaves[2:], True)
+    y = native.relu(z if residual is None else z + leaves[1])
+    wanted = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad))
+    place = [None if t is None else t.to(backend.device) for t in (x, residual, weight, bias)]
+    y, mean, rstd = backend.op("batch_norm_forward")(*place, None, None, None, 0, True, 0.1, EPS, True)
+    found = backend.op("batch_norm_backward")(
+        grad.to(backend.device), place[0], None if residual is None else y, *place[2:], mean, rstd, 0, True, True,
+        [True, residual is not None, True, True],
+    )  # fmt: skip
+    for ours, leaf in zip(found, leaves, strict=True):
+        if leaf is not None:
+            torch.testing.assert_close(ours.cpu(), next(wanted), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((3, 5, 7), False), ((2, 3, 20, 30), False), ((2, 6, 5, 4), True)], ids=str
+)
+def test_running_statistics_of_each_group(backend, shape, channels_last):
+    """Mean and unbiased variance themselves, however large eps is."""
+    x = lay_out(make(shape, torch.float32), channels_last)
+    mean, var = (torch.zeros(shape[:2], device=backend.device) for _ in "ab")
+    backend.op("batch_norm_forward")(
+        x.to(backend.device), None, None, None, mean, var, None, shape[1], True, 1.0, 1e6, False
+    )
+    wanted = exact(x).reshape(*shape[:2], -1)
+    assert max_error(mean, wanted.mean(2)) <= 4 * ulp(1, torch.float32)
+    assert np.abs(exact(var) / wanted.var(2, ddof=1) - 1).max() <= 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_parameters_may_be_views(backend, groups):
+    x, grad = make((3, 4, 5), torch.float32).to(backend.device), make((3, 4, 5), torch.float32).to(backend.device)
+    several = make((9, 4), torch.float32, shift=1.0).abs().to(backend.device)
+
+    def run(*arrays):
+        weight, bias, running_mean, running_var = arrays
+        running = [None, None] if groups else [running_mean, running_var]
+        y, mean, rstd = backend.op("batch_norm_forward")(
+            x, None, weight, bias, *running, None, groups, True, 0.3, EPS, not groups
+        )
+        grads = backend.op("batch_norm_backward")(
+            grad, x, None, weight, bias, mean, rstd, groups, True, not groups, [True, False, True, True]
+        )
+        return [t for t in (y, *running, *grads) if t is not None]
+
+    views = [several.T[:, i].clone() for i in range(4)]
+    strided = [torch.stack([v] * 3, 1)[:, 1] for v in views]
+    for one, other in zip(run(*strided), run(*views), strict=True):
+        assert torch.equal(one, other)
+
+
 # The torch-facing side.
 
 
@@ -483,6 +545,37 @@ def test_gradients_of_gradients_in_groups():
     ):
         assert torch.autograd.gradcheck(call, (x, weight, bias))
         assert torch.autograd.gradgradcheck(call, (x, weight, bias))
+        assert torch.autograd.gradgradcheck(lambda a, b, call=call: call(a, None, b), (x, bias))
+    assert torch.autograd.gradgradcheck(lambda a, b: fused.batch_norm(a, None, None, None, b, True), (x, bias))
+
+
+def test_graphs_of_gradients_where_torch_goes_wrong():
+    """Its batch_norm reads a weight with gaps beyond it, its group_norm crashes where the input needs no gradient."""
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    grad, weight = torch.randn_like(x), torch.randn(5, dtype=torch.float64)[1::2]
+    for call in (
+        lambda x, w: fused.batch_norm(x, None, None, w, None, True),
+        lambda x, w: fused.group_norm(x, 1, w),
+    ):
+        for frozen in (False, True):
+            found = []
+            for given, create_graph in ((weight, True), (weight.clone(), False)):
+                leaf, own = x.clone().requires_grad_(not frozen), given.detach().requires_grad_()
+                wanted = [own] if frozen else [leaf, own]
+                found.append(torch.autograd.grad(call(leaf, own), wanted, grad, create_graph=create_graph))
+            torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("dtype", "scale", "eps"), [(torch.float32, 1, 1e10), (torch.float16, 300, 1e-5)], ids=str)
+def test_running_statistics_of_instances(dtype, scale, eps):
+    """The variance is not taken back from rstd, and only what is kept is rounded: a variance may overflow fp16."""
+    x = make((3, 4, 50), dtype, scale=scale)
+    ours = [torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)]
+    right = [t.double() for t in ours]
+    fused.instance_norm(x, *ours, momentum=0.1, eps=eps)
+    native.instance_norm(x.double(), *right, momentum=0.1, eps=eps)
+    for one, other in zip(ours, right, strict=True):
+        torch.testing.assert_close(one, other.to(dtype))
 
 
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
@@ -639,6 +732,12 @@ BAD = {
     "group weight": (lambda f: f.group_norm(torch.randn(3, 4), 2, torch.ones(3)), RuntimeError),
     "group rank": (lambda f: f.group_norm(torch.randn(3), 3), RuntimeError),
     "one spatial value": (lambda f: f.instance_norm(torch.randn(3, 4, 1)), ValueError),
+    "one spatial value of no sample": (lambda f: f.instance_norm(torch.randn(0, 4, 1)), ValueError),
+    "instance rank": (lambda f: f.instance_norm(torch.randn(3)), ValueError),
+    "one value of no channel": (bad_batch_norm(torch.randn(1, 0), None, None), ValueError),
+    "one value and channels": (bad_batch_norm(normal(1, 4), torch.zeros(5), torch.ones(5)), ValueError),
+    "negative groups": (lambda f: f.group_norm(torch.randn(3, 4), -2), RuntimeError),
+    "groups of a float": (lambda f: f.group_norm(torch.randn(3, 4), 2.0), TypeError),
 }
 
 

@@ -139,6 +139,8 @@ BAD_CALLS = {
     "p is NaN": lambda f, shape: f(torch.ones(shape), math.nan, True),
     "p is a string": lambda f, shape: f(torch.ones(shape), "a", True),
     "no tensor": lambda f, shape: f([1.0], 0.5, True),
+    "no tensor, p of 0": lambda f, shape: f([1.0], 0.0, True),
+    "no tensor in evaluation": lambda f, shape: f([1.0], 0.5, False),
     "integers": lambda f, shape: f(torch.ones(shape, dtype=torch.int64), 0.5, True),
     "in place on a leaf": lambda f, shape: f(torch.ones(shape, requires_grad=True), 0.5, True, True),
     "1-D": lambda f, shape: f(torch.ones(3), 0.5, True),

@@ -233,6 +233,19 @@ def test_more_rows_than_a_grid_dimension_holds(backend):
     check(backend, (70_001, 8), TYPES[0], VARIANTS[0])
 
 
+def test_parameters_may_be_views(backend):
+    x, grad = make((3, 7), torch.float32).to(backend.device), make((3, 7), torch.float32).to(backend.device)
+    weight, bias = (make((7,), torch.float32).to(backend.device) for _ in "ab")
+
+    def run(weight, bias):
+        y, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, bias, 1e-5, False, True)
+        return y, *backend.op("layer_norm_backward")(grad, None, x, mean, rstd, weight, bias, 1, [True] * 3)
+
+    strided = [torch.stack([t] * 3, 1)[:, 1] for t in (weight, bias)]
+    for one, other in zip(run(*strided), run(weight, bias), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_rows(backend):
     for variant in VARIANTS:
         y, _, _, _, grad_input, grad_weight, grad_bias = check(backend, (0, 12), TYPES[0], variant)
@@ -347,6 +360,8 @@ def test_gradcheck_and_gradgradcheck(name, device):
     call = (lambda x, w: function(x, w, None)) if unused else function
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
+    if not unused:
+        assert torch.autograd.gradgradcheck(lambda x, b: function(x, None, b), (inputs[0], inputs[2]))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -463,8 +478,10 @@ BAD_CALLS = {
     "int for normalized_shape": lambda f, x, w: f(x, 4, None),
     "float in normalized_shape": lambda f, x, w: f(x, (4.0,), None),
     "no input": lambda f, x, w: f(None, (4,), None),
+    "no input of a shape too long": lambda f, x, w: f(None, (3, 4), None),
     "list for input": lambda f, x, w: f([1.0], (4,), None),
     "weight of another shape": lambda f, x, w: f(x, (4,), torch.ones(5)),
+    "weight and input of other shapes": lambda f, x, w: f(x[0], (3, 4), w),
     "weight of another rank": lambda f, x, w: f(x, (4,), torch.ones(1, 4)),
     "weight on another device": lambda f, x, w: f(x, (4,), torch.ones(4, device="meta")),
     "fp64 weight": lambda f, x, w: f(x, (4,), w.double()),
@@ -513,6 +530,18 @@ def test_residual_broadcasts_and_promotes_as_addition_does(function):
         assert y.dtype == expected.dtype and torch.allclose(y, expected, atol=1e-5)
         ours, theirs = (torch.autograd.grad((t**2).sum(), (x, residual)) for t in (y, expected))
         assert all(a.dtype == b.dtype and torch.allclose(a, b, atol=1e-2) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm", "dropout_add_layer_norm"])
+def test_a_residual_without_dimensions_counts_for_less(function):
+    for dtype, wider in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
+        x, residual = make((4, 6), dtype), make((), wider).requires_grad_()
+        options = {"p": 0.0, "prenorm": True} if "dropout" in function else {}
+        y, total = getattr(fused, function)(x, residual, (6,), torch.ones(6, dtype=dtype), **options)
+        assert y.dtype == total.dtype == dtype
+        assert torch.equal(total, x + residual)
+        (grad,) = torch.autograd.grad(total.sum(), residual)
+        assert grad.dtype == wider and grad == 24
 
 
 @pytest.mark.parametrize("device", DEVICES)

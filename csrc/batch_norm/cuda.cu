@@ -622,7 +622,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 ? 1 : 2)
   if (op.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*op.num_batches_tracked;
 }
 
-// grad_output where y > 0, y being what forward gave or found from x again.
+// grad_output, 0 where y <= 0, y being what forward gave or found from x again. Where y is NaN the gradient passes.
 template <class T, int PackBytes, int Columns, class A>
 __device__ __forceinline__ void load_gradient(const Backward& op, const Affine<A, Columns>& affine,
                                               const Pack<PackBytes>& grad_output, const Pack<PackBytes>& y,
@@ -639,7 +639,7 @@ __device__ __forceinline__ void load_gradient(const Backward& op, const Affine<A
     widen<T, PackBytes>(narrow<T, PackBytes>(shown), shown);
   }
 #pragma unroll
-  for (int k = 0; k < width; ++k) g[k] = shown[k] > A(0) ? g[k] : A(0);
+  for (int k = 0; k < width; ++k) g[k] = shown[k] <= A(0) ? A(0) : g[k];
 }
 
 template <class T, int PackBytes, int Columns, class A>

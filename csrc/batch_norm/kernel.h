@@ -12,15 +12,15 @@
 //   z          = fma(x - mean, rstd * weight, bias) + residual      rounded so in backward too: its mask is forward's
 //   y          = relu ? max(z, 0) : z                       a NaN stays one
 //
-//   g          = relu ? (y > 0 ? grad_output : 0) : grad_output         y as it was rounded to its dtype
+//   g          = relu ? (y <= 0 ? 0 : grad_output) : grad_output        y as it was rounded to its dtype; a NaN passes
 //   grad_residual = g
 //   grad_bias   = sum of g over a channel,  grad_weight = sum of g * (x - mean) * rstd over a channel
 //   wg         = g * weight
 //   grad_input = rstd * (wg - mean(wg) - xhat * mean(wg * xhat))        means over the group; xhat = (x - mean) * rstd
 //   grad_input = rstd * wg                                              where the statistics were given (evaluation)
 //
-// Running statistics, with groups == 0 alone: n the count of a group's elements, f the momentum, or 1 / (batches
-// tracked, this one included) where momentum is negative:
+// Running statistics, one a group: n the count of a group's elements, f the momentum, or 1 / (batches tracked, this one
+// included) where momentum is negative:
 //   running_mean += f * (mean - running_mean),  running_var += f * (var * n / (n - 1) - running_var)
 //
 // Statistics and parameter arithmetic are fp32 (fp64 where dtype is F64): `accumulate` below. A pointer documented
@@ -54,8 +54,8 @@ struct Forward {
   void* mean;                    // of accumulate, one a group
   void* rstd;                    // of accumulate, one a group
   void* var;                     // of accumulate, one a group, biased; or null. Compute alone
-  void* running_mean;            // [channels] or null; read by Running, updated by Compute
-  void* running_var;             // [channels] or null
+  void* running_mean;            // one a group, or null; read by Running, updated by Compute
+  void* running_var;             // one a group, or null
   int64_t* num_batches_tracked;  // one element, raised by one by Compute; or null (then momentum is not negative)
   void* workspace;               // forward_workspace_*() bytes, 64-byte aligned; null where that is 0
   Shape shape;

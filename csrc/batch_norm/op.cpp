@@ -337,13 +337,13 @@ struct Options {
 // x normalized by torch's own differentiable ops, where the statistics are x's own.
 Tensor native_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const Options& options) {
+  if (has(bias) && !has(weight)) {  // torch's backwards fail so
+    std::vector<int64_t> along(input.dim(), 1);
+    along[1] = -1;
+    return native_norm(input, {}, {}, options) + bias->view(along);
+  }
   if (options.groups == 0) return at::batch_norm(input, weight, bias, {}, {}, true, 0, options.eps, true);
-  const int64_t groups = options.groups.guard_int(__FILE__, __LINE__);
-  if (has(weight) || !has(bias)) return at::group_norm(input, groups, weight, bias, options.eps, true);
-  // torch's backward fails with a bias and no weight.
-  std::vector<int64_t> along(input.dim(), 1);
-  along[1] = -1;
-  return at::group_norm(input, groups, {}, {}, options.eps, true) + bias->view(along);
+  return at::group_norm(input, options.groups.guard_int(__FILE__, __LINE__), weight, bias, options.eps, true);
 }
 
 const auto& forward_op() {
@@ -396,14 +396,17 @@ struct BatchNormBackward : SavingNode<6> {
     const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(bias_of(saved))};
     const Tensor z =
         in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
-          if (options.training) return native_norm(t, p, q, options);
+          // torch's backwards read a weight with gaps beyond it, and crash where channels_last input needs no gradient.
+          const auto dense = [](const auto& v) { return has(v) ? OptionalTensor(v->contiguous()) : std::nullopt; };
+          if (options.training) return native_norm(t.contiguous(), dense(p), dense(q), options);
           std::vector<int64_t> along(t.dim(), 1);
           along[1] = -1;
           Tensor scaled = (t - saved[Mean].view(along)) * saved[Rstd].view(along);
           if (has(p)) scaled = scaled * p->view(along);
           return has(q) ? scaled + q->view(along) : scaled;
         });
-    const Tensor g = options.relu ? grads[0] * ((result.defined() ? result : z.detach()) > 0) : grads[0];
+    // Where the result is NaN the gradient passes, as through torch's ReLU.
+    const Tensor g = options.relu ? grads[0].masked_fill((result.defined() ? result : z.detach()) <= 0, 0) : grads[0];
     const auto wanted = mask();
     const std::array<Tensor, 3> found = differentiable_gradients(z, g, sources, {wanted[0], wanted[2], wanted[3]});
     return gradients(grads[0], {found[0], wanted[1] ? g : Tensor(), found[1], found[2]});
@@ -475,6 +478,13 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
   return outputs;
 }
 
+// How many values share a mean, but for the batch where `first` is 2.
+c10::SymInt values_of(const Tensor& input, int64_t first) {
+  c10::SymInt count = first == 0 && input.dim() > 0 ? input.sym_size(0) : 1;
+  for (int64_t i = 2; i < input.dim(); ++i) count = count * input.sym_size(i);
+  return count;
+}
+
 // The checks that torch's ops make, in torch's exception types, before anything is written.
 void check_vector(const char* name, const char* argument, const Tensor& input, const OptionalTensor& p) {
   if (!has(p)) return;
@@ -511,13 +521,15 @@ Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTens
                        std::optional<double> momentum, double eps, bool relu) {
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
+  if (training) {
+    TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(values_of(input, 0).sym_ne(1)), name,
+                      "(): expected more than 1 value per channel when training, got input of shape ",
+                      input.sym_sizes());
+  }
   check_running(name, input, running_mean, running_var, !training);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
   if (training) {
-    TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS((input.sym_numel() / input.sym_size(1).max(1)).sym_ne(1)), name,
-                      "(): expected more than 1 value per channel when training, got input of shape ",
-                      input.sym_sizes());
     TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked) || !has(running_mean), name,
                       "(): expected momentum to be a float where there is no num_batches_tracked, got None");
   }
@@ -567,7 +579,9 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
   constexpr const char* name = "group_norm";
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
-  TORCH_CHECK_VALUE(num_groups > 0, name, "(): expected num_groups greater than 0, got ", num_groups);
+  // torch divides by 0 before it looks at the sign.
+  TORCH_CHECK_VALUE(num_groups != 0, name, "(): expected num_groups greater than 0, got 0");
+  TORCH_CHECK(num_groups > 0, name, "(): expected num_groups greater than 0, got ", num_groups);
   TORCH_CHECK(input.sym_size(1) % num_groups == 0, name,
               "(): expected channels divisible by num_groups, got input of shape ", input.sym_sizes(),
               " and num_groups ", num_groups);
@@ -576,19 +590,21 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
                     " and num_groups ", num_groups);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
+  const Options options{num_groups, true, false, eps};
   if (is_for_torch(input, weight, bias)) {
-    return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
-      return at::group_norm(t, num_groups.guard_int(__FILE__, __LINE__), w, b, eps, true);
-    });
+    return in_one_type(input, weight, bias,
+                       [&](const Tensor& t, const auto& w, const auto& b) { return native_norm(t, w, b, options); });
   }
   check_parameter_types(name, input, weight, bias);
-  return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, Options{num_groups, true, false, eps}));
+  return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, options));
 }
 
 Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& weight, const OptionalTensor& bias, bool use_input_stats, double momentum,
                      double eps) {
   constexpr const char* name = "instance_norm";
+  TORCH_CHECK_VALUE(!use_input_stats || TORCH_GUARD_SIZE_OBLIVIOUS(values_of(input, 2).sym_ne(1)), name,
+                    "(): expected more than 1 spatial element, got input of shape ", input.sym_sizes());
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
   check_running(name, input, running_mean, running_var, !use_input_stats);
@@ -596,29 +612,26 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
     return normalize_batch(name, input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
-  const c10::SymInt space = input.sym_numel() / (input.sym_size(0) * input.sym_size(1)).max(1);
-  TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(space.sym_ne(1)), name,
-                    "(): expected more than 1 spatial element, got input of shape ", input.sym_sizes());
   if (is_for_torch(input, weight, bias)) {
     return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::instance_norm(t, w, b, running_mean, running_var, true, momentum, eps, true);
     });
   }
   check_parameter_types(name, input, weight, bias);
-  const auto [y, mean, rstd] =
-      normalize(input, {}, weight, bias, {}, {}, {}, 0, Options{input.sym_size(1), true, false, eps});
-  if (has(running_mean)) {
-    // The mean over the batch of what each sample alone would leave.
-    const at::NoGradGuard no_grad;
-    TORCH_SYM_CHECK(input.sym_numel().sym_ne(0), name, "(): expected elements to take statistics of, got none");
-    const Tensor var =
-        (rstd.to(at::kDouble).pow(-2) - eps).clamp_min(0) * at::Scalar(c10::SymFloat(space) / c10::SymFloat(space - 1));
-    const auto update = [&](const Tensor& running, const Tensor& found) {
-      running.mul_(1 - momentum).add_(found.mean(0).to(running.scalar_type()), momentum);
-    };
-    update(*running_mean, mean);
-    update(*running_var, var);
-  }
+  const Options options{input.sym_size(1), true, false, eps};
+  if (!has(running_mean)) return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, options));
+  TORCH_SYM_CHECK(input.sym_numel().sym_ne(0), name, "(): expected elements to take statistics of, got none");
+  // Running statistics of each sample's channels that start anew: the mean and the unbiased variance themselves.
+  const Tensor means = input.new_zeros_symint({input.sym_size(0), input.sym_size(1)}, accumulate_options(input));
+  const Tensor vars = at::zeros_like(means);
+  const Tensor y = std::get<0>(normalize(input, {}, weight, bias, means, vars, {}, 1, options));
+  // The mean over the batch of what each sample alone would leave, rounded once.
+  const at::NoGradGuard no_grad;
+  const auto update = [&](const Tensor& running, const Tensor& found) {
+    running.copy_(running.to(at::kDouble) * (1 - momentum) + found.to(at::kDouble).mean(0) * momentum);
+  };
+  update(*running_mean, means);
+  update(*running_var, vars);
   return y;
 }
 

@@ -283,7 +283,10 @@ std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& res
                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
   const Tensor x = has(residual) ? input + *residual : input;
   const Tensor y = in_one_type(x, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
-    return rms ? at::rms_norm_symint(t, shape, w, eps) : at::layer_norm_symint(t, shape, w, b, eps);
+    if (rms) return at::rms_norm_symint(t, shape, w, eps);
+    // torch's double backward fails with a bias and no weight.
+    if (has(b) && !has(w)) return at::layer_norm_symint(t, shape, {}, {}, eps) + *b;
+    return at::layer_norm_symint(t, shape, w, b, eps);
   });
   return {y, x};
 }
@@ -442,13 +445,6 @@ void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef 
                      const OptionalTensor& bias, bool rms) {
   const int64_t ndim = int64_t(shape.size());
   TORCH_CHECK(ndim >= 1, name, "(): expected normalized_shape to have at least one dimension, got an empty one");
-  if (rms) {
-    TORCH_CHECK_VALUE(input.dim() >= ndim, name, "(): expected input with at least ", ndim,
-                      " dimensions for normalized_shape ", shape, ", got shape ", input.sym_sizes());
-  }
-  TORCH_CHECK(input.dim() >= ndim && input.sym_sizes().slice(input.dim() - ndim).equals(shape), name,
-              "(): expected input whose last dimensions are normalized_shape ", shape, ", got shape ",
-              input.sym_sizes());
   const auto check_parameter = [&](const char* argument, const OptionalTensor& p) {
     if (!has(p)) return;
     TORCH_CHECK(p->sym_sizes().equals(shape), name, "(): expected ", argument, " of shape ", shape,
@@ -458,6 +454,13 @@ void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef 
   };
   check_parameter("weight", weight);
   check_parameter("bias", bias);
+  if (rms) {
+    TORCH_CHECK_VALUE(input.dim() >= ndim, name, "(): expected input with at least ", ndim,
+                      " dimensions for normalized_shape ", shape, ", got shape ", input.sym_sizes());
+  }
+  TORCH_CHECK(input.dim() >= ndim && input.sym_sizes().slice(input.dim() - ndim).equals(shape), name,
+              "(): expected input whose last dimensions are normalized_shape ", shape, ", got shape ",
+              input.sym_sizes());
 }
 
 std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, const OptionalTensor& residual,
@@ -497,7 +500,7 @@ std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) 
   if (nested || (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes()))) {
     return {input, residual};
   }
-  const at::ScalarType type = at::result_type(input, residual);
+  const at::ScalarType type = at::result_type(input, residual);  // without dimensions one counts for less
   const auto expanded = at::broadcast_tensors({input.to(type), residual.to(input.device(), type)});
   return {expanded[0], expanded[1]};
 }

@@ -14,6 +14,11 @@ def accumulate_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What the kernels take for an array: ``tensor`` without gaps. A parameter may be any view."""
+    return None if tensor is None else tensor.contiguous()
+
+
 @triton.jit
 def multiply(a, b):
     """a * b, which no sum that follows is fused to: where kernels are to give the same bits."""

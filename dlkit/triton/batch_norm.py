@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_TYPE, accumulate_type, inverse_root
+from ._common import TRITON_TYPE, accumulate_type, dense, inverse_root
 
 # The innermost extent (columns, or channels where there is one column) reaches the kernels in units of VEC elements:
 # that tells the compiler which vector loads are safe.
@@ -204,12 +204,12 @@ def _merge_statistics(
         # _apply counts this batch: here every program reads the count.
         momentum = 1.0 / (tl.load(num_batches_tracked) + 1).to(tl.float64)
     if running_mean is not None:
-        running = tl.load(running_mean + group, mask=valid, other=0.0).to(tl.float64)
-        _store(running_mean + group, running + (center - running) * momentum, valid)
+        running = tl.load(running_mean + statistic, mask=valid, other=0.0).to(tl.float64)
+        _store(running_mean + statistic, running + (center - running) * momentum, valid)
     if running_var is not None:
-        running = tl.load(running_var + group, mask=valid, other=0.0).to(tl.float64)
+        running = tl.load(running_var + statistic, mask=valid, other=0.0).to(tl.float64)
         unbiased = variance * (count / (count - 1.0))
-        _store(running_var + group, running + (unbiased - running) * momentum, valid)
+        _store(running_var + statistic, running + (unbiased - running) * momentum, valid)
 
 
 @_jit
@@ -289,7 +289,7 @@ def _backward_pieces(
                 result = tl.load(y + here + at, mask=inside, other=0.0)
             else:
                 result = tl.fma(deviation, slope, shift).to(x.dtype.element_ty)
-            grad = tl.where(result > 0, grad, 0.0)
+            grad = tl.where(result <= 0, 0.0, grad)  # where the result is NaN the gradient passes
         if grad_sums is not None:
             grad_sum += grad
         if product_sums is not None:
@@ -480,6 +480,7 @@ def _normalise(
     mean: Tensor, rstd: Tensor, relu: bool, running: Sequence[Tensor | None] = (None,) * 3, eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(input)
+    weight, bias = dense(weight), dense(bias)
     if residual is not None:
         residual = _like(input, residual)
     view.launch(
@@ -505,6 +506,8 @@ def batch_norm_forward(
     view = _view(input, groups)
     shape = (view.outer, groups) if groups else (view.channels,)
     mean, rstd = (torch.empty(shape, dtype=view.accumulate, device=input.device) for _ in range(2))
+    given = (running_mean, running_var)
+    running_mean, running_var = dense(running_mean), dense(running_var)
     with torch.cuda.device_of(input):
         if training:
             running = (running_mean, running_var, num_batches_tracked)
@@ -513,6 +516,9 @@ def batch_norm_forward(
         else:
             running = (running_mean, running_var, None)
         y = _normalise(view, input, residual, weight, bias, mean, rstd, relu, running, eps)
+    for user_s, moved in zip(given, (running_mean, running_var), strict=True):
+        if training and user_s is not None and moved is not None and moved is not user_s:
+            user_s.copy_(moved)
     return y, mean, rstd
 
 
@@ -554,6 +560,7 @@ def _backward(
         torch.empty(input.shape[1], dtype=parameter.dtype, device=input.device) if wanted else None
         for wanted in output_mask[2:]
     )
+    weight, bias = dense(weight), dense(bias)
     tensors = (input, y, weight, bias, mean, rstd)
     constants = {"groups": view.groups, "group_channels": view.group_channels, "WEIGHTED": groups > 0}
     second_pass = training and grad_input is not None

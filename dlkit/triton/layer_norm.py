@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_TYPE, accumulate_type, divide, inverse_root
+from ._common import TRITON_TYPE, accumulate_type, dense, divide, inverse_root
 
 # Widths and strides reach the kernels in units of VEC elements. That tells the compiler which vector loads are safe
 # (Triton itself looks for multiples of 16 only; 1000 columns allow 16-byte loads too), and one binary serves all sizes.
@@ -433,7 +433,7 @@ def layer_norm_forward(
     if residual is not None:
         residual, residual_stride = _as_rows(residual, normalized_ndim)
     vec = _vector(input.dtype, cols, x_stride, residual_stride)
-    tensors = (input, residual, weight, bias, y, sum, mean, rstd)
+    tensors = (input, residual, dense(weight), dense(bias), y, sum, mean, rstd)
     sizes = (cols // vec, x_stride // vec, residual_stride // vec)
     constants: dict[str, Any] = {"EPS": eps, "RMS": rms, "ACC": TRITON_TYPE[accumulate], "VEC": vec}
     block = triton.next_power_of_2(cols)
@@ -484,6 +484,7 @@ def layer_norm_backward(
     if rows == 0:
         return gradients
 
+    weight = dense(weight)
     input, x_stride = _as_rows(input, normalized_ndim)
     grad_output, grad_output_stride = _as_rows(grad_output, normalized_ndim)
     grad_sum_stride = cols

@@ -40,8 +40,8 @@ class Operation:
     shapes: Callable[[Case], dict[str, list[int]]]  # of all tensors that there are, input first
     ours: Callable[[Named, Named], dict[str, Tensor]]
     torchs: Callable[[Named, Named], dict[str, Tensor]]
-    forward: Callable[[Named, Named], dict[str, Pair]]
-    backward: Callable[[Named, Named, dict[str, np.ndarray]], dict[str, Pair]]
+    forward: Callable[[Named, Named], dict[str, Pair]] | None = None
+    backward: Callable[[Named, Named, dict[str, np.ndarray]], dict[str, Pair]] | None = None
     modules: Callable[[Named, Named], Any] | None = None
     undecided: Callable[[Named, Named], np.ndarray] | None = None  # where rounding decides what a ReLU does
     twin: Callable[[Named, Named], Any] | None = None  # torch's op of the same name, for what it refuses
@@ -138,7 +138,9 @@ class ExactNorm:
         def total(a: np.ndarray, size: np.ndarray) -> Pair:
             # An axis of one parameter is none to add along.
             axes_ = tuple(i for i in along if not (self.view.parameters[i] == grad.shape[i] == 1))
-            return a.sum(axes_).reshape(-1), size.sum(axes_).reshape(-1)
+            # The rows of a block are added up one by one, equal terms too.
+            growth = max(1, len(a) / 32) if self.view.statistics == (1,) else 1
+            return a.sum(axes_).reshape(-1), growth * size.sum(axes_).reshape(-1)
 
         return {
             "input": (found.reshape(self.shape), terms.reshape(self.shape)),
@@ -151,12 +153,18 @@ def torch_norm(kind: str, x: Tensor, t: Named, o: Named) -> Tensor:
     weight, bias = t.get("weight"), t.get("bias")
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch's backwards fail without
+    if weight is not None and kind == "batch_norm":
+        weight = weight.contiguous()  # torch's backward reads one with gaps beyond it
     if kind == "layer_norm":
         return native.layer_norm(x, o["normalized_shape"], weight, bias, o["eps"])
     if kind == "rms_norm":
         return native.rms_norm(x, o["normalized_shape"], weight, o["eps"])
     if kind == "group_norm":
-        return native.group_norm(x, o["groups"], weight, bias, o["eps"])
+        # torch's backward crashes where channels_last input needs no gradient.
+        y = native.group_norm(x if x.requires_grad else x.contiguous(), o["groups"], weight, bias, o["eps"])
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        kept = not x.requires_grad and last is not None and x.is_contiguous(memory_format=last)
+        return y.contiguous(memory_format=last) if kept else y
     running = t.get("running_mean"), t.get("running_var")
     function = native.batch_norm if kind == "batch_norm" else native.instance_norm
     return function(x, *running, weight, bias, o["training"], o["momentum"], o["eps"])
@@ -182,6 +190,7 @@ def draw_channels(rng: random.Random, shape: list[int]) -> Named:
         "running": running,
         "training": not running or rng.random() < 0.7,
         "momentum": rng.choice([0.1, 0.1, 0.3, 1.0, 0.0, 0.9]),
+        "sync": rng.random() < 0.2,
     }
 
 
@@ -422,7 +431,8 @@ def channels_module(kind: str) -> Any:
     def run(t: Named, o: Named) -> Any:
         # By dimensions: BatchNorm1d takes [N, C] and [N, C, L]. Others have no layer.
         rank = max(1, t["input"].dim() - 2)
-        layer = getattr(dlkit.nn, f"{kind}{rank}d")
+        sync = o["sync"] and kind.startswith("BatchNorm") and t["input"].numel()
+        layer = getattr(dlkit.nn, f"Sync{kind}" if sync else f"{kind}{rank}d")
         tracked = "running_mean" in t
         module = layer(t["input"].size(1), o["eps"], o["momentum"], True, tracked)
         if not tracked and kind == "InstanceNorm":
@@ -602,6 +612,8 @@ def dropblock() -> Operation:
 
     def torchs(t: Named, o: Named) -> Any:
         x = given(t, o)
+        if o["p"] == 0 or not o["training"]:
+            return {"y": x}
         mask, scale = mask_of(o, x.shape)
         y = torch.where(torch.from_numpy(mask), x * float(scale), torch.zeros((), dtype=x.dtype))
         return {"y": x.copy_(y) if o.get("inplace", False) else y}
@@ -684,7 +696,9 @@ def activation_operation(name: str) -> Operation:
         found = np.where(mask, 0, grad * slope), np.where(mask, 0, np.abs(grad) * size)
         results = {"input": found}
         if t.get("bias") is not None:
-            results["bias"] = unbroadcast(found, t["bias"].shape)
+            value, terms = unbroadcast(found, t["bias"].shape)
+            rows = x.size // max(1, value.size)
+            results["bias"] = value, terms * max(1, rows / 32)  # rows are added up one by one, equal ones too
         return results
 
     return Operation(f"bias_{name}_dropout", (1, 4), draw, shapes, ours, torchs, forward, backward)

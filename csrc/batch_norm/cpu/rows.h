@@ -10,7 +10,7 @@ namespace {
 
 bool groups_are_rows(const Forward& op) {
   return op.shape.groups > 0 && op.shape.space == 1 && op.statistics == Statistics::Compute && op.y != nullptr &&
-         op.var == nullptr && op.residual == nullptr && !op.relu;
+         op.var == nullptr && op.running_mean == nullptr && op.residual == nullptr && !op.relu;
 }
 bool groups_are_rows(const Backward& op) {
   return op.shape.groups > 0 && op.shape.space == 1 && !op.statistics_given && !op.sums_given &&

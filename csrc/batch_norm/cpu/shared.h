@@ -187,8 +187,9 @@ DLKIT_INLINE Vector<accumulate_t<T>> masked_gradient(const T* grad_output, const
   using V = Vector<accumulate_t<T>>;
   const V g = load(grad_output + i, width);
   if constexpr (kMask == Mask::None) return g;
-  if constexpr (kMask == Mask::FromY) return load(y + i, width) > 0 ? g : V{};
-  return fma(centred, c.scale, c.bias) > rounds_to_zero(T()) ? g : V{};
+  // Where the result is NaN the gradient passes, as through torch's ReLU.
+  if constexpr (kMask == Mask::FromY) return load(y + i, width) <= 0 ? V{} : g;
+  return fma(centred, c.scale, c.bias) <= rounds_to_zero(T()) ? V{} : g;
 }
 
 // Whether reduce left the masked gradient where the residual's goes, for apply to read.

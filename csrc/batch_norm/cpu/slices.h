@@ -136,7 +136,7 @@ void forward_slices(const Forward& op) {
       exact_means[g] = double(centres[g]) + sum / double(elements);
       m2s[g] = m2 < 0 ? 0 : m2;  // what rounding can leave; a NaN stays
     }
-    finish_groups<A>(op, first_group, groups, exact_means, m2s, double(elements), 0);
+    finish_groups<A>(op, first_group, groups, exact_means, m2s, double(elements), running_factor(op));
     T* const y = static_cast<T*>(op.y) + first;
     alignas(64) T kept[kTile];
     const bool stream = past_caches && groups * elements <= kTile && uintptr_t(y) % 64 == 0;
