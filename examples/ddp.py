@@ -56,4 +56,5 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (f"{folder}/rendezvous", arguments), arguments.processes)
+        # Not mp.spawn: its processes shut Python down at their end, and one of Gloo's threads may still need it then.
+        mp.start_processes(train, (f"{folder}/rendezvous", arguments), arguments.processes, start_method="forkserver")
