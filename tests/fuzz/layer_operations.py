@@ -639,7 +639,7 @@ def activation(name: str, x: np.ndarray, double: bool) -> tuple[np.ndarray, np.n
             return value, slope, slope
         if name == "gelu":
             if double:
-                share = np.array([reference._normal_distribution(v) if np.isfinite(v) else np.longdouble(v > 0)
+                share = np.array([reference._normal_distribution(v) if abs(v) < 200 else np.longdouble(v > 0)
                                   for v in x.reshape(-1)], np.longdouble).reshape(x.shape)  # fmt: skip
                 share = np.where(np.isnan(x), x, share)
             else:
