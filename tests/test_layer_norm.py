@@ -254,6 +254,15 @@ def test_no_rows(backend):
             assert grad is None or torch.equal(grad.cpu(), torch.zeros(12))
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_rows_without_columns(backend, rms):
+    x, weight = torch.empty(3, 0, device=backend.device), torch.empty(0, device=backend.device)
+    y, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, weight, 1e-5, rms, True)
+    assert y.shape == (3, 0) and rstd.shape == (3, 1)
+    gradients = backend.op("layer_norm_backward")(y, None, x, mean, rstd, weight, weight, 1, [True, True, True])
+    assert [gradient.shape for gradient in gradients] == [(3, 0), (0,), (0,)]
+
+
 def test_same_bits_every_run(backend):
     for shape in ((300, 96), (37, 1500)):
         results = []

@@ -425,7 +425,7 @@ def layer_norm_forward(
     sum = torch.empty_like(y) if residual is not None else None
     mean = torch.empty(stats_shape, dtype=accumulate, device=input.device) if stats and not rms else None
     rstd = torch.empty(stats_shape, dtype=accumulate, device=input.device) if stats else None
-    if rows == 0:
+    if rows == 0 or cols == 0:
         return y, sum, mean, rstd
 
     input, x_stride = _as_rows(input, normalized_ndim)
@@ -481,7 +481,7 @@ def layer_norm_backward(
         for wanted in output_mask[1:]
     )
     gradients = (grad_input, grad_weight, grad_bias)
-    if rows == 0:
+    if rows == 0 or cols == 0:
         return gradients
 
     weight = dense(weight)
