@@ -7,13 +7,12 @@ import copy
 import itertools
 import subprocess
 import sys
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import run_cases, start
+from support.processes import join_group, run_cases, start
 from torch import nn
 
 import dlkit
@@ -30,10 +29,8 @@ def case(function):
 
 def run(rank, folder):
     """What each process does."""
-    torch.set_num_threads(1)
+    join_group(rank, folder, PROCESSES)
     torch.set_default_dtype(torch.float64)
-    meeting, timeout = f"file://{folder}/start", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timeout)
     line = dist.init_device_mesh("cpu", (PROCESSES,))
     square = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     run_cases(CASES, (rank, line, square), f"{folder}/{rank}.pt")
@@ -43,7 +40,7 @@ def run(rank, folder):
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dtensor")
-    start(run, folder, PROCESSES, seconds=600)
+    start(run, folder, PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

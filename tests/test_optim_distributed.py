@@ -5,12 +5,11 @@ Every case runs in each process, with the whole batch at hand; the processes are
 
 import copy
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import run_cases, start
+from support.processes import join_group, run_cases, start
 from torch import nn
 
 import dlkit
@@ -26,9 +25,7 @@ def case(function):
 
 def run(rank, folder):
     """What each process does."""
-    torch.set_num_threads(1)
-    meeting, timeout = f"file://{folder}/start", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timeout)
+    join_group(rank, folder, PROCESSES)
     run_cases(CASES, (rank, folder), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

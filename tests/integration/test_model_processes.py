@@ -1,14 +1,13 @@
 """The models of test_models in 2 processes (gloo), with dlkit's layers and optimizer, against torch's in one."""
 
 import copy
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.models import MODELS, losses_of, make
-from support.processes import run_cases, start
+from support.processes import join_group, run_cases, start
 from torch import nn
 
 import dlkit
@@ -24,9 +23,7 @@ def case(function):
 
 def run(rank, folder):
     """What each process does."""
-    torch.set_num_threads(1)
-    meeting, timeout = f"file://{folder}/start", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timeout)
+    join_group(rank, folder, PROCESSES)
     run_cases(CASES, (rank, dist.init_device_mesh("cpu", (PROCESSES,))), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -34,7 +31,7 @@ def run(rank, folder):
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    start(run, folder, PROCESSES, seconds=600)
+    start(run, folder, PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -6,16 +6,19 @@ Imports take most of their time (torch.distributed.tensor brings TorchDynamo), s
 import multiprocessing
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 IMPORTED = ["torch", "torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp", "pytest"]
 
 
-def start(run, folder: Path, count: int, seconds: float = 150) -> None:
-    """Calls run(rank, folder) in `count` processes and waits for them; after `seconds` they are killed."""
+def start(run, folder: Path, count: int, seconds: float = 1200) -> None:
+    """Calls run(rank, folder) in `count` processes and waits for them; after `seconds`, which only a hang takes, they
+    are killed."""
     multiprocessing.set_forkserver_preload(IMPORTED)
     context = mp.start_processes(run, (str(folder),), count, join=False, start_method="forkserver")
     deadline = time.monotonic() + seconds
@@ -23,6 +26,13 @@ def start(run, folder: Path, count: int, seconds: float = 150) -> None:
         pass
     for process in context.processes:
         process.kill()
+
+
+def join_group(rank: int, folder: str, count: int) -> None:
+    """In a process: one thread, and a gloo group of all."""
+    torch.set_num_threads(1)
+    meeting, timeout = f"file://{folder}/start", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=timeout)
 
 
 def run_cases(cases: dict, arguments: tuple, results: str) -> None:
