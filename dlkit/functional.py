@@ -971,6 +971,4 @@ def _raise_channels(name: str, error: Exception, tensors: dict[str, Any], **numb
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
     for argument, value in numbers_.items():
         number(name, argument, value)
-        if argument == "num_groups" and isinstance(value, float):
-            raise TypeError(f"{name}(): expected num_groups to be an int, got float") from None
     raise error

@@ -516,9 +516,9 @@ def batch_norm_forward(
         else:
             running = (running_mean, running_var, None)
         y = _normalise(view, input, residual, weight, bias, mean, rstd, relu, running, eps)
-    for user_s, moved in zip(given, (running_mean, running_var), strict=True):
-        if training and user_s is not None and moved is not None and moved is not user_s:
-            user_s.copy_(moved)
+    for theirs, updated in zip(given, (running_mean, running_var), strict=True):
+        if training and theirs is not None and updated is not None and updated is not theirs:
+            theirs.copy_(updated)
     return y, mean, rstd
 
 
