@@ -198,7 +198,7 @@ def batch_norm(
 
     Raises:
         ValueError: one value per channel in training, eps out of range, only one running statistic.
-        RuntimeError: a shape, dtype or device does not fit.
+        RuntimeError: a shape, dtype or device does not fit; in evaluation, a running statistic is missing.
         NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
 
@@ -283,7 +283,7 @@ def batch_norm_relu(
 
     Raises:
         ValueError: one value per channel in training, eps out of range, only one running statistic.
-        RuntimeError: a shape, dtype or device does not fit.
+        RuntimeError: a shape, dtype or device does not fit; in evaluation, a running statistic is missing.
         NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
 
