@@ -348,6 +348,18 @@ def test_cumulative_average(backend):
     torch.testing.assert_close(var, 0.8 + 0.2 * x.var(0))
 
 
+def test_a_momentum_of_one_forgets_all(backend):
+    """Large statistics leave nothing in small ones, not even their rounding."""
+    x = make((6, 3, 5), torch.float32, scale=1e-6)
+    running = [torch.full((3,), 1e6, device=backend.device) for _ in "mv"]
+    backend.op("batch_norm_forward")(
+        x.to(backend.device), None, None, None, *running, None, 0, True, 1.0, EPS, False
+    )  # fmt: skip
+    mean, var = x.double().mean((0, 2)), x.double().var((0, 2))
+    torch.testing.assert_close(running[0].cpu().double(), mean, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(running[1].cpu().double(), var, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("shape", "groups"), [((4, 12, 4, 4), 6), ((5, 40, 3, 3), 20), ((2, 9, 5, 5), 0)], ids=str)
 def test_the_number_of_multiprocessors_changes_no_bit(backend, shape, groups, monkeypatch):
     """Small groups share a block only where there are enough of them for all."""
@@ -547,6 +559,28 @@ def test_gradients_of_gradients_in_groups():
         assert torch.autograd.gradgradcheck(call, (x, weight, bias))
         assert torch.autograd.gradgradcheck(lambda a, b, call=call: call(a, None, b), (x, bias))
     assert torch.autograd.gradgradcheck(lambda a, b: fused.batch_norm(a, None, None, None, b, True), (x, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"])
+def test_gradients_of_gradients_in_16_bits(name, dtype):
+    """torch's formulas hold rstd^3, which is beyond fp16 from a deviation of 0.025 on; they run in fp32."""
+    x = make((4, 6, 8), dtype, scale=2e-3)
+    arguments = {"layer_norm": ((8,),), "rms_norm": ((8,),), "group_norm": (3,), "batch_norm": (None, None)}.get(
+        name, ()
+    )
+    options = {"training": True} if name == "batch_norm" else {}
+    grad, direction = make(x.shape, dtype), torch.randn(x.shape, dtype=torch.float64) * 1e-3
+
+    def gradients(functional, dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = getattr(functional, name)(leaf, *arguments, **options)
+        first = torch.autograd.grad(y, leaf, grad.to(dtype), create_graph=True)[0]
+        return first, torch.autograd.grad((first.double() * direction).sum(), leaf)[0]
+
+    for ours, right in zip(gradients(fused, dtype), gradients(native, torch.float64), strict=True):
+        size = right.abs().max().item()
+        torch.testing.assert_close(ours.double(), right, rtol=0, atol=8 * torch.finfo(dtype).eps * size)
 
 
 def test_graphs_of_gradients_where_torch_goes_wrong():

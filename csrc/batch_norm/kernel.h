@@ -21,7 +21,8 @@
 //
 // Running statistics, one a group: n the count of a group's elements, f the momentum, or 1 / (batches tracked, this one
 // included) where momentum is negative:
-//   running_mean += f * (mean - running_mean),  running_var += f * (var * n / (n - 1) - running_var)
+//   running_mean = (1 - f) * running_mean + f * mean,  running_var = (1 - f) * running_var + f * var * n / (n - 1)
+// in this form, where a small mean is not lost beside a large running_mean that f = 1 forgets.
 //
 // Statistics and parameter arithmetic are fp32 (fp64 where dtype is F64): `accumulate` below. A pointer documented
 // "or null" may be null: that input counts as absent, that output is not computed. Any alignment that the element type

@@ -408,7 +408,7 @@ struct BatchNormBackward : SavingNode<6> {
     const Tensor& result = saved[Y];
     const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(bias_of(saved))};
     const Tensor z =
-        in_one_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
+        in_accumulate_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
           // torch's backwards read a weight with gaps beyond it, and crash where channels_last input needs no gradient.
           const auto dense = [](const auto& v) { return has(v) ? OptionalTensor(v->contiguous()) : std::nullopt; };
           if (options.training) return native_norm(t.contiguous(), dense(p), dense(q), options);
@@ -562,7 +562,7 @@ Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTens
   }
   if (fallback) {
     const double factor = momentum.value_or(0);
-    const Tensor y = in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+    const Tensor y = in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::batch_norm(t, w, b, running_mean, running_var, training, factor, eps, true);
     });
     const Tensor z = has(residual) ? y + *residual : y;
@@ -606,7 +606,7 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
   check_vector(name, "bias", input, bias);
   const Options options{num_groups, true, false, eps};
   if (is_for_torch(input, weight, bias)) {
-    return in_one_type(input, weight, bias,
+    return in_accumulate_type(input, weight, bias,
                        [&](const Tensor& t, const auto& w, const auto& b) { return native_norm(t, w, b, options); });
   }
   check_parameter_types(name, input, weight, bias);
@@ -627,7 +627,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
   if (is_for_torch(input, weight, bias)) {
-    return in_one_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+    return in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::instance_norm(t, w, b, running_mean, running_var, true, momentum, eps, true);
     });
   }

@@ -206,11 +206,11 @@ def _merge_statistics(
         momentum = 1.0 / (tl.load(num_batches_tracked) + 1).to(tl.float64)
     if running_mean is not None:
         running = tl.load(running_mean + statistic, mask=valid, other=0.0).to(tl.float64)
-        _store(running_mean + statistic, running + (center - running) * momentum, valid)
+        _store(running_mean + statistic, (1 - momentum) * running + momentum * center, valid)
     if running_var is not None:
         running = tl.load(running_var + statistic, mask=valid, other=0.0).to(tl.float64)
         unbiased = variance * (count / (count - 1.0))
-        _store(running_var + statistic, running + (unbiased - running) * momentum, valid)
+        _store(running_var + statistic, (1 - momentum) * running + momentum * unbiased, valid)
 
 
 @_jit

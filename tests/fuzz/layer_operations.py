@@ -134,6 +134,9 @@ class ExactNorm:
                 + (0 if self.rms else np.abs(weighted).mean(axes, keepdims=True))
                 + self.terms * (np.abs(weighted) * self.terms).mean(axes, keepdims=True)
             )
+            if self.view.statistics != (0, 2):  # torch's BatchNorm adds fp32 up in fp64, and so has no sums too large
+                sums = (np.abs(weighted) * self.terms).sum(axes, keepdims=True)
+                terms = np.where(sums < np.longdouble(torch.finfo(self.range).max) / 16, terms, np.inf)
             # What is made of gradients near the range's end loses bits before these factors take it away from there.
             info = torch.finfo(self.range)
             factor = np.maximum(np.maximum(np.abs(self.x - self.mean), np.abs(self.weight)), 1)
@@ -145,7 +148,9 @@ class ExactNorm:
             # An axis of one parameter is none to add along.
             axes_ = tuple(i for i in along if not (self.view.parameters[i] == grad.shape[i] == 1))
             # The rows of a block, or the samples, are added up one by one, equal terms too.
-            growth = 1 if self.view.statistics == (0, 2) else max(1, len(a) / 32)
+            # A channel of BatchNorm has runs of 4,096 elements, by at least 16 lanes.
+            run = min(grad.size // grad.shape[1], 4096) / 512
+            growth = max(1, run if self.view.statistics == (0, 2) else len(a) / 32)
             return a.sum(axes_).reshape(-1), growth * size.sum(axes_).reshape(-1)
 
         return {
@@ -523,6 +528,8 @@ def dropout_operation(variant: Variant) -> Operation:
         return o["p"] == 0 or not o["training"]
 
     def torchs(t: Named, o: Named) -> Any:
+        if variant.alpha and o.get("via") == "module":
+            o = o | {"inplace": False}  # torch's layers take it and do not pass it on
         x = given(t, o)
         if off(o):
             return {"y": x}

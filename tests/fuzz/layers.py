@@ -74,6 +74,8 @@ def draw(seed: int, only: str = "") -> Case:
     case["via"] = "module" if operation.modules is not None and rng.random() < 0.25 else "function"
     plain = rng.random() < 0.5 or operation.forward is None
     case["tensors"] = {name: tensors.draw_spec(rng, plain) for name in operation.shapes(case)}
+    if dtype == "float64" and case["options"].get("eps") == 0 and case["tensors"]["input"]["values"] == "tiny":
+        case["options"]["eps"] = 1e-30  # the cube of rstd is beyond the range
     for name in ("running_mean", "running_var"):
         if name in case["tensors"]:
             layout = rng.choice(["contiguous", "contiguous", "sliced", "offset"])
@@ -135,7 +137,7 @@ def build(case: Case) -> Named:
 
 
 def options_of(case: Case) -> Named:
-    return {**case["options"], "seed": case["seed"]}
+    return {**case["options"], "seed": case["seed"], "via": case["via"]}
 
 
 def leaves_of(case: Case, given: Named, dtype: torch.dtype | None = None) -> Named:
@@ -320,8 +322,8 @@ def compare(
         if name == "y" and case["op"] in AS_TORCH and 1 not in x.shape and x.stride() != y.stride():
             raise Difference("y: other strides", f"{x.stride()}, torch {y.stride()}")
     twice = case["context"] == "create_graph"
-    if twice and not rounds_only(case):
-        return {}  # both go by torch's formulas, but not by the same
+    if twice and not (rounds_only(case) and group_size(case) > 2):
+        return {}  # both go by torch's formulas, but not by the same; of two values all cancels
     if set(ours) != set(theirs) and not twice:
         raise Difference("other results", f"{list(ours)} and {list(theirs)}")
     if given["input"].numel() == 0:
@@ -354,6 +356,18 @@ def overflows(case: Case) -> bool:
     or what is wrong there, as dlkit's norms do; its BatchNorm adds fp32 up in fp64."""
     values = [case["tensors"].get(name, {}).get("values") for name in ("input", "residual")]
     return "eps" in case["options"] and "huge" in values and case["dtype"] != "float16"
+
+
+def group_size(case: Case) -> float:
+    """How many values share a statistic."""
+    shape, o = case["shape"], case["options"]
+    if "normalized_shape" in o:
+        return math.prod(o["normalized_shape"])
+    if case["op"].startswith("batch_norm"):
+        return math.prod(shape) / shape[1]
+    if case["op"] in ("group_norm", "instance_norm"):
+        return math.prod(shape[1:]) / o.get("groups", shape[1])
+    return math.inf
 
 
 AS_TORCH = ("layer_norm", "rms_norm", "batch_norm", "group_norm")
@@ -519,8 +533,8 @@ def check_bad(case: Case, operation: Operation, given: Named) -> None:
     case["options"].pop("inplace", None)
     if case["options"].get("p") == 1:  # of which torch asks less
         case["options"]["p"] = 0.5
-    if "bias" in given and "weight" not in given:
-        return  # torch's is called with a weight then
+    if ("bias" in given and "weight" not in given) or given["input"].numel() == 0:
+        return  # torch's is called with a weight then; of nothing, each of its ops asks something else
     twin = operation.twin or operation.torchs
     if outcome(lambda: twin({name: tensor.clone() for name, tensor in given.items()}, options_of(case)))[1] is not None:
         return
@@ -540,8 +554,7 @@ def check_bad(case: Case, operation: Operation, given: Named) -> None:
         if not isinstance(ours, (TypeError, ValueError, RuntimeError, type(theirs))):
             raise Difference(f"dlkit raises {type(ours).__name__}", str(ours)[:200])
         return
-    stricter = case["bad"] in STRICTER or (theirs is None and given["input"].numel() == 0)
-    if ours is None or not stricter:
+    if ours is None or case["bad"] not in STRICTER:
         check_errors(ours, theirs)
 
 

@@ -232,9 +232,9 @@ struct BackwardContiguous {
         };
         kStream&& written != nullptr ? for_elements<T, true>(written, begin, stop, step)
                                      : for_columns<A, kSlots>(begin, stop, step);
-        pending += stop - begin;
+        pending += max64(stop - begin, kLeastRun);
         begin = stop;
-        if (pending == kRun) flush(into);
+        if (pending >= kRun) flush(into);
       }
       if (group.own_channels) flush(into);
     });
