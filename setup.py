@@ -1,6 +1,7 @@
 """Builds dlkit._C against the installed torch. Metadata is in pyproject.toml; what to build follows from csrc/ itself.
 
 DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS are honoured.
+DLKIT_VERBOSE=1 prints every command with what the compiler says; DLKIT_CCACHE=0 leaves ccache and sccache aside.
 Every csrc/*/cpu.cpp is compiled once per instruction set, the best is chosen at run time; DLKIT_CPU_KERNELS=baseline
 leaves it at one, for a build that is to be quick. torch is imported only when something is compiled, so that metadata
 and the sdist need none.
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,8 +34,20 @@ CPU_CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
-CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16"]
-KERNEL_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16", "-DDLKIT_BF16_ONLY"]
+# -O3 takes half as long again for half as much code: its copies of loops, which the kernels have where they pay.
+KERNEL_FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# What most op.cpp spend their time on, read once for all of them.
+TORCH_HEADERS = """\
+#include <Python.h>  // before the others, as it asks for
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/library.h>
+"""
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 INSTALL = "pip install --no-build-isolation ."
 
@@ -44,6 +58,10 @@ def stop(cause: str, remedy: str) -> None:
 
 def version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+\.\d+", version).group().split("."))
+
+
+def compiler_version(compiler: list[str]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def check_setuptools() -> None:
@@ -151,6 +169,33 @@ def is_current(object_file: Path, command: list[str]) -> bool:
     return all(Path(name).exists() and Path(name).stat().st_mtime <= made for name in names)
 
 
+def find_compiler_cache() -> list[str]:
+    if os.environ.get("DLKIT_CCACHE", "1") == "0":
+        return []
+    return next(([found] for name in ("ccache", "sccache") if (found := shutil.which(name))), [])
+
+
+class Progress:
+    """One line for each command that has ended; what it said only where it failed or DLKIT_VERBOSE=1 asks for it."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.ended, self.began = count, 0, time.monotonic()
+        self.verbose = os.environ.get("DLKIT_VERBOSE") == "1"
+
+    def run(self, what: str, command: list[str]) -> float:
+        """The seconds that it took."""
+        began = time.monotonic()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        now = time.monotonic()
+        if done.returncode != 0:
+            sys.exit(f"\n{shlex.join(command)}\n{done.stdout}\ndlkit: {what} failed; its output is above\n")
+        self.ended += 1
+        if self.verbose:
+            print(shlex.join(command), done.stdout, sep="\n", end="")
+        print(f"[{self.ended}/{self.count}] {what}, {now - self.began:.0f} s", flush=True)
+        return now - began
+
+
 class Build:
     """One shared library: collects compile commands, runs those whose inputs changed side by side, links."""
 
@@ -171,46 +216,86 @@ class Build:
         self.folder = Path("build", "objects", name, variant)
         self.torch_folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}", variant)
         self.commands: dict[Path, list[str]] = {}
+        self.reads_torch: set[Path] = set()  # objects whose source includes what TORCH_HEADERS has
 
     def add(self, source: Path, command: list[str], suffix: str = "", *, includes_torch: bool = False) -> None:
         folder = self.torch_folder if includes_torch else self.folder
         object_file = folder / source.with_name(f"{source.stem}{suffix}.o")
         includes = self.torch_includes if includes_torch else []
+        if includes_torch and re.search(r"<ATen/|<torch/(library\.h|csrc/(?!stable/))|/op\.h", source.read_text()):
+            self.reads_torch.add(object_file)
         compiled = [*command, *includes, *self.extra, "-c", str(source), "-o", str(object_file)]
         self.commands[object_file] = [*compiled, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
 
-    def compile(self) -> None:
-        def run(item: tuple[Path, list[str]]) -> None:
-            object_file, command = item
-            if is_current(object_file, command):
-                return
-            object_file.parent.mkdir(parents=True, exist_ok=True)
-            print(shlex.join(command), flush=True)
-            subprocess.run(command, check=True)
-            object_file.with_suffix(".command").write_text(shlex.join(command))
+    def precompile(self, progress: Progress, command: list[str]) -> Path:
+        """TORCH_HEADERS for the flags of `command`, which compiles one of the files that include them."""
+        header = self.torch_folder / "torch_headers.h"
+        header.parent.mkdir(parents=True, exist_ok=True)
+        if not header.exists() or header.read_text() != TORCH_HEADERS:  # objects depend on it
+            header.write_text(TORCH_HEADERS)
+        flags = command[: command.index("-c")]
+        progress.run("headers of torch", [*flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+        return header
 
-        # The slowest first, so that none of them is left alone at the end.
-        order = ("cuda", "baseline", "avx512", "avx2", "op")
-        rank = {
-            item: next((i for i, part in enumerate(order) if part in item.name), len(order)) for item in self.commands
-        }
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+    def compile(self, progress: Progress) -> None:
+        stale = {item: command for item, command in self.commands.items() if not is_current(item, command)}
+        torch_files = [item for item in stale if item in self.reads_torch]
+        # Precompiled headers take as long as three files, and half a gigabyte: for a build of many. clang's are others.
+        precompiles = len(torch_files) > 4 and "clang" not in compiler_version(self.compiler)
+        progress.count += len(stale) + precompiles
+        cache = find_compiler_cache()
+
+        def compile_one(item: Path, header: Path | None = None) -> None:
+            command = stale[item]
+            item.parent.mkdir(parents=True, exist_ok=True)
+            source = command[command.index("-c") + 1]
+            what = f"{source} {item.stem.partition('-')[2]}".strip()
+            # A cache would keep the precompiled headers' half gigabyte too, so it has the kernels only.
+            start, rest = command[: len(self.compiler)], command[len(self.compiler) :]
+            whole = [*cache, *command] if header is None else [*start, "-include", str(header), *rest]
+            seconds = progress.run(what, whole)
+            item.with_suffix(".command").write_text(shlex.join(command))
+            item.with_suffix(".seconds").write_text(f"{seconds:.1f}")
+
+        # The slowest first, so that none of them is left alone at the end: by the time each took before, else by size.
+        def expected_seconds(item: Path) -> float:
+            record, source = item.with_suffix(".seconds"), Path(stale[item][stale[item].index("-c") + 1])
+            if record.exists():
+                return float(record.read_text())
+            parts = [source, *source.parent.glob(f"{source.stem}/*.h")]
+            return sum(part.stat().st_size for part in parts) / 3000 + 10 * (item in torch_files)
+
+        order = sorted(stale, key=expected_seconds, reverse=True)
+        header = None
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             try:
-                list(pool.map(run, sorted(self.commands.items(), key=lambda item: rank[item[0]])))
-            except subprocess.CalledProcessError as error:
-                source = error.cmd[error.cmd.index("-c") + 1]
-                sys.exit(f"\ndlkit: compiling {source} failed; see the compiler's output above\n")
+                if precompiles:
+                    made = pool.submit(self.precompile, progress, stale[torch_files[0]])
+                    early = [pool.submit(compile_one, item) for item in order if item not in torch_files]
+                    header = made.result()
+                    late = [pool.submit(compile_one, item, header) for item in order if item in torch_files]
+                    for task in (*early, *late):
+                        task.result()
+                else:
+                    list(pool.map(compile_one, order))
+            finally:
+                pool.shutdown(cancel_futures=True)
+                if header is not None:
+                    Path(f"{header}.gch").unlink()
 
     def link(self, output: Path) -> None:
-        self.compile()
+        progress = Progress(1)
+        self.compile(progress)
         output.parent.mkdir(parents=True, exist_ok=True)
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        shared = (
+            ["-bundle", "-undefined", "dynamic_lookup"]
+            if sys.platform == "darwin"
+            else ["-shared", *([] if self.extra else ["-s"])]
+        )
         command = [*self.compiler, *shared, *self.extra, *map(str, self.commands), "-o", str(output)]
         command += [f"-L{path}" for path in self.library_folders] + [f"-l{name}" for name in self.libraries]
         command += shlex.split(os.environ.get("LDFLAGS", ""))
-        print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
+        progress.run(f"link {output.name}", command)
 
 
 class BuildExtension(build_ext):
@@ -304,6 +389,7 @@ def sources() -> list[str]:
 
 check_setuptools()
 setup(
+    license="Apache-2.0",  # pyproject.toml has one form for setuptools below 77 and another from there on
     ext_modules=[Extension("dlkit._C", sources())],
     cmdclass={"build_ext": BuildExtension, "build_cuda_on_cpu": BuildCudaOnCpu},
 )

@@ -47,11 +47,11 @@ void finish_parameters(const Backward& op, const F& sums_of) {
 
 void forward(const Forward& op) {
   if (groups_are_rows(op)) return with_accumulate(op.dtype, [&](auto a) { forward_rows<decltype(a)>(op); });
-  if (has_short_slices(op)) return with_type(op.dtype, [&](auto t) { forward_slices<decltype(t)>(op); });
+  if (has_short_slices(op)) return with_data_type(op.dtype, [&](auto t) { forward_slices<decltype(t)>(op); });
   const Plan p = plan(op.shape);
   const bool compute = op.statistics == Statistics::Compute;
   const double factor = running_factor(op);
-  with_type(op.dtype, [&](auto t) {
+  with_data_type(op.dtype, [&](auto t) {
     using T = decltype(t);
     if (op.shape.channels_last) {
       run(ForwardChannelsLast<T>{op, factor, Matrix(op.shape)}, p, compute, op.y != nullptr);
@@ -65,13 +65,13 @@ void forward(const Forward& op) {
 
 void backward(const Backward& op) {
   if (groups_are_rows(op)) return with_accumulate(op.dtype, [&](auto a) { backward_rows<decltype(a)>(op); });
-  if (has_short_slices(op)) return with_type(op.dtype, [&](auto t) { backward_slices<decltype(t)>(op); });
+  if (has_short_slices(op)) return with_data_type(op.dtype, [&](auto t) { backward_slices<decltype(t)>(op); });
   const Plan p = plan(op.shape);
   // With given statistics reduce does everything.
   const bool reduce = !op.sums_given;
   const bool apply = !reduce || (op.grad_input != nullptr && !op.statistics_given);
   const bool parameters = op.shape.groups > 0 && (op.grad_weight != nullptr || op.grad_bias != nullptr);
-  with_type(op.dtype, [&](auto t) {
+  with_data_type(op.dtype, [&](auto t) {
     using T = decltype(t);
     using A = accumulate_t<T>;
     if (op.shape.channels_last) {

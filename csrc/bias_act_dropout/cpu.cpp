@@ -80,35 +80,36 @@ DLKIT_INLINE Vector<A> biased(const T* x, int64_t i, const A* bias, int64_t colu
   return bias == nullptr ? v : v + load(bias + column, width);
 }
 
-template <class T, Activation kActivation, bool kStream>
-void forward_elements(const Forward& op, int64_t begin, int64_t end) {
+template <class T, Activation kActivation>
+void forward_elements(const Forward& op, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
   for_elements<A>(op.dropout, op.cols, begin, end,
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
-                    write<kStream>(static_cast<T*>(op.y) + i,
-                                   select<A>(keep, Act<A, kActivation>::value(x) * scale, Vector<A>{}), width);
+                    write(static_cast<T*>(op.y) + i,
+                          select<A>(keep, Act<A, kActivation>::value(x) * scale, Vector<A>{}), width, stream);
                   });
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
-template <class T, Activation kActivation, bool kSum, bool kStream>
-void backward_elements(const Backward& op, int64_t begin, int64_t end, accumulate_t<T>* sums) {
+// `sums`: of the gradient over the rows, or null.
+template <class T, Activation kActivation>
+void backward_elements(const Backward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool stream) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
-  if constexpr (kSum) memset(sums, 0, size_t(op.cols) * sizeof(A));
+  if (sums != nullptr) memset(sums, 0, size_t(op.cols) * sizeof(A));
   for_elements<A>(op.dropout, op.cols, begin, end,
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     const Vector<A> g = load(static_cast<const T*>(op.grad_output) + i, width) * scale;
                     const Vector<A> gradient = select<A>(keep, Act<A, kActivation>::gradient(g, x), Vector<A>{});
-                    write<kStream>(static_cast<T*>(op.grad_input) + i, gradient, width);
-                    if constexpr (kSum) store(sums + column, load(sums + column, width) + gradient, width);
+                    write(static_cast<T*>(op.grad_input) + i, gradient, width, stream);
+                    if (sums != nullptr) store(sums + column, load(sums + column, width) + gradient, width);
                   });
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
 // Past the caches where the output is larger than them, in whole aligned vectors.
@@ -133,43 +134,36 @@ void for_chunks(int64_t numel, const F& f) {
 
 void forward(const Forward& op) {
   write_state(read(op.dropout.source), op.dropout.state);
-  with_type(op.dtype, [&](auto type) {
+  with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
+    const bool stream = should_stream(op.y, op.rows, op.cols, sizeof(T));
     with_activation(op.activation, [&](auto activation) {
-      with_flags(
-          [&](auto stream) {
-            for_chunks(op.rows * op.cols,
-                       [&](int64_t begin, int64_t end) { forward_elements<T, activation, stream>(op, begin, end); });
-          },
-          should_stream(op.y, op.rows, op.cols, sizeof(T)));
+      for_chunks(op.rows * op.cols,
+                 [&](int64_t begin, int64_t end) { forward_elements<T, activation>(op, begin, end, stream); });
     });
   });
 }
 
 void backward(const Backward& op) {
-  with_type(op.dtype, [&](auto type) {
+  with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
+    const bool stream = should_stream(op.grad_input, op.rows, op.cols, sizeof(T));
     with_activation(op.activation, [&](auto activation) {
-      with_flags(
-          [&](auto stream) {
-            if (op.grad_bias == nullptr) {
-              return for_chunks(op.rows * op.cols, [&](int64_t begin, int64_t end) {
-                backward_elements<T, activation, false, stream>(op, begin, end, nullptr);
-              });
-            }
-            const int64_t blocks = row_blocks(op);
-            A* const partials = static_cast<A*>(op.partials);
-            parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t block = begin; block < end; ++block) {
-                const int64_t first = op.rows * block / blocks, last = op.rows * (block + 1) / blocks;
-                backward_elements<T, activation, true, stream>(op, first * op.cols, last * op.cols,
-                                                               partials + block * op.cols);
-              }
-            });
-            sum_partials<A>(partials, blocks, op.cols, op.cols, op.grad_bias);
-          },
-          should_stream(op.grad_input, op.rows, op.cols, sizeof(T)));
+      if (op.grad_bias == nullptr) {
+        return for_chunks(op.rows * op.cols, [&](int64_t begin, int64_t end) {
+          backward_elements<T, activation>(op, begin, end, nullptr, stream);
+        });
+      }
+      const int64_t blocks = row_blocks(op);
+      A* const partials = static_cast<A*>(op.partials);
+      parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t first = op.rows * block / blocks, last = op.rows * (block + 1) / blocks;
+          backward_elements<T, activation>(op, first * op.cols, last * op.cols, partials + block * op.cols, stream);
+        }
+      });
+      sum_partials<A>(partials, blocks, op.cols, op.cols, op.grad_bias);
     });
   });
 }

@@ -22,35 +22,21 @@ static void with_type(DType type, const F& f) {
   }
 }
 
+// The same for the type of the tensors that an op works on. The object for AVX-512 with BF16 has kernels of bf16 alone:
+// DLKIT_CPU_ENTRY sends it no other.
+template <class F>
+static void with_data_type(DType type, const F& f) {
+#if defined(DLKIT_BF16_ONLY)
+  f(BFloat16());
+#else
+  with_type(type, f);
+#endif
+}
+
 // f(A()): A the type in which statistics and sums of `type` are kept.
 template <class F>
 static auto with_accumulate(DType type, const F& f) {
   return type == DType::F64 ? f(double()) : f(float());
-}
-
-// Calls f(T(), P()): T the data's type, P the parameters' type, which is T or float.
-template <class F>
-static void with_types(DType data, DType parameters, const F& f) {
-  with_type(data, [&](auto type) {
-    if constexpr (sizeof(type) == 2) {
-      if (data != parameters) return f(type, float());
-    }
-    f(type, type);
-  });
-}
-
-// Calls f with one std::bool_constant a flag.
-template <class F>
-static void with_flags(const F& f) {
-  f();
-}
-template <class F, class... Flags>
-static void with_flags(const F& f, bool first, Flags... rest) {
-  if (first) {
-    with_flags([&](auto... constants) { f(std::true_type(), constants...); }, rest...);
-  } else {
-    with_flags([&](auto... constants) { f(std::false_type(), constants...); }, rest...);
-  }
 }
 
 }  // namespace dlkit

@@ -76,8 +76,8 @@ int64_t mark(const DropBlock2d& op, const PhiloxState& state, int64_t unit, uint
   return dropped;
 }
 
-template <class T, bool kStream>
-void apply(const DropBlock2d& op, double scale_by, int64_t unit) {
+template <class T>
+void apply(const DropBlock2d& op, double scale_by, int64_t unit, bool stream) {
   using A = accumulate_t<T>;
   const Vector<A> scale = broadcast<A>(A(scale_by));
   const int64_t elements = unit_planes(op) * op.height * op.width, first = unit * elements;
@@ -86,13 +86,13 @@ void apply(const DropBlock2d& op, double scale_by, int64_t unit) {
   T* y = static_cast<T*>(op.y) + first;
   const auto* dropped = reinterpret_cast<const uint8_t*>(words_of(op, unit));
   const auto one = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-    write<kStream>(y + i, select<A>(lanes_at<A>(dropped, i), Vector<A>{}, load(x + i, width) * scale), width);
+    write(y + i, select<A>(lanes_at<A>(dropped, i), Vector<A>{}, load(x + i, width) * scale), width, stream);
   };
   // A part of a vector, never streamed, up to where whole ones are aligned.
-  const int64_t aligned = kStream ? min64(count, (kLanes<A> - first % kLanes<A>) % kLanes<A>) : 0;
-  if constexpr (kStream) for_columns<A, 1>(0, aligned, one);
+  const int64_t aligned = stream ? min64(count, (kLanes<A> - first % kLanes<A>) % kLanes<A>) : 0;
+  if (stream) for_columns<A, 1>(0, aligned, one);
   for_columns<A, kSlots>(aligned, count, one);
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
 bool should_stream(const DropBlock2d& op, int64_t element) {
@@ -117,15 +117,12 @@ void drop_blocks(const DropBlock2d& op) {
     op.state[2] = dropped;
   }
   const double scale = scale_of(op);
-  with_type(op.dtype, [&](auto type) {
+  with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    with_flags(
-        [&](auto stream) {
-          parallel_for(units(op), grain, [&](int64_t begin, int64_t end) {
-            for (int64_t unit = begin; unit < end; ++unit) apply<T, stream>(op, scale, unit);
-          });
-        },
-        should_stream(op, sizeof(T)));
+    const bool stream = should_stream(op, sizeof(T));
+    parallel_for(units(op), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) apply<T>(op, scale, unit, stream);
+    });
   });
 }
 

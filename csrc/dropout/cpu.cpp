@@ -66,14 +66,14 @@ DLKIT_INLINE uint32_t lanes_from(const uint8_t* bits, int64_t element) {
 
 // Up to kStepElements elements with a bit each, element i the one at `lane` + i. Vectors begin where `lane` and, in
 // streaming, y are multiples of one, if there is more than the end of one.
-template <class T, Form kForm, bool kStream>
+template <class T, Form kForm>
 DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, int64_t count, const uint8_t* bits,
-                               int64_t lane) {
+                               int64_t lane, bool stream) {
   using A = accumulate_t<T>;
   const auto apply = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
     const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + i, width));
     const Vector<A> dropped = kForm == kAffine ? constants.dropped : Vector<A>{};
-    write<kStream>(y + i, select<A>(lanes_from<A>(bits, lane + i), kept, dropped), width);
+    write(y + i, select<A>(lanes_from<A>(bits, lane + i), kept, dropped), width, stream);
   };
   if (count < kStepElements) {
     for_columns<A, 1>(0, count, apply);
@@ -94,8 +94,8 @@ DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, 
 
 // Every element has a bit of its own, memory is in logical order. begin is a multiple of kStepElements.
 // The loop is select_range's, as one function with its Philox: through that one alpha dropout takes a tenth longer.
-template <class T, Form kForm, bool kStream>
-void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
+template <class T, Form kForm>
+void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -116,7 +116,7 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
         kept = constants.template kept<kForm == kAffine>(v);
         if constexpr (kForm == kAffine) dropped = constants.dropped;
       }
-      write<kStream>(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width);
+      write(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width, stream);
     };
     if (first + kStepElements > end) {
       for_columns<A, 1>(0, end - first, apply);
@@ -134,7 +134,7 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
       for (int64_t i = 0; i < kStepElements; i += kLanes<A>) apply(i, 0, All{});
     }
   }
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
 // A part of a plane in channels_last, and the keep bits of its channels in logical order: that of pixel i of channel c
@@ -172,8 +172,8 @@ struct Draws {
 // them. A tile's bits are drawn in logical order and transposed a column at a time: in cache 0.02 to 0.03 ns an element
 // beside Philox's 0.17, in 28 x 28 x 256 some 0.05. They are drawn while the tile before is written, a step for each
 // step's elements, so that Philox still hides memory's latency: 2.1 ms there against 2.4 in fp32.
-template <class T, Form kForm, bool kStream>
-void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
+template <class T, Form kForm>
+void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
   const Constants<T> constants(op);
   const PhiloxKeys keys(state);
   const int64_t channels = op.period, spatial = op.inner / op.period, width = columns_at_once(spatial),
@@ -212,22 +212,22 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
       const T* x = static_cast<const T*>(op.x) + offset;
       T* y = static_cast<T*>(op.y) + offset;
       int64_t head = 0;  // elements of a vector that is begun
-      if constexpr (kStream) head = min64(count, int64_t(-uintptr_t(y) % sizeof(Packed<T>) / sizeof(T)));
+      if (stream) head = min64(count, int64_t(-uintptr_t(y) % sizeof(Packed<T>) / sizeof(T)));
       const int64_t skip = head > 0 ? kLanes<accumulate_t<T>> - head : 0;
       transpose_bits(now.bits, now.lane + pixel, now.stride, channels, columns, words.get(), in_order.get(), skip);
       int64_t step = head > 0 ? head : kStepElements;
       for (int64_t i = 0; i < count; i += step, step = kStepElements) {
-        select_range<T, kForm, kStream>(constants, x + i, y + i, min64(step, count - i), in_order.get(), skip + i);
+        select_range<T, kForm>(constants, x + i, y + i, min64(step, count - i), in_order.get(), skip + i, stream);
         draws.step(keys, op.threshold);
       }
     }
   }
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
 // `period` channels take turns and have one bit each: rows of as many with the same bits, drawn once for a sample.
-template <class T, Form kForm, bool kStream>
-void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
+template <class T, Form kForm>
+void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -243,22 +243,21 @@ void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, in
       const int64_t row = i - column;
       for_columns<A, 1>(column, columns, [&](int64_t c, int, auto width) DLKIT_INLINE_LAMBDA {
         const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + row + c, width));
-        write<kStream>(
-            y + row + c,
-            select<A>(lanes_at<A>(bits.get(), lane + c), kept, kForm == kAffine ? constants.dropped : Vector<A>{}),
-            width);
+        write(y + row + c,
+              select<A>(lanes_at<A>(bits.get(), lane + c), kept, kForm == kAffine ? constants.dropped : Vector<A>{}),
+              width, stream);
       });
       i = row + columns;
     }
   }
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
 // `inner` adjacent elements share a bit. The processor's own prefetcher starts anew at every run that is kept, so the
 // front of the next one is asked for ahead: a tenth of the time of runs of 784.
-template <class T, Form kForm, bool kStream>
-void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end) {
-  if (op.period > 1) return drop_periods<T, kForm, kStream>(op, state, begin, end);
+template <class T, Form kForm>
+void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
+  if (op.period > 1) return drop_periods<T, kForm>(op, state, begin, end, stream);
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -276,11 +275,11 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
     if (op.inner >= kAhead && mask < last_mask && lane + 1 < kStepElements && kept(lane + 1))
       prefetch<kAhead>(x + last);
     // A part of a vector, never streamed, up to where whole ones are aligned.
-    const int64_t aligned = kStream ? min64(last, (first + kLanes<A> - 1) / kLanes<A> * kLanes<A>) : first;
+    const int64_t aligned = stream ? min64(last, (first + kLanes<A> - 1) / kLanes<A> * kLanes<A>) : first;
     const auto fill = [&](const auto& value) DLKIT_INLINE_LAMBDA {
       const auto one = [&](int64_t i, int, auto width)
-                           DLKIT_INLINE_LAMBDA { write<kStream>(y + i, value(i, width), width); };
-      if constexpr (kStream) for_columns<A, 1>(first, aligned, one);
+                           DLKIT_INLINE_LAMBDA { write(y + i, value(i, width), width, stream); };
+      if (stream) for_columns<A, 1>(first, aligned, one);
       for_columns<A, kSlots>(aligned, last, one);
     };
     if (kept(lane)) {
@@ -290,7 +289,7 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
       fill([&](int64_t, auto) DLKIT_INLINE_LAMBDA { return kForm == kAffine ? constants.dropped : Vector<A>{}; });
     }
   }
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
 // Where every element has a bit, stores past the caches pay only if memory is slower than Philox is: with AVX-512 from
@@ -308,14 +307,15 @@ bool should_stream(const Dropout& op, int64_t element) {
 void drop(const Dropout& op) {
   const PhiloxState state = read(op.source);
   write_state(state, op.state);
-  with_type(op.dtype, [&](auto type) {
+  with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto run = [&](auto form, auto stream) {
+    const bool stream = should_stream(op, sizeof(T));
+    const auto run = [&](auto form) {
       if constexpr (form != kResidual) {
         if (op.apart) {
           const int64_t grain = max64(kGrain / (op.period * kWordBits), 1);
           return parallel_for(op.numel / op.inner * columns_of(op), grain,
-                              [&](int64_t begin, int64_t end) { drop_turns<T, form, stream>(op, state, begin, end); });
+                              [&](int64_t begin, int64_t end) { drop_turns<T, form>(op, state, begin, end, stream); });
         }
       }
       // In units of steps, so that every task starts at one.
@@ -323,17 +323,17 @@ void drop(const Dropout& op) {
                    [&](int64_t begin, int64_t end) {
                      begin *= kStepElements;
                      end = min64(end * kStepElements, op.numel);
-                     if (op.inner == 1) return drop_elements<T, form, stream>(op, state, begin, end);
-                     if constexpr (form != kResidual) drop_runs<T, form, stream>(op, state, begin, end);
+                     if (op.inner == 1) return drop_elements<T, form>(op, state, begin, end, stream);
+                     if constexpr (form != kResidual) drop_runs<T, form>(op, state, begin, end, stream);
                    });
     };
-    with_flags(
-        [&](auto stream) {
-          if (op.residual != nullptr) return run(std::integral_constant<Form, kResidual>(), stream);
-          op.shift != 0 || op.dropped != 0 ? run(std::integral_constant<Form, kAffine>(), stream)
-                                           : run(std::integral_constant<Form, kPlain>(), stream);
-        },
-        should_stream(op, sizeof(T)));
+    if (op.residual != nullptr) {
+      run(std::integral_constant<Form, kResidual>());
+    } else if (op.shift != 0 || op.dropped != 0) {
+      run(std::integral_constant<Form, kAffine>());
+    } else {
+      run(std::integral_constant<Form, kPlain>());
+    }
   });
 }
 

@@ -7,6 +7,7 @@
 // Bytes moved: grad_output, x and grad_input, each once, and one partial row a block of rows, summed in a fixed order.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
@@ -42,9 +43,6 @@ template <class A>
 constexpr int64_t kShortBackward = 16 * kLanes<A>;  // within the caches, but 1.9 instead of 1.5 ms for 32768x256
 constexpr int64_t kScratch = 16384;  // columns up to which a row, or a parameter, is kept widened on the stack
 
-// Whether and how a residual is added; kDrop: to x behind a dropout.
-enum Residual { kNone, kAdd, kDrop };
-
 // Not inlined into every kernel: it is long.
 __attribute__((noinline)) void draw_bits(const PhiloxState& state, uint64_t threshold, int64_t first, int64_t blocks,
                                          uint8_t* bits) {
@@ -66,76 +64,90 @@ struct RowBits {
   }
 };
 
-template <Residual kResidual>
-constexpr int64_t kDropped = kResidual == kDrop ? kScratch : 0;
+// `count` values: on the stack where they are few.
+template <class A>
+class Scratch {
+  alignas(64) A near_[kScratch];
+  std::unique_ptr<A[]> far_;
 
-// What is normalised: x, or x + residual rounded to T. The first reading writes the sum out and, with kKeep, leaves the
-// row widened in `kept`: two output streams in two passes are faster than both in the last one.
-template <class T, Residual kResidual, bool kStream, bool kKeep>
+ public:
+  A* data;
+  explicit Scratch(int64_t count) : far_(count > kScratch ? new A[size_t(count)] : nullptr) {
+    data = count > kScratch ? far_.get() : near_;
+  }
+};
+
+// The columns of a row as whole vectors.
+template <class A>
+int64_t padded(int64_t cols) {
+  return (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// What is normalised: x, or with kAdds x + residual rounded to T, where x passes a dropout if there are `bits`. The
+// first reading writes the sum out and leaves a row that had to be worked out in `kept`: two output streams in two
+// passes are faster than both in the last one.
+template <class T, bool kAdds>
 struct Row {
   using A = accumulate_t<T>;
+  static constexpr bool kKeeps = kAdds || !std::is_same_v<T, A>;
   const T* x;
   const T* residual;
   T* sum;
   A* kept;
-  const RowBits<kDropped<kResidual>>* bits;
-  int64_t first_element;  // the logical index of column 0
-  A scale;
-  template <class Width>
-  DLKIT_INLINE_MEMBER Vector<A> read(int64_t column, Width width) const {
-    const Vector<A> v = load(x + column, width);
-    if constexpr (kResidual == kNone) return v;
-    const Vector<A> added = load(residual + column, width);
-    if constexpr (kResidual == kDrop) {
-      return round_to<T>(
-          select<A>(bits->template lanes<A>(first_element + column), fma(v, broadcast<A>(scale), added), added));
-    }
-    return round_to<T>(v + added);
-  }
+  bool stream;
+  const RowBits<kScratch>* bits = nullptr;  // of the dropout, or null
+  int64_t first_element = 0;                // the logical index of column 0
+  A scale = 0;
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> first(int64_t column, Width width) const {
-    const Vector<A> v = read(column, width);
-    if constexpr (kResidual != kNone) write<kStream>(sum + column, v, width);
-    if constexpr (kKeep) store(kept + column, v, All{});
+    Vector<A> v = load(x + column, width);
+    if constexpr (kAdds) {
+      const Vector<A> added = load(residual + column, width);
+      if (bits == nullptr) {
+        v += added;
+      } else {
+        v = select<A>(bits->template lanes<A>(first_element + column), fma(v, broadcast<A>(scale), added), added);
+      }
+      v = round_to<T>(v);
+      write(sum + column, v, width, stream);
+    }
+    if constexpr (kKeeps) store(kept + column, v, All{});
     return v;
   }
   template <class Width>
   DLKIT_INLINE_MEMBER Vector<A> again(int64_t column, Width width) const {
-    if constexpr (kKeep) return load(kept + column, All{});
-    return read(column, width);
+    if constexpr (kKeeps) return load(kept + column, All{});
+    return load(x + column, width);
   }
   // Half of what one step of kSlots vectors covers: two passes over a row fetch all of the next. 9.4 -> 6.5 ms for
   // 8192x4096 fp32, where a copy takes 5.9; asking twice for a line costs all of that again.
   DLKIT_INLINE_MEMBER void fetch_half(int64_t column) const {
     prefetch<kSlots * kLanes<A> / 2>(x + column);
-    if constexpr (kResidual != kNone) prefetch<kSlots * kLanes<A> / 2>(residual + column);
+    if constexpr (kAdds) prefetch<kSlots * kLanes<A> / 2>(residual + column);
   }
 };
 
 // v * weight + bias, each where there is one.
-template <class V, class P, class Width>
-DLKIT_INLINE V scaled(V v, const P* weight, const P* bias, int64_t i, Width width) {
+template <class V, class A, class Width>
+DLKIT_INLINE V scaled(V v, const A* weight, const A* bias, int64_t i, Width width) {
   if (weight != nullptr) return fma(v, load(weight + i, width), bias != nullptr ? load(bias + i, width) : V{});
   return bias != nullptr ? v + load(bias + i, width) : v;
 }
 
-// weight and bias as the inner loops want them: widened once a task where they fit, else as they are.
-template <class A, class P, bool kKeep>
+// weight or bias as the inner loops want it: of T widened once a task, else as it is.
+template <class T>
 struct Widened {
-  using Element = std::conditional_t<kKeep, A, P>;
-  alignas(64) A kept[kKeep && !std::is_same_v<A, P> ? kScratch + kLanes<A> : 1];
-  const Element* data;
-  Widened(const void* source, int64_t cols) {
-    const P* parameter = static_cast<const P*>(source);
-    if constexpr (std::is_same_v<Element, P>) {
-      data = parameter;
-    } else {
-      data = parameter == nullptr ? nullptr : kept;
-      if (parameter == nullptr) return;
-      for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        store(kept + i, load(parameter + i, width), All{});
-      });
-    }
+  using A = accumulate_t<T>;
+  static constexpr bool kIsWide = std::is_same_v<T, A>;
+  Scratch<A> scratch;
+  const A* data;
+  Widened(const void* source, DType type, int64_t cols)
+      : scratch(kIsWide ? 0 : padded<A>(cols)), data(static_cast<const A*>(source)) {
+    if (kIsWide || source == nullptr || type == DType::F32) return;
+    data = scratch.data;
+    for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      store(scratch.data + i, load(static_cast<const T*>(source) + i, width), All{});
+    });
   }
 };
 
@@ -148,62 +160,58 @@ DLKIT_INLINE VectorF32 inverse_root(VectorF32 variance, double eps) {
   return variance;
 }
 
-// Short rows, one or a vector of them together: what belongs to a row (its sums, mean and rstd) is a lane of a vector,
+// Short rows, up to a vector of them together: what belongs to a row (its sums, mean and rstd) is a lane of a vector,
 // so that adding lanes up and taking the root cost a row some 10 cycles instead of 60. A row's bits are the same
-// either way.
-template <class T, Residual kResidual, bool kStream, int kRows>
-void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const accumulate_t<T>* biases,
-                        int64_t first) {
+// however many there are.
+template <class T, bool kAdds>
+void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const accumulate_t<T>* biases, int64_t first,
+                        int count, bool stream) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
-  using RowT = Row<T, kResidual, kStream, kResidual != kNone || !std::is_same_v<A, T>>;
+  using RowT = Row<T, kAdds>;
   constexpr bool kFine = std::is_same_v<A, T>;
-  const int64_t cols = op.cols, pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-  alignas(64) A kept[kRows * kShortForward<A>];
+  const int64_t cols = op.cols, pitch = padded<A>(cols);
+  alignas(64) A kept[kLanes<A> * kShortForward<A>];
   alignas(64) A means[kLanes<A>] = {}, rests[kLanes<A>] = {}, scales[kLanes<A>];
   const auto row_of = [&](int r) DLKIT_INLINE_LAMBDA {
     const int64_t row = first + r;
-    return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
-                at<const T>(op.residual, row * op.residual_stride),
-                at<T>(op.sum, row * cols),
-                kept + r * pitch,
-                nullptr,
-                0,
-                0};
+    return RowT{static_cast<const T*>(op.x) + row * op.x_stride, at<const T>(op.residual, row * op.residual_stride),
+                at<T>(op.sum, row * cols), kept + r * pitch, stream};
   };
   const bool far = is_far<T>(op.rows, cols);
-  const auto fetch_next = [&](int r, int64_t i) DLKIT_INLINE_LAMBDA {
-    const RowT next = row_of(r + kRows);
-    prefetch<kLanes<A>>(next.x + i);
-    if constexpr (kResidual != kNone) prefetch<kLanes<A>>(next.residual + i);
+  const auto fetch_next = [&](int r) {
+    const RowT next = row_of(r + int(kLanes<A>));
+    for (int64_t i = 0; i < cols; i += kLanes<A>) {
+      prefetch<kLanes<A>>(next.x + i);
+      if constexpr (kAdds) prefetch<kLanes<A>>(next.residual + i);
+    }
   };
   const auto save = [&](void* statistics, V values) DLKIT_INLINE_LAMBDA {
-    if (statistics != nullptr) memcpy(static_cast<A*>(statistics) + first, &values, kRows * sizeof(A));
+    if (statistics != nullptr) memcpy(static_cast<A*>(statistics) + first, &values, size_t(count) * sizeof(A));
   };
-  V sums[kRows], squares[kRows], variance;
+  V sums[kLanes<A>], squares[kLanes<A>], variance;
+  for (int r = count; r < kLanes<A>; ++r) sums[r] = squares[r] = V{};
   if (op.rms) {
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < count; ++r) {
       const RowT x = row_of(r);
+      if (far) fetch_next(r);
       squares[r] = V{};
       for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        if (far) fetch_next(r, i);
         const V v = x.first(i, width);
         squares[r] = fma(v, v, squares[r]);
       });
     }
     variance = sums_of_lanes(squares) / A(cols);
   } else {
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < count; ++r) {
       const RowT x = row_of(r);
+      if (far) fetch_next(r);
       sums[r] = V{};
-      for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        if (far) fetch_next(r, i);
-        sums[r] += x.first(i, width);
-      });
+      for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { sums[r] += x.first(i, width); });
     }
     const V mean = sums_of_lanes(sums) / A(cols);
     store(means, mean, All{});
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < count; ++r) {
       const RowT x = row_of(r);
       const V centre = broadcast<A>(means[r]);
       sums[r] = squares[r] = V{};
@@ -223,7 +231,7 @@ void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const
   const V rstd = inverse_root(variance, op.eps);
   save(op.rstd, rstd);
   store(scales, rstd, All{});
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < count; ++r) {
     const RowT x = row_of(r);
     const V centre = broadcast<A>(means[r]), rest = broadcast<A>(rests[r]), scale = broadcast<A>(scales[r]);
     const int64_t parameter = (first + r) % op.period * cols;
@@ -232,31 +240,26 @@ void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const
     for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       V v = x.again(i, width) - centre;
       if constexpr (kFine) v -= rest;
-      write<kStream>(y + i, scaled(v * scale, weight, bias, i, width), width);
+      write(y + i, scaled(v * scale, weight, bias, i, width), width, stream);
     });
   }
 }
 
-template <class T, class P, Residual kResidual, bool kStream>
-void forward_all_short_rows(const Forward& op, int64_t begin, int64_t end) {
+template <class T, bool kAdds>
+void forward_all_short_rows(const Forward& op, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
-  const Widened<A, P, true> weight(op.weight, op.cols), bias(op.bias, op.cols);
-  int64_t row = begin;
-  for (; row + kLanes<A> <= end; row += kLanes<A>) {
-    forward_short_rows<T, kResidual, kStream, kLanes<A>>(op, weight.data, bias.data, row);
+  const Widened<T> weight(op.weight, op.parameter_dtype, op.cols), bias(op.bias, op.parameter_dtype, op.cols);
+  for (int64_t row = begin; row < end; row += kLanes<A>) {
+    forward_short_rows<T, kAdds>(op, weight.data, bias.data, row, int(min64(kLanes<A>, end - row)), stream);
   }
-  for (; row < end; ++row) forward_short_rows<T, kResidual, kStream, 1>(op, weight.data, bias.data, row);
-  if constexpr (kStream) streaming_fence();
 }
 
-template <class T, class P, Residual kResidual, bool kStream, bool kKeep>
-void forward_rows(const Forward& op, int64_t begin, int64_t end) {
+template <class T, bool kAdds>
+void forward_rows(const Forward& op, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
-  using RowT = Row<T, kResidual, kStream, kKeep && (kResidual != kNone || !std::is_same_v<A, T>)>;
+  using RowT = Row<T, kAdds>;
   const int64_t cols = op.cols;
-  const Widened<A, P, kKeep> weights(op.weight, cols), biases(op.bias, cols);
-  using Parameter = typename decltype(weights)::Element;
-  alignas(64) A kept[kKeep ? kScratch + kLanes<A> : 1];
+  const Widened<T> weights(op.weight, op.parameter_dtype, cols), biases(op.bias, op.parameter_dtype, cols);
   // What rounding takes from the mean matters where the deviations are small beside it and T is fine enough to tell.
   constexpr bool kFine = std::is_same_v<A, T>;
   // The square of a mean over the variance. Above it the sum's own rounding shows, and a pass over the deviations finds
@@ -264,26 +267,28 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   constexpr double kLargeMean = 64;
   // Of LayerNorm's three passes the first two fetch the next row for 16-bit types, which leaves the last to the stores:
   // 5.4 -> 4.4 ms for 8192x4096 bf16. fp32 is 4 % slower so, with a residual too: the last two do it there.
-  constexpr bool kFetchEarly = kResidual == kNone && !std::is_same_v<A, T>;
+  constexpr bool kFetchEarly = !kAdds && !std::is_same_v<A, T>;
   // Step by step over a few short rows rather than row by row: the latency of one row's sum hides behind the next
   // row's.
   const int64_t together = cols <= 1024 ? kGroup : 1;
   const bool far = is_far<T>(op.rows, cols);
-  RowBits<kDropped<kResidual>> bits;
+  RowBits<kScratch> bits;
   const PhiloxState state = read(op.dropout.source);
-  const int64_t pitch = (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  const int64_t pitch = padded<A>(cols);
+  const Scratch<A> kept(RowT::kKeeps ? together * pitch : 0);
   const auto row_of = [&](int64_t row) DLKIT_INLINE_LAMBDA {
     return RowT{static_cast<const T*>(op.x) + row * op.x_stride,
                 at<const T>(op.residual, row * op.residual_stride),
                 at<T>(op.sum, row * cols),
-                kept + row % together * pitch,
-                &bits,
+                kept.data + row % together * pitch,
+                stream,
+                op.dropout.active ? &bits : nullptr,
                 row * cols,
                 A(op.dropout.scale)};
   };
   for (int64_t first = begin; first < end; first += together) {
     const int64_t last = min64(first + together, end);
-    if constexpr (kResidual == kDrop) bits.draw(state, op.dropout.threshold, first * cols, last * cols);
+    if (kAdds && op.dropout.active) bits.draw(state, op.dropout.threshold, first * cols, last * cols);
     A mean[kGroup] = {}, mean_rest[kGroup] = {}, rstd[kGroup];
     if (!op.rms) {
       for (int64_t row = first; row < last; ++row) {
@@ -335,43 +340,29 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
       const Vector<A> centre = broadcast<A>(mean[row - first]), rest = broadcast<A>(mean_rest[row - first]);
       const Vector<A> scale = broadcast<A>(rstd[row - first]);
       const int64_t parameter = row % op.period * cols;
-      const auto weight = at<const Parameter>(weights.data, parameter),
-                 bias = at<const Parameter>(biases.data, parameter);
+      const A *const weight = at<const A>(weights.data, parameter), *const bias = at<const A>(biases.data, parameter);
       T* y = static_cast<T*>(op.y) + row * cols;
       for_columns<A, kSlots>(0, cols, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
         if (far && slot == 0 && (op.rms || !kFetchEarly)) next.fetch_half(cols / 2 + i / 2);
         Vector<A> v = x.again(i, width) - centre;
         if constexpr (kFine) v -= rest;
-        write<kStream>(y + i, scaled(v * scale, weight, bias, i, width), width);
+        write(y + i, scaled(v * scale, weight, bias, i, width), width, stream);
       });
     }
   }
-  if constexpr (kStream) streaming_fence();
 }
 
-template <class T, class P, Residual kResidual>
+template <class T, bool kAdds>
 void forward_typed(const Forward& op) {
-  const int64_t grain = max64(1, kGrain / op.cols);
-  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (kResidual == kNone || uintptr_t(op.sum) % 64 == 0);
-  const auto run = [&](auto streaming, auto keeping) {
-    parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
-      forward_rows<T, P, kResidual, streaming, keeping>(op, begin, end);
-    });
-  };
-  if constexpr (kResidual != kDrop) {
-    if (op.cols <= kShortForward<accumulate_t<T>>) {
-      return parallel_for(op.rows, grain, [&](int64_t begin, int64_t end) {
-        stream ? forward_all_short_rows<T, P, kResidual, true>(op, begin, end)
-               : forward_all_short_rows<T, P, kResidual, false>(op, begin, end);
-      });
+  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (!kAdds || uintptr_t(op.sum) % 64 == 0);
+  parallel_for(op.rows, max64(1, kGrain / op.cols), [&](int64_t begin, int64_t end) {
+    if (op.cols <= kShortForward<accumulate_t<T>> && !op.dropout.active) {
+      forward_all_short_rows<T, kAdds>(op, begin, end, stream);
+    } else {
+      forward_rows<T, kAdds>(op, begin, end, stream);
     }
-  }
-  constexpr bool kNothingToKeep = kResidual == kNone && std::is_same_v<T, accumulate_t<T>>;
-  if (kNothingToKeep || op.cols <= kScratch) {
-    stream ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
-  } else if constexpr (!kNothingToKeep && kResidual != kDrop) {
-    run(std::false_type(), std::false_type());
-  }
+    if (stream) streaming_fence();
+  });
 }
 
 // Backward's work: blocks of whole periods, each with one partial row of each parameter gradient, times tiles of the
@@ -395,29 +386,31 @@ Cut cut(const Backward& op) {
 // What a row's sums give: grad_input = rstd * (wdy - mean_wdy - (x - mean) * slope).
 template <class A>
 struct RowGradients {
-  A mean_wdy[kLanes<A>], slope[kLanes<A>];  // slope: rstd^2 * mean(wdy * (x - mean))
+  static constexpr int64_t kRows = kLanes<A> > kGroup ? kLanes<A> : kGroup;
+  A mean_wdy[kRows], slope[kRows];  // slope: rstd^2 * mean(wdy * (x - mean))
 };
 
-// Of short rows, each in a lane of its own as in forward_short_rows.
-template <class T, int kRows>
-void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int64_t first,
+// Of up to a vector of short rows, each in a lane of its own as in forward_short_rows.
+template <class T>
+void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int64_t first, int count,
                          RowGradients<accumulate_t<T>>& found) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
   const bool far = is_far<T>(op.rows, op.cols);
-  V sums[kRows], products[kRows], rstds = {};
-  for (int r = 0; r < kRows; ++r) {
+  V sums[kLanes<A>], products[kLanes<A>], rstds = {};
+  for (int r = count; r < kLanes<A>; ++r) sums[r] = products[r] = V{};
+  for (int r = 0; r < count; ++r) {
     const int64_t row = first + r * op.period;
     const T* const x = static_cast<const T*>(op.x) + row * op.x_stride;
     const T* const grad_output = static_cast<const T*>(op.grad_output) + row * op.grad_output_stride;
     const V mean = broadcast<A>(op.rms ? A(0) : static_cast<const A*>(op.mean)[row]);
     rstds[r] = static_cast<const A*>(op.rstd)[row];
     sums[r] = products[r] = V{};
+    for (int64_t i = 0; far && i < op.cols; i += kLanes<A>) {
+      prefetch<kLanes<A>>(x + kLanes<A> * op.period * op.x_stride + i);
+      prefetch<kLanes<A>>(grad_output + kLanes<A> * op.period * op.grad_output_stride + i);
+    }
     for_columns<A, 1>(0, op.cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      if (far) {
-        prefetch<kLanes<A>>(x + kRows * op.period * op.x_stride + i);
-        prefetch<kLanes<A>>(grad_output + kRows * op.period * op.grad_output_stride + i);
-      }
       V wdy = load(grad_output + i, width);
       if (weight != nullptr) wdy *= load(weight + i, width);
       sums[r] += wdy;
@@ -428,55 +421,72 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
   store(found.slope, sums_of_lanes(products) * rstds * rstds / A(op.cols), All{});
 }
 
+// A vector of each row.
+template <class T, int kRows, class V, class Width>
+DLKIT_INLINE void write_rows(T* const (&rows)[kRows], int64_t i, const V (&v)[kRows], Width width, bool stream) {
+  if (stream) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) write(rows[r] + i, v[r], width, true);
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) store(rows[r] + i, v[r], width);
+  }
+}
+
 // Rows first, first + period, ...; those of `found`, from `place` on, where there are any.
-template <class T, class P, int kRows, bool kInput, bool kWeight, bool kBias, bool kStream>
-void backward_group(const Backward& op, const P* weight, int64_t first, int64_t end, accumulate_t<T>* weight_sums,
-                    accumulate_t<T>* bias_sums, const PhiloxState& state, RowBits<kInput ? kGroup * kScratch : 0>& bits,
-                    const RowGradients<accumulate_t<T>>* found = nullptr, int place = 0) {
+template <class T, int kRows>
+void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t first, int64_t end,
+                    accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state,
+                    RowBits<kGroup * kScratch>& bits, bool stream, const RowGradients<accumulate_t<T>>* found = nullptr,
+                    int place = 0) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols;
   const T* const all_x = static_cast<const T*>(op.x);
   const T* const all_grad_output = static_cast<const T*>(op.grad_output);
-  const T *x[kRows], *grad_output[kRows], *grad_sum[kRows], *next_x[kRows], *next_grad_output[kRows];
-  T* grad_input[kRows];
-  A mean[kRows], rstd[kRows], mean_wdy[kRows], slope[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t row = first + r * op.period, next = min64(row + kRows * op.period, end - 1);
-    x[r] = all_x + row * op.x_stride;
-    next_x[r] = all_x + next * op.x_stride;
-    grad_output[r] = all_grad_output + row * op.grad_output_stride;
-    next_grad_output[r] = all_grad_output + next * op.grad_output_stride;
-    grad_sum[r] = at<const T>(op.grad_sum, row * op.grad_sum_stride);
-    grad_input[r] = at<T>(op.grad_input, row * cols);
-    mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
-    rstd[r] = static_cast<const A*>(op.rstd)[row];
-  }
-  const bool drop = kInput && op.dropout.active;
+  const bool input = op.grad_input != nullptr, drop = input && op.dropout.active;
   if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + kRows) * cols);
   const bool far = found == nullptr && is_far<T>(op.rows, cols);
   // Both passes fetch half of the next group each.
   const auto fetch_half = [&](int r, int64_t column) DLKIT_INLINE_LAMBDA {
-    prefetch<kSlots * kLanes<A> / 2>(next_x[r] + column);
-    prefetch<kSlots * kLanes<A> / 2>(next_grad_output[r] + column);
+    const int64_t next = min64(first + (r + kRows) * op.period, end - 1);
+    prefetch<kSlots * kLanes<A> / 2>(all_x + next * op.x_stride + column);
+    prefetch<kSlots * kLanes<A> / 2>(all_grad_output + next * op.grad_output_stride + column);
   };
-  if constexpr (kInput) {
+  RowGradients<A> own;
+  if (input && found == nullptr) {
     for (int r = 0; r < kRows; ++r) {
-      if (found != nullptr) {
-        mean_wdy[r] = found->mean_wdy[place + r];
-        slope[r] = found->slope[place + r];
-        continue;
-      }
+      const int64_t row = first + r * op.period;
+      const T *const x = all_x + row * op.x_stride, *const grad_output = all_grad_output + row * op.grad_output_stride;
+      const A mean = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
+      const double rstd = double(static_cast<const A*>(op.rstd)[row]);
       double totals[2];
       sum_columns<A>(cols, totals, [&](int64_t i, int slot, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
         if (far && slot == 0) fetch_half(r, i / 2);
-        Vector<A> wdy = load(grad_output[r] + i, width);
+        Vector<A> wdy = load(grad_output + i, width);
         if (weight != nullptr) wdy *= load(weight + i, width);
         terms[0] += wdy;
-        terms[1] = fma(wdy, load(x[r] + i, width) - mean[r], terms[1]);
+        terms[1] = fma(wdy, load(x + i, width) - mean, terms[1]);
       });
-      mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
-      slope[r] = A(totals[1] * double(rstd[r]) * double(rstd[r]) / double(cols));
+      own.mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
+      own.slope[r] = A(totals[1] * rstd * rstd / double(cols));
     }
+    found = &own;
+    place = 0;
+  }
+  const T *x[kRows], *grad_output[kRows], *grad_sum[kRows];
+  T* grad_input[kRows];
+  A mean[kRows], rstd[kRows], mean_wdy[kRows], slope[kRows];
+#pragma GCC unroll 4  // so that the arrays are registers
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r * op.period;
+    x[r] = all_x + row * op.x_stride;
+    grad_output[r] = all_grad_output + row * op.grad_output_stride;
+    grad_sum[r] = at<const T>(op.grad_sum, row * op.grad_sum_stride);
+    grad_input[r] = at<T>(op.grad_input, row * cols);
+    mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
+    rstd[r] = static_cast<const A*>(op.rstd)[row];
+    mean_wdy[r] = input ? found->mean_wdy[place + r] : A(0);
+    slope[r] = input ? found->slope[place + r] : A(0);
   }
   for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
     if (far && i % (kSlots * kLanes<A>) == 0) {
@@ -484,132 +494,127 @@ void backward_group(const Backward& op, const P* weight, int64_t first, int64_t 
     }
     Vector<A> w = broadcast<A>(1), weight_sum = {}, bias_sum = {};
     if (weight != nullptr) w = load(weight + i, width);
+    Vector<A> dy[kRows], centred[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vector<A> dy = load(grad_output[r] + i, width);
-      const Vector<A> centred = load(x[r] + i, width) - mean[r];
-      if constexpr (kInput) {
-        Vector<A> dx = fma(centred, broadcast<A>(-slope[r]), fma(dy, w, broadcast<A>(-mean_wdy[r]))) * rstd[r];
-        if (op.grad_sum != nullptr) dx += load(grad_sum[r] + i, width);
-        write<kStream>(grad_input[r] + i, dx, width);
-        if (drop) {
-          const int64_t element = (first + r) * cols + i;
-          const Vector<A> kept = dx * broadcast<A>(A(op.dropout.scale));
-          write<kStream>(static_cast<T*>(op.grad_dropped) + element,
-                         select<A>(bits.template lanes<A>(element), kept, Vector<A>{}), width);
-        }
-      }
-      if constexpr (kWeight) weight_sum = fma(dy, centred * rstd[r], weight_sum);
-      if constexpr (kBias) bias_sum += dy;
+      dy[r] = load(grad_output[r] + i, width);
+      centred[r] = load(x[r] + i, width) - mean[r];
+      weight_sum = fma(dy[r], centred[r] * rstd[r], weight_sum);
+      bias_sum += dy[r];
     }
-    if constexpr (kWeight) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);
-    if constexpr (kBias) store(bias_sums + i, load(bias_sums + i, width) + bias_sum, width);
+    if (input) {
+      Vector<A> dx[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        dx[r] = fma(centred[r], broadcast<A>(-slope[r]), fma(dy[r], w, broadcast<A>(-mean_wdy[r]))) * rstd[r];
+      }
+      if (op.grad_sum != nullptr) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) dx[r] += load(grad_sum[r] + i, width);
+      }
+      write_rows(grad_input, i, dx, width, stream);
+      if (drop) {
+        const int64_t element = first * cols + i;
+        T* dropped[kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          dropped[r] = static_cast<T*>(op.grad_dropped) + first * cols + r * cols;
+          dx[r] = select<A>(bits.template lanes<A>(element + r * cols), dx[r] * broadcast<A>(A(op.dropout.scale)),
+                            Vector<A>{});
+        }
+        write_rows(dropped, i, dx, width, stream);
+      }
+    }
+    if (weight_sums != nullptr) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);
+    if (bias_sums != nullptr) store(bias_sums + i, load(bias_sums + i, width) + bias_sum, width);
   });
 }
 
 // The rows of periods [begin, end) at places [first, last) of theirs.
-template <class T, class P, bool kInput, bool kWeight, bool kBias, bool kStream, bool kKeep>
+template <class T>
 void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first, int64_t last,
-                   accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums) {
+                   accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, bool stream) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols, period = op.period;
   const size_t bytes = size_t((last - first) * cols) * sizeof(A);
-  if constexpr (kWeight) memset(weight_sums + first * cols, 0, bytes);
-  if constexpr (kBias) memset(bias_sums + first * cols, 0, bytes);
-  const Widened<A, P, kKeep> weights(op.weight, cols);
-  using Parameter = typename decltype(weights)::Element;
-  RowBits<kInput ? kGroup * kScratch : 0> bits;
+  if (weight_sums != nullptr) memset(weight_sums + first * cols, 0, bytes);
+  if (bias_sums != nullptr) memset(bias_sums + first * cols, 0, bytes);
+  const Widened<T> weights(op.weight, op.parameter_dtype, cols);
+  RowBits<kGroup * kScratch> bits;
   const PhiloxState state = read(op.dropout.source);
-  // Calls f(how many, a row, its weight, its sums) for rows of one place, from as many periods.
-  const auto for_groups = [&](auto most, const auto& f) DLKIT_INLINE_LAMBDA {
-    const auto at_places = [&](int64_t sample, auto count) DLKIT_INLINE_LAMBDA {
-      for (int64_t k = first; k < last; ++k) {
-        f(count, sample * period + k, at<const Parameter>(weights.data, k * cols), at<A>(weight_sums, k * cols),
-          at<A>(bias_sums, k * cols));
+  // Of each place the rows of as many periods as go together, in groups; what is left at the end row by row.
+  constexpr int kShortGroup = kGroup < kLanes<A> ? kGroup : int(kLanes<A>);
+  const bool is_short = op.grad_input != nullptr && cols <= kShortBackward<A>;
+  const int64_t most = is_short ? kLanes<A> : kGroup;
+  for (int64_t sample = begin; sample < end; sample += most) {
+    const int count = int(min64(most, end - sample));
+    for (int64_t k = first; k < last; ++k) {
+      const A* const weight = at<const A>(weights.data, k * cols);
+      const int64_t row = sample * period + k;
+      RowGradients<A> found;
+      if (is_short) short_row_gradients<T>(op, weight, row, count, found);
+      const auto run = [&](auto rows) {
+        for (int place = 0; place < count; place += rows) {
+          backward_group<T, rows>(op, weight, row + place * period, end * period, at<A>(weight_sums, k * cols),
+                                  at<A>(bias_sums, k * cols), state, bits, stream, is_short ? &found : nullptr, place);
+        }
+      };
+      if (count < most) {
+        run(std::integral_constant<int, 1>());
+      } else if (is_short) {
+        run(std::integral_constant<int, kShortGroup>());
+      } else {
+        run(std::integral_constant<int, kGroup>());
       }
-    };
-    int64_t sample = begin;
-    for (; sample + most <= end; sample += most) at_places(sample, most);
-    for (; sample < end; ++sample) at_places(sample, std::integral_constant<int, 1>());
-  };
-  if constexpr (kKeep && kInput) {
-    if (cols <= kShortBackward<A>) {
-      for_groups(std::integral_constant<int, kLanes<A>>(),
-                 [&](auto count, int64_t row, const A* weight, A* weight_sum, A* bias_sum) DLKIT_INLINE_LAMBDA {
-                   constexpr int kTogether = kGroup < count ? kGroup : int(count);
-                   RowGradients<A> found;
-                   short_row_gradients<T, count>(op, weight, row, found);
-                   for (int place = 0; place < count; place += kTogether) {
-                     backward_group<T, A, kTogether, kInput, kWeight, kBias, kStream>(
-                         op, weight, row + place * period, op.rows, weight_sum, bias_sum, state, bits, &found, place);
-                   }
-                 });
-      if constexpr (kStream) streaming_fence();
-      return;
     }
   }
-  for_groups(std::integral_constant<int, kGroup>(),
-             [&](auto count, int64_t row, const Parameter* weight, A* weight_sum, A* bias_sum) DLKIT_INLINE_LAMBDA {
-               backward_group<T, Parameter, count, kInput, kWeight, kBias, kStream>(op, weight, row, end * period,
-                                                                                    weight_sum, bias_sum, state, bits);
-             });
-  if constexpr (kStream) streaming_fence();
+  if (stream) streaming_fence();
 }
 
-template <class T, class P, bool kInput, bool kWeight, bool kBias>
+template <class T>
 void backward_typed(const Backward& op) {
   using A = accumulate_t<T>;
-  const bool stream =
-      kInput && should_stream<T>(op.grad_input, op.rows, op.cols) && uintptr_t(op.grad_dropped) % 64 == 0;
-  const auto run = [&](auto streaming, auto keeping) {
-    const auto [blocks, tiles] = cut(op);
-    const int64_t periods = op.rows / op.period, parameters = op.period * op.cols;
-    const int64_t block_stride = parameters * (int64_t(kWeight) + int64_t(kBias));
-    A* const weight_partials = kWeight ? static_cast<A*>(op.partials) : nullptr;
-    A* const bias_partials = kBias ? static_cast<A*>(op.partials) + (kWeight ? parameters : 0) : nullptr;
-    parallel_for(blocks * tiles, 1, [&, blocks = blocks, tiles = tiles](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i / tiles, tile = i % tiles;
-        backward_rows<T, P, kInput, kWeight, kBias, streaming, keeping>(
-            op, periods * block / blocks, periods * (block + 1) / blocks, op.period * tile / tiles,
-            op.period * (tile + 1) / tiles, at<A>(weight_partials, block * block_stride),
-            at<A>(bias_partials, block * block_stride));
-      }
-    });
-    if constexpr (kWeight) sum_partials<P>(weight_partials, blocks, block_stride, parameters, op.grad_weight);
-    if constexpr (kBias) sum_partials<P>(bias_partials, blocks, block_stride, parameters, op.grad_bias);
+  const bool stream = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, op.cols) &&
+                      uintptr_t(op.grad_dropped) % 64 == 0;
+  const auto [blocks, tiles] = cut(op);
+  const bool has_weight = op.grad_weight != nullptr, has_bias = op.grad_bias != nullptr;
+  const int64_t periods = op.rows / op.period, parameters = op.period * op.cols;
+  const int64_t block_stride = parameters * (int64_t(has_weight) + int64_t(has_bias));
+  A* const weight_partials = has_weight ? static_cast<A*>(op.partials) : nullptr;
+  A* const bias_partials = has_bias ? static_cast<A*>(op.partials) + (has_weight ? parameters : 0) : nullptr;
+  parallel_for(blocks * tiles, 1, [&, blocks = blocks, tiles = tiles](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i / tiles, tile = i % tiles;
+      backward_rows<T>(op, periods * block / blocks, periods * (block + 1) / blocks, op.period * tile / tiles,
+                       op.period * (tile + 1) / tiles, at<A>(weight_partials, block * block_stride),
+                       at<A>(bias_partials, block * block_stride), stream);
+    }
+  });
+  const auto finish = [&, blocks = blocks](const A* partials, void* gradient) {
+    if (gradient == nullptr) return;
+    if (op.parameter_dtype == op.dtype) {
+      sum_partials<T>(partials, blocks, block_stride, parameters, gradient);
+    } else {
+      sum_partials<A>(partials, blocks, block_stride, parameters, gradient);
+    }
   };
-  constexpr bool kNothingToKeep = std::is_same_v<A, P>;
-  if (kNothingToKeep || op.cols <= kScratch) {
-    stream ? run(std::bool_constant<kInput>(), std::true_type()) : run(std::false_type(), std::true_type());
-  } else if constexpr (!kNothingToKeep) {
-    run(std::false_type(), std::false_type());
-  }
+  finish(weight_partials, op.grad_weight);
+  finish(bias_partials, op.grad_bias);
 }
 
 }  // namespace
 
 void forward(const Forward& op) {
   write_state(read(op.dropout.source), op.dropout.state);
-  with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
-    using T = decltype(t);
-    using P = decltype(p);
-    if (op.dropout.active) {
-      forward_typed<T, P, kDrop>(op);
-    } else {
-      op.residual != nullptr ? forward_typed<T, P, kAdd>(op) : forward_typed<T, P, kNone>(op);
-    }
+  with_data_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    op.residual != nullptr ? forward_typed<T, true>(op) : forward_typed<T, false>(op);
   });
 }
 
 void backward(const Backward& op) {
-  with_types(op.dtype, op.parameter_dtype, [&](auto t, auto p) {
-    with_flags(
-        [&](auto input, auto weight, auto bias) {
-          if constexpr (input || weight || bias) backward_typed<decltype(t), decltype(p), input, weight, bias>(op);
-        },
-        op.grad_input != nullptr, op.grad_weight != nullptr, op.grad_bias != nullptr);
-  });
+  if (op.grad_input == nullptr && op.grad_weight == nullptr && op.grad_bias == nullptr) return;
+  with_data_type(op.dtype, [&](auto type) { backward_typed<decltype(type)>(op); });
 }
 
 #if defined(DLKIT_ISA_IS_BASELINE)

@@ -219,13 +219,7 @@ struct ForwardChannelsLast {
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
     const bool whole = matrix.cols % kLanes<A> == 0 && uintptr_t(op.y) % 64 == 0;
-    with_flags([&](auto residual, auto relu,
-                   auto stream) { this->template apply_as<residual, relu, stream>(unit, part, parts); },
-               op.residual != nullptr, op.relu, whole && should_stream<T>(op.shape, matrix.rows * matrix.cols));
-  }
-
-  template <bool kResidual, bool kRelu, bool kStream>
-  void apply_as(int64_t unit, int64_t part, int64_t parts) const {
+    const bool relu = op.relu, stream = whole && should_stream<T>(op.shape, matrix.rows * matrix.cols);
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const residual = rows_of(op.residual, unit);
@@ -234,14 +228,14 @@ struct ForwardChannelsLast {
       for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         const Channel<V> c = own.forward_channel(i);
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
-        if constexpr (kResidual) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
+        if (residual != nullptr) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
         repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
           const int64_t where = (row + r) * cols + i;
-          write<kStream>(y + where, forward_value<T, kResidual, kRelu>(x, residual, where, width, c), width);
+          write(y + where, forward_value(x, residual, relu, where, width, c), width, stream);
         });
       });
     });
-    if constexpr (kStream) streaming_fence();
+    if (stream) streaming_fence();
   }
 };
 
@@ -267,12 +261,8 @@ struct BackwardChannelsLast {
   }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
-    with_mask(op, false, streams(),
-              [&](auto mask, auto stream) { this->template reduce_as<mask(), stream>(unit, part, parts); });
-  }
-
-  template <Mask kMask, bool kStream>
-  void reduce_as(int64_t unit, int64_t part, int64_t parts) const {
+    const Mask mask = mask_of(op);
+    const bool stream = streams();
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const T *const x = rows_of(op.x, unit), *const grad_output = rows_of(op.grad_output, unit);
     const T* const y = rows_of(op.y, unit);
@@ -289,14 +279,14 @@ struct BackwardChannelsLast {
           const Channel<V> c = own.forward_channel(i);
           fetch_rows_ahead<together()>(x + row * cols, i, cols);
           fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
-          if constexpr (kMask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
+          if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
           V g_sum = {}, gx_sum = {};
           repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
             const int64_t where = (row + r) * cols + i;
             const V centred = load(x + where, width) - c.mean;
-            const V g = masked_gradient<T, kMask>(grad_output, y, where, width, centred, c);
-            if (grad_residual != nullptr) write<kStream>(grad_residual + where, g, width);
-            if (grad_input != nullptr) write<kStream>(grad_input + where, g * c.scale, width);
+            const V g = masked_gradient(mask, grad_output, y, where, width, centred, c);
+            if (grad_residual != nullptr) write(grad_residual + where, g, width, stream);
+            if (grad_input != nullptr) write(grad_input + where, g * c.scale, width, stream);
             g_sum += g;
             gx_sum = fma(g, centred, gx_sum);
           });
@@ -307,7 +297,7 @@ struct BackwardChannelsLast {
       add_to(own.first, g_sums, cols);
       add_to(own.second, gx_sums, cols);
     }
-    if constexpr (kStream) streaming_fence();
+    if (stream) streaming_fence();
   }
 
   void finish(int64_t unit, int64_t parts) const {
@@ -355,12 +345,8 @@ struct BackwardChannelsLast {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    with_mask(op, is_masked(op), streams(),
-              [&](auto mask, auto stream) { this->template apply_as<mask(), stream>(unit, part, parts); });
-  }
-
-  template <Mask kMask, bool kStream>
-  void apply_as(int64_t unit, int64_t part, int64_t parts) const {
+    const Mask mask = applied_mask(op);
+    const bool stream = streams();
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const grad_output = rows_of(applied_gradient(op), unit);
@@ -372,19 +358,19 @@ struct BackwardChannelsLast {
         const Channel<V> c = own.channel(i);
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
-        if constexpr (kMask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
+        if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
         repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
           const int64_t where = (row + r) * cols + i;
           const V centred = load(x + where, width) - c.mean;
-          const V g = masked_gradient<T, kMask>(grad_output, y, where, width, centred, c);
-          if (grad_residual != nullptr) write<kStream>(grad_residual + where, g, width);
+          const V g = masked_gradient(mask, grad_output, y, where, width, centred, c);
+          if (grad_residual != nullptr) write(grad_residual + where, g, width, stream);
           if (grad_input != nullptr) {
-            write<kStream>(grad_input + where, fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width);
+            write(grad_input + where, fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width, stream);
           }
         });
       });
     });
-    if constexpr (kStream) streaming_fence();
+    if (stream) streaming_fence();
   }
 };
 

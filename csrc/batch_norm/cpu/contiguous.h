@@ -54,6 +54,7 @@ struct ForwardContiguous {
   Moments* moments;  // [units, parts]
 
   Moments* moments_of(int64_t unit, int64_t part, int64_t parts) const { return moments + unit * parts + part; }
+  bool streams() const { return should_stream<T>(op.shape, op.shape.space); }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
     Group group = group_of(op.shape, unit);
@@ -63,12 +64,13 @@ struct ForwardContiguous {
     V sums[kSlots] = {}, squares[kSlots] = {};
     double centre = 0;
     int64_t pending = 0, run = 0;
-    const auto flush = [&] {
+    const auto flush = [&]() DLKIT_INLINE_LAMBDA {
       if (pending == 0) return;
       found.add(double(pending), centre, sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])),
                 sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])));
       centre = double(A(finite_or_zero(found.mean)));
       run = min64(kRun, 4 * int64_t(found.count));
+#pragma GCC unroll 4  // as every loop over slots: else they are in memory, where the next step waits for them
       for (int slot = 0; slot < kSlots; ++slot) sums[slot] = squares[slot] = V{};
       pending = 0;
     };
@@ -119,20 +121,14 @@ struct ForwardContiguous {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    with_flags([&](auto residual, auto relu,
-                   auto stream) { this->template apply_as<residual, relu, stream>(unit, part, parts); },
-               op.residual != nullptr, op.relu, should_stream<T>(op.shape, op.shape.space));
-  }
-
-  template <bool kResidual, bool kRelu, bool kStream>
-  void apply_as(int64_t unit, int64_t part, int64_t parts) const {
+    const bool stream = streams();
     const Group group = group_of(op.shape, unit);
     const Channel<V> shared = channel_of(unit, group.channel);
-    for_slices(group, part, parts, true, [&](int64_t slice, int64_t begin, int64_t end) {
+    for_slices(group, part, parts, true, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
       const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice)) : shared;
-      this->template apply_slice<kResidual, kRelu, kStream>(c, group.base + slice * group.pitch, begin, end);
+      apply_slice(c, group.base + slice * group.pitch, begin, end, stream);
     });
-    if constexpr (kStream) streaming_fence();
+    if (stream) streaming_fence();
   }
 
   Channel<V> channel_of(int64_t unit, int64_t channel) const {
@@ -141,13 +137,12 @@ struct ForwardContiguous {
             broadcast<A>(read_or<A>(op.bias, op.parameter_dtype, channel, 0)), V{}, V{}};
   }
 
-  template <bool kResidual, bool kRelu, bool kStream>
-  void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end) const {
-    const T* const x = static_cast<const T*>(op.x) + base;
-    const T* const residual = kResidual ? static_cast<const T*>(op.residual) + base : nullptr;
+  void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end, bool stream) const {
+    const T *const x = static_cast<const T*>(op.x) + base, *const residual = at<const T>(op.residual, base);
     T* const y = static_cast<T*>(op.y) + base;
-    for_elements<T, kStream>(y, begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      write<kStream>(y + i, forward_value<T, kResidual, kRelu>(x, residual, i, width, c), width);
+    const bool relu = op.relu;
+    for_elements<kSlots>(y, stream, begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      write(y + i, forward_value(x, residual, relu, i, width, c), width, stream);
     });
   }
 
@@ -155,19 +150,15 @@ struct ForwardContiguous {
   void apply_in_memory_order() const {
     const auto [units, parts, unit_elements] = plan(op.shape);
     for (int64_t unit = 0; unit < units; ++unit) finish(unit, parts);
-    with_flags(
-        [&](auto residual, auto relu, auto stream) {
-          parallel_for(op.shape.batch * op.shape.channels, max64(1, kGrain / op.shape.space),
-                       [&](int64_t begin, int64_t end) {
-                         for (int64_t i = begin; i < end; ++i) {
-                           const int64_t channel = i % op.shape.channels;
-                           this->template apply_slice<residual, relu, stream>(channel_of(channel, channel),
-                                                                              i * op.shape.space, 0, op.shape.space);
-                         }
-                         if constexpr (stream) streaming_fence();
-                       });
-        },
-        op.residual != nullptr, op.relu, should_stream<T>(op.shape, op.shape.space));
+    const bool stream = streams();
+    parallel_for(op.shape.batch * op.shape.channels, max64(1, kGrain / op.shape.space),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t channel = i % op.shape.channels;
+                     apply_slice(channel_of(channel, channel), i * op.shape.space, 0, op.shape.space, stream);
+                   }
+                   if (stream) streaming_fence();
+                 });
   }
 };
 
@@ -189,20 +180,17 @@ struct BackwardContiguous {
   }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
-    with_mask(op, false, streams(),
-              [&](auto mask, auto stream) { this->template reduce_as<mask(), stream>(unit, part, parts); });
-  }
-
-  template <Mask kMask, bool kStream>
-  void reduce_as(int64_t unit, int64_t part, int64_t parts) const {
+    const Mask mask = mask_of(op);
+    const bool stream = streams();
     const Group group = group_of(op.shape, unit);
     Sums* const found = sums + (unit * parts + part) * sums_a_part();
     for (int64_t i = 0; i < sums_a_part(); ++i) found[i] = {};
     V g_sums[kSlots] = {}, gx_sums[kSlots] = {};
     int64_t pending = 0;
-    const auto flush = [&](Sums& into) {
+    const auto flush = [&](Sums& into) DLKIT_INLINE_LAMBDA {
       into.g += sum_lanes((g_sums[0] + g_sums[1]) + (g_sums[2] + g_sums[3]));
       into.gx += sum_lanes((gx_sums[0] + gx_sums[1]) + (gx_sums[2] + gx_sums[3]));
+#pragma GCC unroll 4
       for (int slot = 0; slot < kSlots; ++slot) g_sums[slot] = gx_sums[slot] = V{};
       pending = 0;
     };
@@ -212,7 +200,7 @@ struct BackwardContiguous {
       const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), 0, 0) : shared;
       const T* const x = static_cast<const T*>(op.x) + base;
       const T* const grad_output = static_cast<const T*>(op.grad_output) + base;
-      const T* const y = kMask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
+      const T* const y = mask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
       T* const grad_input = op.statistics_given ? at<T>(op.grad_input, base) : nullptr;
       T* const grad_residual = at<T>(op.grad_residual, base);
       const T* const written = grad_input != nullptr ? grad_input : grad_residual;
@@ -222,16 +210,15 @@ struct BackwardContiguous {
         const auto step = [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
           fetch_ahead(x + group.pitch + i, slot);
           fetch_ahead(grad_output + group.pitch + i, slot);
-          if (kMask == Mask::FromY) fetch_ahead(y + group.pitch + i, slot);
+          if (mask == Mask::FromY) fetch_ahead(y + group.pitch + i, slot);
           const V centred = keep(load(x + i, width) - c.mean, width);
-          const V g = masked_gradient<T, kMask>(grad_output, y, i, width, centred, c);
-          if (grad_residual != nullptr) write<kStream>(grad_residual + i, g, width);
-          if (grad_input != nullptr) write<kStream>(grad_input + i, g * c.scale, width);
+          const V g = masked_gradient(mask, grad_output, y, i, width, centred, c);
+          if (grad_residual != nullptr) write(grad_residual + i, g, width, stream);
+          if (grad_input != nullptr) write(grad_input + i, g * c.scale, width, stream);
           g_sums[slot] += g;
           gx_sums[slot] = fma(g, centred, gx_sums[slot]);
         };
-        kStream&& written != nullptr ? for_elements<T, true>(written, begin, stop, step)
-                                     : for_columns<A, kSlots>(begin, stop, step);
+        for_elements<kSlots>(written, stream && written != nullptr, begin, stop, step);
         pending += max64(stop - begin, kLeastRun);
         begin = stop;
         if (pending >= kRun) flush(into);
@@ -239,7 +226,7 @@ struct BackwardContiguous {
       if (group.own_channels) flush(into);
     });
     if (!group.own_channels) flush(found[0]);
-    if constexpr (kStream) streaming_fence();
+    if (stream) streaming_fence();
   }
 
   // Adds the parts up into the first, and writes what a channel of batch_norm gives.
@@ -262,11 +249,6 @@ struct BackwardContiguous {
     static_cast<A*>(op.sums)[op.shape.channels + unit] = A(all->gx);
   }
 
-  void apply(int64_t unit, int64_t part, int64_t parts) const {
-    with_mask(op, is_masked(op), streams(),
-              [&](auto mask, auto stream) { this->template apply_as<mask(), stream>(unit, part, parts); });
-  }
-
   GroupGradient<A> gradient_of(const Group& group, int64_t unit, int64_t parts) const {
     double g = 0, gx = 0;
     for (int64_t i = 0; i < sums_a_part() && !op.statistics_given; ++i) {
@@ -280,33 +262,33 @@ struct BackwardContiguous {
     return {op, static_cast<const A*>(op.rstd)[unit], g, gx};
   }
 
-  template <Mask kMask, bool kStream>
-  void apply_as(int64_t unit, int64_t part, int64_t parts) const {
+  void apply(int64_t unit, int64_t part, int64_t parts) const {
+    const Mask mask = applied_mask(op);
+    const bool stream = streams();
     const Group group = group_of(op.shape, unit);
     const auto [offset, slope] = gradient_of(group, unit, parts);
     const Channel<V> shared = channel_of(unit, group.channel, offset, slope);
-    for_slices(group, part, parts, true,
-               [&, offset = offset, slope = slope](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
-                 const int64_t base = group.base + slice * group.pitch;
-                 const Channel<V> c =
-                     group.own_channels ? channel_of(unit, group.channel_of(slice), offset, slope) : shared;
-                 const T* const x = static_cast<const T*>(op.x) + base;
-                 const T* const grad_output = static_cast<const T*>(applied_gradient(op)) + base;
-                 const T* const y = kMask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
-                 T* const grad_input = at<T>(op.grad_input, base);
-                 T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
-                 for_elements<T, kStream>(grad_input != nullptr ? grad_input : grad_residual, begin, end,
-                                          [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-                                            const V centred = load(x + i, width) - c.mean;
-                                            const V g = masked_gradient<T, kMask>(grad_output, y, i, width, centred, c);
-                                            if (grad_residual != nullptr) write<kStream>(grad_residual + i, g, width);
-                                            if (grad_input != nullptr) {
-                                              write<kStream>(grad_input + i,
-                                                             fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width);
-                                            }
-                                          });
-               });
-    if constexpr (kStream) streaming_fence();
+    for_slices(
+        group, part, parts, true,
+        [&, offset = offset, slope = slope](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
+          const int64_t base = group.base + slice * group.pitch;
+          const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), offset, slope) : shared;
+          const T* const x = static_cast<const T*>(op.x) + base;
+          const T* const grad_output = static_cast<const T*>(applied_gradient(op)) + base;
+          const T* const y = mask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
+          T* const grad_input = at<T>(op.grad_input, base);
+          T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
+          for_elements<1>(grad_input != nullptr ? grad_input : grad_residual, stream, begin, end,
+                          [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+                            const V centred = load(x + i, width) - c.mean;
+                            const V g = masked_gradient(mask, grad_output, y, i, width, centred, c);
+                            if (grad_residual != nullptr) write(grad_residual + i, g, width, stream);
+                            if (grad_input != nullptr) {
+                              write(grad_input + i, fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width, stream);
+                            }
+                          });
+        });
+    if (stream) streaming_fence();
   }
 };
 

@@ -16,7 +16,7 @@ namespace {
 
 using namespace dlkit::DLKIT_ISA;
 
-constexpr int64_t kFirstRun = 64, kRun = 4096;       // elements that are added up in fp32, at first and at most
+constexpr int64_t kFirstRun = 64, kRun = 4096;  // elements that are added up in fp32, at first and at most
 // What a short slice counts for in a run: it adds to one lane as often as a long one to all. A gradient of equal terms,
 // as a mean over the loss gives, would err by an epsilon for every ten of them.
 constexpr int64_t kLeastRun = 64;
@@ -188,28 +188,30 @@ struct Channel {
   V mean, scale, bias, offset, slope;
 };
 
-template <class T, bool kResidual, bool kRelu, class Width>
-DLKIT_INLINE Vector<accumulate_t<T>> forward_value(const T* x, const T* residual, int64_t i, Width width,
+// `residual` may be null. Flags that are the same for a whole pass are branches here, in forward and backward: what
+// they choose is a few instructions, and a loop for each combination was half of the library.
+template <class T, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> forward_value(const T* x, const T* residual, bool relu, int64_t i, Width width,
                                                    const Channel<Vector<accumulate_t<T>>>& c) {
   using V = Vector<accumulate_t<T>>;
   V z = fma(load(x + i, width) - c.mean, c.scale, c.bias);
-  if constexpr (kResidual) z += load(residual + i, width);
-  if constexpr (kRelu) z = z < 0 ? V{} : z;
+  if (residual != nullptr) z += load(residual + i, width);
+  if (relu) z = z < 0 ? V{} : z;
   return z;
 }
 
 // Where the ReLU's mask comes from.
 enum class Mask { None, FromX, FromY };
 
-template <class T, Mask kMask, class Width>
-DLKIT_INLINE Vector<accumulate_t<T>> masked_gradient(const T* grad_output, const T* y, int64_t i, Width width,
-                                                     Vector<accumulate_t<T>> centred,
+template <class T, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> masked_gradient(Mask mask, const T* grad_output, const T* y, int64_t i,
+                                                     Width width, Vector<accumulate_t<T>> centred,
                                                      const Channel<Vector<accumulate_t<T>>>& c) {
   using V = Vector<accumulate_t<T>>;
   const V g = load(grad_output + i, width);
-  if constexpr (kMask == Mask::None) return g;
+  if (mask == Mask::None) return g;
   // Where the result is NaN the gradient passes, as through torch's ReLU.
-  if constexpr (kMask == Mask::FromY) return load(y + i, width) <= 0 ? V{} : g;
+  if (mask == Mask::FromY) return load(y + i, width) <= 0 ? V{} : g;
   return fma(centred, c.scale, c.bias) <= rounds_to_zero(T()) ? V{} : g;
 }
 
@@ -217,14 +219,8 @@ DLKIT_INLINE Vector<accumulate_t<T>> masked_gradient(const T* grad_output, const
 bool is_masked(const Backward& op) { return op.grad_residual != nullptr && !op.sums_given; }
 const void* applied_gradient(const Backward& op) { return is_masked(op) ? op.grad_residual : op.grad_output; }
 
-// Calls f(mask, stream) with constants.
-template <class F>
-void with_mask(const Backward& op, bool is_masked, bool stream, const F& f) {
-  const auto go_on = [&](auto mask) { stream ? f(mask, std::true_type()) : f(mask, std::false_type()); };
-  if (!op.relu || is_masked) return go_on(std::integral_constant<Mask, Mask::None>());
-  op.y != nullptr ? go_on(std::integral_constant<Mask, Mask::FromY>())
-                  : go_on(std::integral_constant<Mask, Mask::FromX>());
-}
+Mask mask_of(const Backward& op) { return !op.relu ? Mask::None : op.y != nullptr ? Mask::FromY : Mask::FromX; }
+Mask applied_mask(const Backward& op) { return is_masked(op) ? Mask::None : mask_of(op); }
 
 // Whether outputs go past the caches: larger than these, and written in runs of `run` elements at a time.
 template <class T>
@@ -239,18 +235,18 @@ bool are_aligned_alike(const Backward& op) {
          (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
 }
 
-// Calls f(i, slot, width) over [begin, end) with the vectors of `output`, where it has any, at aligned addresses.
-template <class T, bool kStream, class F>
-DLKIT_INLINE void for_elements(const T* output, int64_t begin, int64_t end, const F& f) {
+// Calls f(i, slot, width) over [begin, end), where `stream` with the vectors of `output` at aligned addresses.
+template <int kUnroll, class T, class F>
+DLKIT_INLINE void for_elements(const T* output, bool stream, int64_t begin, int64_t end, const F& f) {
   using A = accumulate_t<T>;
-  if constexpr (kStream) {
-    constexpr int64_t kBytes = kLanes<A> * int64_t(sizeof(T));
-    const int64_t past = int64_t(uintptr_t(output + begin) % kBytes) / int64_t(sizeof(T));
-    const int64_t head = past == 0 ? 0 : min64(kLanes<A> - past, end - begin);
-    if (head > 0) f(begin, 0, First{head});
+  constexpr int64_t kBytes = kLanes<A> * int64_t(sizeof(T));
+  const int64_t past = int64_t(uintptr_t(output + begin) % kBytes) / int64_t(sizeof(T));
+  if (stream && past > 0) {
+    const int64_t head = min64(kLanes<A> - past, end - begin);
+    f(begin, 0, First{head});
     begin += head;
   }
-  for_columns<A, kSlots>(begin, end, f);
+  for_columns<A, kUnroll>(begin, end, f);
 }
 
 // The sums over one channel's share of a unit: of g, and of g * (x - mean).

@@ -46,7 +46,7 @@ DLKIT_INLINE void sum_slices(int64_t slices, int64_t space, A* const (&outputs)[
 template <class T>
 DLKIT_INLINE void stream_copy(const T* from, T* to, int64_t count) {
   for_columns<accumulate_t<T>, 4>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-    write<true>(to + i, load(from + i, width), width);
+    write(to + i, load(from + i, width), width, true);
   });
   streaming_fence();
 }

@@ -3,6 +3,8 @@
 // With DLKIT_BASELINE_ONLY there are no others.
 #pragma once
 
+#include "../scalar.h"
+
 namespace dlkit {
 
 enum class CpuCapability { Baseline, Avx2, Avx512, Avx512Bf16 };
@@ -13,6 +15,17 @@ const char* cpu_capability_name();
 
 // Lowers it to the named one from now on (or to the best there is below that); false for an unknown name. For tests.
 bool set_cpu_capability(const char* name);
+
+// AVX-512 with BF16 has an instruction that rounds to bf16 and nothing else that kernels use, so ops on tensors of
+// other types are compiled for AVX-512 alone.
+template <class Op>
+static CpuCapability capability_for(const Op& op) {
+  const CpuCapability best = cpu_capability();
+  if constexpr (requires { op.dtype; }) {
+    if (best == CpuCapability::Avx512Bf16 && op.dtype != DType::BF16) return CpuCapability::Avx512;
+  }
+  return best;
+}
 
 }  // namespace dlkit
 
@@ -36,7 +49,7 @@ bool set_cpu_capability(const char* name);
   void function(const Argument&);                 \
   }                                               \
   void name(const Argument& op) {                 \
-    switch (cpu_capability()) {                   \
+    switch (capability_for(op)) {                 \
       case CpuCapability::Avx512Bf16:             \
         return avx512_bf16::function(op);         \
       case CpuCapability::Avx512:                 \
