@@ -35,8 +35,10 @@ CPU_CAPABILITIES = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
 CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16", "-DDLKIT_BF16_ONLY"]
-# -O3 takes half as long again for half as much code: its copies of loops, which the kernels have where they pay.
+# -O3 takes half as long again: for copies of loops, which the kernels have where they pay.
 KERNEL_FLAGS = ["-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# g++'s -O2 makes vectors of few loops; clang's does.
+VECTORIZE_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic"]
 # What most op.cpp spend their time on, read once for all of them.
 TORCH_HEADERS = """\
 #include <Python.h>  // before the others, as it asks for
@@ -58,10 +60,6 @@ def stop(cause: str, remedy: str) -> None:
 
 def version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+\.\d+", version).group().split("."))
-
-
-def compiler_version(compiler: list[str]) -> str:
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 def check_setuptools() -> None:
@@ -206,6 +204,8 @@ class Build:
         self.compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
         if shutil.which(self.compiler[0]) is None:
             stop(f"no C++ compiler: {self.compiler[0]} was not found", f"install g++ or set CXX, then run: {INSTALL}")
+        version = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True).stdout
+        self.is_clang = "clang" in version
         self.extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         self.cxx = [*self.compiler, "-std=c++20", "-fPIC", "-fvisibility=hidden", *WARNINGS]
         self.torch_includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
@@ -242,7 +242,7 @@ class Build:
         stale = {item: command for item, command in self.commands.items() if not is_current(item, command)}
         torch_files = [item for item in stale if item in self.reads_torch]
         # Precompiled headers take as long as three files, and half a gigabyte: for a build of many. clang's are others.
-        precompiles = len(torch_files) > 4 and "clang" not in compiler_version(self.compiler)
+        precompiles = len(torch_files) > 4 and not self.is_clang
         progress.count += len(stale) + precompiles
         cache = find_compiler_cache()
 
@@ -317,12 +317,13 @@ class BuildExtension(build_ext):
             stop(f"DLKIT_CPU_KERNELS={kernels} is not one of all, baseline", f"run: unset it; {INSTALL}")
         if kernels == "baseline":
             build.cxx.append("-DDLKIT_BASELINE_ONLY")
+        kernel = [*build.cxx, *KERNEL_FLAGS, *([] if build.is_clang else VECTORIZE_FLAGS)]
         for source in map(Path, ext.sources):
             if source.name == "cpu.cpp":
-                build.add(source, [*build.cxx, *KERNEL_FLAGS], "-baseline")
+                build.add(source, kernel, "-baseline")
                 if kernels == "all" and platform.machine() in ("x86_64", "AMD64"):
                     for name, flags in CPU_CAPABILITIES.items():
-                        build.add(source, [*build.cxx, *KERNEL_FLAGS, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
+                        build.add(source, [*kernel, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
             elif source.suffix == ".cu":
                 if cuda_home:
                     build.add(source, nvcc)

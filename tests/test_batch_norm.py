@@ -561,6 +561,31 @@ def test_gradients_of_gradients_in_groups():
     assert torch.autograd.gradgradcheck(lambda a, b: fused.batch_norm(a, None, None, None, b, True), (x, bias))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["group_norm", "instance_norm", "batch_norm"])
+def test_gradients_in_any_order(name, channels_last, create_graph):
+    """torch's batch_norm exchanges elements of a gradient whose strides are others than its input's."""
+    for shape, order in itertools.product([(1, 2, 3, 1), (2, 4, 3, 5)], itertools.permutations(range(4))):
+        x, grad = lay_out(make(shape, torch.float32), channels_last), make(shape, torch.float32)
+        there_and_back = [order.index(d) for d in range(4)]
+        permuted = grad.permute(order).contiguous().permute(there_and_back)
+        assert torch.equal(permuted, grad)
+        weight, bias = (make(shape[1:2], torch.float32).requires_grad_() for _ in "wb")
+        found = []
+        for functional, dtype, given in ((fused, torch.float32, permuted), (native, torch.float64, grad)):
+            leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, weight, bias)]
+            if name == "group_norm":
+                y = functional.group_norm(leaves[0], 2, *leaves[1:])
+            elif name == "instance_norm":
+                y = functional.instance_norm(leaves[0], None, None, *leaves[1:])
+            else:
+                y = functional.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+            found.append(torch.autograd.grad(y, leaves, given.to(dtype), create_graph=create_graph))
+        for ours, right in zip(*found, strict=True):
+            torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"])
 def test_gradients_of_gradients_in_16_bits(name, dtype):

@@ -421,7 +421,9 @@ struct BatchNormBackward : SavingNode<6> {
     // Where the result is NaN the gradient passes, as through torch's ReLU.
     const Tensor g = options.relu ? grads[0].masked_fill((result.defined() ? result : z.detach()) <= 0, 0) : grads[0];
     const auto wanted = mask();
-    const std::array<Tensor, 3> found = differentiable_gradients(z, g, sources, {wanted[0], wanted[2], wanted[3]});
+    // torch's batch_norm exchanges elements of a gradient that lies in another order than its input.
+    const std::array<Tensor, 3> found =
+        differentiable_gradients(z, g.contiguous(), sources, {wanted[0], wanted[2], wanted[3]});
     return gradients(grads[0], {found[0], wanted[1] ? g : Tensor(), found[1], found[2]});
   }
 
@@ -606,8 +608,9 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
   check_vector(name, "bias", input, bias);
   const Options options{num_groups, true, false, eps};
   if (is_for_torch(input, weight, bias)) {
-    return in_accumulate_type(input, weight, bias,
-                       [&](const Tensor& t, const auto& w, const auto& b) { return native_norm(t, w, b, options); });
+    return in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+      return native_norm(t, w, b, options);
+    });
   }
   check_parameter_types(name, input, weight, bias);
   return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, options));

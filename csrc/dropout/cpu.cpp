@@ -64,19 +64,32 @@ DLKIT_INLINE uint32_t lanes_from(const uint8_t* bits, int64_t element) {
   return uint32_t(bits[element / 8]) >> element % 8;
 }
 
+// Calls apply(i, stream, All()) for all vectors of a step. The branch is out here: in the loop it costs bf16 a sixth of
+// its time with AVX2.
+template <class A, class F>
+DLKIT_INLINE void apply_step(bool stream, const F& apply) {
+  if (stream) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kStepElements; i += kLanes<A>) apply(i, true, All{});
+  } else {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kStepElements; i += kLanes<A>) apply(i, false, All{});
+  }
+}
+
 // Up to kStepElements elements with a bit each, element i the one at `lane` + i. Vectors begin where `lane` and, in
 // streaming, y are multiples of one, if there is more than the end of one.
 template <class T, Form kForm>
 DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, int64_t count, const uint8_t* bits,
                                int64_t lane, bool stream) {
   using A = accumulate_t<T>;
-  const auto apply = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+  const auto apply = [&](int64_t i, bool past_caches, auto width) DLKIT_INLINE_LAMBDA {
     const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + i, width));
     const Vector<A> dropped = kForm == kAffine ? constants.dropped : Vector<A>{};
-    write(y + i, select<A>(lanes_from<A>(bits, lane + i), kept, dropped), width, stream);
+    write(y + i, select<A>(lanes_from<A>(bits, lane + i), kept, dropped), width, past_caches);
   };
   if (count < kStepElements) {
-    for_columns<A, 1>(0, count, apply);
+    for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, stream, width); });
 #if defined(__AVX512BF16__)
   } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16>) {
 #pragma GCC unroll 8
@@ -87,8 +100,7 @@ DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, 
     }
 #endif
   } else {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kStepElements; i += kLanes<A>) apply(i, 0, All{});
+    apply_step<A>(stream, apply);
   }
 }
 
@@ -106,7 +118,7 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
   alignas(64) uint8_t bits[kKeepStep + kSlack];
   for (int64_t first = begin; first < end; first += kStepElements) {
     keep_step(keys, threshold, uint64_t(first / kBlockElements), bits);
-    const auto apply = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+    const auto apply = [&](int64_t i, bool past_caches, auto width) DLKIT_INLINE_LAMBDA {
       const Vector<A> v = load(x + first + i, width);
       Vector<A> kept, dropped = {};
       if constexpr (kForm == kResidual) {
@@ -116,10 +128,11 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
         kept = constants.template kept<kForm == kAffine>(v);
         if constexpr (kForm == kAffine) dropped = constants.dropped;
       }
-      write(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width, stream);
+      write(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width, past_caches);
     };
     if (first + kStepElements > end) {
-      for_columns<A, 1>(0, end - first, apply);
+      for_columns<A, 1>(0, end - first,
+                        [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, stream, width); });
 #if defined(__AVX512BF16__)
     } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16>) {
 #pragma GCC unroll 8
@@ -130,8 +143,7 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
       }
 #endif
     } else {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kStepElements; i += kLanes<A>) apply(i, 0, All{});
+      apply_step<A>(stream, apply);
     }
   }
   if (stream) streaming_fence();

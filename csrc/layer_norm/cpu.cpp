@@ -421,18 +421,6 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
   store(found.slope, sums_of_lanes(products) * rstds * rstds / A(op.cols), All{});
 }
 
-// A vector of each row.
-template <class T, int kRows, class V, class Width>
-DLKIT_INLINE void write_rows(T* const (&rows)[kRows], int64_t i, const V (&v)[kRows], Width width, bool stream) {
-  if (stream) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) write(rows[r] + i, v[r], width, true);
-  } else {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) store(rows[r] + i, v[r], width);
-  }
-}
-
 // Rows first, first + period, ...; those of `found`, from `place` on, where there are any.
 template <class T, int kRows>
 void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t first, int64_t end,
@@ -512,17 +500,16 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) dx[r] += load(grad_sum[r] + i, width);
       }
-      write_rows(grad_input, i, dx, width, stream);
+      write_all(dx, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input[r] + i; });
       if (drop) {
         const int64_t element = first * cols + i;
-        T* dropped[kRows];
+        T* const dropped = static_cast<T*>(op.grad_dropped) + element;
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          dropped[r] = static_cast<T*>(op.grad_dropped) + first * cols + r * cols;
           dx[r] = select<A>(bits.template lanes<A>(element + r * cols), dx[r] * broadcast<A>(A(op.dropout.scale)),
                             Vector<A>{});
         }
-        write_rows(dropped, i, dx, width, stream);
+        write_all(dx, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return dropped + r * cols; });
       }
     }
     if (weight_sums != nullptr) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);

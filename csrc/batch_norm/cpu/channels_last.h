@@ -17,13 +17,6 @@ struct Matrix {
         pitch((shape.channels + 15) / 16 * 16) {}
 };
 
-// f(0), f(1), ... unrolled.
-template <class Count, class F>
-DLKIT_INLINE void repeat(Count, const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>)
-      DLKIT_INLINE_LAMBDA { (f(I), ...); }(std::make_integer_sequence<int, Count::value>());
-}
-
 // Calls f(row, count) for groups of up to kRowsTogether rows; count is a constant.
 template <class F>
 DLKIT_INLINE void for_rows(int64_t begin, int64_t end, const F& f) {
@@ -229,10 +222,8 @@ struct ForwardChannelsLast {
         const Channel<V> c = own.forward_channel(i);
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         if (residual != nullptr) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
-        repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
-          const int64_t where = (row + r) * cols + i;
-          write(y + where, forward_value(x, residual, relu, where, width, c), width, stream);
-        });
+        forward_values<together()>(x, residual, relu, y, stream, width, c,
+                                   [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; });
       });
     });
     if (stream) streaming_fence();
@@ -281,15 +272,21 @@ struct BackwardChannelsLast {
           fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
           if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
           V g_sum = {}, gx_sum = {};
+          const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
+          V centred[together()], g[together()];
+          repeat(together, [&](int r) DLKIT_INLINE_LAMBDA { centred[r] = load(x + index(r), width) - c.mean; });
+          masked_gradients(mask, grad_output, y, width, centred, c, g, index);
           repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
-            const int64_t where = (row + r) * cols + i;
-            const V centred = load(x + where, width) - c.mean;
-            const V g = masked_gradient(mask, grad_output, y, where, width, centred, c);
-            if (grad_residual != nullptr) write(grad_residual + where, g, width, stream);
-            if (grad_input != nullptr) write(grad_input + where, g * c.scale, width, stream);
-            g_sum += g;
-            gx_sum = fma(g, centred, gx_sum);
+            g_sum += g[r];
+            gx_sum = fma(g[r], centred[r], gx_sum);
           });
+          if (grad_residual != nullptr) {
+            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
+          }
+          if (grad_input != nullptr) {
+            repeat(together, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
+            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
+          }
           store(g_sums + i, load(g_sums + i, All{}) + g_sum, All{});
           store(gx_sums + i, load(gx_sums + i, All{}) + gx_sum, All{});
         });
@@ -359,15 +356,8 @@ struct BackwardChannelsLast {
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
         if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
-        repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
-          const int64_t where = (row + r) * cols + i;
-          const V centred = load(x + where, width) - c.mean;
-          const V g = masked_gradient(mask, grad_output, y, where, width, centred, c);
-          if (grad_residual != nullptr) write(grad_residual + where, g, width, stream);
-          if (grad_input != nullptr) {
-            write(grad_input + where, fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width, stream);
-          }
-        });
+        backward_values<together()>(mask, x, grad_output, y, grad_input, grad_residual, stream, width, c,
+                                    [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; });
       });
     });
     if (stream) streaming_fence();

@@ -141,8 +141,9 @@ struct ForwardContiguous {
     const T *const x = static_cast<const T*>(op.x) + base, *const residual = at<const T>(op.residual, base);
     T* const y = static_cast<T*>(op.y) + base;
     const bool relu = op.relu;
-    for_elements<kSlots>(y, stream, begin, end, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      write(y + i, forward_value(x, residual, relu, i, width, c), width, stream);
+    for_elements(y, stream, begin, end, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
+      forward_values<count()>(x, residual, relu, y, stream, width, c,
+                              [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; });
     });
   }
 
@@ -207,18 +208,31 @@ struct BackwardContiguous {
       Sums& into = found[group.own_channels ? slice : 0];
       while (begin < end) {
         const int64_t stop = min64(end, begin + kRun - pending);
-        const auto step = [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
-          fetch_ahead(x + group.pitch + i, slot);
-          fetch_ahead(grad_output + group.pitch + i, slot);
-          if (mask == Mask::FromY) fetch_ahead(y + group.pitch + i, slot);
-          const V centred = keep(load(x + i, width) - c.mean, width);
-          const V g = masked_gradient(mask, grad_output, y, i, width, centred, c);
-          if (grad_residual != nullptr) write(grad_residual + i, g, width, stream);
-          if (grad_input != nullptr) write(grad_input + i, g * c.scale, width, stream);
-          g_sums[slot] += g;
-          gx_sums[slot] = fma(g, centred, gx_sums[slot]);
+        const auto step = [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
+          const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
+          V centred[count()], g[count()];
+          repeat(count, [&](int r) DLKIT_INLINE_LAMBDA {
+            fetch_ahead(x + group.pitch + index(r), r);
+            fetch_ahead(grad_output + group.pitch + index(r), r);
+            centred[r] = keep(load(x + index(r), width) - c.mean, width);
+          });
+          if (mask == Mask::FromY) {
+            repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { fetch_ahead(y + group.pitch + index(r), r); });
+          }
+          masked_gradients(mask, grad_output, y, width, centred, c, g, index);
+          repeat(count, [&](int r) DLKIT_INLINE_LAMBDA {
+            g_sums[r] += g[r];
+            gx_sums[r] = fma(g[r], centred[r], gx_sums[r]);
+          });
+          if (grad_residual != nullptr) {
+            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
+          }
+          if (grad_input != nullptr) {
+            repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
+            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
+          }
         };
-        for_elements<kSlots>(written, stream && written != nullptr, begin, stop, step);
+        for_elements(written, stream && written != nullptr, begin, stop, step);
         pending += max64(stop - begin, kLeastRun);
         begin = stop;
         if (pending >= kRun) flush(into);
@@ -278,15 +292,11 @@ struct BackwardContiguous {
           const T* const y = mask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
           T* const grad_input = at<T>(op.grad_input, base);
           T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
-          for_elements<1>(grad_input != nullptr ? grad_input : grad_residual, stream, begin, end,
-                          [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-                            const V centred = load(x + i, width) - c.mean;
-                            const V g = masked_gradient(mask, grad_output, y, i, width, centred, c);
-                            if (grad_residual != nullptr) write(grad_residual + i, g, width, stream);
-                            if (grad_input != nullptr) {
-                              write(grad_input + i, fma(centred, -c.slope, fma(g, c.scale, -c.offset)), width, stream);
-                            }
-                          });
+          for_elements(grad_input != nullptr ? grad_input : grad_residual, stream, begin, end,
+                       [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
+                         backward_values<count()>(mask, x, grad_output, y, grad_input, grad_residual, stream, width, c,
+                                                  [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; });
+                       });
         });
     if (stream) streaming_fence();
   }

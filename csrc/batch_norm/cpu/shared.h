@@ -188,31 +188,57 @@ struct Channel {
   V mean, scale, bias, offset, slope;
 };
 
-// `residual` may be null. Flags that are the same for a whole pass are branches here, in forward and backward: what
-// they choose is a few instructions, and a loop for each combination was half of the library.
-template <class T, class Width>
-DLKIT_INLINE Vector<accumulate_t<T>> forward_value(const T* x, const T* residual, bool relu, int64_t i, Width width,
-                                                   const Channel<Vector<accumulate_t<T>>>& c) {
+// Forward's results for several vectors of a channel each, the r-th at index(r); `residual` may be null. Flags that are
+// the same for a whole pass are branches here, in forward and backward, one for all of these vectors: a loop for each
+// combination of them was half of the library.
+template <int kCount, class T, class Width, class Index>
+DLKIT_INLINE void forward_values(const T* x, const T* residual, bool relu, T* y, bool stream, Width width,
+                                 const Channel<Vector<accumulate_t<T>>>& c, const Index& index) {
   using V = Vector<accumulate_t<T>>;
-  V z = fma(load(x + i, width) - c.mean, c.scale, c.bias);
-  if (residual != nullptr) z += load(residual + i, width);
-  if (relu) z = z < 0 ? V{} : z;
-  return z;
+  constexpr std::integral_constant<int, kCount> kAll;
+  V z[kCount];
+  repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = fma(load(x + index(r), width) - c.mean, c.scale, c.bias); });
+  if (residual != nullptr) {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(residual + index(r), width); });
+  }
+  if (relu) repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
+  write_all(z, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
 }
 
 // Where the ReLU's mask comes from.
 enum class Mask { None, FromX, FromY };
 
-template <class T, class Width>
-DLKIT_INLINE Vector<accumulate_t<T>> masked_gradient(Mask mask, const T* grad_output, const T* y, int64_t i,
-                                                     Width width, Vector<accumulate_t<T>> centred,
-                                                     const Channel<Vector<accumulate_t<T>>>& c) {
-  using V = Vector<accumulate_t<T>>;
-  const V g = load(grad_output + i, width);
-  if (mask == Mask::None) return g;
+// The gradients that pass the ReLU, of vectors as in forward_values.
+template <class T, int kCount, class V, class Width, class Index>
+DLKIT_INLINE void masked_gradients(Mask mask, const T* grad_output, const T* y, Width width, const V (&centred)[kCount],
+                                   const Channel<V>& c, V (&g)[kCount], const Index& index) {
+  constexpr std::integral_constant<int, kCount> kAll;
+  repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(grad_output + index(r), width); });
   // Where the result is NaN the gradient passes, as through torch's ReLU.
-  if (mask == Mask::FromY) return load(y + i, width) <= 0 ? V{} : g;
-  return fma(centred, c.scale, c.bias) <= rounds_to_zero(T()) ? V{} : g;
+  if (mask == Mask::FromY) {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(y + index(r), width) <= 0 ? V{} : g[r]; });
+  } else if (mask == Mask::FromX) {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA {
+      g[r] = fma(centred[r], c.scale, c.bias) <= rounds_to_zero(T()) ? V{} : g[r];
+    });
+  }
+}
+
+// What backward's apply writes, of vectors as in forward_values; either output may be null.
+template <int kCount, class T, class Width, class Index>
+DLKIT_INLINE void backward_values(Mask mask, const T* x, const T* grad_output, const T* y, T* grad_input,
+                                  T* grad_residual, bool stream, Width width, const Channel<Vector<accumulate_t<T>>>& c,
+                                  const Index& index) {
+  constexpr std::integral_constant<int, kCount> kAll;
+  Vector<accumulate_t<T>> centred[kCount], g[kCount];
+  repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { centred[r] = load(x + index(r), width) - c.mean; });
+  masked_gradients(mask, grad_output, y, width, centred, c, g, index);
+  if (grad_residual != nullptr) {
+    write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
+  }
+  if (grad_input == nullptr) return;
+  repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = fma(centred[r], -c.slope, fma(g[r], c.scale, -c.offset)); });
+  write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
 }
 
 // Whether reduce left the masked gradient where the residual's goes, for apply to read.
@@ -235,18 +261,18 @@ bool are_aligned_alike(const Backward& op) {
          (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
 }
 
-// Calls f(i, slot, width) over [begin, end), where `stream` with the vectors of `output` at aligned addresses.
-template <int kUnroll, class T, class F>
+// Calls f(i, count, width) over [begin, end), where `stream` with the vectors of `output` at aligned addresses.
+template <class T, class F>
 DLKIT_INLINE void for_elements(const T* output, bool stream, int64_t begin, int64_t end, const F& f) {
   using A = accumulate_t<T>;
   constexpr int64_t kBytes = kLanes<A> * int64_t(sizeof(T));
   const int64_t past = int64_t(uintptr_t(output + begin) % kBytes) / int64_t(sizeof(T));
   if (stream && past > 0) {
     const int64_t head = min64(kLanes<A> - past, end - begin);
-    f(begin, 0, First{head});
+    f(begin, std::integral_constant<int, 1>(), First{head});
     begin += head;
   }
-  for_columns<A, kUnroll>(begin, end, f);
+  for_vectors<A, kSlots>(begin, end, f);
 }
 
 // The sums over one channel's share of a unit: of g, and of g * (x - mean).

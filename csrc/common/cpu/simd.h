@@ -233,6 +233,24 @@ DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width, bool past_
   }
 }
 
+// f(0), f(1), ... unrolled.
+template <class Count, class F>
+DLKIT_INLINE void repeat(Count, const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      DLKIT_INLINE_LAMBDA { (f(I), ...); }(std::make_integer_sequence<int, Count::value>());
+}
+
+// Several vectors, v[r] to address(r): one branch for all.
+template <int kCount, class V, class Width, class Address>
+DLKIT_INLINE void write_all(const V (&v)[kCount], Width width, bool past_caches, const Address& address) {
+  constexpr std::integral_constant<int, kCount> kAll;
+  if (past_caches) {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { write(address(r), v[r], width, true); });
+  } else {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { store(address(r), v[r], width); });
+  }
+}
+
 // Lanes past the count become zero.
 template <class V>
 DLKIT_INLINE V keep(V v, All) {
@@ -364,6 +382,17 @@ DLKIT_INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
   }
   for (; column + kStep <= end; column += kStep) f(column, 0, All{});
   if (column < end) f(column, 0, First{end - column});
+}
+
+// Calls f(column, count, width) for kCount vectors at a time, then for each that is left; count is a constant.
+template <class A, int kCount, class F>
+DLKIT_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t kStep = kLanes<A>;
+  int64_t column = begin;
+  for (; column + kCount * kStep <= end; column += kCount * kStep)
+    f(column, std::integral_constant<int, kCount>(), All{});
+  for (; column + kStep <= end; column += kStep) f(column, std::integral_constant<int, 1>(), All{});
+  if (column < end) f(column, std::integral_constant<int, 1>(), First{end - column});
 }
 
 // totals[k] = the sum over all columns of what f(column, slot, width, terms) puts into terms[k]. Lanes past the end
