@@ -211,6 +211,7 @@ class Build:
         self.torch_includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
         self.library_folders = [*library_paths()]
         self.libraries = ["c10", "torch", "torch_cpu"]
+        self.link_flags: list[str] = []
         # They stay, so that a second build compiles only what changed; kernels know no torch: theirs serve every one.
         variant = hashlib.sha256(shlex.join(self.extra).encode()).hexdigest()[:8] if self.extra else ""
         self.folder = Path("build", "objects", name, variant)
@@ -288,11 +289,9 @@ class Build:
         self.compile(progress)
         output.parent.mkdir(parents=True, exist_ok=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        if sys.platform != "darwin" and not self.extra:  # whoever asks for debugging or sanitizers wants the symbols
-            shared.append("-s")
         command = [*self.compiler, *shared, *self.extra, *map(str, self.commands), "-o", str(output)]
         command += [f"-L{path}" for path in self.library_folders] + [f"-l{name}" for name in self.libraries]
-        command += shlex.split(os.environ.get("LDFLAGS", ""))
+        command += [*self.link_flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
         progress.run(f"link {output.name}", command)
 
 
@@ -300,6 +299,8 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Build("dlkit")
         build.libraries.append("torch_python")
+        if sys.platform != "darwin" and not build.extra:  # who gives flags of their own may want to debug
+            build.link_flags.append("-s")
         cuda_home = choose_cuda(build.torch)
         definitions = []
         if cuda_home:

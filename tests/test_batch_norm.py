@@ -348,6 +348,18 @@ def test_cumulative_average(backend):
     torch.testing.assert_close(var, 0.8 + 0.2 * x.var(0))
 
 
+def test_a_momentum_of_one_forgets_all(backend):
+    """Large statistics leave nothing in small ones, not even their rounding."""
+    x = make((6, 3, 5), torch.float32, scale=1e-6)
+    running = [torch.full((3,), 1e6, device=backend.device) for _ in "mv"]
+    backend.op("batch_norm_forward")(
+        x.to(backend.device), None, None, None, *running, None, 0, True, 1.0, EPS, False
+    )  # fmt: skip
+    mean, var = x.double().mean((0, 2)), x.double().var((0, 2))
+    torch.testing.assert_close(running[0].cpu().double(), mean, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(running[1].cpu().double(), var, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("shape", "groups"), [((4, 12, 4, 4), 6), ((5, 40, 3, 3), 20), ((2, 9, 5, 5), 0)], ids=str)
 def test_the_number_of_multiprocessors_changes_no_bit(backend, shape, groups, monkeypatch):
     """Small groups share a block only where there are enough of them for all."""
@@ -549,6 +561,28 @@ def test_gradients_of_gradients_in_groups():
     assert torch.autograd.gradgradcheck(lambda a, b: fused.batch_norm(a, None, None, None, b, True), (x, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"])
+def test_gradients_of_gradients_in_16_bits(name, dtype):
+    """torch's formulas hold rstd^3, which is beyond fp16 from a deviation of 0.025 on; they run in fp32."""
+    x = make((4, 6, 8), dtype, scale=2e-3)
+    arguments = {"layer_norm": ((8,),), "rms_norm": ((8,),), "group_norm": (3,), "batch_norm": (None, None)}.get(
+        name, ()
+    )
+    options = {"training": True} if name == "batch_norm" else {}
+    grad, direction = make(x.shape, dtype), torch.randn(x.shape, dtype=torch.float64) * 1e-3
+
+    def gradients(functional, dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = getattr(functional, name)(leaf, *arguments, **options)
+        first = torch.autograd.grad(y, leaf, grad.to(dtype), create_graph=True)[0]
+        return first, torch.autograd.grad((first.double() * direction).sum(), leaf)[0]
+
+    for ours, right in zip(gradients(fused, dtype), gradients(native, torch.float64), strict=True):
+        size = right.abs().max().item()
+        torch.testing.assert_close(ours.double(), right, rtol=0, atol=8 * torch.finfo(dtype).eps * size)
+
+
 def test_graphs_of_gradients_where_torch_goes_wrong():
     """Its batch_norm reads a weight with gaps beyond it, its group_norm crashes where the input needs no gradient."""
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
@@ -576,6 +610,47 @@ def test_running_statistics_of_instances(dtype, scale, eps):
     native.instance_norm(x.double(), *right, momentum=0.1, eps=eps)
     for one, other in zip(ours, right, strict=True):
         torch.testing.assert_close(one, other.to(dtype))
+
+
+LARGE = [
+    ("batch_norm", (8, 3, 5, 7)),
+    ("batch_norm", (40, 3)),
+    ("batch_norm", (2, 3, 300, 5)),
+    ("instance_norm", (8, 3, 5, 7)),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("large", "grad_scale"), [(1e25, 1.0), (1e37, 1.0), (1.0, 1e37), (1e25, 1e25)])
+@pytest.mark.parametrize(("name", "shape"), LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_whose_squares_overflow(name, shape, large, grad_scale, channels_last, dtype):
+    """torch's BatchNorm adds fp32 up in fp64; only one channel is that large. Evaluated in fp64 it is exact."""
+    if channels_last and len(shape) < 4:
+        pytest.skip("has no channels_last form")
+    x = lay_out(make(shape, torch.float32), channels_last)
+    x[:, 1] *= large
+    x = x.to(dtype).requires_grad_()
+    weight, bias = make((3,), torch.float32).requires_grad_(), make((3,), torch.float32).requires_grad_()
+    grad = (make(shape, torch.float32) * grad_scale).to(dtype)
+    options = {"training": True} if name == "batch_norm" else {}
+    running = [torch.zeros(3), torch.ones(3)]
+    y = getattr(fused, name)(x, *running, weight, bias, **options)
+    found = [y, *running, *torch.autograd.grad(y, (x, weight, bias), grad)]
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    exact_running = [torch.zeros(3).double(), torch.ones(3).double()]
+    exact = getattr(native, name)(wide[0], *exact_running, *wide[1:], **options)
+    wanted = [exact, *exact_running, *torch.autograd.grad(exact, wide, grad.double())]
+    for ours, right in zip(found, wanted, strict=True):
+        channels = [1, *(d for d in range(ours.dim()) if d != 1)] if ours.dim() > 1 else [0]
+        for one, other in zip(ours.permute(channels), right.permute(channels), strict=True):
+            size = other.abs().max().item()
+            if size > torch.finfo(ours.dtype).max:
+                assert one.abs().max() == math.inf
+            else:
+                torch.testing.assert_close(
+                    one, other.to(ours.dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6 * size
+                )
 
 
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
@@ -724,6 +799,7 @@ BAD = {
     "channels": (bad_batch_norm(normal(3, 4), torch.zeros(5), torch.ones(5)), RuntimeError),
     "weight": (bad_batch_norm(normal(3, 4), *FOUR, torch.ones(5)), RuntimeError),
     "one statistic": (bad_batch_norm(normal(3, 4), FOUR[0], None), ValueError),
+    "one statistic in evaluation": (lambda f: f.batch_norm(normal(3, 4), FOUR[0], None), RuntimeError),
     "integers": (bad_batch_norm(torch.ones(3, 4, dtype=torch.int64), *FOUR), NotImplementedError),
     "rank": (lambda f: f.batch_norm(torch.randn(3), torch.zeros(3), torch.ones(3)), RuntimeError),
     "no statistics": (lambda f: f.batch_norm(torch.randn(3, 4), None, None), RuntimeError),

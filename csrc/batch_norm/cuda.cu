@@ -362,7 +362,7 @@ __device__ __forceinline__ GroupStatistics<A> finish_group(const Forward& op, in
     if (running == nullptr) return;
     const double factor = op.momentum < 0 ? 1.0 / double(*op.num_batches_tracked) : op.momentum;
     const double before = load_one(running, op.running_dtype, group);
-    store_one(running, op.running_dtype, group, before + factor * (value - before));
+    store_one(running, op.running_dtype, group, (1 - factor) * before + factor * value);
   };
   update(op.running_mean, mean);
   update(op.running_var, var * (count / (count - 1)));

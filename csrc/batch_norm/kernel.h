@@ -21,7 +21,8 @@
 //
 // Running statistics, one a group: n the count of a group's elements, f the momentum, or 1 / (batches tracked, this one
 // included) where momentum is negative:
-//   running_mean += f * (mean - running_mean),  running_var += f * (var * n / (n - 1) - running_var)
+//   running_mean = (1 - f) * running_mean + f * mean,  running_var = (1 - f) * running_var + f * var * n / (n - 1)
+// in this form, where a small mean is not lost beside a large running_mean that f = 1 forgets.
 //
 // Statistics and parameter arithmetic are fp32 (fp64 where dtype is F64): `accumulate` below. A pointer documented
 // "or null" may be null: that input counts as absent, that output is not computed. Any alignment that the element type
@@ -85,6 +86,7 @@ struct Backward {
                     // sums_given
   void* workspace;  // backward_workspace_*() bytes, 64-byte aligned; null where that is 0
   Shape shape;
+  bool* out_of_range;     // set by the CPU where fp32 does not hold a group's sums or what becomes of them; or null
   double count;           // elements of a group: what the means of grad_input divide by
   bool sums_given;        // read sums, do not compute them; grad_weight and grad_bias are null
   bool statistics_given;  // grad_input has no term through mean and var

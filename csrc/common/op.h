@@ -90,13 +90,12 @@ inline void check_parameter_types(const char* name, const at::Tensor& input, con
               weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
 }
 
-// f(x, weight, bias) by torch's own ops, which refuse fp32 parameters with 16-bit input on some devices: all three in
-// the accumulation type where they differ, the result in x's type.
+// f(x, weight, bias) by torch's own ops, in the accumulation type, the result in x's: torch refuses fp32 parameters with
+// 16-bit input on some devices, and what its double backward makes of fp16 overflows from rstd = 40 on.
 template <class F>
-at::Tensor in_one_type(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const F& f) {
-  const auto same = [&](const OptionalTensor& p) { return !has(p) || p->scalar_type() == input.scalar_type(); };
-  const bool mixed = is_supported(input.scalar_type()) && !(same(weight) && same(bias));
-  const at::ScalarType type = mixed ? accumulate_type(input.scalar_type()) : input.scalar_type();
+at::Tensor in_accumulate_type(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                              const F& f) {
+  const at::ScalarType own = input.scalar_type(), type = is_supported(own) ? accumulate_type(own) : own;
   const auto convert = [&](const OptionalTensor& p) { return has(p) ? OptionalTensor(p->to(type)) : std::nullopt; };
   return f(input.to(type), convert(weight), convert(bias)).to(input.scalar_type());
 }

@@ -282,7 +282,7 @@ DroppedBackwardOutputs dropped_backward_meta(const Tensor& grad_output, const Op
 std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& residual, c10::SymIntArrayRef shape,
                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
   const Tensor x = has(residual) ? input + *residual : input;
-  const Tensor y = in_one_type(x, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+  const Tensor y = in_accumulate_type(x, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
     if (rms) return at::rms_norm_symint(t, shape, w, eps);
     // torch's double backward fails with a bias and no weight.
     if (has(b) && !has(w)) return at::layer_norm_symint(t, shape, {}, {}, eps) + *b;
