@@ -3,7 +3,8 @@
 // Norms and dropouts are composite ops in torch, which have no kernel at the autograd keys of a device. While override
 // is on they have one here, and one at the device's own key for inference mode: it hands the call to dlkit's op, or
 // calls torch's composite function itself. What is called from C++ comes here too: the dropout in attention that torch
-// computes step by step. A kernel in Python would cost 5 us where it declines; this costs some 10 ns.
+// computes step by step. Where it declines it costs 0.01 us a call; a kernel in Python costs 0.6 us at least, and a
+// TorchFunctionMode 0.9 us in every call of torch.
 //
 // It declines tensors that have no kernel, subclasses of Tensor and whatever traces (torch.compile keeps torch's ops),
 // transforms of torch.func and forward-mode derivatives, and calls that dlkit's ops make themselves.
