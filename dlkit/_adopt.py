@@ -54,6 +54,12 @@ def class_for_norm(cls: type, proof: _trial.Proof, twin: type | None) -> type:
     return _derived(cls, "norm", (proof.form, rounding, proof.ranks, proof.guards, twin))
 
 
+def class_with_relu(cls: type) -> type:
+    """The class of adopted BatchNorms that end in a ReLU, with the ReLU taken in."""
+    original, kind, (form, *facts) = vars(cls)["_dlkit_adopted"]
+    return _derived(original, kind, (form._replace(relu=True), *facts))
+
+
 def class_for_drop_path(cls: type, p: str) -> type:
     return _derived(cls, "drop_path", (p,))
 

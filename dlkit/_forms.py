@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dlkit import functional as F
+from dlkit.nn._layer import HOOKS
+from dlkit.nn.batch_norm import normalize
 
 ROUNDINGS = ("end", "input", "weight", "wide")
 Dtypes = tuple[torch.dtype, torch.dtype | None]
@@ -34,6 +36,7 @@ class Form(NamedTuple):
     one_plus: bool = False  # the weight is stored less 1
     gate: str = ""  # a second input, in SiLU, multiplies "before" or "after"
     children: tuple[str, ...] = ()  # called on the result, in turn
+    relu: bool = False  # of the children the last is a ReLU, which a BatchNorm takes in, and the others do nothing
     casts: bool = False  # a twin whose result has the input's dtype under autocast too
 
     def __str__(self) -> str:
@@ -41,7 +44,8 @@ class Form(NamedTuple):
         text = [names[self.norm]]
         text += ["over channels"] * (self.layout in ("first", "dense")) + ["of each head"] * (self.layout == "heads")
         text += ["weight 1 + w"] * self.one_plus + ["no weight"] * (self.norm in ("rms", "layer") and not self.weight)
-        text += [f"gated {self.gate} it"] * bool(self.gate) + [f"then {name}" for name in self.children]
+        text += [f"gated {self.gate} it"] * bool(self.gate)
+        text += ["with its ReLU"] if self.relu else [f"then {name}" for name in self.children]
         return ", ".join(text)
 
 
@@ -118,6 +122,8 @@ def _gated(form: Form, rounding: Mapping[Dtypes, str], norm: Callable[[Any, Tens
 
 def _of_twin(form: Form, twin: Callable[[Any, Tensor], Tensor]) -> Callable[..., Tensor]:
     def forward(module: Any, input: Tensor) -> Tensor:
+        if form.relu and ends_in_relu(module):
+            return normalize(module, input, None, True)
         y = twin(module, input)
         if form.casts:
             y = y.to(input.dtype)
@@ -126,6 +132,17 @@ def _of_twin(form: Form, twin: Callable[[Any, Tensor], Tensor]) -> Callable[...,
         return y
 
     return _by_layout(form, forward if form.children or form.casts else twin)
+
+
+def ends_in_relu(module: torch.nn.Module) -> bool:
+    """Whether the last child is a plain ReLU, and the others are plain Identities."""
+    children = list(module._modules.values())
+    kinds = [torch.nn.Identity] * (len(children) - 1) + [torch.nn.ReLU]
+    plain = (
+        type(c) is kind and not any(getattr(c, hooks) for hooks in HOOKS)
+        for c, kind in zip(children, kinds, strict=True)
+    )
+    return bool(children) and all(plain)
 
 
 def _frozen(form: Form) -> Callable[..., Tensor]:

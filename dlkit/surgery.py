@@ -179,6 +179,16 @@ def can_restore(cls: type) -> bool:
     return cls in (*TWINS.values(), *FUSED.values(), *TRANSFORMERS.values()) or _adopt.adopted(cls) is not None
 
 
+def drop_path_probability(module: torch.nn.Module) -> str:
+    """The name of the attribute with the probability if ``module`` is stochastic depth, else empty."""
+    if isinstance(module, dlkit.nn.DropPath):
+        return "p"
+    adopted = _adopt.adopted(type(module))
+    if adopted and adopted[1] == "drop_path":
+        return adopted[2][0]
+    return _trial.drops_samples(module) if DROP_PATH.search(type(module).__name__) else ""
+
+
 def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> str:
     """Why ``module`` may not be taken for a layer of class ``related``; empty if it may."""
     cls = type(module)

@@ -61,7 +61,8 @@ def test_layers_and_functions_are_seen_with_an_example():
         str(report).splitlines()[-1]
         == report.summary()
         == (
-            "reached 2 of 3 norms (67% of their elements), 3 of 3 dropouts (100% of their elements): left code in Net.forward"
+            "reached 2 of 3 norms (67% of their elements), 3 of 3 dropouts (100% of their elements): "
+            "left code in Net.forward"
         )
     )
 
@@ -145,7 +146,8 @@ def test_command(tmp_path):
         ([], "reached 1 of 1 norms (100% of their elements), 1 of 1 dropouts (100% of their elements)"),
         (
             ["--as-is"],
-            "reached 0 of 1 norms (0% of their elements), 0 of 1 dropouts (0% of their elements): left LayerNorm, Dropout",
+            "reached 0 of 1 norms (0% of their elements), 0 of 1 dropouts (0% of their elements): "
+            "left LayerNorm, Dropout",
         ),
         (
             ["--as-is", "--override"],
