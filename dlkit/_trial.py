@@ -224,7 +224,7 @@ def _agrees(form: Form, forward: Any, module: torch.nn.Module, cls: type, twin: 
                 continue
             held += 1
             largest = max(largest, *runs[1].distance(runs[0]))
-            if largest > 1e-9:
+            if largest > 1e-12:
                 return math.inf
         if not held:
             return math.inf

@@ -123,15 +123,23 @@ def compared(x):
 WRITTEN = {"norm": [layer_norm, by_deviation, by_sum], "dropout": [masks, compared]}
 
 
-@pytest.mark.parametrize("kind, function", [(k, f) for k, fs in WRITTEN.items() for f in fs], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    "kind, function", [(k, f) for k, fs in WRITTEN.items() for f in fs], ids=lambda v: getattr(v, "__name__", v)
+)
 def test_what_is_written_in_elementary_ops_is_seen(kind, function):
     report = dlkit.report(HandWritten(function), X)
     assert [(row.kind, row.elements, row.reached) for row in report.rows] == [(kind, 32, False)]
 
 
-@pytest.mark.parametrize(
-    "function", [lambda x: x / x.norm(dim=-1, keepdim=True), lambda x: x.softmax(-1) * x.mean(), torch.exp]
-)
+def length(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def weighted(x):
+    return x.softmax(-1) * x.mean()
+
+
+@pytest.mark.parametrize("function", [length, weighted, torch.exp], ids=lambda function: function.__name__)
 def test_what_is_neither_is_not(function):
     assert dlkit.report(HandWritten(function), X).rows == []
 

@@ -1,16 +1,25 @@
-"""Architectures of transformers and timm, small, from configurations: nothing is downloaded. For tests/integration and
-for the table in docs.
+"""Architectures of transformers and timm, small, from configurations: nothing is downloaded.
 
 Of transformers a model is made from its default configuration with every size cut; of timm, its smallest variant.
-Dropouts and drop paths are on.
+
+    PYTHONPATH=tests python -m support.architectures [name ...]
+
+prints the table of docs/architectures.md: the share of the work that dlkit reaches.
 """
 
 import contextlib
+import copy
+import importlib.util
+import os
+import sys
 
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from support import torchvision_models  # noqa: F401  (torchvision is to load before transformers and timm ask for it)
+import dlkit
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+if importlib.util.find_spec("torchvision"):
+    from support import torchvision_models  # noqa: F401  (before transformers and timm, which import torchvision)
 
 SMALL = {
     "hidden_size": 32,
@@ -78,7 +87,7 @@ DROPPED = (
 )
 DROPPED += ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "drop_path_rate", "activation_dropout")
 
-# What differs by model: changes of the configuration; "drop" is left as it is.
+# What differs by model.
 TRANSFORMERS = {
     "bert": {},
     "roberta": {},
@@ -248,6 +257,8 @@ TIMM = [
 
 
 def _cut(config, changes, p):
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
+
     for name, value in {**SMALL, **dict.fromkeys(DROPPED, p), **changes}.items():
         old = getattr(config, name, None)
         number = isinstance(old, (int, float)) and not isinstance(old, bool)
@@ -262,7 +273,7 @@ def _cut(config, changes, p):
 
 
 def make_transformer(name, p=0.1):
-    """(model in training mode, keyword arguments for it)."""
+    """(model in training mode with dropouts of p, keyword arguments for it)."""
     from transformers import CONFIG_MAPPING, AutoModel
 
     torch.manual_seed(1)
@@ -291,7 +302,7 @@ def make_transformer(name, p=0.1):
 
 
 def make_timm(name, p=0.1):
-    """(model in training mode, its input)."""
+    """(model in training mode with dropouts and drop paths of p, its input)."""
     import timm
 
     torch.manual_seed(1)
@@ -303,5 +314,76 @@ def make_timm(name, p=0.1):
         except TypeError:
             continue
     size = model.default_cfg["input_size"][1]
-    size = size if model.default_cfg.get("fixed_input_size") else min(size, 96)
+    size = size if model.default_cfg.get("fixed_input_size") else min(size, 96 if "inception" in name else 64)
     return model.train(), torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def make(name, p):
+    return make_timm(name, p) if name in TIMM else make_transformer(name, p)
+
+
+def results(model, example, dtype):
+    """Outputs, gradients of parameters, and buffers of one training step."""
+    model = copy.deepcopy(model).to(dtype)
+
+    def cast(value):
+        return value.to(dtype) if value.is_floating_point() else value
+
+    torch.manual_seed(5)
+    if isinstance(example, dict):
+        output = model(**{name: cast(value) for name, value in example.items()})
+    else:
+        output = model(cast(example))
+    outputs = [t for t in _tensors(output) if t.requires_grad]
+    sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in outputs).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    return [t.detach().double() for t in (*outputs, *grads, *buffers)]
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in values for tensor in _tensors(part)]
+
+
+def distances(found, expected):
+    """(largest, root mean square) difference, relative to the largest element of each tensor; of tensors that are 0 but
+    for rounding, as gradients of biases behind which a norm stands, to a thousandth of the largest of all."""
+    assert [t.shape for t in found] == [t.shape for t in expected]
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b.numel()]
+    least = 1e-3 * max(float(b.abs().max()) for _, b in pairs)
+    differences = [(a - b) / max(float(b.abs().max()), least) for a, b in pairs]
+    largest = max(float(difference.abs().max()) for difference in differences)
+    return largest, (sum(float(difference.square().mean()) for difference in differences) / len(differences)) ** 0.5
+
+
+def shares(name):
+    """By stage: (share of the norms' work, share of the dropouts' work) that dlkit reaches."""
+    found = {}
+    for stage, verify, override in (
+        ("torch's layers", False, False),
+        ("replace", True, False),
+        ("override", True, True),
+    ):
+        model, example = make(name, 0.1)
+        dlkit.replace(model, verify=verify)
+        with dlkit.override() if override else contextlib.nullcontext():
+            report = dlkit.report(model, example)
+        found[stage] = report.share("norm"), report.share("dropout")
+    return found
+
+
+def main(names):
+    torch.set_num_threads(1)
+    print("| architecture | norms: torch's own layers | norms: replace | dropouts: replace | dropouts: and override |")
+    print("|---|---|---|---|---|")
+    for name in names or [*TRANSFORMERS, *TIMM]:
+        found = shares(name)
+        columns = found["torch's layers"][0], found["replace"][0], found["replace"][1], found["override"][1]
+        print(f"| {name} | " + " | ".join(f"{100 * share:.0f} %" for share in columns) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
