@@ -100,6 +100,8 @@ def _norm(
     def serves(module: Any, x: Any, others: int) -> bool:
         if not isinstance(x, Tensor) or x.dim() not in ranks or others != bool(form.gate):
             return False
+        if form.layout == "dense" and x.is_contiguous():
+            return False
         if form.norm == "twin" and tuple(module._modules) != form.children:
             return False
         parameter = getattr(module, weight, None) if weight else None

@@ -29,7 +29,9 @@ class Form(NamedTuple):
     """What a norm computes; ``weight``, ``bias`` and ``eps`` are names of attributes, or a number."""
 
     norm: str  # "rms", "layer", "frozen" (a BatchNorm of constants), or "twin": a subclass of torch's own
-    layout: str = "last"  # "last"; "first": dimension 1; "dense": that, in the input's layout; "heads": last alone
+    # "last"; "heads": that alone, with a weight of more dimensions; "first": dimension 1; "dense": that, with a result
+    # in the input's layout, and served for channels_last alone: two transpositions would make it three times as slow
+    layout: str = "last"
     weight: str = ""
     bias: str = ""
     eps: str | float = 0.0
@@ -42,7 +44,12 @@ class Form(NamedTuple):
     def __str__(self) -> str:
         names = {"rms": "RMSNorm", "layer": "LayerNorm", "frozen": "BatchNorm of constants", "twin": "torch's norm"}
         text = [names[self.norm]]
-        text += ["over channels"] * (self.layout in ("first", "dense")) + ["of each head"] * (self.layout == "heads")
+        layouts = {
+            "first": ["over channels"],
+            "dense": ["over channels of channels_last input"],
+            "heads": ["of each head"],
+        }
+        text += layouts.get(self.layout, [])
         text += ["weight 1 + w"] * self.one_plus + ["no weight"] * (self.norm in ("rms", "layer") and not self.weight)
         text += [f"gated {self.gate} it"] * bool(self.gate)
         text += ["with its ReLU"] if self.relu else [f"then {name}" for name in self.children]
@@ -96,11 +103,7 @@ def _by_layout(form: Form, norm: Callable[[Any, Tensor], Tensor]) -> Callable[..
     if form.layout in ("last", "heads"):
         return norm
 
-    def channels_first(module: Any, input: Tensor) -> Tensor:
-        y = norm(module, input.movedim(1, -1)).movedim(-1, 1)
-        return y.contiguous() if form.layout == "dense" and input.is_contiguous() else y
-
-    return channels_first
+    return lambda module, input: norm(module, input.movedim(1, -1)).movedim(-1, 1)
 
 
 def _gated(form: Form, rounding: Mapping[Dtypes, str], norm: Callable[[Any, Tensor], Tensor]) -> Callable[..., Tensor]:

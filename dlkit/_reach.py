@@ -256,7 +256,11 @@ class _Watch(TorchDispatchMode):
                 Row(kind, type(module).__name__ if module is not None else where, True, reason, 1, elements)
             )
             return
-        if module is not None and _kind(module) == kind and not _served_by(module):
+        if module is not None and _kind(module) == kind and not function:
+            what, reason = type(module).__name__, _why_left(module)
+            if _served_by(module):
+                reason = f"{_served_by(module)} is for other dtypes, shapes or layouts"
+        elif module is not None and _kind(module) == kind and not _served_by(module):
             what, reason = type(module).__name__, _why_left(module)
         else:
             what = f"{function} in {where}" if function else f"code in {where}"

@@ -158,6 +158,8 @@ def _inputs(module: torch.nn.Module, form: Form, dtype: torch.dtype) -> Iterator
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         small = torch.logspace(-4, 0.5, shape[0], dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1))
         x = (x + 0.3) * small
+        if form.layout == "dense":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         gate = torch.randn(shape, generator=generator, dtype=torch.float64)
         yield [t.to(dtype) for t in ((x, gate) if form.gate else (x,))]
 

@@ -60,7 +60,7 @@ class WeightlessNorm(nn.Module):
 
 
 class ChannelsNorm(Norm):
-    """Over channels, in elementary ops: the result is contiguous where the input is."""
+    """Over channels, in elementary ops: the result is channels_last where the input is."""
 
     def __init__(self, size=16):
         super().__init__(size)
@@ -141,7 +141,7 @@ OTHERS = {
     "weight's dtype": (WeightsDtypeNorm, ROWS, "RMSNorm"),
     "heads": (PerHeadLayerNorm, (3, 5, 2, 8), "LayerNorm, of each head"),
     "no weight": (WeightlessNorm, ROWS, "LayerNorm, no weight"),
-    "channels": (ChannelsNorm, IMAGES, "LayerNorm, over channels"),
+    "channels": (ChannelsNorm, IMAGES, "LayerNorm, over channels of channels_last input"),
     "gated before": (GatedNormBefore, ROWS, "RMSNorm, gated before it"),
     "gated after": (GatedNormAfter, ROWS, "RMSNorm, gated after it"),
     "frozen": (FrozenNorm, IMAGES, "BatchNorm of constants"),
@@ -164,6 +164,8 @@ def replaced(layer):
 
 def inputs_of(layer, shape, dtype):
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    if isinstance(layer, ChannelsNorm):
+        x = x.to(memory_format=torch.channels_last)
     return (x, torch.randn_like(x)) if "Gated" in type(layer).__name__ else (x,)
 
 
@@ -378,6 +380,15 @@ def test_what_was_not_proven_goes_to_the_original():
     torch.testing.assert_close(twin(x), 2 * once)
     torch.testing.assert_close(twin(states=x), 2 * once)
     assert len(calls) == 2
+
+
+def test_a_norm_over_channels_of_a_contiguous_input_is_the_original_s(monkeypatch):
+    layer, x = ChannelsNorm(), torch.randn(IMAGES)
+    twin, _ = replaced(layer)
+    monkeypatch.setattr(dlkit.functional, "layer_norm", lambda *_: pytest.fail("it was served"))
+    assert torch.equal(twin(x), layer(x))
+    left = dlkit.report(nn.Sequential(twin), x).rows
+    assert [(row.what, row.reached) for row in left] == [("ChannelsNorm", False)] and "layouts" in left[0].reason
 
 
 def test_verify_false_leaves_other_classes():

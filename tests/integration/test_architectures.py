@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from support import architectures
-from support.architectures import distances, make, results, shares
+from support.architectures import assert_equal_in_float64, distances, make, results, shares
 
 import dlkit
 
@@ -27,7 +27,7 @@ def test_float64_is_the_original_s(name):
     """Outputs, gradients and buffers of a training step; state_dict and classes stay; restore() undoes it."""
     model, example = make(name, 0.0)
     ours = dlkit.replace(copy.deepcopy(model))
-    assert distances(results(ours, example, torch.float64), results(model, example, torch.float64))[0] < 1e-12
+    assert_equal_in_float64(ours, model, example)
     assert list(ours.state_dict()) == list(model.state_dict())
     for one, other in zip(ours.modules(), model.modules(), strict=True):
         assert isinstance(one, type(other))

@@ -359,6 +359,18 @@ def distances(found, expected):
     return largest, (sum(float(difference.square().mean()) for difference in differences) / len(differences)) ** 0.5
 
 
+def assert_equal_in_float64(ours, model, example):
+    """Training steps agree to 1e-12. Where a network multiplies roundings, as BatchNorms over a few values do, to ten
+    times what a change of its input in the last bit makes."""
+    expected = results(model, example, torch.float64)
+    difference = distances(results(ours, example, torch.float64), expected)[0]
+    if difference > 1e-12:
+        noise = torch.rand(example.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) - 0.5
+        moved = results(model, example.double() * (1 + 2.0**-51 * noise), torch.float64)
+        assert difference < 10 * distances(moved, expected)[0], (difference, distances(moved, expected)[0])
+    return difference
+
+
 def shares(name):
     """By stage: (share of the norms' work, share of the dropouts' work) that dlkit reaches."""
     found = {}
