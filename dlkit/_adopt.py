@@ -60,8 +60,8 @@ def class_with_relu(cls: type) -> type:
     return _derived(original, kind, (form._replace(relu=True), *facts))
 
 
-def class_for_drop_path(cls: type, p: str) -> type:
-    return _derived(cls, "drop_path", (p,))
+def class_for_drop(cls: type, drop: _trial.Drop) -> type:
+    return _derived(cls, "drop", (drop,))
 
 
 def class_for_registered(cls: type, forward: Callable[..., Any]) -> type:
@@ -70,7 +70,7 @@ def class_for_registered(cls: type, forward: Callable[..., Any]) -> type:
 
 @functools.cache
 def _derived(original: Any, kind: str, facts: tuple[Any, ...]) -> type:
-    makers: dict[str, Any] = {"norm": _norm, "drop_path": _drop_path, "registered": _registered}
+    makers: dict[str, Any] = {"norm": _norm, "drop": _drop, "registered": _registered}
     forward, says = makers[kind](original, *facts)
 
     def extra_repr(self: Any) -> str:
@@ -117,15 +117,16 @@ def _norm(
     return forward, str(form)
 
 
-def _drop_path(original: Any, p: str) -> tuple[Any, str]:
-    compute = _forms.drop_path(p)
+def _drop(original: Any, drop: _trial.Drop) -> tuple[Any, str]:
+    compute = _forms.drops(drop.kind, drop.p)
 
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
-        if len(args) == 1 and not keywords and isinstance(args[0], Tensor) and getattr(self, "scale_by_keep", True):
+        same = all(getattr(self, name, None) == value for name, value in drop.guards)
+        if same and len(args) == 1 and not keywords and isinstance(args[0], Tensor):
             return compute(self, args[0])
         return original.forward(self, *args, **keywords)
 
-    return forward, "drop_path"
+    return forward, str(drop)
 
 
 def _registered(original: Any, compute: Callable[..., Any]) -> tuple[Any, str]:

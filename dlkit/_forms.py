@@ -160,10 +160,14 @@ def _frozen(form: Form) -> Callable[..., Tensor]:
     return forward
 
 
-def drop_path(p: str) -> Callable[..., Tensor]:
-    """``forward(module, input)`` of stochastic depth with probability ``module.p``."""
+def drops(kind: str, p: str) -> Callable[..., Tensor]:
+    """``forward(module, input)`` of stochastic depth ("path") or DropBlock ("block") with probability ``module.p``."""
 
-    def forward(module: Any, input: Tensor) -> Tensor:
+    def drop_path(module: Any, input: Tensor) -> Tensor:
         return F.drop_path(input, getattr(module, p) or 0.0, module.training)
 
-    return forward
+    def drop_block(module: Any, input: Tensor) -> Tensor:
+        inplace = bool(getattr(module, "inplace", False))
+        return F.dropblock2d(input, getattr(module, p) or 0.0, module.block_size, module.training, inplace)
+
+    return drop_path if kind == "path" else drop_block

@@ -130,7 +130,7 @@ def _kind(module: torch.nn.Module) -> str:
         return "loss"
     if isinstance(module, torch.nn.MultiheadAttention):
         return "dropout" if module.dropout else ""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd) or surgery.DROP_PATH.search(name):
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) or surgery.DROPS.search(name):
         return "dropout"
     related = any(isinstance(module, cls) for cls in (*surgery.NORMS, torch.nn.SyncBatchNorm))
     if related or _trial.looks_like_norm(module) or (_adopt.adopted(type(module)) and "norm" in name.lower()):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dlkit import functional
 from dlkit._forms import ROUNDINGS, Dtypes, Form, computes
 
 EPS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
@@ -406,30 +407,80 @@ def looks_like_norm(module: torch.nn.Module) -> bool:
     )
 
 
-def drops_samples(module: torch.nn.Module) -> str:
-    """The name of the attribute with the probability if ``module`` is stochastic depth of samples, else empty."""
-    names = [n for n in ("drop_prob", "p", "drop_path") if isinstance(getattr(module, n, ""), (float, int, type(None)))]
-    if not names or module._parameters or module._buffers or module._modules:
-        return ""
-    specimen = _specimen(module, type(module), torch.float64, 0)
+# Dropouts, which are random: each is run often, and compared in distribution
+
+
+class Drop(NamedTuple):
+    """A dropout of another library: whole samples ("path") or squares of each channel ("block")."""
+
+    kind: str
+    p: str  # the name of the probability
+    guards: tuple[tuple[str, Any], ...]  # its other settings
+
+    def __str__(self) -> str:
+        return {"path": "drop_path", "block": "dropblock2d"}[self.kind]
+
+
+def prove_drop(module: torch.nn.Module) -> Drop | None:
+    """Which of dlkit's dropouts this module is, None if it is neither."""
     forward: Any = type(module).forward
-    setattr(specimen, names[0], 0.25)
-    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    settings = {name: value for name, value in vars(module).items() if _plain(value) and name != "training"}
+    p = next((name for name in ("drop_prob", "p", "drop_path") if name in settings), "")
+    if not p or module._parameters or module._buffers or module._modules:
+        return None
+    specimen = _specimen(module, type(module), torch.float64, 0)
+    guards = tuple((name, value) for name, value in settings.items() if name not in (p, "block_size", "inplace", "eps"))
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
         torch.manual_seed(1)
-        generator = torch.Generator().manual_seed(1)
+        setattr(specimen, p, 0.25)
         try:
-            for shape in ((2000, 3, 2), (2000, 2, 1, 2)):
-                x = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-                specimen.training = False
-                if not torch.equal(forward(specimen, x), x):
-                    return ""
-                specimen.training = True
-                factors = (forward(specimen, x) / x).flatten(1)
-                dropped = factors.eq(0).all(1)
-                if not torch.allclose(factors[~dropped], torch.tensor(4 / 3, dtype=torch.float64), rtol=1e-6):
-                    return ""
-                if abs(float(dropped.double().mean()) - 0.25) > 0.05:
-                    return ""
+            if "block_size" in settings:
+                return Drop("block", p, guards) if _drops_squares(forward, specimen) else None
+            good = all(_drops_samples(forward, specimen, shape) for shape in ((2000, 3, 2), (2000, 2, 1, 2)))
+            return Drop("path", p, guards) if good else None
         except Exception:
-            return ""
-    return names[0]
+            return None
+
+
+def _factors(forward: Any, specimen: torch.nn.Module, shape: tuple[int, ...]) -> Tensor | None:
+    """By what the elements were multiplied, and their gradients too; None if evaluation or gradients differ."""
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).requires_grad_()
+    specimen.training = False
+    if not torch.equal(forward(specimen, x), x):
+        return None
+    specimen.training = True
+    given = x * 1
+    y = forward(specimen, given)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    factors = (y / x).detach()
+    return factors if torch.allclose(grad, factors) else None
+
+
+def _drops_samples(forward: Any, specimen: torch.nn.Module, shape: tuple[int, ...]) -> bool:
+    factors = _factors(forward, specimen, shape)
+    if factors is None:
+        return False
+    kept = factors.flatten(1)[:, 0] != 0
+    expected = kept.double() / 0.75
+    return torch.allclose(factors.flatten(1), expected[:, None]) and abs(float(kept.double().mean()) - 0.75) < 0.05
+
+
+def _drops_squares(forward: Any, specimen: Any) -> bool:
+    """Whether each place is dropped as often as by dlkit, each channel on its own, and the rest scaled alike."""
+    shape = (400, 2, 9, 8)
+    for size in {3, min(specimen.block_size, 8)}:
+        specimen.block_size = size
+        factors = _factors(forward, specimen, shape)
+        if factors is None:
+            return False
+        dropped = factors == 0
+        scale = torch.tensor(dropped.numel() / (~dropped).sum(), dtype=torch.float64)
+        ours = functional.dropblock2d(torch.ones(shape, dtype=torch.float64), 0.25, size) == 0
+        often, ours_often = (mask.double().mean((0, 1)) for mask in (dropped, ours))
+        # 800 draws: a share of 0.2 has a standard deviation of 0.014.
+        if not torch.allclose(factors[~dropped], scale, rtol=1e-4) or (often - ours_often).abs().max() > 0.1:
+            return False
+        if float((dropped[:, 0] == dropped[:, 1]).double().mean()) > 0.9:
+            return False
+    return True

@@ -38,7 +38,7 @@ import dlkit.nn
 from dlkit import _adopt, _forms
 from dlkit.nn._layer import HOOKS
 from dlkit.nn.transformer import why_not_fused
-from dlkit.surgery import TWINS, Change, _replacement, drop_path_probability, label, why_not_plain
+from dlkit.surgery import TWINS, Change, _replacement, drop_probability, label, why_not_plain
 
 FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: dlkit.nn.BatchNormReLU1d,
@@ -369,7 +369,7 @@ def _does_nothing(layer: Any) -> list[tuple[str, Any]] | None:
     plain = any(
         type(layer) in pair for pair in TWINS.items() if issubclass(pair[0], torch.nn.modules.dropout._DropoutNd)
     )
-    p = "p" if plain else drop_path_probability(layer)
+    p = "p" if plain else drop_probability(layer)
     return [(p, getattr(layer, p))] if p and not getattr(layer, p) else None
 
 

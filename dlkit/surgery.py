@@ -87,7 +87,7 @@ def replace(model: Model, *, report: list[Change] | None = None, verify: bool = 
     return model
 
 
-DROP_PATH = re.compile("drop_?path|stochastic_?depth", re.IGNORECASE)
+DROPS = re.compile("drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)
 
 
 def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.Module] | None, str]:
@@ -99,8 +99,8 @@ def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.M
     nominal = getattr(before, "cls_to_become", None) or before
     related = next((cls for cls in TWINS if issubclass(nominal, cls)), None)
     norm = related in NORMS if related else _trial.looks_like_norm(module)
-    drop_path = DROP_PATH.search(before.__name__) is not None
-    if not (related or norm or drop_path or before in _adopt.REGISTERED):
+    drops = DROPS.search(before.__name__) is not None and not before.__module__.startswith("dlkit.")
+    if not (related or norm or drops or before in _adopt.REGISTERED):
         return None, ""
     if isinstance(module, LazyModuleMixin):
         return None, "it is not initialised: it can be replaced once it has seen an input"
@@ -123,11 +123,11 @@ def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.M
         except _trial.Differs as differs:
             return None, f"{subclass}: {differs}" if subclass else str(differs)
         return _adopt.class_for_norm(before, proof, twin), str(proof)
-    if drop_path:
-        p = _trial.drops_samples(module)
-        if p:
-            return _adopt.class_for_drop_path(before, p), "verified: stochastic depth of whole samples"
-        return None, "on random inputs it does something else than drop whole samples"
+    if drops:
+        drop = _trial.prove_drop(module)
+        if drop:
+            return _adopt.class_for_drop(before, drop), f"verified: {drop}, in distribution"
+        return None, "on random inputs it does something else than drop_path and dropblock2d"
     return None, subclass
 
 
@@ -179,14 +179,15 @@ def can_restore(cls: type) -> bool:
     return cls in (*TWINS.values(), *FUSED.values(), *TRANSFORMERS.values()) or _adopt.adopted(cls) is not None
 
 
-def drop_path_probability(module: torch.nn.Module) -> str:
-    """The name of the attribute with the probability if ``module`` is stochastic depth, else empty."""
-    if isinstance(module, dlkit.nn.DropPath):
+def drop_probability(module: torch.nn.Module) -> str:
+    """The name of the attribute with the probability if ``module`` is stochastic depth or DropBlock, else empty."""
+    if isinstance(module, (dlkit.nn.DropPath, dlkit.nn.DropBlock2d)):
         return "p"
     adopted = _adopt.adopted(type(module))
-    if adopted and adopted[1] == "drop_path":
-        return adopted[2][0]
-    return _trial.drops_samples(module) if DROP_PATH.search(type(module).__name__) else ""
+    if adopted and adopted[1] == "drop":
+        return adopted[2][0].p
+    drop = _trial.prove_drop(module) if DROPS.search(type(module).__name__) else None
+    return drop.p if drop else ""
 
 
 def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> str:

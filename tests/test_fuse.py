@@ -438,9 +438,7 @@ def test_what_a_rewrite_would_change_is_left(cls):
     assert random.getstate() == python_state and torch.equal(torch.get_rng_state(), torch_state)
 
 
-class Zero(nn.Module):
-    """Stochastic depth."""
-
+class ZeroDropPath(nn.Module):
     def __init__(self, drop_prob=0.0):
         super().__init__()
         self.drop_prob = drop_prob
@@ -448,11 +446,8 @@ class Zero(nn.Module):
     def forward(self, x):
         if not self.training or not self.drop_prob:
             return x
-        return x * (torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype) >= self.drop_prob) / (1 - self.drop_prob)
-
-
-class ZeroDropPath(Zero):
-    pass
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype) >= self.drop_prob
+        return x * keep / (1 - self.drop_prob)
 
 
 class LooksThrough(Block):

@@ -494,8 +494,60 @@ def test_stochastic_depth():
     assert layer(x) is x
     for other in (OwnDropPath(scale=False), StochasticDepthOfBatch()):
         report = []
-        assert type(dlkit.replace(other, report=report)) is type(other) and "something else than drop" in str(report[0])
+        assert type(dlkit.replace(other, report=report)) is type(other) and "something else than drop_path" in str(
+            report[0]
+        )
     assert type(dlkit.restore(layer)) is OwnDropPath
+
+
+class OwnDropBlock(nn.Module):
+    def __init__(self, p=0.2, block_size=3, coupled=False):
+        super().__init__()
+        self.p, self.block_size, self.coupled = p, block_size, coupled
+
+    def forward(self, x):
+        if not self.training or not self.p:
+            return x
+        (height, width), size = x.shape[2:], self.block_size
+        starts = (height - size + 1) * (width - size + 1)
+        seeds = torch.rand(
+            len(x), 1 if self.coupled else x.shape[1], height - size + 1, width - size + 1, dtype=x.dtype
+        )
+        seeds = (seeds < self.p / size**2 * height * width / starts).to(x.dtype)
+        mask = (nn.functional.max_pool2d(nn.functional.pad(seeds, [size - 1] * 4), size, 1) == 0).to(x.dtype)
+        return x * mask * (mask.numel() / mask.sum())
+
+
+class HalfBlocks(OwnDropBlock):
+    """Blocks that may reach over the border."""
+
+    def forward(self, x):
+        if not self.training or not self.p:
+            return x
+        seeds = (torch.rand_like(x) < self.p / self.block_size**2).to(x.dtype)
+        mask = nn.functional.max_pool2d(nn.functional.pad(seeds, [1] * 4), 3, 1)[..., : x.shape[2], : x.shape[3]] == 0
+        return x * mask * (mask.numel() / mask.sum())
+
+
+class HalfDropBlock(HalfBlocks):
+    pass
+
+
+def test_dropblock():
+    layer = dlkit.replace(OwnDropBlock())
+    assert isinstance(layer, OwnDropBlock) and "dlkit: dropblock2d" in repr(layer)
+    x = torch.rand(4, 3, 8, 7)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, dlkit.functional.dropblock2d(x, 0.2, 3)) and layer.eval()(x) is x
+    layer.train().coupled = True  # was not so when it was proven
+    dropped = layer(x) == 0
+    assert torch.equal(dropped[:, :1].expand_as(dropped), dropped)
+    for other in (OwnDropBlock(coupled=True), HalfDropBlock()):
+        report = []
+        assert type(dlkit.replace(other, report=report)) is type(other) and "and dropblock2d" in str(report[0])
+    assert pickle.loads(pickle.dumps(dlkit.replace(OwnDropBlock()))).block_size == 3
 
 
 # register()

@@ -389,7 +389,7 @@ def shares(name):
 
 def main(names):
     torch.set_num_threads(1)
-    print("| architecture | norms: torch's own layers | norms: replace | dropouts: replace | dropouts: and override |")
+    print("| architecture | norms: torch's own layers | norms: replace | dropouts: replace | dropouts: override |")
     print("|---|---|---|---|---|")
     for name in names or [*TRANSFORMERS, *TIMM]:
         found = shares(name)
