@@ -40,8 +40,9 @@ def info() -> None:
     print()
     serving = {device: _backends.serving(device) for device in ("cpu", "cuda")}
     width = max(len(backend) for backend, _ in serving.values()) + 2
-    name_width = max(map(len, _backends.OPS)) + 2
-    for op in _backends.OPS:
+    ops = _backends.ops()
+    name_width = max(map(len, ops)) + 2
+    for op in ops:
         for device, (backend, reason) in serving.items():
             print(f"{op:<{name_width}}{device:<6}{backend:<{width}}{reason}")
 

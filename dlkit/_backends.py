@@ -7,12 +7,17 @@ they were not. DLKIT_BACKEND=cuda|triton|native forces one; native leaves every 
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 BACKENDS = ("cuda", "triton", "native")
-OPS = ("layer_norm", "batch_norm", "group_norm", "dropout", "dropblock2d", "bias_act_dropout", "optim")
+
+
+def ops() -> list[str]:
+    """The families of ops, each a file of the Triton backend and a folder of csrc/."""
+    return sorted(path.stem for path in (Path(__file__).parent / "triton").glob("[!_]*.py"))
 
 
 def load() -> None:
@@ -24,7 +29,7 @@ def load() -> None:
     problem = mismatch(facts.TORCH_VERSION, facts.CUDA_VERSION, torch.__version__, torch.version.cuda)
     if problem:
         raise ImportError(problem)
-    importlib.import_module("dlkit._C")
+    importlib.import_module("dlkit._C")  # registers the ops
     forced = forced_backend()
     if forced == "cuda" and not cuda_architectures():
         raise ImportError(
@@ -58,13 +63,17 @@ def forced_backend() -> str | None:
 
 def cuda_architectures() -> list[str]:
     """The CUDA architectures built in, e.g. ["8.0", "9.0+PTX"]; empty without CUDA kernels."""
-    text = importlib.import_module("dlkit._C").cuda_architectures()
+    from dlkit import _C  # load() says first what is wrong with it
+
+    text = _C.cuda_architectures()
     return text.split(";") if text else []
 
 
 def cpu_capability() -> str:
     """The instruction set of the CPU kernels in use: default, avx2, avx512 or avx512_bf16."""
-    return importlib.import_module("dlkit._C").cpu_capability()
+    from dlkit import _C
+
+    return _C.cpu_capability()
 
 
 def has_triton() -> bool:

@@ -11,8 +11,7 @@ from torch.jit import is_tracing
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
 from dlkit import _native
-
-_Call = importlib.import_module("dlkit._C").Call
+from dlkit._C import Call
 
 
 def _serve_dtensors() -> None:
@@ -45,7 +44,7 @@ def op(name: str) -> Callable[..., Any]:
         _serve_dtensors()
         return overload(*args, **keywords)
 
-    call = _Call(unusual, f"dlkit::{name}")
+    call = Call(unusual, f"dlkit::{name}")
 
     def function(*args: Any) -> Any:
         if is_dynamo_compiling():

@@ -198,7 +198,7 @@ def batch_norm(
 
     Raises:
         ValueError: one value per channel in training, eps out of range, only one running statistic.
-        RuntimeError: a shape, dtype or device does not fit.
+        RuntimeError: a shape, dtype or device does not fit; in evaluation, a running statistic is missing.
         NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
 
@@ -283,7 +283,7 @@ def batch_norm_relu(
 
     Raises:
         ValueError: one value per channel in training, eps out of range, only one running statistic.
-        RuntimeError: a shape, dtype or device does not fit.
+        RuntimeError: a shape, dtype or device does not fit; in evaluation, a running statistic is missing.
         NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
 
@@ -971,6 +971,4 @@ def _raise_channels(name: str, error: Exception, tensors: dict[str, Any], **numb
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
     for argument, value in numbers_.items():
         number(name, argument, value)
-        if argument == "num_groups" and isinstance(value, float):
-            raise TypeError(f"{name}(): expected num_groups to be an int, got float") from None
     raise error

@@ -15,7 +15,6 @@ cannot be known.
 """
 
 import contextlib
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +23,9 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
-__all__ = ["Philox", "use"]
+from dlkit import _C
 
-_C: Any = importlib.import_module("dlkit._C")
+__all__ = ["Philox", "use"]
 
 
 def _signed(value: int) -> int:
@@ -199,5 +198,5 @@ def _replay(kind: int, seed: int, offset: int, hooks: list[Callable[..., Any]]) 
 
 _C.watch_draws(_replay, _record)
 # For kernels that draw in Python.
-replay_draw: Callable[[int], tuple[int, int] | None] = _C.replay_draw
-record_draw: Callable[[int, int, int], None] = _C.record_draw
+replay_draw = _C.replay_draw
+record_draw = _C.record_draw

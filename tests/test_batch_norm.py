@@ -578,6 +578,47 @@ def test_running_statistics_of_instances(dtype, scale, eps):
         torch.testing.assert_close(one, other.to(dtype))
 
 
+LARGE = [
+    ("batch_norm", (8, 3, 5, 7)),
+    ("batch_norm", (40, 3)),
+    ("batch_norm", (2, 3, 300, 5)),
+    ("instance_norm", (8, 3, 5, 7)),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("large", "grad_scale"), [(1e25, 1.0), (1e37, 1.0), (1.0, 1e37), (1e25, 1e25)])
+@pytest.mark.parametrize(("name", "shape"), LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_whose_squares_overflow(name, shape, large, grad_scale, channels_last, dtype):
+    """torch's BatchNorm adds fp32 up in fp64; only one channel is that large. Evaluated in fp64 it is exact."""
+    if channels_last and len(shape) < 4:
+        pytest.skip("has no channels_last form")
+    x = lay_out(make(shape, torch.float32), channels_last)
+    x[:, 1] *= large
+    x = x.to(dtype).requires_grad_()
+    weight, bias = make((3,), torch.float32).requires_grad_(), make((3,), torch.float32).requires_grad_()
+    grad = (make(shape, torch.float32) * grad_scale).to(dtype)
+    options = {"training": True} if name == "batch_norm" else {}
+    running = [torch.zeros(3), torch.ones(3)]
+    y = getattr(fused, name)(x, *running, weight, bias, **options)
+    found = [y, *running, *torch.autograd.grad(y, (x, weight, bias), grad)]
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    exact_running = [torch.zeros(3).double(), torch.ones(3).double()]
+    exact = getattr(native, name)(wide[0], *exact_running, *wide[1:], **options)
+    wanted = [exact, *exact_running, *torch.autograd.grad(exact, wide, grad.double())]
+    for ours, right in zip(found, wanted, strict=True):
+        channels = [1, *(d for d in range(ours.dim()) if d != 1)] if ours.dim() > 1 else [0]
+        for one, other in zip(ours.permute(channels), right.permute(channels), strict=True):
+            size = other.abs().max().item()
+            if size > torch.finfo(ours.dtype).max:
+                assert one.abs().max() == math.inf
+            else:
+                torch.testing.assert_close(
+                    one, other.to(ours.dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6 * size
+                )
+
+
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
 def test_subsets_that_require_gradients(frozen):
     x, weight, bias = (
@@ -724,6 +765,7 @@ BAD = {
     "channels": (bad_batch_norm(normal(3, 4), torch.zeros(5), torch.ones(5)), RuntimeError),
     "weight": (bad_batch_norm(normal(3, 4), *FOUR, torch.ones(5)), RuntimeError),
     "one statistic": (bad_batch_norm(normal(3, 4), FOUR[0], None), ValueError),
+    "one statistic in evaluation": (lambda f: f.batch_norm(normal(3, 4), FOUR[0], None), RuntimeError),
     "integers": (bad_batch_norm(torch.ones(3, 4, dtype=torch.int64), *FOUR), NotImplementedError),
     "rank": (lambda f: f.batch_norm(torch.randn(3), torch.zeros(3), torch.ones(3)), RuntimeError),
     "no statistics": (lambda f: f.batch_norm(torch.randn(3, 4), None, None), RuntimeError),

@@ -12,19 +12,14 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import join_group, run_cases, start
+from support.processes import join_group, new_cases, problems_of, run_cases
 from torch import nn
 
 import dlkit
 from dlkit import functional as F
 
 PROCESSES = 4
-CASES: dict = {}
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
+CASES, case = new_cases()
 
 
 def run(rank, folder):
@@ -40,8 +35,7 @@ def run(rank, folder):
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dtensor")
-    start(run, folder, PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return problems_of(run, folder, PROCESSES)
 
 
 def placed(tensor, mesh, placements):

@@ -12,19 +12,14 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import run_cases, start
+from support.processes import new_cases, run_cases, start
 from torch import nn
 
 import dlkit
 
 TIMEOUT = timedelta(seconds=60)
 SHORT = timedelta(seconds=2)
-CASES: dict = {}
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
+CASES, case = new_cases()
 
 
 def run(rank, folder):

@@ -85,6 +85,7 @@ struct Backward {
                     // sums_given
   void* workspace;  // backward_workspace_*() bytes, 64-byte aligned; null where that is 0
   Shape shape;
+  bool* out_of_range;     // set by the CPU where fp32 does not hold a group's sums or what becomes of them; or null
   double count;           // elements of a group: what the means of grad_input divide by
   bool sums_given;        // read sums, do not compute them; grad_weight and grad_bias are null
   bool statistics_given;  // grad_input has no term through mean and var

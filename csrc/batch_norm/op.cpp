@@ -187,7 +187,20 @@ BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const O
   op.grad_weight = mutable_data_or_null(grad_weight);
   op.grad_bias = mutable_data_or_null(grad_bias);
   op.statistics_given = !training;
+  bool out_of_range = false;
+  if (op.dtype != DType::F64) op.out_of_range = &out_of_range;
   run_with_workspace<Device>(input, op);
+  if (out_of_range) {  // rare: gradients or deviations of about 1e19 and more, or of which little is left
+    const auto wide = [](const OptionalTensor& t) { return has(t) ? OptionalTensor(t->to(at::kDouble)) : t; };
+    const auto found =
+        backward<Device>(dy.to(at::kDouble), layout.x.to(at::kDouble), wide(y), wide(weight), wide(bias),
+                         mean.to(at::kDouble), rstd.to(at::kDouble), groups, training, relu, output_mask);
+    const auto as = [](const Tensor& t, const Tensor& like) {
+      return like.defined() ? t.to(like.scalar_type()) : like;
+    };
+    return {as(std::get<0>(found), grad_input), as(std::get<1>(found), grad_residual),
+            as(std::get<2>(found), grad_weight), as(std::get<3>(found), grad_bias)};
+  }
   return {std::move(grad_input), std::move(grad_residual), std::move(grad_weight), std::move(grad_bias)};
 }
 
@@ -496,10 +509,11 @@ void check_vector(const char* name, const char* argument, const Tensor& input, c
 
 void check_running(const char* name, const Tensor& input, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var, bool needed) {
+  const char* const got = has(running_mean) ? "only running_mean" : has(running_var) ? "only running_var" : "None";
+  TORCH_CHECK(!needed || (has(running_mean) && has(running_var)), name,
+              "(): expected running_mean and running_var in evaluation, got ", got);
   TORCH_CHECK_VALUE(has(running_mean) == has(running_var), name,
-                    "(): expected running_mean and running_var to be both given or both None, got only ",
-                    has(running_mean) ? "running_mean" : "running_var");
-  TORCH_CHECK(!needed || has(running_mean), name, "(): expected running_mean and running_var in evaluation, got None");
+                    "(): expected running_mean and running_var to be both given or both None, got ", got);
   check_vector(name, "running_mean", input, running_mean);
   check_vector(name, "running_var", input, running_var);
   if (!has(running_mean)) return;

@@ -8,7 +8,6 @@ Python nothing per parameter: 200 parameters take some 15 us of it, where torch'
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import sys
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dlkit import _C
 from dlkit.optim import _masters
 from dlkit.optim._average import AveragingOptimizer
 from dlkit.optim._state import GROUP_OPTIONS, Shared, name_of_dtype, names_of, other_form
@@ -32,8 +32,6 @@ from dlkit.optim._tensors import (
     layers_without_overlap,
     local,
 )
-
-_C = importlib.import_module("dlkit._C")
 
 # The columns of `options` in dlkit::optim_step_, one row a group.
 OPTIONS = (

@@ -5,17 +5,17 @@ Needs triton, so dlkit imports it only where triton is wanted.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import torch
 
-from . import batch_norm, bias_act_dropout, dropblock2d, dropout, layer_norm, optim
-
+# Each file without an underscore is an op's.
 FUNCTIONS = {
-    **layer_norm.FUNCTIONS,
-    **batch_norm.FUNCTIONS,
-    **dropout.FUNCTIONS,
-    **bias_act_dropout.FUNCTIONS,
-    **dropblock2d.FUNCTIONS,
-    **optim.FUNCTIONS,
+    name: function
+    for module in pkgutil.iter_modules(__path__)
+    if not module.name.startswith("_")
+    for name, function in importlib.import_module(f"{__name__}.{module.name}").FUNCTIONS.items()
 }
 
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library

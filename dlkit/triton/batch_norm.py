@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ._common import TRITON_TYPE, accumulate_type, dense, inverse_root
 
@@ -379,10 +380,10 @@ _WARPS = 8  # 16 values a thread
 
 
 def _like(input: Tensor, other: Tensor) -> Tensor:
-    """``other`` in the layout of ``input``: contiguous or channels_last."""
+    """``other`` in the layout that torch's ops choose for ``input``: contiguous or channels_last."""
     if input.is_contiguous() or input.dim() not in (4, 5):
         return other.contiguous()
-    return other.contiguous(memory_format=torch.channels_last if input.dim() == 4 else torch.channels_last_3d)
+    return other.contiguous(memory_format=suggest_memory_format(input))
 
 
 def _block(columns: int, widest: int) -> int:
@@ -516,9 +517,9 @@ def batch_norm_forward(
         else:
             running = (running_mean, running_var, None)
         y = _normalise(view, input, residual, weight, bias, mean, rstd, relu, running, eps)
-    for user_s, moved in zip(given, (running_mean, running_var), strict=True):
-        if training and user_s is not None and moved is not None and moved is not user_s:
-            user_s.copy_(moved)
+    for theirs, updated in zip(given, (running_mean, running_var), strict=True):
+        if training and theirs is not None and updated is not None and updated is not theirs:
+            theirs.copy_(updated)
     return y, mean, rstd
 
 

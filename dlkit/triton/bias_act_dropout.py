@@ -128,7 +128,8 @@ def bias_act_dropout_backward(
     grad = _launch(grad_output, input, bias, activation, p, *given_state(input, state))
     if bias is None or not needs_bias:
         return grad, None
-    return grad, grad.reshape(-1, len(bias)).sum(0, dtype=accumulate_type(grad.dtype)).to(bias.dtype)
+    rows = torch.atleast_2d(grad).flatten(end_dim=-2)
+    return grad, rows.sum(0, dtype=accumulate_type(grad.dtype)).to(bias.dtype)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

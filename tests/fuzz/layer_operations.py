@@ -92,9 +92,10 @@ class ExactNorm:
         self.x, self.rms = x.reshape(self.view.shape), kind == "rms_norm"
         axes = self.view.statistics
         self.given = not o.get("training", True)
+        self.range = torch.float64 if t["input"].dtype == torch.float64 else torch.float32  # of what adds up
         eps = o["eps"]
         if eps is None:
-            eps = torch.finfo(torch.float64 if t["input"].dtype == torch.float64 else torch.float32).eps
+            eps = torch.finfo(self.range).eps
         if self.given:
             mean, var = (tensors.exact(t[f"old_{name}"]) for name in ("running_mean", "running_var"))
             mean, self.var = mean.reshape(self.view.parameters), var.reshape(self.view.parameters)
@@ -133,13 +134,18 @@ class ExactNorm:
                 + (0 if self.rms else np.abs(weighted).mean(axes, keepdims=True))
                 + self.terms * (np.abs(weighted) * self.terms).mean(axes, keepdims=True)
             )
+            # What is made of gradients near the range's end loses bits before these factors take it away from there.
+            info = torch.finfo(self.range)
+            factor = np.maximum(np.maximum(np.abs(self.x - self.mean), np.abs(self.weight)), 1)
+            factor = factor * np.maximum(self.rstd, 1)
+            terms = np.maximum(terms, 16 * np.longdouble(info.smallest_normal) * factor)
         along = tuple(i for i, size in enumerate(self.view.parameters) if size == 1)
 
         def total(a: np.ndarray, size: np.ndarray) -> Pair:
             # An axis of one parameter is none to add along.
             axes_ = tuple(i for i in along if not (self.view.parameters[i] == grad.shape[i] == 1))
-            # The rows of a block are added up one by one, equal terms too.
-            growth = max(1, len(a) / 32) if self.view.statistics == (1,) else 1
+            # The rows of a block, or the samples, are added up one by one, equal terms too.
+            growth = 1 if self.view.statistics == (0, 2) else max(1, len(a) / 32)
             return a.sum(axes_).reshape(-1), growth * size.sum(axes_).reshape(-1)
 
         return {
@@ -353,6 +359,9 @@ def moved(exact: ExactNorm, t: Named, o: Named) -> dict[str, Pair]:
             size = np.abs(exact.x).mean(tuple(i for i in range(exact.x.ndim) if i != 1))
         elif t["input"].dtype == torch.float64:  # runs of elements are put together by means that are rounded
             size = size + (np.abs(exact.mean) * np.sqrt(exact.var)).reshape(-1, len(old)).mean(0)
+        if name == "running_var":  # deviations from a mean that fp64 rounds
+            unit = np.longdouble(torch.finfo(t[name].dtype).eps)
+            size = size + ((exact.mean * np.longdouble(2) ** -51) ** 2 / unit).reshape(-1, len(old)).mean(0)
         results[name] = (1 - f) * old + f * new, size_of((1 - f) * old, f * size.reshape(old.shape))
     return results
 
@@ -643,7 +652,8 @@ def activation(name: str, x: np.ndarray, double: bool) -> tuple[np.ndarray, np.n
                                   for v in x.reshape(-1)], np.longdouble).reshape(x.shape)  # fmt: skip
                 share = np.where(np.isnan(x), x, share)
             else:
-                share = torch.special.ndtr(torch.from_numpy(x.astype(np.float64))).numpy().astype(np.longdouble)
+                # Not ndtr, which torch makes of 1 + erf: nothing is left of its tail.
+                share = torch.erfc(torch.from_numpy(-x.astype(np.float64) / 2**0.5)).numpy().astype(np.longdouble) / 2
             inner = x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.longdouble(np.pi))
             inner = np.where(np.isinf(x), 0, inner)
             return np.where(x == -np.inf, 0, x * share), share + inner, share + np.abs(inner)
@@ -686,6 +696,9 @@ def activation_operation(name: str) -> Operation:
         bias = tensors.exact(t["bias"]) if t.get("bias") is not None else np.longdouble(0)
         terms = size_of(x - bias, bias)  # the sum of input and bias may cancel
         size = np.abs(value) + np.abs(slope) * np.where(np.isfinite(terms), terms, 0)
+        if name == "gelu":  # an exponential that would be subnormal is 0
+            info = torch.finfo(torch.float64 if t["input"].dtype == torch.float64 else torch.float32)
+            size = np.maximum(size, info.smallest_normal / (4 * info.eps))
         return {"y": (exact_drop(value, o), exact_drop(size, o))}
 
     def backward(t: Named, o: Named, grads: dict[str, np.ndarray]) -> Any:

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 
 import dlkit
+from dlkit import _C
 
 DEVICE_MODELS = ("80", "90", "100", "120")  # whose limits the CUDA-on-CPU harness knows: DLKIT_CUDA_ON_CPU_ARCH
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
-
-_capability = importlib.import_module("dlkit._C")
 
 
 @dataclasses.dataclass
@@ -40,13 +39,13 @@ class Backend:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        before = _capability.cpu_capability()
+        before = _C.cpu_capability()
         try:
             if self.instruction_set:
-                _capability.set_cpu_capability(self.instruction_set)
+                _C.set_cpu_capability(self.instruction_set)
             yield
         finally:
-            _capability.set_cpu_capability(before)
+            _C.set_cpu_capability(before)
 
 
 def _torch_op(library: str) -> Callable[[str], Callable]:
@@ -58,8 +57,8 @@ def _triton_op(name: str) -> Callable:
 
 
 def _cpu(instruction_set: str) -> Backend:
-    _capability.set_cpu_capability(instruction_set)
-    missing = "" if _capability.cpu_capability() == instruction_set else f"this processor has no {instruction_set}"
+    _C.set_cpu_capability(instruction_set)
+    missing = "" if _C.cpu_capability() == instruction_set else f"this processor has no {instruction_set}"
     return Backend(f"cpu-{instruction_set}", "cpu", _torch_op("dlkit"), missing, instruction_set)
 
 
@@ -95,7 +94,7 @@ def _cuda() -> Backend:
     return Backend("cuda", "cuda", _torch_op("dlkit"), missing)
 
 
-_native_set = _capability.cpu_capability()
+_native_set = _C.cpu_capability()
 _sets = ("default", "avx2", "avx512", "avx512_bf16") if platform.machine() in ("x86_64", "AMD64") else ("default",)
 ALL = [*(_cpu(name) for name in _sets), _cuda_on_cpu(), _triton(), _cuda()]
-_capability.set_cpu_capability(_native_set)
+_C.set_cpu_capability(_native_set)

@@ -6,6 +6,7 @@ Imports take most of their time (torch.distributed.tensor brings TorchDynamo), s
 import multiprocessing
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,6 +27,18 @@ def start(run, folder: Path, count: int, seconds: float = 1200) -> None:
         pass
     for process in context.processes:
         process.kill()
+
+
+def new_cases() -> tuple[dict[str, Callable], Callable]:
+    """The cases of a file, by name, and the decorator that adds one."""
+    cases: dict[str, Callable] = {}
+    return cases, lambda function: cases.setdefault(function.__name__, function)
+
+
+def problems_of(run, folder: Path, count: int) -> list[dict]:
+    """:func:`start`, for a run() whose :func:`run_cases` writes to rank.pt in the folder; what each process wrote."""
+    start(run, folder, count)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
 def join_group(rank: int, folder: str, count: int) -> None:

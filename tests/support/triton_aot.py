@@ -244,14 +244,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
     yield "clip", True, partial(op.optim_clip_grads_, grads, torch.ones((), dtype=average), 1.0)
 
 
-CASES = (
-    _layer_norm_cases,
-    _batch_norm_cases,
-    _dropout_cases,
-    _dropblock2d_cases,
-    _bias_act_dropout_cases,
-    _optim_cases,
-)
+CASES = [function for name, function in list(globals().items()) if name.endswith("_cases")]
 
 
 def _compile_here(capability: int) -> list[Result]:

@@ -194,6 +194,11 @@ struct ForwardChannelsLast {
     const Scratch<A> own = scratch(unit, 0, parts);
     if (op.statistics == Statistics::Compute) {
       merge_parts(unit, parts);
+      const T* const x = rows_of(op.x, unit);
+      for (int64_t channel = 0; channel < matrix.cols; ++channel) {
+        add_large_in_double<A>(double(matrix.rows), own.first[channel], own.second[channel],
+                               [&](int64_t row) { return double(widen(x[row * matrix.cols + channel])); });
+      }
       for (int64_t g = 0; g < statistics && size > 1; ++g) {
         double mean = 0, m2 = 0;
         for (int64_t i = g * size; i < (g + 1) * size; ++i) mean += own.first[i];
@@ -331,6 +336,7 @@ struct BackwardChannelsLast {
       for (int64_t i = first; i < first + size; ++i) all.offset[i] = offset, all.slope[i] = slope;
     }
     if (shape.groups > 0 || op.sums_given) return;
+    for (int64_t i = 0; i < matrix.cols; ++i) check_range<A>(op, all.first[i]), check_range<A>(op, all.second[i]);
     with_type(op.parameter_dtype, [&](auto t) {
       using P = decltype(t);
       P *const grad_weight = static_cast<P*>(op.grad_weight), *const grad_bias = static_cast<P*>(op.grad_bias);

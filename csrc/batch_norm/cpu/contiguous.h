@@ -110,6 +110,11 @@ struct ForwardContiguous {
       const Moments& some = *moments_of(unit, part, parts);
       if (some.count > 0) all.merge(some.count, some.mean, some.m2);
     }
+    const Group group = group_of(op.shape, unit);
+    const T* const x = static_cast<const T*>(op.x) + group.base;
+    add_large_in_double<A>(all.count, all.mean, all.m2, [&](int64_t i) {
+      return double(widen(x[i / group.length * group.pitch + i % group.length]));
+    });
     finish_groups<A>(op, unit, 1, &all.mean, &all.m2, all.count, factor);
   }
 
@@ -247,6 +252,8 @@ struct BackwardContiguous {
       all[i % count].gx += all[i].gx;
     }
     if (op.shape.groups > 0) return;
+    check_range<A>(op, all->g);
+    check_range<A>(op, all->gx);
     const A rstd = static_cast<const A*>(op.rstd)[unit];
     if (op.grad_weight != nullptr) write_one(op.grad_weight, op.parameter_dtype, unit, all->gx * double(rstd));
     if (op.grad_bias != nullptr) write_one(op.grad_bias, op.parameter_dtype, unit, all->g);

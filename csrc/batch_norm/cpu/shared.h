@@ -1,7 +1,9 @@
 // What both layouts share: the division into parts, moments and what statistics become, a channel's arithmetic.
 #pragma once
 
+#include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "../../common/cpu/cache.h"
 #include "../../common/cpu/parallel.h"
@@ -111,7 +113,23 @@ struct Moments {
   }
 };
 
-double finite_or_zero(double value) { return value - value == 0 ? value : 0; }
+bool is_finite(double value) { return value - value == 0; }
+double finite_or_zero(double value) { return is_finite(value) ? value : 0; }
+
+// The moments of a group whose squares are too large to be added up in fp32, from about 1e19 on; others are kept.
+// element(i) gives the group's elements as doubles.
+template <class A, class F>
+void add_large_in_double(double count, double& mean, double& m2, const F& element) {
+  if (std::is_same_v<A, double> || is_finite(m2)) return;
+  double sum = 0;
+  for (int64_t i = 0; i < int64_t(count); ++i) sum += element(i);
+  mean = sum / count;
+  m2 = 0;
+  for (int64_t i = 0; i < int64_t(count); ++i) {
+    const double deviation = element(i) - mean;
+    m2 += deviation * deviation;
+  }
+}
 
 // Writes what the moments of `groups` statistic groups, from `first` on, give, and the running statistics. Loops that
 // the compiler makes vectors of: of 1024 channels one by one, the roots alone take 13 us.
@@ -237,14 +255,26 @@ struct Sums {
   double g = 0, gx = 0;
 };
 
+// Tells the caller where A does not hold a value, at either end of its range.
+template <class A>
+void check_range(const Backward& op, double value) {
+  using Limits = std::numeric_limits<A>;
+  const double size = std::abs(value);
+  if (op.out_of_range == nullptr || (size <= double(Limits::max()) && (size == 0 || size >= Limits::min()))) return;
+  std::atomic_ref<bool>(*op.out_of_range).store(true, std::memory_order_relaxed);
+}
+
 // What the gradients of a group take from its sums, both weighted where weight counts.
 template <class A>
 struct GroupGradient {
   A offset = 0, slope = 0;
   GroupGradient(const Backward& op, double rstd, double g, double gx) {
     if (op.statistics_given) return;
-    offset = A(rstd * g / op.count);
-    slope = A(rstd * rstd * rstd * gx / op.count);
+    const double exact_offset = rstd * g / op.count, exact_slope = rstd * rstd * rstd * gx / op.count;
+    check_range<A>(op, exact_offset);
+    check_range<A>(op, exact_slope);
+    offset = A(exact_offset);
+    slope = A(exact_slope);
   }
 };
 

@@ -135,6 +135,8 @@ void forward_slices(const Forward& op) {
       const double sum = exact_means[g], m2 = m2s[g] - sum * sum / double(elements);
       exact_means[g] = double(centres[g]) + sum / double(elements);
       m2s[g] = m2 < 0 ? 0 : m2;  // what rounding can leave; a NaN stays
+      add_large_in_double<A>(double(elements), exact_means[g], m2s[g],
+                             [&](int64_t i) { return double(widen(x[g * elements + i])); });
     }
     finish_groups<A>(op, first_group, groups, exact_means, m2s, double(elements), running_factor(op));
     T* const y = static_cast<T*>(op.y) + first;

@@ -1,0 +1,41 @@
+"""What csrc/module.cpp defines. Importing it registers the ops with torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch._ops import OpOverload
+
+class Call:
+    """torch.ops' overload of that name, its arguments by position."""
+
+    def __init__(self, overload: OpOverload | Callable[..., Any], name: str) -> None: ...
+    def __call__(self, *args: Any) -> Any: ...
+
+class Contents: ...
+
+def cpu_capability() -> str:
+    """The instruction set in use: default, avx2, avx512 or avx512_bf16."""
+
+def set_cpu_capability(name: str, /) -> None:
+    """Lowers the instruction set in use to the named one. For tests."""
+
+def cuda_architectures() -> str:
+    """The CUDA architectures built in, as in TORCH_CUDA_ARCH_LIST; empty in a build without CUDA."""
+
+def contents(*containers: list[Any] | dict[Any, Any]) -> Contents:
+    """Which objects these hold, dicts of dicts opened; keeps none of them alive."""
+
+def holds(contents: Contents, /, *containers: list[Any] | dict[Any, Any]) -> bool:
+    """Whether they still hold the same tensors, in the same dtypes and places."""
+
+def watch_draws(replay: Callable[..., tuple[int, int] | None], record: Callable[..., None], /) -> None:
+    """Whom the ops ask for random numbers inside torch.utils.checkpoint."""
+
+def replay_draw(kind: int, /) -> tuple[int, int] | None:
+    """(seed, offset) of a draw made before, or None."""
+
+def record_draw(kind: int, seed: int, offset: int, /) -> None:
+    """What was drawn just now."""
+
+def others_draw() -> None:
+    """There is a random stream that torch does not know."""
