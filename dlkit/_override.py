@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from dlkit import _C
 from dlkit._undo import Undo
 
-_C: Any = importlib.import_module("dlkit._C")
 FUNCTIONS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout")
 
 _lock = threading.Lock()
@@ -49,7 +49,8 @@ def override() -> Override:
 
     Left to torch: tensors for which dlkit has no kernel, subclasses of Tensor, ``torch.func``, forward-mode
     derivatives, and whatever is compiled or exported: a program that ``torch.compile`` made holds torch's ops.
-    A backward pass may run after the block. It nests: the outermost end is the end.
+    A backward pass may run after the block. It nests: the outermost end is the end. It changes torch's dispatcher, so
+    begin and end it while no other thread computes.
 
     Returns:
         An :class:`Override`, which is a context manager; ``undo()`` ends it, ``calls`` counts what was served.
