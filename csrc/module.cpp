@@ -6,6 +6,7 @@
 #include "common/cpu/capability.h"
 #include "contents.h"
 #include "draws.h"
+#include "override.h"
 
 #if !defined(DLKIT_CUDA_ARCHITECTURES)
 #define DLKIT_CUDA_ARCHITECTURES ""
@@ -44,6 +45,9 @@ PyMethodDef methods[] = {
      "replay_draw(kind): (seed, offset) of a draw made before, or None."},
     {"record_draw", dlkit::record_draw, METH_VARARGS, "record_draw(kind, seed, offset): what was drawn just now."},
     {"others_draw", dlkit::others_draw_soon, METH_NOARGS, "There is a random stream that torch does not know."},
+    {"override_torch", dlkit::override_torch, METH_O,
+     "override_torch(on): torch's functions are served by dlkit's ops."},
+    {"override_calls", dlkit::override_calls, METH_NOARGS, "By function of torch: (calls served, calls declined)."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "dlkit._C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};

@@ -39,3 +39,9 @@ def record_draw(kind: int, seed: int, offset: int, /) -> None:
 
 def others_draw() -> None:
     """There is a random stream that torch does not know."""
+
+def override_torch(on: bool, /) -> None:
+    """Whether torch's functions are served by dlkit's ops."""
+
+def override_calls() -> dict[str, tuple[int, int]]:
+    """By function of torch: (calls served, calls declined)."""

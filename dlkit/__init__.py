@@ -16,6 +16,9 @@ from dlkit import (  # noqa: E402  (the ops exist only once the library is loade
     optim,
     random,
 )
+from dlkit._adopt import register  # noqa: E402
+from dlkit._override import override, patch  # noqa: E402
+from dlkit._reach import report  # noqa: E402
 from dlkit.fusion import fuse  # noqa: E402
 from dlkit.memory import reuse_cpu_memory  # noqa: E402
 from dlkit.surgery import Change, replace, restore  # noqa: E402
@@ -30,8 +33,12 @@ __all__ = [
     "fuse",
     "nn",
     "optim",
+    "override",
+    "patch",
     "random",
+    "register",
     "replace",
+    "report",
     "restore",
     "reuse_cpu_memory",
 ]

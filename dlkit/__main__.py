@@ -1,4 +1,4 @@
-"""python -m dlkit info | bench | lab"""
+"""python -m dlkit info | bench | lab | report"""
 
 import argparse
 import importlib
@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "info": "versions, what was built in, and which backend serves each op on each device",
     "bench": "measure ops against torch eager, torch.compile and installed peers",
+    "report": "which norms and dropouts of a model dlkit's kernels do, which not, and why",
     "lab": "train on real data with torch's layers and optimizer and with dlkit's",
 }
 
@@ -50,15 +51,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dlkit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     wanted = next((argument for argument in sys.argv[1:] if argument in COMMANDS), None)
+    homes = {"report": "dlkit._reach"}  # dlkit.report is a function
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == wanted and name != "info":
-            importlib.import_module(f"dlkit.{name}").add_arguments(command)
+            importlib.import_module(homes.get(name, f"dlkit.{name}")).add_arguments(command)
     arguments = parser.parse_args()
     if arguments.command == "info":
         info()
         return 0
-    return importlib.import_module(f"dlkit.{arguments.command}").main(arguments) or 0
+    home = homes.get(arguments.command, f"dlkit.{arguments.command}")
+    return importlib.import_module(home).main(arguments) or 0
 
 
 if __name__ == "__main__":

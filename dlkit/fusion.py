@@ -1,6 +1,10 @@
 """fuse(): BatchNorm and the ReLU behind it, or the residual add and the ReLU behind it, become one layer, in place.
 torch's transformer layers become those that do dropout, residual add and norm in one pass, by a change of class.
 
+Between the two may stand what does nothing: an Identity, a dropout or stochastic depth with a probability of 0. It
+stays where it is, since it does nothing to a ReLU's result either. Before a residual add it is left out, and the new
+forward() raises if it has begun to do something. A BatchNorm that has a ReLU of its own takes it in.
+
 Neighbours in torch.nn.Sequential are fused as they stand. Elsewhere the forward() that calls the BatchNorm is traced by
 torch.fx, one level deep: whatever it calls stays a call, with its hooks. That forward(), without the add and the ReLU,
 becomes the forward() of a class derived from the module's own, which modules of equal code share. A class and not an
@@ -14,7 +18,6 @@ reads from its module are remembered, and the new forward() raises if they have 
 import contextlib
 import functools
 import inspect
-import itertools
 import linecache
 import operator
 import pkgutil
@@ -32,8 +35,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 import dlkit.nn
+from dlkit import _adopt, _forms
+from dlkit.nn._layer import HOOKS
 from dlkit.nn.transformer import why_not_fused
-from dlkit.surgery import Change, label, why_not_plain
+from dlkit.surgery import TWINS, Change, _replacement, drop_probability, label, why_not_plain
 
 FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: dlkit.nn.BatchNormReLU1d,
@@ -113,6 +118,7 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
             except Left as left:
                 found = dict.fromkeys(usable, str(left))
         reasons.update({(prefix + path).rstrip("."): reason for path, reason in found.items()})
+    reasons.update(_fuse_own_relus(model))
     reasons.update(_fuse_transformers(model))
     if report is not None:
         report.extend(
@@ -121,6 +127,25 @@ def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
             if name in reasons
         )
     return model
+
+
+def _fuse_own_relus(model: torch.nn.Module) -> dict[str, str]:
+    """BatchNorms of other libraries that have their activation as a child."""
+    reasons = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or not module._modules:
+            continue
+        served = type(module) if _adopt.adopted(type(module)) else _replacement(module, True)[0]
+        adopted = _adopt.adopted(served) if served else None
+        if served is None or adopted is None or adopted[2][0].norm != "twin" or adopted[2][0].relu:
+            continue
+        *_, last = module._modules.values()
+        if _forms.ends_in_relu(module):
+            module.__class__ = _adopt.class_with_relu(served)
+            reasons[name] = "takes in its ReLU"
+        else:
+            reasons[name] = f"no plain ReLU follows its norm: it ends in a {type(last).__name__}"
+    return reasons
 
 
 def _fuse_transformers(model: torch.nn.Module) -> dict[str, str]:
@@ -155,8 +180,7 @@ def _why_left(layer: torch.nn.Module) -> str:
         return why_not_plain(layer, next((cls for cls in FUSED if isinstance(layer, cls)), _BatchNorm))
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return "it has hooks, which would see other values" if any(getattr(layer, kind) for kind in kinds) else ""
+    return "it has hooks, which would see other values" if any(getattr(layer, hooks) for hooks in HOOKS) else ""
 
 
 def _become_fused(layer: torch.nn.Module) -> None:
@@ -195,8 +219,12 @@ def unfuse(model: torch.nn.Module) -> dict[str, str]:
             reasons[name] = "its own forward() is back"
         if _is_sequential(owner):
             children = list(owner._modules.items())
-            for (path, layer), (relu_path, relu) in itertools.pairwise(children):
-                original = vars(relu).get("_dlkit_relu") if relu is not None else None
+            last: Any = None
+            for relu_path, relu in children:
+                (path, layer), original = last or ("", None), None
+                if relu is not None:
+                    original = vars(relu).get("_dlkit_relu")
+                    last = last if original is None and _does_nothing(relu) is not None else (relu_path, relu)
                 if layer is None or original is None or not _took_in(layer):
                     continue
                 _become_plain(layer)
@@ -223,6 +251,8 @@ def _fuse_sequential(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]
     following = dict(zip((name for name, _ in children), children[1:], strict=False))
     for path in paths:
         name, relu = following.get(path, ("", None))
+        while name and _does_nothing(relu) is not None:
+            name, relu = following.get(name, ("", None))
         if type(relu) is not torch.nn.ReLU:
             reasons[path] = "no ReLU follows it"
         elif _why_left(relu):
@@ -246,6 +276,8 @@ class _Match(NamedTuple):
     norm: torch.fx.Node
     add: torch.fx.Node | None
     relu: torch.fx.Node
+    between: list[torch.fx.Node]  # calls that do nothing, between norm and add
+    guards: list[tuple[str, Any]]  # what tells that they do nothing
 
 
 def _fuse_traced(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
@@ -280,6 +312,7 @@ def _fuse_traced(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
             _rewrite(graph, match)
         earlier: Any = vars(type(owner)).get("_dlkit_fused", ())[4:5]
         fused = {*matches, *(path for paths in earlier for path in paths)}
+        guards += tuple(guard for match in matches.values() for guard in match.guards)
         owner_class = _class_for(owner, graph, guards, tuple(sorted(fused)))
         for path in matches:
             _become_fused(owner.get_submodule(path))
@@ -297,18 +330,25 @@ def _is_later_operand(calls: list[torch.fx.Node]) -> bool:
 def _match(owner: torch.nn.Module, norm: torch.fx.Node) -> _Match:
     if len(norm.args) != 1 or norm.kwargs:
         raise Left("it is called with other arguments than its input")
+    between, guards = [norm], []
     after = _only_user(norm)
+    while after.op == "call_module" and (found := _does_nothing(owner.get_submodule(str(after.target)))) is not None:
+        between.append(after)
+        guards += [(f"{after.target}.{name}", value) for name, value in found]
+        after = _only_user(after)
     if _is_relu(owner, after):
-        return _Match(norm, None, after)
+        return _Match(norm, None, after, [], [])
     if after.op == "call_module" or after.target not in (*ADDS, *ADDS_IN_PLACE):
         raise Left("no ReLU follows it")
     if after.kwargs or len(after.args) != 2 or not all(isinstance(term, torch.fx.Node) for term in after.args):
         raise Left("what follows it is not the sum of two tensors")
     if len(after.all_input_nodes) != 2:
         raise Left("it is added to itself")
-    if after.target in ADDS_IN_PLACE and after.args[0] is not norm:
+    if after.target in ADDS_IN_PLACE and after.args[0] is not between[-1]:
         raise Left("its result is added to another tensor in place")
     relu = _only_user(after)
+    while relu.op == "call_module" and _does_nothing(owner.get_submodule(str(relu.target))) is not None:
+        relu = _only_user(relu)
     if not _is_relu(owner, relu):
         raise Left("an add follows it, and no ReLU")
     # The call moves to where the add is; on the way its input could change in place.
@@ -317,7 +357,20 @@ def _match(owner: torch.nn.Module, norm: torch.fx.Node) -> _Match:
         if norm.args[0] in node.all_input_nodes:
             raise Left("its input is used between it and the add")
         node = node.next
-    return _Match(norm, after, relu)
+    return _Match(norm, after, relu, between[1:], guards)
+
+
+def _does_nothing(layer: Any) -> list[tuple[str, Any]] | None:
+    """The attributes, by name and value, that tell that ``layer`` gives its input back; None if it may not."""
+    if layer is None or "forward" in vars(layer) or any(getattr(layer, hooks) for hooks in HOOKS):
+        return None
+    if type(layer) is torch.nn.Identity:
+        return [("__class__", torch.nn.Identity)]
+    plain = any(
+        type(layer) in pair for pair in TWINS.items() if issubclass(pair[0], torch.nn.modules.dropout._DropoutNd)
+    )
+    p = "p" if plain else drop_probability(layer)
+    return [(p, getattr(layer, p))] if p and not getattr(layer, p) else None
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node:
@@ -334,14 +387,16 @@ def _is_relu(owner: torch.nn.Module, node: torch.fx.Node) -> bool:
 
 
 def _rewrite(graph: torch.fx.Graph, match: _Match) -> None:
-    norm, add, relu = match
-    residual = tuple(term for term in add.all_input_nodes if term is not norm) if add else ()
+    norm, add, relu, between, _ = match
+    residual = tuple(term for term in add.all_input_nodes if term is not (between or [norm])[-1]) if add else ()
     with graph.inserting_before(add or norm):
         fused = graph.call_module(str(norm.target), norm.args + residual)
         if add is not None and add.target in ADDS_IN_PLACE:
             fused = graph.call_method("type_as", (fused, norm.args[0]))  # a wider residual does not promote the sum
-    relu.replace_all_uses_with(fused)
-    for node in (relu, add, norm):
+    # What does nothing between norm and ReLU, or add and ReLU, is called on the result.
+    relu.replace_all_uses_with(relu.args[0] if isinstance(relu.args[0], torch.fx.Node) else fused)
+    (add or norm).replace_all_uses_with(fused)
+    for node in (relu, add, *reversed(between), norm):
         if node is not None:
             graph.erase_node(node)
 
@@ -395,7 +450,8 @@ def _trace_once(owner: torch.nn.Module, training: bool, reads: dict[str, Any]) -
             module.training = training
         hooks.__enter__ = _refuse("it uses hooks on saved tensors, as checkpointing does")  # type: ignore[method-assign]
         with _random_untouched(), _OnlyInputs():
-            return _Tracer().trace(_watched(owner, reads))
+            tracer = _Tracer(training)
+            return tracer.trace(_watched(owner, reads, tracer))
     finally:
         hooks.__enter__ = enter  # type: ignore[method-assign]
         for module, flag in zip(modules, flags, strict=True):
@@ -409,12 +465,17 @@ def _refuse(reason: str) -> Callable[..., Any]:
     return refuse
 
 
-def _watched(owner: torch.nn.Module, reads: dict[str, Any]) -> torch.nn.Module:
-    """A copy of ``owner`` that shares its layers, notes in ``reads`` what is read from it, and cannot be changed."""
+def _watched(owner: torch.nn.Module, reads: dict[str, Any], tracer: torch.fx.Tracer) -> torch.nn.Module:
+    """A copy of ``owner`` that shares its layers, notes in ``reads`` what is read from it, and cannot be changed.
+
+    Its training flag is looked up in each call where it is handed on, as to F.dropout.
+    """
     cls = type(owner)
     ordinary = vars(torch.nn.Module())
 
     def read(self: Any, name: str) -> Any:
+        if name == "training" and hasattr(tracer, "graph"):
+            return tracer.create_proxy("get_attr", "training", (), {})
         value = cls.__getattribute__(self, name)
         if name not in ordinary and name in object.__getattribute__(self, "__dict__"):
             reads[name] = value
@@ -430,6 +491,14 @@ def _watched(owner: torch.nn.Module, reads: dict[str, Any]) -> torch.nn.Module:
 
 
 class _Tracer(torch.fx.Tracer):
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.training = training
+
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        # A branch: the graph of the other mode tells whether it matters.
+        return self.training if obj.node.op == "get_attr" and obj.node.target == "training" else super().to_bool(obj)
+
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -541,9 +610,13 @@ def _derived(
     filename = f"<dlkit.fuse {original.__qualname__} {zlib.crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
 
+    paths = [(name.split("."), name, value) for name, value in guards]
+
     def check(module: torch.nn.Module) -> None:
-        for name, value in guards:
-            found = getattr(module, name, None)
+        for path, name, value in paths:
+            found: Any = module
+            for part in path:
+                found = getattr(found, part, None)
             if found is not value and found != value:
                 then = f"{original.__qualname__}.{name} was {value!r} when dlkit.fuse() rewrote forward()"
                 raise RuntimeError(f"{then}, and is {found!r}: set it before fusing")

@@ -1,14 +1,17 @@
-"""replace() and restore(): torch.nn layers to their fused twins and back, in place, by changing __class__.
+"""replace() and restore(): layers of torch.nn and of other libraries to dlkit's kernels and back, in place, by changing
+__class__.
 
 Parameters, buffers, hooks, the training flag and state_dict stay what and where they are.
 """
 
+import re
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
 import dlkit.nn
+from dlkit import _adopt, _trial
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: dlkit.nn.LayerNorm,
@@ -30,6 +33,8 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.MultiheadAttention: dlkit.nn.MultiheadAttention,
 }
 
+NORMS = tuple(cls for cls in TWINS if "Norm" in cls.__name__ and cls is not torch.nn.SyncBatchNorm)
+
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
@@ -50,21 +55,80 @@ class Change(NamedTuple):
         return f"{self.name or '(the model itself)'}: {label(self.before)}, {outcome}: {self.reason}"
 
 
-def replace(model: Model, *, report: list[Change] | None = None) -> Model:
-    """Turns every layer of ``model`` that has a fused twin into it, in place.
+def replace(model: Model, *, report: list[Change] | None = None, verify: bool = True) -> Model:
+    """Turns every norm and dropout of ``model`` that dlkit's kernels can serve into a layer that they serve, in place.
 
-    Exactly torch's own classes are changed. A subclass, or a layer whose forward was replaced on the instance, may do
-    something else and is left alone.
+    Layers of exactly torch's own classes become dlkit's. Norms of other classes, whoever wrote them, are run beside the
+    forms that dlkit has, on random inputs, forward and backward: where outputs and gradients agree within rounding in
+    float64, and the order of rounding in other dtypes is found too, the layer's class becomes one derived from its own,
+    of the same name. So does stochastic depth. What computes something else is left. A layer whose forward was
+    replaced on the instance is left too.
 
     Args:
-        model: any module; itself a layer, perhaps.
+        model: any module; itself a layer, perhaps. It may be on the meta device.
         report: a list that receives a :class:`Change` for each layer changed, and for each that was left and could have
             been meant. ``print(*report, sep="\\n")`` shows it.
+        verify: run layers of classes that are neither torch's nor registered (:func:`dlkit.register`). False leaves
+            them as they are.
 
     Returns:
         The same object, ``model``.
     """
-    return _change(model, TWINS, "has a fused twin", report)
+    changes = []
+    for name, module in model.named_modules():
+        before = type(module)
+        cls, reason = _replacement(module, verify)
+        if cls is not None:
+            module.__class__ = cls
+        if reason:
+            changes.append(Change(name, before, type(module), reason))
+    if report is not None:
+        report.extend(changes)
+    return model
+
+
+DROPS = re.compile("drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)
+
+
+def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.Module] | None, str]:
+    """(the class that ``module`` is to have or None, why); no reason where it is none of replace()'s business."""
+    before = type(module)
+    if isinstance(module, tuple(TWINS.values())) or _adopt.adopted(before):
+        return None, ""
+    # An uninitialised layer is of a class of its own until it has seen an input.
+    nominal = getattr(before, "cls_to_become", None) or before
+    related = next((cls for cls in TWINS if issubclass(nominal, cls)), None)
+    norm = related in NORMS if related else _trial.looks_like_norm(module)
+    drops = DROPS.search(before.__name__) is not None and not before.__module__.startswith("dlkit.")
+    if not (related or norm or drops or before in _adopt.REGISTERED):
+        return None, ""
+    if isinstance(module, LazyModuleMixin):
+        return None, "it is not initialised: it can be replaced once it has seen an input"
+    if "forward" in vars(module):
+        return None, "its forward was replaced on the instance"
+    if before in _adopt.REGISTERED:
+        forward = _adopt.REGISTERED[before](module)
+        if forward is None:
+            return None, "what is registered for its class leaves it"
+        return _adopt.class_for_registered(before, forward), "its class is registered"
+    if related is before:
+        return TWINS[before], "has a fused twin"
+    subclass = why_not_plain(module, related) if related else ""
+    if not verify:
+        return None, subclass or "its class is not torch's, and verify=False"
+    if norm:
+        twin = TWINS[related] if related else None
+        try:
+            proof = _trial.prove(module, twin)
+        except _trial.Differs as differs:
+            return None, f"{subclass}: {differs}" if subclass else str(differs)
+        return _adopt.class_for_norm(before, proof, twin), str(proof)
+    if drops:
+        drop = _trial.prove_drop(module)
+        if drop:
+            return _adopt.class_for_drop(before, drop), f"verified: {drop}, in distribution"
+        return None, "on random inputs it does something else than drop_path and dropblock2d"
+    return None, subclass
 
 
 def restore(model: Model, *, report: list[Change] | None = None) -> Model:
@@ -86,7 +150,21 @@ def restore(model: Model, *, report: list[Change] | None = None) -> Model:
     before = {name: type(module) for name, module in model.named_modules()}
     reasons = unfuse(model)
     changes: list[Change] = []
-    _change(model, {twin: original for original, twin in TWINS.items()}, "is torch's layer again", changes)
+    originals = {twin: original for original, twin in TWINS.items()}
+    for name, module in model.named_modules():
+        cls = type(module)
+        adopted = _adopt.adopted(cls)
+        if adopted:
+            module.__class__ = adopted[0]
+            changes.append(Change(name, cls, adopted[0], "its own forward() is back"))
+            continue
+        related = next((twin for twin in originals if issubclass(cls, twin)), None)
+        if related is None:
+            continue
+        why = why_not_plain(module, related)
+        if not why:
+            module.__class__ = originals[cls]
+        changes.append(Change(name, cls, type(module), why or "is torch's layer again"))
     if report is not None:
         after = dict(model.named_modules())
         report.extend(Change(name, before[name], type(after[name]), reason) for name, reason in reasons.items())
@@ -98,30 +176,18 @@ def can_restore(cls: type) -> bool:
     """Whether :func:`restore` makes layers of torch.nn of those of this class, in the model that they belong to."""
     from dlkit.fusion import FUSED, TRANSFORMERS
 
-    return cls in (*TWINS.values(), *FUSED.values(), *TRANSFORMERS.values())
+    return cls in (*TWINS.values(), *FUSED.values(), *TRANSFORMERS.values()) or _adopt.adopted(cls) is not None
 
 
-def _change(
-    model: Model,
-    table: dict[type[torch.nn.Module], type[torch.nn.Module]],
-    reason: str,
-    report: list[Change] | None,
-) -> Model:
-    changes = []
-    for name, module in model.named_modules():
-        before = type(module)
-        # An uninitialised layer is of a class of its own until it has seen an input.
-        nominal = getattr(before, "cls_to_become", None) or before
-        related = next((cls for cls in table if issubclass(nominal, cls)), None)
-        if related is None or (table is TWINS and issubclass(before, tuple(TWINS.values()))):
-            continue
-        why = why_not_plain(module, related)
-        if not why:
-            module.__class__ = table[before]
-        changes.append(Change(name, before, type(module), why or reason))
-    if report is not None:
-        report.extend(changes)
-    return model
+def drop_probability(module: torch.nn.Module) -> str:
+    """The name of the attribute with the probability if ``module`` is stochastic depth or DropBlock, else empty."""
+    if isinstance(module, (dlkit.nn.DropPath, dlkit.nn.DropBlock2d)):
+        return "p"
+    adopted = _adopt.adopted(type(module))
+    if adopted and adopted[1] == "drop":
+        return adopted[2][0].p
+    drop = _trial.prove_drop(module) if DROPS.search(type(module).__name__) else None
+    return drop.p if drop else ""
 
 
 def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> str:

@@ -213,7 +213,7 @@ def test_module():
     with use(Philox(1)):
         y = module(x)
     assert torch.equal(y, fused.dropblock2d(x, P, 3, generator=Philox(1)))
-    assert repr(module) == "DropBlock2d(p=0.3, block_size=3, inplace=False)"
+    assert repr(module) == "dlkit.DropBlock2d(p=0.3, block_size=3, inplace=False)"
     assert module.eval()(x) is x and fused.dropblock2d(x, 0, 3) is x
 
 

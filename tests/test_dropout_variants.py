@@ -125,7 +125,7 @@ def test_modules(variant):
     assert module.eval()(x) is x
     if known:
         theirs = getattr(torch.nn, MODULES[variant])
-        assert isinstance(module, theirs) and repr(module) == repr(theirs(P))
+        assert isinstance(module, theirs) and repr(module) == f"dlkit.{theirs(P)!r}"
         model = torch.nn.Sequential(theirs(P))
         assert type(dlkit.replace(model)[0]) is type(module)
         assert type(dlkit.restore(model)[0]) is theirs

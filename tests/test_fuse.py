@@ -345,11 +345,6 @@ class DependsOnTraining(Block, reason="depends on training"):
         return out * 2 if self.training else out
 
 
-class PassesTraining(Block, reason="depends on training"):
-    def forward(self, x):
-        return F.dropout(self.relu(self.bn(x)), 0.0, self.training)
-
-
 class DependsOnGradMode(Block, reason="depends on training"):
     def forward(self, x):
         out = self.relu(self.bn(x))
@@ -441,6 +436,119 @@ def test_what_a_rewrite_would_change_is_left(cls):
     assert LEFT[cls] in report[0].reason and report[0].name == "bn" and len(report) == 2
     assert list(vars(block)) == list(before) and block.kept is None
     assert random.getstate() == python_state and torch.equal(torch.get_rng_state(), torch_state)
+
+
+class ZeroDropPath(nn.Module):
+    def __init__(self, drop_prob=0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if not self.training or not self.drop_prob:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype) >= self.drop_prob
+        return x * keep / (1 - self.drop_prob)
+
+
+class LooksThrough(Block):
+    """What does nothing stands wherever it can, and the training flag is handed on."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn2, self.identity = nn.BatchNorm2d(4), nn.Identity()
+        self.drop, self.path = nn.Dropout2d(0.0), ZeroDropPath()
+
+    def forward(self, x):
+        y = self.drop(self.relu(self.identity(self.drop(self.bn(x)))))
+        y = F.dropout(y, 0.0, self.training)
+        y = self.path(self.identity(self.bn2(self.conv(y))))
+        y += x
+        return self.relu(self.identity(y))
+
+
+def test_what_does_nothing_is_looked_through():
+    model = randomised(LooksThrough().double())
+    fused = dlkit.fuse(copy.deepcopy(model))
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    assert fused_layers(fused) == ["bn", "bn2"]
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert_same_results(copy.deepcopy(model), copied, x)
+    fused.drop.p = 1.0  # stands before and behind a ReLU, and is called there
+    zero = torch.zeros_like(x)
+    model.drop.p = 1.0
+    torch.testing.assert_close(fused.train()(x), model.train()(x))
+    fused.drop.p = model.drop.p = 0.0
+    fused.path.drop_prob = 0.5
+    with pytest.raises(RuntimeError, match=r"path\.drop_prob was 0\.0 .* and is 0\.5"):
+        fused(x)
+    fused.path.drop_prob, fused.identity = 0.0, nn.Hardtanh()
+    with pytest.raises(RuntimeError, match=r"identity\.__class__"):
+        fused(zero)
+    fused.identity = nn.Identity()
+    restored = dlkit.restore(fused)
+    assert type(restored) is LooksThrough and not fused_layers(restored)
+    assert_same_results(model, restored, x)
+
+
+@pytest.mark.parametrize("change", ["dropout", "path", "hook", "subclass"])
+def test_what_does_something_is_not_looked_through(change):
+    model = LooksThrough()
+    if change == "dropout":
+        model.drop.p = 0.1
+    elif change == "path":
+        model.path.drop_prob = 0.1
+    elif change == "hook":
+        model.identity.register_forward_hook(lambda *_: None)
+    else:
+        model.identity = nn.Sequential()
+    assert fused_layers(dlkit.fuse(model)) == {"dropout": ["bn2"], "path": ["bn"]}.get(change, [])
+
+
+def test_a_sequential_is_looked_through():
+    model = randomised(
+        nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), nn.Dropout(0.0), nn.ReLU(), nn.Dropout(0.0), nn.ReLU()).double()
+    )
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    fused = dlkit.fuse(copy.deepcopy(model))
+    assert fused_layers(fused) == ["0"] and [type(layer) for layer in fused][3:] == [nn.Identity, nn.Dropout, nn.ReLU]
+    assert_same_results(model, fused, x)
+    restored = dlkit.restore(fused)
+    assert [type(layer) for layer in restored] == [type(layer) for layer in model]
+    assert_same_results(model, restored, x)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm with its activation, as timm has."""
+
+    def __init__(self, size, act, drop=None):
+        super().__init__(size)
+        self.drop, self.act = drop or nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_norm_takes_in_a_relu_of_its_own(replaced):
+    model = nn.Sequential(
+        NormAct(4, nn.ReLU(inplace=True)), NormAct(4, nn.SiLU()), NormAct(4, nn.ReLU(), nn.Dropout(0.1))
+    )
+    model, report = randomised(model.double()), []
+    fused = copy.deepcopy(model)
+    dlkit.fuse(dlkit.replace(fused) if replaced else fused, report=report)
+    assert [change.reason for change in report][:1] == ["takes in its ReLU"] and "SiLU" in report[1].reason
+    assert "with its ReLU" in repr(fused[0]) and isinstance(fused[0], NormAct)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    calls, again = [], pickle.loads(pickle.dumps(fused))
+    with counting(calls):
+        copy.deepcopy(fused[0])(x)
+    assert not [name for name in calls if "relu" in name]
+    assert_same_results(copy.deepcopy(model[:2]), copy.deepcopy(again[:2]), x)
+    fused[0].act = model[0].act = nn.Hardtanh()  # is called, whatever it has become
+    assert_same_results(model[:2], fused[:2], x)
+    report.clear()
+    dlkit.fuse(again, report=report)
+    assert [type(layer) for layer in dlkit.restore(again)] == [NormAct] * 3
 
 
 class Variants(Block):

@@ -688,7 +688,7 @@ def test_inference_mode_and_no_grad():
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
 def test_modules_are_torchs_own(kind):
     ours, theirs = getattr(dlkit.nn, kind)(12), getattr(torch.nn, kind)(12)
-    assert isinstance(ours, getattr(torch.nn, kind)) and repr(ours) == repr(theirs)
+    assert isinstance(ours, getattr(torch.nn, kind)) and repr(ours) == f"dlkit.{theirs!r}"
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 12)
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)

@@ -70,7 +70,7 @@ def test_every_twin_is_a_subclass_with_the_same_attributes(original):
     attributes, text, keys = dict(vars(layer)), repr(layer), list(layer.state_dict())
     twin = dlkit.replace(layer)
     assert twin is layer and type(layer) is TWINS[original]
-    assert dict(vars(layer)) == attributes and repr(layer) == text and list(layer.state_dict()) == keys
+    assert dict(vars(layer)) == attributes and repr(layer) == f"dlkit.{text}" and list(layer.state_dict()) == keys
     assert inspect.signature(original) == inspect.signature(type(layer)) or original is torch.nn.SyncBatchNorm
     if original is torch.nn.SyncBatchNorm:  # DistributedDataParallel would refuse a subclass of it on CPU
         assert list(vars(TWINS[original](6))) == list(attributes)
@@ -200,7 +200,7 @@ def test_fused_layers_are_batch_norms():
     x, residual = torch.randn(3, 4, 5, 2), torch.randn(3, 4, 5, 2)
     layer, fused = torch.nn.BatchNorm2d(4), dlkit.nn.BatchNormReLU2d(4)
     assert isinstance(fused, (dlkit.nn.BatchNorm2d, torch.nn.BatchNorm2d)) and repr(fused).startswith(
-        "BatchNormReLU2d(4,"
+        "dlkit.BatchNormReLU2d(4,"
     )
     fused.load_state_dict(layer.state_dict())
     torch.testing.assert_close(fused(x), layer(x).relu())

@@ -9,6 +9,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include "op.h"
+#include "override.h"
 
 namespace dlkit {
 
@@ -111,6 +112,7 @@ struct SavingNode : torch::autograd::Node {
     const Saved saved = unpack();
     if (at::GradMode::is_enabled() || is_transformed()) {
       const at::AutoGradMode recording(true);
+      const TorchItself no_override;
       return differentiable_backward(grads, saved);
     }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;

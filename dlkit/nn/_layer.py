@@ -16,6 +16,11 @@ class Layer:
 
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
+    def _get_name(self) -> str:
+        """In repr(): the layer is dlkit's."""
+        name: str = super()._get_name()  # type: ignore[misc]
+        return f"dlkit.{name}" if type(self).__module__.startswith("dlkit.") else name
+
     def _is_leaf(self, input: Proxy) -> bool:
         """Whether torch.fx traces a model around this layer. It traces into subclasses, as into those of torch.nn's."""
         return type(self).__module__.startswith("dlkit.nn.") and input.tracer.root is not self  # type: ignore[attr-defined]

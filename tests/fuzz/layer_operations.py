@@ -135,7 +135,7 @@ class ExactNorm:
                 + self.terms * (np.abs(weighted) * self.terms).mean(axes, keepdims=True)
             )
             if self.view.statistics != (0, 2):  # torch's BatchNorm adds fp32 up in fp64, and so has no sums too large
-                sums = (np.abs(weighted) * self.terms).sum(axes, keepdims=True)
+                sums = (np.abs(weighted) * self.terms * np.maximum(1, 1 / self.rstd)).sum(axes, keepdims=True)
                 terms = np.where(sums < np.longdouble(torch.finfo(self.range).max) / 16, terms, np.inf)
             # What is made of gradients near the range's end loses bits before these factors take it away from there.
             info = torch.finfo(self.range)

@@ -1,0 +1,198 @@
+// dlkit.override(): torch's own functions, served by dlkit's ops while it is on.
+//
+// Norms and dropouts are composite ops in torch, which have no kernel at the autograd keys of a device. While override
+// is on they have one here, and one at the device's own key for inference mode: it hands the call to dlkit's op, or
+// calls torch's composite function itself. What is called from C++ comes here too: the dropout in attention that torch
+// computes step by step. Where it declines it costs 0.01 us a call; a kernel in Python costs 0.6 us at least, and a
+// TorchFunctionMode 0.9 us in every call of torch.
+//
+// It declines tensors that have no kernel, subclasses of Tensor and whatever traces (torch.compile keeps torch's ops),
+// transforms of torch.func and forward-mode derivatives, and calls that dlkit's ops make themselves.
+#include "override.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/alpha_dropout_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/batch_norm_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/dropout_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/feature_alpha_dropout_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/feature_dropout_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/group_norm_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/instance_norm_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/layer_norm_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/rms_norm_compositeimplicitautograd_dispatch.h>
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "common/autograd.h"
+#include "common/override.h"
+
+namespace dlkit {
+namespace {
+
+using at::Tensor;
+using OptionalGenerator = std::optional<at::Generator>;
+
+enum Function { LayerNorm, RmsNorm, BatchNorm, GroupNorm, InstanceNorm, Dropout, kFunctions };
+constexpr const char* kNames[kFunctions] = {"layer_norm", "rms_norm",      "batch_norm",
+                                            "group_norm", "instance_norm", "dropout"};
+std::atomic<int64_t> served[kFunctions], declined[kFunctions];
+
+bool is_plain(const Tensor& input) {
+  constexpr c10::DispatchKeySet odd{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
+  return input.defined() && !input.key_set().has_any(odd) && !is_transformed() && !has_tangent(input);
+}
+
+template <class... Optionals>
+bool serves(Function function, const char* kernel, const Tensor& input, const Optionals&... others) {
+  [[maybe_unused]] const auto has_odd = [](const OptionalTensor& t) { return has(t) && !is_plain(*t); };
+  bool good = calls_of_torch_itself == 0 && is_plain(input) && !(has_odd(others) || ...);
+  if (good) {
+    static const auto find = [](const char* name) {
+      return c10::Dispatcher::singleton().findSchemaOrThrow(
+          (std::string(DLKIT_STRING(DLKIT_LIBRARY)) + "::" + name).c_str(), "");
+    };
+    static const c10::OperatorHandle rows = find("layer_norm_forward"), channels = find("batch_norm_forward"),
+                                     masks = find("dropout_forward");
+    good = has_kernel(kernel[0] == 'l' ? rows : kernel[0] == 'b' ? channels : masks, input);
+  }
+  (good ? served : declined)[function].fetch_add(1, std::memory_order_relaxed);
+  return good;
+}
+
+Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                  const OptionalTensor& bias, double eps, bool cudnn) {
+  if (!serves(LayerNorm, "layer_norm_forward", input, weight, bias))
+    return at::compositeimplicitautograd::layer_norm_symint(input, shape, weight, bias, eps, cudnn);
+  static const auto op =
+      find_op<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, const OptionalTensor&, double)>(
+          "layer_norm");
+  const TorchItself inside;
+  return op.call(input, shape, weight, bias, eps);
+}
+
+Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
+                std::optional<double> eps) {
+  if (!serves(RmsNorm, "layer_norm_forward", input, weight))
+    return at::compositeimplicitautograd::rms_norm_symint(input, shape, weight, eps);
+  static const auto op =
+      find_op<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, std::optional<double>)>("rms_norm");
+  const TorchItself inside;
+  return op.call(input, shape, weight, eps);
+}
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double momentum,
+                  double eps, bool cudnn) {
+  if (!serves(BatchNorm, "batch_norm_forward", input, weight, bias, running_mean, running_var))
+    return at::compositeimplicitautograd::batch_norm(input, weight, bias, running_mean, running_var, training, momentum,
+                                                     eps, cudnn);
+  static const auto op = find_op<Tensor(
+      const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double, bool)>("batch_norm");
+  const TorchItself inside;
+  return op.call(input, running_mean, running_var, weight, bias, {}, {}, training, momentum, eps, false);
+}
+
+Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
+                  double eps, bool cudnn) {
+  if (!serves(GroupNorm, "batch_norm_forward", input, weight, bias))
+    return at::compositeimplicitautograd::group_norm(input, groups, weight, bias, eps, cudnn);
+  static const auto op =
+      find_op<Tensor(const Tensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&, double)>("group_norm");
+  const TorchItself inside;
+  return op.call(input, groups, weight, bias, eps);
+}
+
+Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var, bool use_input_stats,
+                     double momentum, double eps, bool cudnn) {
+  if (!serves(InstanceNorm, "batch_norm_forward", input, weight, bias, running_mean, running_var))
+    return at::compositeimplicitautograd::instance_norm(input, weight, bias, running_mean, running_var, use_input_stats,
+                                                        momentum, eps, cudnn);
+  static const auto op =
+      find_op<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&, bool, double, double)>("instance_norm");
+  const TorchItself inside;
+  return op.call(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps);
+}
+
+bool drops(const Tensor& input, double p, bool train) {
+  return train && p > 0 && p <= 1 && serves(Dropout, "dropout_forward", input);
+}
+
+// kChannels: the mask is for the first two dimensions.
+template <bool kChannels, bool kAlpha, Tensor (*kTorch)(const Tensor&, double, bool)>
+Tensor dropout(const Tensor& input, double p, bool train) {
+  if ((kChannels && input.dim() < 2) || !drops(input, p, train)) return kTorch(input, p, train);
+  static const auto op =
+      find_op<Tensor(const Tensor&, double, int64_t, bool, const OptionalGenerator&, const OptionalTensor&)>("dropout");
+  const TorchItself inside;
+  return op.call(input, p, kChannels ? 2 : -1, kAlpha, {}, {});
+}
+
+template <bool kChannels, bool kAlpha, Tensor& (*kTorch)(Tensor&, double, bool)>
+Tensor& dropout_(Tensor& self, double p, bool train) {
+  if ((kChannels && self.dim() < 2) || !drops(self, p, train)) return kTorch(self, p, train);
+  static const auto op =
+      find_op<void(Tensor&, double, int64_t, bool, const OptionalGenerator&, const OptionalTensor&)>("dropout_");
+  const TorchItself inside;
+  op.call(self, p, kChannels ? 2 : -1, kAlpha, {}, {});
+  return self;
+}
+
+void implement(torch::Library& m) {
+  m.impl("layer_norm", TORCH_FN(layer_norm));
+  m.impl("rms_norm", TORCH_FN(rms_norm));
+  m.impl("batch_norm", TORCH_FN(batch_norm));
+  m.impl("group_norm", TORCH_FN(group_norm));
+  m.impl("instance_norm", TORCH_FN(instance_norm));
+  m.impl("dropout", TORCH_FN((dropout<false, false, at::compositeimplicitautograd::dropout>)));
+  m.impl("dropout_", TORCH_FN((dropout_<false, false, at::compositeimplicitautograd::dropout_>)));
+  m.impl("feature_dropout", TORCH_FN((dropout<true, false, at::compositeimplicitautograd::feature_dropout>)));
+  m.impl("feature_dropout_", TORCH_FN((dropout_<true, false, at::compositeimplicitautograd::feature_dropout_>)));
+  m.impl("alpha_dropout", TORCH_FN((dropout<false, true, at::compositeimplicitautograd::alpha_dropout>)));
+  m.impl("alpha_dropout_", TORCH_FN((dropout_<false, true, at::compositeimplicitautograd::alpha_dropout_>)));
+  m.impl("feature_alpha_dropout",
+         TORCH_FN((dropout<true, true, at::compositeimplicitautograd::feature_alpha_dropout>)));
+  m.impl("feature_alpha_dropout_",
+         TORCH_FN((dropout_<true, true, at::compositeimplicitautograd::feature_alpha_dropout_>)));
+}
+
+// Their destruction takes the kernels back.
+std::vector<std::unique_ptr<torch::Library>> libraries;
+
+void switch_on() {
+  for (const auto key :
+       {c10::DispatchKey::AutogradCPU, c10::DispatchKey::CPU, c10::DispatchKey::AutogradCUDA, c10::DispatchKey::CUDA}) {
+    libraries.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "aten", key, __FILE__, __LINE__));
+    implement(*libraries.back());
+  }
+}
+
+}  // namespace
+
+PyObject* override_torch(PyObject*, PyObject* on) {
+  const bool wanted = PyObject_IsTrue(on) == 1;
+  try {
+    if (wanted && libraries.empty()) switch_on();
+    if (!wanted) libraries.clear();
+  } catch (const std::exception& error) {
+    libraries.clear();
+    return PyErr_Format(PyExc_RuntimeError, "dlkit.override(): %s", error.what());
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* override_calls(PyObject*, PyObject*) {
+  PyObject* result = PyDict_New();
+  for (int i = 0; result != nullptr && i < kFunctions; ++i) {
+    PyObject* counts = Py_BuildValue("LL", static_cast<long long>(served[i]), static_cast<long long>(declined[i]));
+    if (counts == nullptr || PyDict_SetItemString(result, kNames[i], counts) < 0) Py_CLEAR(result);
+    Py_XDECREF(counts);
+  }
+  return result;
+}
+
+}  // namespace dlkit

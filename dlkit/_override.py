@@ -1,0 +1,151 @@
+"""override(): torch's own functions served by dlkit's kernels, and patch(): models built later are replaced."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dlkit import _C
+from dlkit._undo import Undo
+
+FUNCTIONS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout")
+
+_lock = threading.Lock()
+_depth = 0
+
+
+class Override(Undo):
+    """What :func:`override` gives: it can be undone, and says what it took over."""
+
+    def __init__(self) -> None:
+        super().__init__(_leave, f"dlkit.override(): {', '.join(FUNCTIONS)}")
+        self._before = _C.override_calls()
+
+    @property
+    def calls(self) -> dict[str, tuple[int, int]]:
+        """By function: (calls served, calls left to torch) since this began. Variants of dropout count together."""
+        now = _C.override_calls()
+        return {name: (now[name][0] - a, now[name][1] - b) for name, (a, b) in self._before.items()}
+
+
+def override() -> Override:
+    """Has dlkit's kernels serve torch's own functions, in the whole process, until it is undone.
+
+        with dlkit.override():
+            loss = model(x)
+
+        dlkit.override()            # or for good; .undo() ends it
+
+    Served are layer_norm, rms_norm, batch_norm, group_norm, instance_norm, dropout and its variants, whoever calls
+    them: a forward() that calls ``F.dropout``, a subclass that calls ``F.layer_norm``, the dropout inside of
+    ``scaled_dot_product_attention`` where torch computes that step by step, as it does on a CPU. Results are torch's
+    to rounding; masks come from torch's generators, and are those of :func:`dlkit.functional.dropout`.
+
+    Left to torch: tensors for which dlkit has no kernel, subclasses of Tensor, ``torch.func``, forward-mode
+    derivatives, and whatever is compiled or exported: a program that ``torch.compile`` made holds torch's ops.
+    A backward pass may run after the block. It nests: the outermost end is the end. It changes torch's dispatcher, so
+    begin and end it while no other thread computes.
+
+    Returns:
+        An :class:`Override`, which is a context manager; ``undo()`` ends it, ``calls`` counts what was served.
+    """
+    global _depth
+    with _lock:
+        if _depth == 0:
+            _C.override_torch(True)
+        _depth += 1
+    return Override()
+
+
+def _leave() -> None:
+    global _depth
+    with _lock:
+        _depth -= 1
+        if _depth == 0:
+            _C.override_torch(False)
+
+
+# Models built later
+
+
+_building = threading.local()
+
+
+def patch(*names: str | type | ModuleType) -> Undo:
+    """Replaces, as :func:`dlkit.replace` does, every model that is built from now on by the classes named.
+
+        with dlkit.patch("transformers.models.llama"):
+            model = AutoModelForCausalLM.from_pretrained(path)
+
+    The layers are replaced when the constructor of the outermost module ends. What was built stays as it is when the
+    patch is undone; :func:`dlkit.restore` undoes that.
+
+    Args:
+        names: packages or modules, as objects or names, all of whose modules' classes are meant; or classes.
+
+    Returns:
+        A context manager; ``undo()`` ends it too.
+
+    Raises:
+        ImportError: a module cannot be imported.
+        ValueError: nothing of what is named is a subclass of :class:`torch.nn.Module`.
+    """
+    classes: dict[type[torch.nn.Module], None] = {}
+    for name in names:
+        found = _classes(name)
+        if not found:
+            raise ValueError(f"patch(): expected modules that define subclasses of torch.nn.Module, got {name!r}")
+        classes.update(dict.fromkeys(found))
+    undone = [(cls, vars(cls).get("__init__")) for cls in classes]
+    for cls in classes:
+        cls.__init__ = _replacing(cls.__init__)  # type: ignore[method-assign]
+
+    def undo() -> None:
+        for cls, before in reversed(undone):
+            if before is None:
+                del cls.__init__
+            else:
+                cls.__init__ = before  # type: ignore[method-assign]
+
+    return Undo(undo, f"dlkit.patch({', '.join(map(repr, names))}): {len(classes)} classes")
+
+
+def _classes(named: str | type | ModuleType) -> list[type[torch.nn.Module]]:
+    if isinstance(named, type):
+        return [named] if issubclass(named, torch.nn.Module) else []
+    module = importlib.import_module(named) if isinstance(named, str) else named
+    for info in pkgutil.iter_modules(getattr(module, "__path__", ()), module.__name__ + "."):
+        try:
+            importlib.import_module(info.name)
+        except ImportError:
+            continue  # what it needs is not installed, nor then are its models
+    found: list[type[torch.nn.Module]] = []
+    for name, part in list(sys.modules.items()):
+        if name == module.__name__ or name.startswith(module.__name__ + "."):
+            values = [value for value in vars(part).values() if inspect.isclass(value)]
+            found += [v for v in values if issubclass(v, torch.nn.Module) and v.__module__ == name]
+    return list(dict.fromkeys(found))
+
+
+def _replacing(init: Any) -> Any:
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **keywords: Any) -> None:
+        from dlkit.surgery import replace
+
+        outermost = not getattr(_building, "inside", False)
+        _building.inside = True
+        try:
+            init(self, *args, **keywords)
+        finally:
+            if outermost:
+                _building.inside = False
+        if outermost:
+            replace(self)
+
+    return __init__
