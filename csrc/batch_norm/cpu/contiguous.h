@@ -63,13 +63,14 @@ struct ForwardContiguous {
     Moments found;
     V sums[kSlots] = {}, squares[kSlots] = {};
     double centre = 0;
+    const int64_t longest = longest_run(group.length);
     int64_t pending = 0, run = 0;
     const auto flush = [&]() DLKIT_INLINE_LAMBDA {
       if (pending == 0) return;
       found.add(double(pending), centre, sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])),
                 sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])));
       centre = double(A(finite_or_zero(found.mean)));
-      run = min64(kRun, 4 * int64_t(found.count));
+      run = min64(longest, 4 * int64_t(found.count));
 #pragma GCC unroll 4  // as every loop over slots: else they are in memory, where the next step waits for them
       for (int slot = 0; slot < kSlots; ++slot) sums[slot] = squares[slot] = V{};
       pending = 0;
@@ -84,7 +85,7 @@ struct ForwardContiguous {
           terms[0] += load(row + begin + i, width);
         });
         centre = double(A(finite_or_zero(total[0] / double(some))));
-        run = min64(kRun, 4 * some);
+        run = min64(longest, 4 * some);
         started = true;
       }
       while (begin < end) {
@@ -187,6 +188,7 @@ struct BackwardContiguous {
     Sums* const found = sums + (unit * parts + part) * sums_a_part();
     for (int64_t i = 0; i < sums_a_part(); ++i) found[i] = {};
     V g_sums[kSlots] = {}, gx_sums[kSlots] = {};
+    const int64_t longest = longest_run(group.length);
     int64_t pending = 0;
     const auto flush = [&](Sums& into) DLKIT_INLINE_LAMBDA {
       into.g += sum_lanes((g_sums[0] + g_sums[1]) + (g_sums[2] + g_sums[3]));
@@ -207,7 +209,7 @@ struct BackwardContiguous {
       const T* const written = grad_input != nullptr ? grad_input : grad_residual;
       Sums& into = found[group.own_channels ? slice : 0];
       while (begin < end) {
-        const int64_t stop = min64(end, begin + kRun - pending);
+        const int64_t stop = min64(end, begin + longest - pending);
         const auto step = [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
           const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
           V centred[count()], g[count()];
@@ -233,9 +235,9 @@ struct BackwardContiguous {
           }
         };
         for_elements(written, stream && written != nullptr, begin, stop, step);
-        pending += max64(stop - begin, kLeastRun);
+        pending += stop - begin;
         begin = stop;
-        if (pending >= kRun) flush(into);
+        if (pending == longest) flush(into);
       }
       if (group.own_channels) flush(into);
     });

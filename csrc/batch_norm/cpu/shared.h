@@ -16,13 +16,14 @@ namespace {
 
 using namespace dlkit::DLKIT_ISA;
 
-constexpr int64_t kFirstRun = 64, kRun = 4096;  // elements that are added up in fp32, at first and at most
-// What a short slice counts for in a run: it adds to one lane as often as a long one to all. A gradient of equal terms,
-// as a mean over the loss gives, would err by an epsilon for every ten of them.
-constexpr int64_t kLeastRun = 64;
+constexpr int64_t kFirstRun = 64, kRun = 4096;       // elements that are added up in fp32, at first and at most
 constexpr int64_t kFirstRunRows = 8, kRunRows = 64;  // rows that are
 constexpr int64_t kRowsTogether = 4;                 // rows that share one loading of what belongs to their channels
 constexpr int64_t kBlockBytes = 128 * 1024;          // of the blocks that apply takes from the end
+
+// Elements that are added up in fp32 where slices are so long: a short one adds to one lane as often as a long one to
+// all. A gradient of equal terms, as a mean over the loss gives, errs by an epsilon for some ten of a lane's additions.
+int64_t longest_run(int64_t slice) { return slice >= 64 ? kRun : kRun / 64 * slice; }
 
 struct Plan {
   int64_t units, parts, unit_elements;
