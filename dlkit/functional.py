@@ -28,6 +28,7 @@ _dropblock2d = op("dropblock2d")
 _dropblock2d_ = op("dropblock2d_")
 _dropout_add_layer_norm = op("dropout_add_layer_norm")
 _dropout_add_rms_norm = op("dropout_add_rms_norm")
+_cross_entropy = op("cross_entropy")
 
 
 def layer_norm(
@@ -891,6 +892,81 @@ def check_tensors(name: str, **tensors: Any) -> None:
     for argument, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    inplace_backward: bool = False,
+) -> Any:
+    """Cross entropy of logits, as :func:`torch.nn.functional.cross_entropy`, in one pass over them each way.
+
+    ``-log(softmax(input)[target])``. Beside the logits only two numbers a row are kept for backward.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last; other
+            strides are copied first.
+        target: classes, int64 ``[]``, ``[N]`` or ``[N, *]``; or probabilities, of the input's shape and dtype.
+        weight: ``[C]``, a factor of each class, in the input's dtype or fp32, or None.
+        size_average: deprecated, as in torch.
+        ignore_index: rows with this class count for nothing.
+        reduce: deprecated, as in torch.
+        reduction: "mean" (over the weights of the targets), "sum", or "none": a loss for each row.
+        label_smoothing: between 0 and 1, the share of the target that all classes have in equal parts.
+        lse_square_scale: adds this times ``logsumexp(logits)**2`` (the z-loss), whose mean is over the rows that are
+            not ignored, and which has no class weights.
+        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; None takes them as they are.
+        return_z_loss: return ``(loss, z_loss)``; z_loss is part of the loss, and has no gradient of its own.
+        inplace_backward: write the gradient over ``input``, which saves a tensor of its size. Compilers decide
+            themselves, and ignore it.
+
+    Returns:
+        A scalar, or without a reduction the target's shape (for probabilities: the input's without C), in the input's
+        dtype; sums are in fp32 (fp64 for fp64). Under autocast fp32, as torch's.
+
+    Raises:
+        IndexError: on the CPU, a class out of range; on a GPU the kernel stops, as torch's does.
+        ValueError: another batch size in ``target``, an unknown reduction, softcap of 0 or less.
+        RuntimeError: another shape, dtype or device; label_smoothing out of range; ``inplace_backward`` on a leaf or on
+            strides that would need a copy, or a second backward after it.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: torch's page; `Rethinking the Inception Architecture <https://arxiv.org/abs/1512.00567>`_ for the smoothing,
+    `PaLM <https://arxiv.org/abs/2204.02311>`_ for the z-loss.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    code = _REDUCTIONS[reduction] if reduction in _REDUCTIONS else torch.nn._reduction.get_enum(reduction)
+    if softcap is not None and not number("cross_entropy", "softcap", softcap) > 0:
+        raise ValueError(f"cross_entropy(): expected softcap above 0, or None, got {softcap}")
+    try:
+        loss, z_loss = _cross_entropy(
+            input, target, weight, code, ignore_index, label_smoothing, lse_square_scale, softcap or 0.0,
+            inplace_backward,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
+        for argument, value in (("label_smoothing", label_smoothing), ("lse_square_scale", lse_square_scale)):
+            number("cross_entropy", argument, value)
+        if not isinstance(ignore_index, (int, torch.SymInt)):
+            raise TypeError(f"cross_entropy(): expected ignore_index to be an int, got {ignore_index!r}") from None
+        raise error
+    if not return_z_loss:
+        return loss
+    return loss, torch.zeros_like(loss) if z_loss is None else z_loss
+
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch numbers them
 
 
 def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:

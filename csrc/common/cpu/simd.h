@@ -238,16 +238,16 @@ DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width) {
   }
 }
 
-// Lanes past the count become zero.
+// Lanes past the count become those of `rest`.
 template <class V>
-DLKIT_INLINE V keep(V v, All) {
+DLKIT_INLINE V keep(V v, All, V = V{}) {
   return v;
 }
 template <class V>
-DLKIT_INLINE V keep(V v, First width) {
+DLKIT_INLINE V keep(V v, First width, V rest = V{}) {
   decltype(v < v) lane;
   for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) lane[i] = i;  // a constant
-  return lane < decltype(lane[0] + 0)(width.count) ? v : V{};
+  return lane < decltype(lane[0] + 0)(width.count) ? v : rest;
 }
 
 // a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off):
@@ -295,6 +295,33 @@ DLKIT_INLINE VectorF64 square_root(VectorF64 v) {
   for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
   return v;
 #endif
+}
+
+// The larger of two, b where a is NaN. GCC makes two instructions of the plain comparison.
+DLKIT_INLINE VectorF32 maximum(VectorF32 a, VectorF32 b) {
+#if defined(__AVX512F__)
+  return (VectorF32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VectorF32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+DLKIT_INLINE VectorF64 maximum(VectorF64 a, VectorF64 b) { return a > b ? a : b; }
+
+// The largest lane, of which none is NaN. By halving, through memory: GCC makes shuffles of it.
+template <class V>
+DLKIT_INLINE auto largest_lane(V v) {
+  using E = decltype(v[0] + 0);
+  constexpr int kCount = sizeof(V) / sizeof(E);
+  E lanes[kCount];
+  memcpy(lanes, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // The sum of all lanes in double, by halving: a fixed order.
