@@ -12,7 +12,7 @@ import torch
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 BACKENDS = ("cuda", "triton", "native")
-OPS = ("layer_norm", "batch_norm", "group_norm", "dropout", "dropblock2d", "bias_act_dropout", "optim")
+OPS = ("layer_norm", "batch_norm", "group_norm", "dropout", "dropblock2d", "bias_act_dropout", "cross_entropy", "optim")
 
 
 def load() -> None:

@@ -153,6 +153,12 @@ def cross_entropy(
     return loss.to(narrow), None if z_loss is None else z_loss.detach().to(narrow)
 
 
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, *args: Any
+) -> tuple[Tensor, Tensor | None]:
+    return cross_entropy(F.linear(input, linear_weight, linear_bias), target, *args)
+
+
 def _refuse_generator(generator: torch.Generator | None, stream: Tensor | None) -> None:
     if generator is not None or stream is not None:
         raise RuntimeError(

@@ -29,6 +29,7 @@ _dropblock2d_ = op("dropblock2d_")
 _dropout_add_layer_norm = op("dropout_add_layer_norm")
 _dropout_add_rms_norm = op("dropout_add_rms_norm")
 _cross_entropy = op("cross_entropy")
+_linear_cross_entropy = op("linear_cross_entropy")
 
 
 def layer_norm(
@@ -946,27 +947,109 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    code = _REDUCTIONS[reduction] if reduction in _REDUCTIONS else torch.nn._reduction.get_enum(reduction)
-    if softcap is not None and not number("cross_entropy", "softcap", softcap) > 0:
-        raise ValueError(f"cross_entropy(): expected softcap above 0, or None, got {softcap}")
+    numbers_ = _check_options("cross_entropy", label_smoothing, lse_square_scale, softcap)
     try:
         loss, z_loss = _cross_entropy(
-            input, target, weight, code, ignore_index, label_smoothing, lse_square_scale, softcap or 0.0,
-            inplace_backward,
-        )  # fmt: skip
+            input, target, weight, _reduction(reduction), ignore_index, *numbers_, inplace_backward
+        )
     except (RuntimeError, ValueError) as error:
-        check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
-        for argument, value in (("label_smoothing", label_smoothing), ("lse_square_scale", lse_square_scale)):
-            number("cross_entropy", argument, value)
-        if not isinstance(ignore_index, (int, torch.SymInt)):
-            raise TypeError(f"cross_entropy(): expected ignore_index to be an int, got {ignore_index!r}") from None
-        raise error
-    if not return_z_loss:
+        _raise_loss("cross_entropy", error, ignore_index, weight, input=input, target=target)
+    return _with_z_loss(loss, z_loss, return_z_loss)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+) -> Any:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits in memory.
+
+    The arguments of :func:`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), and those of
+    :func:`cross_entropy`. Rows go in chunks of 256 or more. With a reduction, forward works out the gradients too, and
+    keeps them in fp32 (fp64 for fp64): what is in memory is a chunk of logits and these, of the size of ``input`` and
+    ``linear_weight``. Without a reduction backward computes the logits again.
+
+    Args:
+        input: ``[H]`` or ``[N, H]``, fp64, fp32, bf16 or fp16.
+        linear_weight: ``[C, H]`` in the input's dtype, or ``[C, *, H]``, for which the logits are whole, as in torch.
+        target: classes, int64 ``[]``, ``[N]`` or ``[N, *]``; or probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *]``.
+        linear_bias: ``[C]`` or ``[C, *]``, or None.
+        weight: as in :func:`cross_entropy`, as are ``reduction`` and ``label_smoothing``.
+        ignore_index: rows with this class count for nothing; None stands for -100.
+        options: torch's choice of chunks; here it changes nothing, and torch's own limits do not hold.
+        lse_square_scale: as in :func:`cross_entropy`, as are ``softcap`` and ``return_z_loss``.
+
+    Returns:
+        A scalar, or without a reduction the target's shape (for probabilities: without C), in the input's dtype; under
+        autocast fp32.
+
+    Raises:
+        IndexError, ValueError, RuntimeError, NotImplementedError, TypeError: as :func:`cross_entropy`.
+
+    Source: torch's page.
+    """
+    name = "linear_cross_entropy"
+    check_tensors(name, input=input, linear_weight=linear_weight, target=target)
+    if ignore_index is not None and target.is_floating_point():
+        raise RuntimeError(f"{name}(): ignore_index is for classes, and target is of {target.dtype}: leave it out")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    numbers_ = _check_options(name, label_smoothing, lse_square_scale, softcap)
+    if linear_weight.dim() > 2 and input.dim() == 2:
+        bias = None if linear_bias is None else linear_bias.flatten()
+        logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+        return cross_entropy(
+            logits.view(-1, *linear_weight.shape[:-1]), target, weight, None, ignore_index, None, reduction,
+            label_smoothing, lse_square_scale, softcap, return_z_loss,
+        )  # fmt: skip
+    alone = input.dim() == 1
+    rows = (input[None], target[None]) if alone else (input, target)
+    try:
+        loss, z_loss = _linear_cross_entropy(
+            rows[0], linear_weight, rows[1], linear_bias, weight, _reduction(reduction), ignore_index, *numbers_
+        )
+    except (RuntimeError, ValueError) as error:
+        _raise_loss(name, error, ignore_index, weight, linear_bias=linear_bias)
+    if alone and reduction == "none":
+        loss, z_loss = loss[0], None if z_loss is None else z_loss[0]
+    return _with_z_loss(loss, z_loss, return_z_loss)
+
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch numbers them
+
+
+def _reduction(name: str) -> int:
+    return _REDUCTIONS[name] if name in _REDUCTIONS else torch.nn._reduction.get_enum(name)
+
+
+def _check_options(name: str, label_smoothing: Any, lse_square_scale: Any, softcap: Any) -> tuple[Any, Any, Any]:
+    """The three as Python numbers, 0 for no softcap."""
+    softcap = 0.0 if softcap is None else number(name, "softcap", softcap) or -1.0  # the op refuses it
+    return number(name, "label_smoothing", label_smoothing), number(name, "lse_square_scale", lse_square_scale), softcap
+
+
+def _with_z_loss(loss: Tensor, z_loss: Tensor | None, wanted: bool) -> Any:
+    if not wanted:
         return loss
     return loss, torch.zeros_like(loss) if z_loss is None else z_loss
 
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch numbers them
+def _raise_loss(name: str, error: Exception, ignore_index: Any, weight: Any, **tensors: Any) -> NoReturn:
+    """Raises TypeError where an argument was of the wrong Python type, as torch does, else the error itself."""
+    tensors |= {} if weight is None else {"weight": weight}
+    check_tensors(name, **{key: value for key, value in tensors.items() if key != "linear_bias" or value is not None})
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"{name}(): expected ignore_index to be an int, got {ignore_index!r}") from None
+    raise error
 
 
 def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as native
+import torch.utils.checkpoint
 from support import reference
 from support.inputs import TYPES, make
 from support.tolerance import Yardstick
@@ -484,3 +485,213 @@ def test_layer():
     with pytest.warns(UserWarning, match="size_average"):
         summed = dlkit.nn.CrossEntropyLoss(size_average=False)
     torch.testing.assert_close(summed(x, target), native.cross_entropy(x, target, reduction="sum"))
+
+
+# Linear + cross entropy.
+
+
+def linear_problem(dtype, rows=300, features=16, classes=33, bias=True):
+    """More rows than a chunk has."""
+    x, weight = make((rows, features), dtype), make((classes, features), dtype, scale=0.3)
+    target = torch.randint(0, classes, (rows,))
+    target[rows // 2] = -100
+    leaves = [x, weight, make((classes,), dtype)] if bias else [x, weight]
+    return [leaf.requires_grad_() for leaf in leaves], target
+
+
+def both_ways(leaves, target, grad=None, **options):
+    """(loss, gradients) fused and unfused; the latter with logits and losses in fp64."""
+    results = []
+    for fuse in (True, False):
+        x, weight, *bias = leaves if fuse else [leaf.detach().double().requires_grad_() for leaf in leaves]
+        if fuse:
+            loss = fused.linear_cross_entropy(x, weight, target, linear_bias=bias[0] if bias else None, **options)
+        else:
+            double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+            soft = target.double() if target.is_floating_point() else target
+            loss = fused.cross_entropy(native.linear(x, weight, *bias), soft, **double)
+        wanted = [leaf for leaf in (x, weight, *bias) if leaf.requires_grad]
+        result = (
+            loss,
+            *torch.autograd.grad(loss, wanted, torch.ones_like(loss) if grad is None else grad.to(loss.dtype)),
+        )
+        results.append([t.detach() for t in result])
+    return results
+
+
+LINEAR_OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum", "label_smoothing": 0.1},
+    "none": {"reduction": "none"},
+    "weighted": {"weight": torch.linspace(0.5, 2, 33), "label_smoothing": 0.2},
+    "language model": {"lse_square_scale": 1e-2, "softcap": 3.0, "weight": torch.linspace(0.5, 2, 33)},
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_linear_gives_what_the_unfused_ops_give(dtype, name):
+    options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in LINEAR_OPTIONS[name].items()}
+    leaves, target = linear_problem(dtype)
+    grad = torch.rand(300) if name == "none" else torch.tensor(0.75)
+    found, expected = both_ways(leaves, target, grad, **options)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_linear_with_probabilities_k_dimensions_and_one_row():
+    leaves, _ = linear_problem(torch.float32)
+    found, expected = both_ways(leaves, torch.randn(300, 33).softmax(1))
+    torch.testing.assert_close(found, [t.float() for t in expected])
+    x, weight = torch.randn(5, 4), torch.randn(7, 2, 3, 4)
+    target = torch.randint(0, 7, (5, 2, 3))
+    logits = native.linear(x, weight.flatten(0, -2)).view(5, 7, 2, 3)
+    torch.testing.assert_close(fused.linear_cross_entropy(x, weight, target), native.cross_entropy(logits, target))
+    for reduction in ("none", "mean"):
+        loss = fused.linear_cross_entropy(x[0], weight[:, 0, 0], torch.tensor(3), reduction=reduction)
+        expected = native.cross_entropy(x[0] @ weight[:, 0, 0].t(), torch.tensor(3))
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_linear_with_frozen_parts(frozen, reduction):
+    leaves, target = linear_problem(torch.float32)
+    leaves[frozen].requires_grad_(False)
+    x, weight, bias = leaves
+    loss = fused.linear_cross_entropy(x, weight, target, linear_bias=bias, reduction=reduction).sum()
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    expected = native.cross_entropy(native.linear(x, weight, bias), target, reduction=reduction).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted))
+    with torch.no_grad():
+        assert not fused.linear_cross_entropy(x, weight, target).requires_grad
+
+
+def test_linear_keeps_no_logits():
+    saved = []
+    leaves, target = linear_problem(torch.bfloat16, bias=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = fused.linear_cross_entropy(*leaves, target)
+    assert [t.numel() for t in saved] == [300 * 16, 33 * 16, 300, 300 * 16, 33 * 16]
+    assert [t.dtype for t in saved[3:]] == [torch.float32] * 2
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss * 2, leaves), tuple(grad * 2 for grad in first))
+
+
+@pytest.mark.parametrize("name", ["mean", "none", "language model"])
+def test_linear_gradients_of_gradients_and_transforms(name):
+    options = {k: v[:5].double() if isinstance(v, torch.Tensor) else v for k, v in LINEAR_OPTIONS[name].items()}
+    leaves, target = linear_problem(torch.float64, 4, 3, 5)
+
+    def call(x, weight, bias):
+        return fused.linear_cross_entropy(x, weight, target % 5, linear_bias=bias, **options)
+
+    target[:] = torch.tensor([0, 1, 4, 3])
+    assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+    torch.testing.assert_close(torch.func.jacrev(call)(*leaves), torch.func.jacfwd(call)(*leaves))
+    batch = torch.stack([leaves[0], leaves[0] * 2])
+    wanted = torch.stack([call(x, *leaves[1:]) for x in batch])
+    torch.testing.assert_close(torch.vmap(call, (0, None, None))(batch, *leaves[1:]), wanted)
+
+
+def test_linear_under_autocast_and_checkpointing():
+    leaves, target = linear_problem(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2])
+        expected = native.cross_entropy(native.linear(*leaves), target)
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() < 2e-2 * theirs.norm()
+    plain = torch.autograd.grad(fused.linear_cross_entropy(*leaves[:2], target), leaves[:2])
+    for reentrant in (False, True):
+        loss = torch.utils.checkpoint.checkpoint(
+            fused.linear_cross_entropy, *leaves[:2], target, use_reentrant=reentrant
+        )
+        for leaf in leaves:
+            leaf.grad = None
+        loss.backward()
+        assert torch.equal(leaves[0].grad, plain[0]) and torch.equal(leaves[1].grad, plain[1])
+
+
+def test_linear_tied_to_an_embedding():
+    """The table's gradient is the sum of both uses."""
+    tokens, target = torch.randint(0, 33, (300,)), torch.randint(0, 33, (300,))
+    results = []
+    for fuse in (True, False):
+        table = torch.linspace(-1, 1, 33 * 16).sin().view(33, 16).requires_grad_()
+        x = native.embedding(tokens, table).tanh()
+        loss = fused.linear_cross_entropy(x, table, target) if fuse else native.cross_entropy(x @ table.t(), target)
+        loss.backward()
+        results.append((loss.detach(), table.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_compiled_and_checked(reduction, one_thread):
+    leaves, target = linear_problem(torch.float32, 12, 8, 9)
+    code = ("none", "mean").index(reduction)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    ops, (x, weight, bias) = torch.ops.dlkit, leaves
+    options = (code, -100, 0.1, 0.1, 4.0, False)
+    torch.library.opcheck(ops.linear_cross_entropy, (x, weight, target, bias, None, *options))
+    plain = [leaf.detach() for leaf in leaves]
+    arguments = (plain[0], plain[1], target, plain[2], None, *options, [True, True, False])
+    torch.library.opcheck(ops.linear_cross_entropy_forward, arguments)
+    backward = (torch.rand(12), *arguments[:5], *options[1:5], [True, False, True])
+    torch.library.opcheck(ops.linear_cross_entropy_backward, backward)
+
+    def step(x, weight, bias, target):
+        return fused.linear_cross_entropy(x, weight, target, linear_bias=bias, reduction=reduction).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (12, 15):
+        leaves, target = linear_problem(torch.float32, rows, 8, 9)
+        results = []
+        for function in (step, compiled):
+            loss = function(*leaves, target)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        torch.testing.assert_close(*results)
+
+
+LINEAR_BAD = {
+    "a target too large": (
+        IndexError,
+        "got 50 in row 290",
+        lambda x, w, t: (x, w, t.index_fill(0, torch.tensor(290), 50)),
+    ),
+    "another batch": (ValueError, "target of shape", lambda x, w, t: (x, w, t[:5])),
+    "another width": (RuntimeError, r"linear_weight of shape \[C, 16\]", lambda x, w, t: (x, w[:, :3], t)),
+    "another type": (RuntimeError, "linear_weight of Float", lambda x, w, t: (x, w.double(), t)),
+    "three dimensions": (RuntimeError, "input of shape", lambda x, w, t: (x[None], w, t)),
+    "no tensor": (TypeError, "target to be a Tensor", lambda x, w, t: (x, w, None)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_BAD)
+def test_linear_bad_input(name):
+    error, message, arguments = LINEAR_BAD[name]
+    leaves, target = linear_problem(torch.float32, bias=False)
+    with pytest.raises(error, match=message):
+        fused.linear_cross_entropy(*arguments(*leaves, target))
+    with pytest.raises(RuntimeError, match="ignore_index is for classes"):
+        fused.linear_cross_entropy(*leaves, torch.rand(300, 33), ignore_index=1)
+
+
+def test_linear_layer():
+    x, target = torch.randn(6, 8), torch.randint(0, 5, (6,))
+    layer = dlkit.nn.LinearCrossEntropyLoss(8, 5, bias=True, label_smoothing=0.1)
+    expected = native.cross_entropy(layer.linear(x), target, label_smoothing=0.1)
+    torch.testing.assert_close(layer(x, target), expected)
+    spatial = dlkit.nn.LinearCrossEntropyLoss(8, 5, out_features=(2,), bias=True)
+    logits = spatial.linear(x).view(6, 5, 2)
+    wide = torch.randint(0, 5, (6, 2))
+    torch.testing.assert_close(spatial(x, wide), native.cross_entropy(logits, wide))
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        theirs = torch.nn.LinearCrossEntropyLoss(8, 5, bias=True, label_smoothing=0.1)
+        theirs.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(theirs(x, target), expected)
+        assert type(dlkit.replace(theirs)) is dlkit.nn.LinearCrossEntropyLoss
+        torch.testing.assert_close(theirs(x, target), expected)
+        assert type(dlkit.restore(theirs)) is torch.nn.LinearCrossEntropyLoss

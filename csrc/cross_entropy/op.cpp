@@ -12,7 +12,6 @@
 #include <ATen/ops/movedim.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "../common/autograd.h"
 #include "../common/checked.h"
@@ -198,6 +197,7 @@ void run_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& ta
     TORCH_CHECK(t.scalar_type() == accumulate_type(input.scalar_type()), name, "(): expected ", argument, " of ",
                 accumulate_type(input.scalar_type()), ", got ", t.scalar_type());
   };
+  if (grad_loss.scalar_type() != input.scalar_type()) check("grad_loss", grad_loss);
   check("stats", stats);
   if (has(total)) check("total", *total);
   const Tensor kept = stats.contiguous(), sums = has(total) ? total->contiguous() : Tensor();
@@ -277,12 +277,6 @@ const auto& forward_op() {
   return op;
 }
 
-// Memory that is nobody's plan but torch's allocator's: a compiler, a mode or a subclass decides itself what to reuse.
-bool is_plain(const Tensor& tensor) {
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !tensor.key_set().has(c10::DispatchKey::Python) &&
-         !tensor.key_set().has(c10::DispatchKey::Functionalize);
-}
-
 struct CrossEntropyBackward : SavingNode<5> {
   enum { Input, Target, Weight, Stats, Total };
   Options options{};
@@ -303,7 +297,7 @@ struct CrossEntropyBackward : SavingNode<5> {
       return op.call(grads[0], input, saved[Target], saved[Weight], saved[Stats], saved[Total], options.reduction,
                      options.ignore_index, options.label_smoothing, options.z_scale, options.softcap);
     };
-    if (in_place && is_plain(input)) {
+    if (in_place && is_plain(input) && is_plain(grads[0])) {
       static const auto op = find_op<decltype(backward_meta_)>("cross_entropy_backward_");
       call(op);
       overwritten = true;

@@ -9,7 +9,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
-from dlkit.nn.cross_entropy import CrossEntropyLoss
+from dlkit.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from dlkit.nn.dropout import (
     AlphaDropout,
     DropBlock2d,
@@ -56,6 +56,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "SyncBatchNorm",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import batch_norm, bias_act_dropout, dropblock2d, dropout, layer_norm, optim
+from . import batch_norm, bias_act_dropout, cross_entropy, dropblock2d, dropout, layer_norm, optim
 
 FUNCTIONS = {
     **layer_norm.FUNCTIONS,
@@ -15,6 +15,7 @@ FUNCTIONS = {
     **dropout.FUNCTIONS,
     **bias_act_dropout.FUNCTIONS,
     **dropblock2d.FUNCTIONS,
+    **cross_entropy.FUNCTIONS,
     **optim.FUNCTIONS,
 }
 
