@@ -157,36 +157,27 @@ void finish(const Forward& op, int64_t first, int64_t count, Rows<A, kCount>& ro
 
 // Adjacent classes.
 
-// The larger of `max` and the values. Leaves them in `staged`, widened and capped, where they are not so in memory.
+// The larger of `max` and the logits; with a softcap of what is left in `staged`, capped.
 template <class T>
-const accumulate_t<T>* stage(const T* x, int64_t count, double softcap, accumulate_t<T>* staged, accumulate_t<T>& max) {
+accumulate_t<T> largest_of(const T* x, int64_t count, double softcap, accumulate_t<T>* staged, accumulate_t<T> max) {
   using A = accumulate_t<T>;
   Vector<A> largest[kSlots];
   for (Vector<A>& v : largest) v = broadcast(max);
   const auto take = [&](Vector<A> v, int slot, auto width) DLKIT_INLINE_LAMBDA {
     largest[slot] = maximum(keep(v, width, broadcast(-kInfinity<A>)), largest[slot]);
   };
-  const A* values = staged;
-  if (softcap != 0) {
+  if (softcap == 0) {
+    for_columns<A, kSlots>(
+        0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA { take(load(x + i, width), slot, width); });
+  } else {
     const Cap<A> cap(softcap);
     for_columns<A, 1>(0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
       const Vector<A> v = cap(load(x + i, width));
       store(staged + i, v, All{});
       take(v, slot, width);
     });
-  } else if constexpr (std::is_same_v<T, A>) {
-    values = x;
-    for_columns<A, kSlots>(
-        0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA { take(load(x + i, width), slot, width); });
-  } else {
-    for_columns<A, kSlots>(0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
-      const Vector<A> v = load(x + i, width);
-      store(staged + i, v, All{});
-      take(v, slot, width);
-    });
   }
-  max = largest_lane(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
-  return values;
+  return largest_lane(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
 }
 
 // What a chunk adds to a row.
@@ -197,12 +188,12 @@ struct Sums {
 
 enum class Dot { None, Ones, Array };  // what x - shift is multiplied with
 
-template <class A, Dot kDot>
-void add_chunk(const A* values, const A* u, int64_t count, A shift, Sums<A>& sums) {
+template <Dot kDot, class T, class A>
+void add_chunk(const T* values, const A* u, int64_t count, A shift, Sums<A>& sums) {
   Vector<A> sum[kSlots] = {}, dot[kSlots] = {}, mass[kSlots] = {};
   for_columns<A, kSlots>(0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
     const Vector<A> d = load(values + i, width) - shift;
-    sum[slot] += keep(exp_of_negative<A>(d, Vector<A>{}), width);
+    sum[slot] += keep(exponential(d), width);
     if constexpr (kDot == Dot::Ones) dot[slot] += keep(d, width);
     if constexpr (kDot == Dot::Array) {
       const Vector<A> v = load(u + i, width);
@@ -225,7 +216,7 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
   Sums<A> sums;
   for (int64_t begin = 0; begin < op.classes; begin += kChunk<A>) {
     const int64_t count = min64(kChunk<A>, op.classes - begin);
-    const A* const values = stage(x + begin, count, op.softcap, staged, max);
+    max = largest_of(x + begin, count, op.softcap, staged, max);
     const A* const u = shares<T>(op, row, begin, count, buffer);
     const A next = max == -kInfinity<A> ? A(0) : max;
     if (next != shift) {
@@ -234,13 +225,16 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
       if (sums.mass != 0) sums.dot += sums.mass * grown;
       shift = next;
     }
-    if (u != nullptr) {
-      add_chunk<A, Dot::Array>(values, u, count, shift, sums);
-    } else if (op.label_smoothing != 0) {
-      add_chunk<A, Dot::Ones>(values, u, count, shift, sums);
-    } else {
-      add_chunk<A, Dot::None>(values, u, count, shift, sums);
-    }
+    const auto add = [&](const auto* values) {
+      if (u != nullptr) {
+        add_chunk<Dot::Array>(values, u, count, shift, sums);
+      } else if (op.label_smoothing != 0) {
+        add_chunk<Dot::Ones>(values, u, count, shift, sums);
+      } else {
+        add_chunk<Dot::None>(values, u, count, shift, sums);
+      }
+    };
+    op.softcap == 0 ? add(x + begin) : add(staged);
   }
   rows.max[i] = max;
   rows.sum[i] = A(sums.sum);
@@ -311,7 +305,7 @@ void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>
       v = load(x + i, width);
     }
     const Vector<A> rest = kArray ? share * load(u + i, width) : share;
-    const Vector<A> e = exp_of_negative<A>(v - slope.shift, Vector<A>{});
+    const Vector<A> e = exponential(v - slope.shift);
     v = fma(e, scale, -rest);
     if constexpr (kMore) v = fma(e, z, v) * load(slopes + i, width);
     write<kStream>(grad + i, v, width);
@@ -350,7 +344,7 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights)
   if (slope.target < 0) return;
   Vector<A> v = broadcast(A(widen(at_target))), derivative = broadcast(A(1));
   if (op.softcap != 0) v = cap(v, derivative);
-  const Vector<A> e = exp_of_negative<A>(v - slope.shift, Vector<A>{});
+  const Vector<A> e = exponential(v - slope.shift);
   v = fma(e, broadcast(slope.scale), broadcast(-slope.hit));
   grad[slope.target] = narrow<T>((fma(e, broadcast(slope.z), v) * derivative)[0]);
 }
@@ -407,7 +401,7 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
       V sums[4] = {}, dot = {}, mass = {};
       for (int64_t c = 0; c < classes; ++c) {
         const V d = get(staged + c * kPixels, i) - shift;
-        sums[c % 4] += exp_of_negative<A>(d, V{});
+        sums[c % 4] += exponential(d);
         if (!dots) continue;
         const V u = pixel_share(op, probabilities, begin + c, i, width);
         dot = fma(u, d, dot);
@@ -416,7 +410,7 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
       V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       if (begin > 0) {
         const V old = get(rows.sum, i), old_mass = get(rows.mass, i);
-        sum += old > A(0) ? old * exp_of_negative<A>(grown, V{}) : old;
+        sum += old > A(0) ? old * exponential(grown) : old;
         dot += get(rows.dot, i) + (grown != A(0) ? old_mass * grown : V{});
         mass += old_mass;
       }
@@ -458,7 +452,7 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
       const V rest = wanted == typename MathConstants<A>::Bits(c)
                          ? get(hit, i)
                          : get(share, i) * pixel_share(op, probabilities, c, i, width);
-      const V e = exp_of_negative<A>(v - get(shift, i), V{});
+      const V e = exponential(v - get(shift, i));
       v = fma(e, get(scale, i), -rest);
       if (op.z_scale != 0) v = fma(e, get(z, i), v);
       write<kStream>(grad + c * op.inner + i, op.softcap != 0 ? v * derivative : v, width);

@@ -98,6 +98,20 @@ DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
   return x < C::kLowest ? Vector<A>{} : polynomial<A>(C::kExp, rest) * power;
 }
 
+// exp(x) for x of 0 or less, with no correction: on AVX-512 14 instructions instead of 18.
+DLKIT_INLINE VectorF64 exponential(VectorF64 x) { return exp_of_negative<double>(x, broadcast(-0.0)); }
+DLKIT_INLINE VectorF32 exponential(VectorF32 x) {
+#if defined(__AVX512F__)
+  using C = MathConstants<float>;
+  const VectorF32 n = fma(x, broadcast<float>(C::kLog2E), broadcast<float>(C::kRound)) - C::kRound;
+  const VectorF32 rest = fma(n, broadcast<float>(-C::kLn2Low), fma(n, broadcast<float>(-C::kLn2High), x));
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(C::kLowest), _CMP_NLT_UQ);  // NaN too
+  return (VectorF32)_mm512_maskz_scalef_ps(counts, (__m512)polynomial<float>(C::kExp, rest), (__m512)n);
+#else
+  return exp_of_negative<float>(x, broadcast(-0.0f));
+#endif
+}
+
 // log(v) within 1 ulp, for v of 1 or more; -inf for 0; NaN for NaN.
 template <class A>
 DLKIT_INLINE Vector<A> logarithm(Vector<A> v) {
