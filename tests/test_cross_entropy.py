@@ -329,6 +329,15 @@ def test_empty_input(shape, reduction):
         torch.testing.assert_close(*results, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (0, 500), (0, 5, 3)])
+def test_kernels_take_no_rows(backend, shape):
+    """What compiled programs with sizes from data ask of them."""
+    x, target = torch.zeros(shape), torch.zeros((0, *shape[2:]), dtype=torch.int64)
+    for reduction, wanted in ((1, torch.tensor(NAN)), (2, torch.tensor(0.0)), (0, target.float())):
+        loss, _, grad = run(backend, x, target, None, torch.ones_like(wanted), reduction, 0.0, 0.0, 0.0)
+        assert torch.equal(loss.nan_to_num(7), wanted.nan_to_num(7)) and grad.shape == shape
+
+
 def test_rows_that_are_all_ignored():
     for reduction, shape in itertools.product(("none", "mean", "sum"), ((3, 4), (2, 4, 3))):
         results = []

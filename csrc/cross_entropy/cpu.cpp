@@ -25,6 +25,7 @@ using namespace dlkit::DLKIT_ISA;
 
 constexpr int64_t kRows = 64;  // rows whose losses are worked out together
 constexpr int64_t kPixels = 256, kClasses = 16;
+constexpr int64_t kFew = 40;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
 
 template <class A>
 constexpr int64_t kChunk = sizeof(A) == 8 ? 512 : 2048;  // adjacent classes
@@ -349,15 +350,27 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights)
   grad[slope.target] = narrow<T>((fma(e, broadcast(slope.z), v) * derivative)[0]);
 }
 
-// Pixels.
+// Pixels, and rows of few classes: those of one block are turned round, so that a lane is a row.
+
+// Whether rows of adjacent classes go this way.
+bool are_short(const Problem& op) { return op.inner == 1 && op.target != nullptr && op.classes <= kFew; }
 
 template <class A>
 using Pixels = Rows<A, kPixels>;
 
-// Element (image, class 0, pixel) of a tensor that lies as the logits do.
+// The row's class 0 in a tensor that lies as the logits do; `stride` is that of rows of adjacent classes.
 template <class T, class Pointer>
-T* pixel_at(const Problem& op, Pointer* tensor, int64_t row) {
-  return static_cast<T*>(tensor) + row / op.inner * op.inner * op.classes + row % op.inner;
+T* pixel_at(const Problem& op, Pointer* tensor, int64_t row, int64_t stride) {
+  const int64_t image = row / op.inner;
+  return static_cast<T*>(tensor) + (op.inner == 1 ? row * stride : image * op.inner * op.classes + row % op.inner);
+}
+
+// Rows of adjacent classes as lanes: some classes of `count` rows.
+template <class T, class A>
+void turn(const T* x, int64_t count, int64_t stride, int64_t classes, A* staged) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < classes; ++c) staged[c * kPixels + i] = widen(x[i * stride + c]);
+  }
 }
 
 // u of one class, without hit and the factor `share`.
@@ -376,10 +389,12 @@ template <class T>
 void read_pixels(const Forward& op, int64_t first, int64_t count) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
-  alignas(64) A staged[kClasses * kPixels];
+  const bool turned = op.inner == 1;
+  alignas(64) A staged[kClasses * kPixels] = {};
   Pixels<A> rows = {};
-  const T* const x = pixel_at<const T>(op, op.x, first);
-  const T* const probabilities = op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first);
+  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
+  const T* const probabilities =
+      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, 0);
   const bool dots = probabilities != nullptr || op.label_smoothing != 0;
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
@@ -388,9 +403,10 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
   for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
     const int64_t classes = min64(kClasses, op.classes - begin);
     memcpy(max, rows.max, sizeof(max));
+    if (turned) turn(x + begin, count, op.stride, classes, staged);
     for (int64_t c = 0; c < classes; ++c) {
       for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        V v = load(x + (begin + c) * op.inner + i, width);
+        V v = turned ? get(staged + c * kPixels, i) : load(x + (begin + c) * op.inner + i, width);
         if (op.softcap != 0) v = cap(v);
         store(staged + c * kPixels + i, v, All{});
         store(max + i, maximum(v, get(max, i)), All{});
@@ -422,7 +438,7 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t target = read_target(op, first + i, rows, i);
-    if (target >= 0) rows.at_target[i] = capped(x[target * op.inner + i], op.softcap);
+    if (target >= 0) rows.at_target[i] = capped(x[turned ? i * op.stride + target : target * op.inner + i], op.softcap);
   }
   finish(op, first, count, rows);
 }
@@ -438,36 +454,51 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
     shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
     target[i] = typename MathConstants<A>::Bits(slope.target);
   }
-  const T* const x = pixel_at<const T>(op, op.x, first);
-  const T* const probabilities = op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first);
-  T* const grad = pixel_at<T>(op, op.grad_input, first);
+  const bool turned = op.inner == 1;
+  alignas(64) A staged[kClasses * kPixels] = {};
+  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
+  const T* const probabilities =
+      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, 0);
+  T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
-  for (int64_t c = 0; c < op.classes; ++c) {
-    for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-      V v = load(x + c * op.inner + i, width), derivative = broadcast(A(1));
-      if (op.softcap != 0) v = cap(v, derivative);
-      VectorBits<A> wanted;
-      memcpy(&wanted, target + i, sizeof(wanted));
-      const V rest = wanted == typename MathConstants<A>::Bits(c)
-                         ? get(hit, i)
-                         : get(share, i) * pixel_share(op, probabilities, c, i, width);
-      const V e = exponential(v - get(shift, i));
-      v = fma(e, get(scale, i), -rest);
-      if (op.z_scale != 0) v = fma(e, get(z, i), v);
-      write<kStream>(grad + c * op.inner + i, op.softcap != 0 ? v * derivative : v, width);
-    });
+  for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
+    const int64_t end = min64(begin + kClasses, op.classes);
+    if (turned) turn(x + begin, count, op.stride, end - begin, staged);
+    for (int64_t c = begin; c < end; ++c) {
+      A* const lanes = staged + (c - begin) * kPixels;
+      for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        V v = turned ? get(lanes, i) : load(x + c * op.inner + i, width), derivative = broadcast(A(1));
+        if (op.softcap != 0) v = cap(v, derivative);
+        VectorBits<A> wanted;
+        memcpy(&wanted, target + i, sizeof(wanted));
+        const V rest = wanted == typename MathConstants<A>::Bits(c)
+                           ? get(hit, i)
+                           : get(share, i) * pixel_share(op, probabilities, c, i, width);
+        const V e = exponential(v - get(shift, i));
+        v = fma(e, get(scale, i), -rest);
+        if (op.z_scale != 0) v = fma(e, get(z, i), v);
+        if (op.softcap != 0) v *= derivative;
+        turned ? store(lanes + i, v, All{}) : write<kStream>(grad + c * op.inner + i, v, width);
+      });
+    }
+    for (int64_t i = 0; turned && i < count; ++i) {
+      for (int64_t c = begin; c < end; ++c) {
+        grad[i * op.grad_stride + c] = narrow<T>(staged[(c - begin) * kPixels + i]);
+      }
+    }
   }
 }
 
 // Calls f(first, count) for blocks of pixels, none of which lies in two images.
 template <class F>
 void for_pixels(const Problem& op, const F& f) {
-  const int64_t blocks = (op.inner + kPixels - 1) / kPixels;
-  parallel_for(op.rows / op.inner * blocks, max64(1, kGrain / (kPixels * op.classes)), [&](int64_t begin, int64_t end) {
+  if (op.rows == 0) return;
+  const int64_t length = op.inner == 1 ? op.rows : op.inner, blocks = (length + kPixels - 1) / kPixels;
+  parallel_for(op.rows / length * blocks, max64(1, kGrain / (kPixels * op.classes)), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block % blocks * kPixels;
-      f(block / blocks * op.inner + first, min64(kPixels, op.inner - first));
+      f(block / blocks * length + first, min64(kPixels, length - first));
     }
   });
 }
@@ -516,7 +547,7 @@ void forward(const Forward& op) {
   *op.bad_row = -1;
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (op.inner == 1) {
+    if (op.inner == 1 && !are_short(op)) {
       parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) { forward_rows<T>(op, begin, end); });
     } else {
       for_pixels(op, [&](int64_t first, int64_t count) { read_pixels<T>(op, first, count); });
@@ -536,7 +567,7 @@ void backward(const Backward& op) {
                         uintptr_t(op.grad_input) % 64 == 0 && run % 64 == 0;
     with_flags(
         [&](auto streams) {
-          if (op.inner == 1) {
+          if (op.inner == 1 && !are_short(op)) {
             parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) {
               for (int64_t row = begin; row < end; ++row) write_row<T, streams>(op, row, weights);
               if constexpr (streams) streaming_fence();

@@ -477,6 +477,7 @@ void forward_cuda(const Forward& op, void* stream) {
   const bool dots = op.probabilities != nullptr || op.label_smoothing != 0;
   with_pack(op, is_wide(op, nullptr, 0), [&](auto type, auto bytes) {
     using T = decltype(type);
+    if (op.rows == 0) return;
     if (op.inner > 1) {
       const int64_t packs = op.rows / (bytes.value / int64_t(sizeof(T)));
       return launch("cross_entropy forward", forward_pixels<T, bytes.value>, grid_of(divide_up(packs, 256)), 256, 0,
@@ -495,13 +496,15 @@ void forward_cuda(const Forward& op, void* stream) {
   if (op.loss == nullptr) return;
   with_accumulate(op.dtype, [&](auto type) {
     using A = decltype(type);
-    const int slices = int(std::min<int64_t>(most_slices, divide_up(op.rows, 4 * reduce_threads)));
+    const int slices =
+        int(std::min<int64_t>(most_slices, std::max<int64_t>(1, divide_up(op.rows, 4 * reduce_threads))));
     launch("cross_entropy sum_losses", sum_losses<A>, unsigned(slices), reduce_threads, 0, stream, op);
     if (slices > 1) launch("cross_entropy sum_slices", sum_slices<A>, 1, 32, 0, stream, op, slices);
   });
 }
 
 void backward_cuda(const Backward& op, void* stream) {
+  if (op.rows == 0) return;
   const bool shares = op.probabilities != nullptr || (op.weight != nullptr && op.label_smoothing != 0);
   with_pack(op, is_wide(op, op.grad_input, op.grad_stride), [&](auto type, auto bytes) {
     using T = decltype(type);

@@ -75,7 +75,7 @@ View view_of(const Tensor& input) {
     const Rows rows = as_rows(at::movedim(input, class_dim(input), -1), 1);
     return {rows.tensor, 1, rows.stride};
   }
-  const int64_t inner = input.numel() / (input.size(0) * input.size(1));
+  const int64_t inner = c10::multiply_integers(input.sizes().slice(2));
   return {input.contiguous(), inner, inner == 1 ? input.size(1) : 0};
 }
 
@@ -368,7 +368,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
     return (t.requires_grad() && at::GradMode::is_enabled()) || has_tangent(t);
   };
   if (needs_native(forward_op(), input, weight) || differentiable(target) || (has(weight) && differentiable(*weight)) ||
-      input.sym_numel() == 0 || (probabilities && target.scalar_type() != input.scalar_type())) {
+      TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0)) ||
+      (probabilities && target.scalar_type() != input.scalar_type())) {
     auto [loss, z_loss] = formula(input, target, weight, options, wide);
     return {loss, z_loss.defined() ? z_loss.detach() : z_loss};
   }

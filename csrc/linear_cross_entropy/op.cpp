@@ -311,8 +311,9 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
                     (!has(weight) || (weight->dim() == 1 && weight->sym_size(0) == linear_weight.sym_size(0)));
   // What does not fit is for cross entropy's own checks.
   if (!fits || needs_native(kernel, input, linear_weight, linear_bias, weight) || target.requires_grad() ||
-      has_tangent(target) || (has(weight) && weight->requires_grad()) || input.sym_numel() == 0 ||
-      linear_weight.sym_size(0) == 0 || label_smoothing < 0 || label_smoothing > 1) {
+      has_tangent(target) || (has(weight) && weight->requires_grad()) ||
+      TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0)) || linear_weight.sym_size(0) == 0 || label_smoothing < 0 ||
+      label_smoothing > 1) {
     return formula(input, linear_weight, target, linear_bias, weight, options, wide);
   }
   check_parameter_types(name, input, weight, std::nullopt);

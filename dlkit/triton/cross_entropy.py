@@ -7,6 +7,7 @@ reads and writes once. A row's factors are worked out in fp64 and rounded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -209,7 +210,7 @@ def _view(input: Tensor) -> tuple[Tensor, int, int]:
     if input.dim() <= 2 or _classes_last(input):
         rows = _rows(input)
         return rows, 1, rows.stride(0)
-    inner = input.numel() // (input.shape[0] * input.shape[1])
+    inner = math.prod(input.shape[2:])
     return input.contiguous(), inner, input.shape[1] if inner == 1 else 0
 
 
@@ -253,7 +254,7 @@ def cross_entropy_forward(
     numbers = _numbers(input.dtype, 1 - label_smoothing, smooth, lse_square_scale, softcap)
     tile = _tile(classes, pixels)
     with torch.cuda.device_of(input):
-        _forward[(triton.cdiv(rows, tile[0]),)](
+        _forward[(max(1, triton.cdiv(rows, tile[0])),)](
             x, hard, soft, weight, losses, squares, stats[0], stats[1], None if soft is None else stats[2],
             rows, classes, inner, stride, ignore_index, *numbers,
             DOTS=soft is not None or label_smoothing != 0, CAP=softcap != 0, PIXELS=pixels,
@@ -306,7 +307,7 @@ def _gradient(
     numbers = _numbers(input.dtype, 1 - label_smoothing, label_smoothing / classes, lse_square_scale, softcap)
     tile = _tile(classes, pixels)
     with torch.cuda.device_of(input):
-        _backward[(triton.cdiv(rows, tile[0]), triton.cdiv(classes, tile[1]))](
+        _backward[(max(1, triton.cdiv(rows, tile[0])), triton.cdiv(classes, tile[1]))](
             x, hard, soft, weight, grad_loss.to(accumulate).contiguous(), stats[0], stats[1],
             None if soft is None else stats[2], total, weights, out,
             rows, classes, inner, stride, grad_stride, ignore_index, *numbers, EACH=reduction == 0,

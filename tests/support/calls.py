@@ -89,7 +89,7 @@ def _with_running(norm: Callable) -> Callable:
 
 def _classes(x: Tensor, count: int | None = None) -> Tensor:
     """Targets of every class in turn."""
-    shape = [*x.shape[:1], *x.shape[2:]] if count is None else [len(x)]
+    shape = [*x.shape[:1], *x.shape[2:]] if count is None else [x.shape[0]]
     rows = torch.arange(math.prod(shape), device=x.device)
     return (rows % (x.shape[1] if count is None else count)).view(shape)
 
@@ -121,7 +121,7 @@ NORMS = {
     "bias_gelu": Call(lambda F, x, b: F.bias_gelu_dropout(x, b, 0.0), ("NLC", "C")),
     "cross_entropy": Call(lambda F, x: F.cross_entropy(x, _classes(x), label_smoothing=0.1), ("NCL",)),
     "cross_entropy, none": Call(lambda F, x: F.cross_entropy(x, _classes(x), reduction="none"), ("NC",)),
-    "cross_entropy, probabilities": Call(lambda F, x, t: F.cross_entropy(x, t.sigmoid()), ("NCL", "NCL")),
+    "cross_entropy, probabilities": Call(lambda F, x, t: F.cross_entropy(x, t.detach().sigmoid()), ("NCL", "NCL")),
     "linear_cross_entropy": Call(
         lambda F, x, w, b: F.linear_cross_entropy(x, w, _classes(x, w.shape[0]), linear_bias=b), ("NC", "LC", "L")
     ),

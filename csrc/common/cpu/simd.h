@@ -201,6 +201,18 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, All) {
   memcpy(p, &packed, sizeof(packed));
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first `count` lanes of so many bytes.
+template <int kBytes>
+DLKIT_INLINE __m256i first_lanes(int64_t count) {
+  if constexpr (kBytes == 4) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  } else {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+}
+#endif
+
 // Lanes past the count read as zero.
 template <class T>
 DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
@@ -210,6 +222,10 @@ DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
   if constexpr (sizeof(T) == 4) return (VectorF32)_mm512_maskz_loadu_ps(__mmask16(mask), p);
   if constexpr (sizeof(T) == 2) return unpack((VectorU16)_mm256_maskz_loadu_epi16(__mmask16(mask), p), T());
 #else
+#if defined(__AVX2__)  // a call of memcpy takes as long as ten vectors
+  if constexpr (sizeof(T) == 4) return (VectorF32)_mm256_maskload_ps((const float*)p, first_lanes<4>(width.count));
+  if constexpr (sizeof(T) == 8) return (VectorF64)_mm256_maskload_pd((const double*)p, first_lanes<8>(width.count));
+#endif
   Packed<T> packed = {};
   memcpy(&packed, p, size_t(width.count) * sizeof(T));
   return unpack(packed, T());
@@ -225,6 +241,10 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)packed);
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)packed);
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps((float*)p, first_lanes<4>(width.count), (__m256)packed);
+  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd((double*)p, first_lanes<8>(width.count), (__m256d)packed);
+#endif
   memcpy(p, &packed, size_t(width.count) * sizeof(T));
 #endif
 }
