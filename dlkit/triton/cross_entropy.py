@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ._common import TRITON_TYPE, accumulate_type
 
-_jit = triton.jit(do_not_specialize=["rows", "classes", "inner", "stride", "grad_stride", "ignored"])
+# Distances are specialised: that they are multiples of 16 is what makes accesses wide.
+_jit = triton.jit(do_not_specialize=["rows", "ignored"])
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def _targets(target, row, live, classes, ignored):
 
 
 @_jit
-def _forward(
+def _losses(
     x, target, probabilities, weight, losses, squares, maxima, sums, masses,
     rows: tl.int64, classes: tl.int64, inner: tl.int64, stride: tl.int64, ignored: tl.int64,
     keep, smooth, z_scale, cap,
@@ -254,7 +255,7 @@ def cross_entropy_forward(
     numbers = _numbers(input.dtype, 1 - label_smoothing, smooth, lse_square_scale, softcap)
     tile = _tile(classes, pixels)
     with torch.cuda.device_of(input):
-        _forward[(max(1, triton.cdiv(rows, tile[0])),)](
+        _losses[(max(1, triton.cdiv(rows, tile[0])),)](
             x, hard, soft, weight, losses, squares, stats[0], stats[1], None if soft is None else stats[2],
             rows, classes, inner, stride, ignore_index, *numbers,
             DOTS=soft is not None or label_smoothing != 0, CAP=softcap != 0, PIXELS=pixels,

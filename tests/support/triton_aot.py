@@ -220,8 +220,8 @@ def _cross_entropy_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[
 
     yield "32000", True, partial(both, 64, 32000)
     yield "32000, all", True, partial(both, 64, 32000, more=True)
-    yield "1000", True, partial(both, 64, 1000)
-    yield "21x64x64", True, partial(both, 2, 21, 64, 64)
+    yield "1000", False, partial(both, 64, 1000)
+    yield "21x64x64", False, partial(both, 2, 21, 64, 64)
     if dtype_name in ("float32", "bfloat16"):
         yield "16", True, partial(both, 4096, 16)
         yield "1001", False, partial(both, 64, 1001)
