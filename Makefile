@@ -119,7 +119,7 @@ sanitize: install
 GPU_PYTHON ?= python3
 OUT ?= bench/results
 GPU_TESTS := $(addprefix tests/test_,layer_norm.py batch_norm.py dropout.py dropout_variants.py dropblock2d.py \
-  bias_act_dropout.py optim.py optim_launches.py cuda_graphs.py)
+  bias_act_dropout.py cross_entropy.py optim.py optim_launches.py cuda_graphs.py)
 GPU_PYTEST = $(GPU_PYTHON) -m pytest -q -p no:cacheprovider
 SIDE_BY_SIDE = $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "models": ("_models", "training steps of four models: time, memory, profile"),
     "calls": ("_calls", "the cost of one call from Python on small tensors, hop by hop"),
     "memory": ("_memory", "what reuse_cpu_memory() gains and costs"),
+    "language_model": ("_language_model", "a language model trained with each loss: losses and memory"),
     "plot": ("_plot", "draw result files: a PNG, or the page that --html writes"),
     "overview": ("_overview", "draw whole steps and headline ops beside torch's, as bars"),
 }

@@ -191,6 +191,20 @@ def _dropout_add(n: int) -> Levels:
     )
 
 
+def _cross_entropy(n: int) -> Levels:
+    x = _leaf(*_rows(n))
+    target, op = torch.randint(0, x.shape[1], x.shape[:1]), dlkit_op("cross_entropy")
+    native = nn.CrossEntropyLoss()
+    twin = _twin(native)
+    return _levels(
+        (x,),
+        lambda x: native(x, target),
+        None,
+        lambda x: twin(x, target),
+        lambda x: op(x, target, None, 1, -100, 0.0, 0.0, 0.0, False)[0],
+    )
+
+
 def _optimizer(n: int, name: str, options: dict[str, Any]) -> Levels:
     steps = []
     for library in (torch.optim, dlkit.optim):
@@ -226,6 +240,7 @@ CASES: dict[str, Callable[[int], Levels]] = {
     "Dropout1d": functools.partial(_dropout, cls=nn.Dropout1d, name="dropout1d", mask_ndim=2, alpha=False),
     "AlphaDropout": functools.partial(_dropout, cls=nn.AlphaDropout, name="alpha_dropout", mask_ndim=-1, alpha=True),
     "DropoutAdd": _dropout_add,
+    "CrossEntropyLoss": _cross_entropy,
     "SGD": functools.partial(_optimizer, name="SGD", options={"momentum": 0.9}),
     "Adam": functools.partial(_optimizer, name="Adam", options={}),
     "AdamW": functools.partial(_optimizer, name="AdamW", options={}),

@@ -440,6 +440,152 @@ def _(op: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _row_cut(*tensors: Any) -> tuple[list[Any], list[Any]]:
+    """(the parts of logits, targets and the like that belong to this process's rows, the placements): cut along the
+    batch where the first of them is, else whole."""
+    first = tensors[0]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not (isinstance(tensor, DTensor) and tensor.device_mesh == first.device_mesh):
+            raise RuntimeError(
+                "cross_entropy: expected DTensors on one mesh, got a plain tensor: distribute_tensor() it"
+            )
+    batched = first.ndim > 1
+    rows = [p if type(p) is Shard and p.dim == 0 and batched else Replicate() for p in first.placements]
+    return [t if t is None else _moved(t, rows).to_local() for t in tensors], rows
+
+
+def _everywhere(tensor: Any) -> Any:
+    """The whole of what every process is to have: weights, a scalar."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sum_of_parts(parts: Sequence[Any], like: DTensor, rows: Sequence[Any]) -> list[Tensor]:
+    """The sums over processes that have other rows."""
+    own = torch.stack([torch.as_tensor(part, dtype=torch.float64) for part in parts])
+    summed = [_sum_over(placement) for placement in rows]
+    return list(DTensor.from_local(own, like.device_mesh, summed, run_check=False).full_tensor())
+
+
+def _counted(target: Tensor, weight: Tensor | None, probabilities: bool, ignore_index: int) -> tuple[Any, Any]:
+    """What a mean divides the loss and the z-loss by: of these rows."""
+    if probabilities:
+        rows = target.numel() // target.shape[0 if target.ndim == 1 else 1] if target.numel() else 0
+        return rows, rows
+    kept = target != ignore_index
+    if weight is None:
+        return kept.sum(), kept.sum()
+    return (weight.double()[torch.where(kept, target, 0)] * kept).sum(), kept.sum()
+
+
+def _as_loss(value: Tensor, dtype: torch.dtype, like: DTensor) -> DTensor:
+    mesh = like.device_mesh
+    return DTensor.from_local(value.to(dtype), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _of_rows(part: Tensor | None, like: DTensor, rows: Sequence[Any], dim: int = 0) -> Any:
+    """A part with the rows along `dim` as a DTensor."""
+    if part is None:
+        return None
+    placements = [Shard(dim) if placement.is_shard() else placement for placement in rows]
+    shape = list(part.shape)
+    if shape:
+        per_sample = part.shape[dim] // max(1, _moved(like, rows).to_local().shape[0]) if like.ndim > 1 else 1
+        shape[dim] = like.shape[0] * per_sample if any(p.is_shard() for p in rows) else part.shape[dim]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, like.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+@_rule("cross_entropy_forward")
+def _cross_entropy_forward(
+    op: Any, input: DTensor, target: DTensor, weight: DTensor | None, reduction: int, ignore_index: int,
+    label_smoothing: float, z_scale: float, softcap: float, wide: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    (x, t), rows = _row_cut(input, target)
+    w = _everywhere(weight)
+    if x.numel() == 0:
+        raise RuntimeError("cross_entropy: expected rows for every process of the mesh, got fewer")
+    loss, z, stats, _ = op(x, t, w, 2 if reduction else 0, ignore_index, label_smoothing, z_scale, softcap, True)
+    kept = _of_rows(stats, input, rows, 1)
+    dtype = loss.dtype if wide else input.dtype
+    if reduction == 0:
+        narrow = [part if part is None else part.to(dtype) for part in (loss, z)]
+        return _of_rows(narrow[0], input, rows), _of_rows(narrow[1], input, rows), kept, None
+    counted = _counted(t, w, t.shape == x.shape, ignore_index)
+    whole, z_whole, weights, count = _sum_of_parts([loss, 0.0 if z is None else z, *counted], input, rows)
+    total = None
+    if reduction == 1:
+        total = _as_loss(torch.stack([weights, count]), loss.dtype, input)
+        whole, z_whole = (
+            (whole - z_whole) / weights + z_whole / count if z is not None else whole / weights,
+            z_whole / count,
+        )
+    return _as_loss(whole, dtype, input), None if z is None else _as_loss(z_whole, dtype, input), kept, total
+
+
+@_rule("cross_entropy_backward")
+def _(
+    op: Any, grad_loss: DTensor, input: DTensor, target: DTensor, weight: DTensor | None, stats: DTensor,
+    total: DTensor | None, reduction: int, *options: Any,
+) -> DTensor:  # fmt: skip
+    (x, t), rows = _row_cut(input, target)
+    grad = _moved(grad_loss, rows).to_local() if reduction == 0 else _everywhere(grad_loss)
+    own = op(grad, x, t, _everywhere(weight), stats.to_local(), _everywhere(total), reduction, *options)
+    return _like(own, _moved(input, rows))
+
+
+@_rule("linear_cross_entropy_forward")
+def _(
+    op: Any, input: DTensor, linear_weight: DTensor, target: DTensor, linear_bias: DTensor | None,
+    weight: DTensor | None, reduction: int, ignore_index: int, label_smoothing: float, z_scale: float, softcap: float,
+    wide: bool, output_mask: Sequence[bool],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The weight is gathered: rows are cut, classes are not."""
+    if weight is not None and z_scale and reduction == 1:
+        raise NotImplementedError(
+            "linear_cross_entropy: a mean with class weights and lse_square_scale has no rule for DTensors: take "
+            'reduction="sum", or leave out one of them'
+        )
+    (x, t), rows = _row_cut(input, target)
+    parameters = [_everywhere(tensor) for tensor in (linear_weight, linear_bias, weight)]
+    code = 2 if reduction else 0
+    loss, z, *grads = op(
+        x, parameters[0], t, *parameters[1:], code, ignore_index, label_smoothing, z_scale, softcap, True, output_mask
+    )
+    dtype = loss.dtype if wide else input.dtype
+    if reduction == 0:
+        narrow = [part if part is None else part.to(dtype) for part in (loss, z)]
+        return _of_rows(narrow[0], input, rows), _of_rows(narrow[1], input, rows), None, None, None
+    counted = _counted(t, parameters[2], t.ndim == 2, ignore_index)
+    whole, z_whole, weights, _ = _sum_of_parts([loss, 0.0 if z is None else z, *counted], input, rows)
+    if reduction == 1:
+        whole, z_whole = whole / weights, z_whole / weights
+        grads = [grad if grad is None else grad / weights.where(weights != 0, 1.0) for grad in grads]
+    own = _placed_gradients([grad if grad is None else grad.to(loss.dtype) for grad in grads], input, rows)
+    return _as_loss(whole, dtype, input), None if z is None else _as_loss(z_whole, dtype, input), *own
+
+
+@_rule("linear_cross_entropy_backward")
+def _(
+    op: Any, grad_loss: DTensor, input: DTensor, linear_weight: DTensor, target: DTensor, linear_bias: DTensor | None,
+    weight: DTensor | None, *options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    (x, t, grad), rows = _row_cut(input, target, grad_loss)
+    grads = op(grad, x, _everywhere(linear_weight), t, _everywhere(linear_bias), _everywhere(weight), *options)
+    return _placed_gradients(grads, input, rows)
+
+
+def _placed_gradients(grads: Sequence[Tensor | None], input: DTensor, rows: Sequence[Any]) -> tuple[Any, ...]:
+    """Of the input along its rows; of the parameters, sums over them."""
+    summed = [_sum_over(placement) for placement in rows]
+    parameters = [
+        grad if grad is None else DTensor.from_local(grad, input.device_mesh, summed, run_check=False)
+        for grad in grads[1:]
+    ]
+    return (_of_rows(grads[0], input, rows), *parameters)
+
+
 def _call_below_autograd(op: Any, *args: Any, **kwargs: Any) -> Any:
     """In inference mode the public ops come here as they are: they take themselves apart."""
     return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)

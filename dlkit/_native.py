@@ -126,6 +126,39 @@ def dropblock2d_(input: Tensor, *args: Any, **generators: Any) -> None:
     input.copy_(dropblock2d(input, *args, **generators))
 
 
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float = 0.0,
+    inplace_backward: bool = False,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    x = input if weight is None or weight.dtype == input.dtype else input.to(weight.dtype)
+    x = softcap * torch.tanh(x / softcap) if softcap else x
+    name = ("none", "mean", "sum")[reduction]
+    loss, z_loss = F.cross_entropy(x, target, weight, None, ignore_index, None, name, label_smoothing), None
+    if lse_square_scale:
+        z_loss = lse_square_scale * torch.logsumexp(x, 0 if x.dim() == 1 else 1).square()
+        rows = target != ignore_index if target.shape != x.shape else torch.ones_like(z_loss, dtype=torch.bool)
+        z_loss = z_loss.masked_fill(~rows, 0.0)
+        z_loss = z_loss.sum() if reduction else z_loss
+        z_loss = z_loss / rows.sum() if reduction == 1 else z_loss
+        loss = loss + z_loss
+    narrow = loss.dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
+    return loss.to(narrow), None if z_loss is None else z_loss.detach().to(narrow)
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, *args: Any
+) -> tuple[Tensor, Tensor | None]:
+    return cross_entropy(F.linear(input, linear_weight, linear_bias), target, *args)
+
+
 def _refuse_generator(generator: torch.Generator | None, stream: Tensor | None) -> None:
     if generator is not None or stream is not None:
         raise RuntimeError(

@@ -28,6 +28,8 @@ _dropblock2d = op("dropblock2d")
 _dropblock2d_ = op("dropblock2d_")
 _dropout_add_layer_norm = op("dropout_add_layer_norm")
 _dropout_add_rms_norm = op("dropout_add_rms_norm")
+_cross_entropy = op("cross_entropy")
+_linear_cross_entropy = op("linear_cross_entropy")
 
 
 def layer_norm(
@@ -891,6 +893,163 @@ def check_tensors(name: str, **tensors: Any) -> None:
     for argument, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    inplace_backward: bool = False,
+) -> Any:
+    """Cross entropy of logits, as :func:`torch.nn.functional.cross_entropy`, in one pass over them each way.
+
+    ``-log(softmax(input)[target])``. Beside the logits only two numbers a row are kept for backward.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last; other
+            strides are copied first.
+        target: classes, int64 ``[]``, ``[N]`` or ``[N, *]``; or probabilities, of the input's shape and dtype.
+        weight: ``[C]``, a factor of each class, in the input's dtype or fp32, or None.
+        size_average: deprecated, as in torch.
+        ignore_index: rows with this class count for nothing.
+        reduce: deprecated, as in torch.
+        reduction: "mean" (over the weights of the targets), "sum", or "none": a loss for each row.
+        label_smoothing: between 0 and 1, the share of the target that all classes have in equal parts.
+        lse_square_scale: adds this times ``logsumexp(logits)**2`` (the z-loss), whose mean is over the rows that are
+            not ignored, and which has no class weights.
+        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; None takes them as they are.
+        return_z_loss: return ``(loss, z_loss)``; z_loss is part of the loss, and has no gradient of its own.
+        inplace_backward: write the gradient over ``input``, which saves a tensor of its size. Compilers decide
+            themselves, and ignore it.
+
+    Returns:
+        A scalar, or without a reduction the target's shape (for probabilities: the input's without C), in the input's
+        dtype; sums are in fp32 (fp64 for fp64). Under autocast fp32, as torch's.
+
+    Raises:
+        IndexError: on the CPU, a class out of range; on a GPU the kernel stops, as torch's does.
+        ValueError: another batch size in ``target``, an unknown reduction, softcap of 0 or less.
+        RuntimeError: another shape, dtype or device; label_smoothing out of range; ``inplace_backward`` on a leaf or on
+            strides that would need a copy, or a second backward after it.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: torch's page; `Rethinking the Inception Architecture <https://arxiv.org/abs/1512.00567>`_ for the smoothing,
+    `PaLM <https://arxiv.org/abs/2204.02311>`_ for the z-loss.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    numbers_ = _check_options("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    try:
+        loss, z_loss = _cross_entropy(
+            input, target, weight, _reduction(reduction), ignore_index, *numbers_, inplace_backward
+        )
+    except (RuntimeError, ValueError) as error:
+        _raise_loss("cross_entropy", error, ignore_index, weight, input=input, target=target)
+    return _with_z_loss(loss, z_loss, return_z_loss)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+) -> Any:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits in memory.
+
+    The arguments of :func:`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), and those of
+    :func:`cross_entropy`. Rows go in chunks of 256 or more. With a reduction, forward works out the gradients too, and
+    keeps them in fp32 (fp64 for fp64): what is in memory is a chunk of logits and these, of the size of ``input`` and
+    ``linear_weight``. Without a reduction backward computes the logits again.
+
+    Args:
+        input: ``[H]`` or ``[N, H]``, fp64, fp32, bf16 or fp16.
+        linear_weight: ``[C, H]`` in the input's dtype, or ``[C, *, H]``, for which the logits are whole, as in torch.
+        target: classes, int64 ``[]``, ``[N]`` or ``[N, *]``; or probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *]``.
+        linear_bias: ``[C]`` or ``[C, *]``, or None.
+        weight: as in :func:`cross_entropy`, as are ``reduction`` and ``label_smoothing``.
+        ignore_index: rows with this class count for nothing; None stands for -100.
+        options: torch's choice of chunks; here it changes nothing, and torch's own limits do not hold.
+        lse_square_scale: as in :func:`cross_entropy`, as are ``softcap`` and ``return_z_loss``.
+
+    Returns:
+        A scalar, or without a reduction the target's shape (for probabilities: without C), in the input's dtype; under
+        autocast fp32.
+
+    Raises:
+        IndexError, ValueError, RuntimeError, NotImplementedError, TypeError: as :func:`cross_entropy`.
+
+    Source: torch's page.
+    """
+    name = "linear_cross_entropy"
+    check_tensors(name, input=input, linear_weight=linear_weight, target=target)
+    if ignore_index is not None and target.is_floating_point():
+        raise RuntimeError(f"{name}(): ignore_index is for classes, and target is of {target.dtype}: leave it out")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    numbers_ = _check_options(name, label_smoothing, lse_square_scale, softcap)
+    if linear_weight.dim() > 2 and input.dim() == 2:
+        bias = None if linear_bias is None else linear_bias.flatten()
+        logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+        return cross_entropy(
+            logits.view(-1, *linear_weight.shape[:-1]), target, weight, None, ignore_index, None, reduction,
+            label_smoothing, lse_square_scale, softcap, return_z_loss,
+        )  # fmt: skip
+    alone = input.dim() == 1
+    rows = (input[None], target[None]) if alone else (input, target)
+    try:
+        loss, z_loss = _linear_cross_entropy(
+            rows[0], linear_weight, rows[1], linear_bias, weight, _reduction(reduction), ignore_index, *numbers_
+        )
+    except (RuntimeError, ValueError) as error:
+        _raise_loss(name, error, ignore_index, weight, linear_bias=linear_bias)
+    if alone and reduction == "none":
+        loss, z_loss = loss[0], None if z_loss is None else z_loss[0]
+    return _with_z_loss(loss, z_loss, return_z_loss)
+
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch numbers them
+
+
+def _reduction(name: str) -> int:
+    return _REDUCTIONS[name] if name in _REDUCTIONS else torch.nn._reduction.get_enum(name)
+
+
+def _check_options(name: str, label_smoothing: Any, lse_square_scale: Any, softcap: Any) -> tuple[Any, Any, Any]:
+    """The three as Python numbers, 0 for no softcap."""
+    softcap = 0.0 if softcap is None else number(name, "softcap", softcap) or -1.0  # the op refuses it
+    return number(name, "label_smoothing", label_smoothing), number(name, "lse_square_scale", lse_square_scale), softcap
+
+
+def _with_z_loss(loss: Tensor, z_loss: Tensor | None, wanted: bool) -> Any:
+    if not wanted:
+        return loss
+    return loss, torch.zeros_like(loss) if z_loss is None else z_loss
+
+
+def _raise_loss(name: str, error: Exception, ignore_index: Any, weight: Any, **tensors: Any) -> NoReturn:
+    """Raises TypeError where an argument was of the wrong Python type, as torch does, else the error itself."""
+    tensors |= {} if weight is None else {"weight": weight}
+    check_tensors(name, **{key: value for key, value in tensors.items() if key != "linear_bias" or value is not None})
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"{name}(): expected ignore_index to be an int, got {ignore_index!r}") from None
+    raise error
 
 
 def _warn(name: str, expected: str, taken: str, input: Tensor) -> None:

@@ -31,7 +31,10 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.AlphaDropout: dlkit.nn.AlphaDropout,
     torch.nn.FeatureAlphaDropout: dlkit.nn.FeatureAlphaDropout,
     torch.nn.MultiheadAttention: dlkit.nn.MultiheadAttention,
+    torch.nn.CrossEntropyLoss: dlkit.nn.CrossEntropyLoss,
 }
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # torch 2.13
+    TWINS[torch.nn.LinearCrossEntropyLoss] = dlkit.nn.LinearCrossEntropyLoss
 
 NORMS = tuple(cls for cls in TWINS if "Norm" in cls.__name__ and cls is not torch.nn.SyncBatchNorm)
 
@@ -197,6 +200,8 @@ def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> st
         return "it is not initialised: it can be replaced once it has seen an input"
     if issubclass(cls, (dlkit.nn.batch_norm._BatchNormReLU, dlkit.nn.SyncBatchNormReLU)):
         return "it does the work of the ReLU behind it too, which cannot be put back here"
+    if isinstance(module, (dlkit.nn.CrossEntropyLoss, dlkit.nn.LinearCrossEntropyLoss)) and module.has_own_options():
+        return "it has options that torch's layer has not"
     if cls is not related:
         return f"it is a subclass of {label(related)}, which may do something else"
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""

@@ -17,6 +17,9 @@ STATS, ROW_STATS = torch.ones(6), torch.ones(4, 6, 1)
 STATE = torch.tensor([3, 4])
 PLANES = torch.ones(2, 3, 6, 6)
 COUNTER = torch.tensor(0)
+CLASSES, ROWS, WEIGHT = torch.tensor([[1, 0, 5, 2, 3]] * 4), torch.ones(2, 20), torch.ones(6, 3)
+FEATURES, LABELS = X[0, :, :3], torch.arange(6)
+LOSS = (1, -100, 0.1, 0.1, 4.0)
 
 # Arguments by position that fit, with every optional tensor present.
 CALLS = {
@@ -53,6 +56,13 @@ CALLS = {
     "dropblock2d_forward": (PLANES, STATE, 0.5, 2, None),
     "dropblock2d_forward_": (PLANES, STATE, 0.5, 2, None),
     "dropblock2d_apply": (PLANES, torch.tensor([3, 4, 9]), 0.5, 2),
+    "cross_entropy": (X, CLASSES, CHANNELS, *LOSS, False, False),
+    "cross_entropy_forward": (X, CLASSES, CHANNELS, *LOSS, False),
+    "cross_entropy_backward": (torch.ones(()), X, CLASSES, CHANNELS, ROWS, torch.ones(2), *LOSS),
+    "cross_entropy_backward_": (torch.ones(()), X, CLASSES, CHANNELS, ROWS, torch.ones(2), *LOSS),
+    "linear_cross_entropy": (FEATURES, WEIGHT, LABELS, CHANNELS, CHANNELS, *LOSS, False),
+    "linear_cross_entropy_forward": (FEATURES, WEIGHT, LABELS, CHANNELS, CHANNELS, *LOSS, False, [True] * 3),
+    "linear_cross_entropy_backward": (CHANNELS, FEATURES, WEIGHT, LABELS, CHANNELS, CHANNELS, *LOSS[1:], [True] * 3),
 }
 
 

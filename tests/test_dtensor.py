@@ -181,6 +181,26 @@ def channel_norms(rank, line, square):
 
 
 @case
+def losses(rank, line, square):
+    from torch.distributed.tensor import Replicate, Shard
+
+    x, images, target, weight = leaf(8, 6), leaf(8, 6, 3), torch.arange(8) % 6, torch.linspace(1, 2, 6)
+    target[3], pixels = -100, torch.arange(24).view(8, 3) % 6
+    hidden, table, bias = leaf(8, 4), leaf(6, 4), leaf(6)
+    for mesh, rows in ((line, [Shard(0)]), (square, [Shard(0), Replicate()]), (line, [Shard(1)])):
+        for reduction in ("mean", "sum", "none"):
+            loss = partial(F.cross_entropy, reduction=reduction, label_smoothing=0.1, lse_square_scale=0.1)
+            check(loss, (x, target), mesh, rows, [Replicate()] * mesh.ndim)
+            check(lambda x, t, w, loss=loss: loss(x, t, w), (x, target, weight), mesh, rows)
+            check(loss, (images, pixels), mesh, rows)
+            soft = lambda x, t, loss=loss: loss(x, t.detach().softmax(1))  # noqa: E731
+            check(soft, (x, x.detach().sin()), mesh, rows, rows)
+            linear = partial(F.linear_cross_entropy, reduction=reduction, label_smoothing=0.1)
+            fused = lambda h, w, b, t, linear=linear: linear(h, w, t, linear_bias=b)  # noqa: E731
+            check(fused, (hidden, table, bias, target), mesh, rows)
+
+
+@case
 def running_statistics(rank, line, square):
     """Of the whole batch, written to where they lie."""
     from torch.distributed.tensor import Shard

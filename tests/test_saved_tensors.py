@@ -16,6 +16,7 @@ pytestmark = pytest.mark.sanitize
 
 FEATURES = 8
 ROWS, PLANES = (6, FEATURES), (4, FEATURES, 4, 4)
+CLASSES = torch.tensor([0, 6, 2, 3, -100, 5])
 
 
 class Twice(torch.nn.Module):
@@ -84,6 +85,11 @@ LAYERS = {
     "DropConnectLinear": (ROWS, lambda: NN.DropConnectLinear(FEATURES, FEATURES, p=0.3)),
     "bias_gelu_dropout": (ROWS, lambda: Function(functools.partial(F.bias_gelu_dropout, p=0.3), FEATURES)),
     "bias_relu_dropout": (ROWS, lambda: Function(functools.partial(F.bias_relu_dropout, p=0.3), FEATURES)),
+    "cross_entropy": (ROWS, lambda: Function(lambda x: F.cross_entropy(x, CLASSES, reduction="none")[:, None] * x)),
+    "linear_cross_entropy": (
+        ROWS,
+        lambda: Function(lambda x, w: F.linear_cross_entropy(x, w, CLASSES, label_smoothing=0.1) * x, 7, FEATURES),
+    ),
     "dropout-inplace": (ROWS, lambda: Function(lambda x: F.dropout(x * 2, 0.3, inplace=True))),
     "dropblock-inplace": (PLANES, lambda: Function(lambda x: F.dropblock2d(x * 2, 0.3, 2, inplace=True))),
     "MultiheadAttention": (ROWS, lambda: Attention(False)),

@@ -62,6 +62,8 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_transforms_give_what_torch_s_do(name, transform):
     call = NORMS[name]
+    if transform == "vmap over the parameters" and len(call.shapes) == 1:
+        pytest.skip("it has none")
     if "running" in name and transform == "vmap over the input":
         for function in (call, call.reference):
             with pytest.raises(RuntimeError, match="running_mean or running_var, which will be updated in place"):

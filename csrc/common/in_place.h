@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "autograd.h"
@@ -14,6 +15,13 @@ inline void check_written(const char* name, const at::Tensor& input) {
   TORCH_CHECK(
       !input.is_inference() || c10::InferenceMode::is_enabled(), name,
       "(): an inference tensor cannot be changed in place outside InferenceMode: clone it, or leave out inplace");
+}
+
+// Whether memory may be reused at will: a compiler, a mode, a subclass or vmap has plans of its own.
+inline bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet others{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched};
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !tensor.key_set().has_any(others);
 }
 
 }  // namespace dlkit

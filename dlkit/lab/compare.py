@@ -69,7 +69,8 @@ class Contestant:
         _synchronize(images.device)
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(images), labels)
+        cross_entropy = F.cross_entropy if self.clips_apart else dlkit.functional.cross_entropy
+        loss = cross_entropy(self.model(images), labels)
         loss.backward()
         if self.clips_apart:
             nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)

@@ -9,6 +9,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from dlkit.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from dlkit.nn.dropout import (
     AlphaDropout,
     DropBlock2d,
@@ -38,6 +39,7 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "CrossEntropyLoss",
     "DropBlock2d",
     "DropConnectLinear",
     "DropPath",
@@ -54,6 +56,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "SyncBatchNorm",

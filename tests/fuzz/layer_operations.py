@@ -21,6 +21,7 @@ from torch import Tensor
 
 import dlkit
 import dlkit.functional as fused
+from dlkit import _native
 from dlkit.random import Philox
 from fuzz import layer_tensors as tensors
 
@@ -724,6 +725,49 @@ def activation_operation(name: str) -> Operation:
     return Operation(f"bias_{name}_dropout", (1, 4), draw, shapes, ours, torchs, forward, backward)
 
 
+def cross_entropy() -> Operation:
+    """Targets come from the seed. What torch makes of it is the yardstick: its own errors are of many kinds."""
+
+    def draw(rng: random.Random, shape: list[int]) -> Named:
+        return {
+            "reduction": rng.choice(["mean", "sum", "none"]),
+            "smoothing": rng.choice([0.0, 0.0, 0.1, 1.0]),
+            "soft": rng.random() < 0.3,
+            "weighted": rng.random() < 0.3,
+            "softcap": rng.choice([None, None, None, 5.0]),
+            "z_scale": rng.choice([0.0, 0.0, 1e-3]),
+        }
+
+    def shapes(case: Case) -> dict[str, list[int]]:
+        found = {"input": case["shape"]}
+        return found | {"weight": case["shape"][1:2]} if case["options"]["weighted"] else found
+
+    def target_of(t: Named, o: Named) -> Tensor:
+        x, generator = t["input"], torch.Generator().manual_seed(o["seed"])
+        if o["soft"]:
+            return torch.randn(x.shape, generator=generator).softmax(1).to(x.dtype)
+        target = torch.randint(0, max(1, x.shape[1]), (x.shape[0], *x.shape[2:]), generator=generator)
+        return torch.where(torch.rand(target.shape, generator=generator) < 0.1, -100, target)
+
+    def options(o: Named) -> Named:
+        return {"label_smoothing": o["smoothing"], "lse_square_scale": o["z_scale"]}
+
+    def ours(t: Named, o: Named) -> Any:
+        given = t["input"], target_of(t, o), t.get("weight")
+        return {"y": fused.cross_entropy(*given, reduction=o["reduction"], softcap=o["softcap"], **options(o))}
+
+    def module(t: Named, o: Named) -> Any:
+        layer = dlkit.nn.CrossEntropyLoss(t.get("weight"), reduction=o["reduction"], softcap=o["softcap"], **options(o))
+        return {"y": layer(t["input"], target_of(t, o))}
+
+    def torchs(t: Named, o: Named) -> Any:
+        code = ("none", "mean", "sum").index(o["reduction"])
+        given = t["input"], target_of(t, o), t.get("weight"), code, -100
+        return {"y": _native.cross_entropy(*given, *options(o).values(), o["softcap"] or 0.0)[0]}
+
+    return Operation("cross_entropy", (2, 4), draw, shapes, ours, torchs, modules=module)
+
+
 ALL = (
     norm_operation(
         "layer_norm", "layer_norm", draw_rows, ours_rows, rank=(1, 5), weight=3,
@@ -771,6 +815,7 @@ ALL = (
     dropblock(),
     activation_operation("gelu"),
     activation_operation("relu"),
+    cross_entropy(),
 )  # fmt: skip
 
 OPERATIONS = {operation.name: operation for operation in ALL}

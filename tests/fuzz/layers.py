@@ -115,7 +115,7 @@ KERNEL_OPS = (
     "layer_norm_forward", "layer_norm_backward", "dropout_layer_norm_forward", "dropout_layer_norm_backward",
     "batch_norm_forward", "batch_norm_backward", "dropout_forward", "dropout_apply", "dropout_forward_",
     "dropout_add_forward", "bias_act_dropout_forward", "bias_act_dropout_backward", "dropblock2d_forward",
-    "dropblock2d_apply", "dropblock2d_forward_",
+    "dropblock2d_apply", "dropblock2d_forward_", "cross_entropy_forward", "cross_entropy_backward",
 )  # fmt: skip
 
 

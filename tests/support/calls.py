@@ -1,5 +1,6 @@
 """One call of every layer function, for what must hold of all of them."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -65,6 +66,10 @@ REFERENCE = SimpleNamespace(
     batch_norm_relu=_batch_norm_relu,
     bias_gelu_dropout=lambda input, bias, p: native.gelu(input + bias),
     bias_relu_dropout=lambda input, bias, p: native.relu(input + bias),
+    cross_entropy=native.cross_entropy,
+    linear_cross_entropy=lambda x, w, target, linear_bias: native.cross_entropy(
+        native.linear(x, w, linear_bias), target
+    ),
 )
 
 
@@ -80,6 +85,13 @@ def _with_running(norm: Callable) -> Callable:
         return norm(F)(x, *running, weight, bias, True), *running
 
     return function
+
+
+def _classes(x: Tensor, count: int | None = None) -> Tensor:
+    """Targets of every class in turn."""
+    shape = [*x.shape[:1], *x.shape[2:]] if count is None else [x.shape[0]]
+    rows = torch.arange(math.prod(shape), device=x.device)
+    return (rows % (x.shape[1] if count is None else count)).view(shape)
 
 
 NORMS = {
@@ -107,6 +119,12 @@ NORMS = {
         lambda F, x, m, w, b: F.instance_norm(x, *_running(m), w, b, False), ("NCL", "C", "C", "C")
     ),
     "bias_gelu": Call(lambda F, x, b: F.bias_gelu_dropout(x, b, 0.0), ("NLC", "C")),
+    "cross_entropy": Call(lambda F, x: F.cross_entropy(x, _classes(x), label_smoothing=0.1), ("NCL",)),
+    "cross_entropy, none": Call(lambda F, x: F.cross_entropy(x, _classes(x), reduction="none"), ("NC",)),
+    "cross_entropy, probabilities": Call(lambda F, x, t: F.cross_entropy(x, t.detach().sigmoid()), ("NCL", "NCL")),
+    "linear_cross_entropy": Call(
+        lambda F, x, w, b: F.linear_cross_entropy(x, w, _classes(x, w.shape[0]), linear_bias=b), ("NC", "LC", "L")
+    ),
     "bias_relu": Call(lambda F, x, b: F.bias_relu_dropout(x, b, 0.0), ("NLC", "C")),
 }
 # The last keyword arguments reach the call: a generator.

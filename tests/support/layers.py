@@ -62,6 +62,8 @@ CASES = {
         Case(_NN.DropoutAdd, (0.4,), (_ROWS, _ROWS)),
         Case(_NN.DropoutAddLayerNorm, (8, 0.4), (_ROWS, _ROWS)),
         Case(_NN.DropoutAddRMSNorm, (8, 0.4), (_ROWS, _ROWS)),
+        Case(_NN.CrossEntropyLoss, (), (_ROWS, _ROWS)),  # targets of the input's shape are probabilities
+        Case(_NN.LinearCrossEntropyLoss, (8, 5), ((4, 8), (4, 5))),
         Case(_NN.MultiheadAttention, (8, 2, 0.4), (_ROWS,) * 3),
         Case(_NN.TransformerEncoderLayer, (8, 2, 16, 0.4), (_ROWS,)),
         Case(_NN.TransformerDecoderLayer, (8, 2, 16, 0.4), (_ROWS, _ROWS)),

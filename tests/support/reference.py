@@ -131,3 +131,38 @@ def activation(name: str, x: np.ndarray):
     factor, cubic = np.sqrt(8 / np.longdouble(np.pi)), np.longdouble(0.044715)
     share = 1 / (1 + np.exp(-factor * (x + cubic * x**3)))
     return x * share, share + x * share * (1 - share) * factor * (1 + 3 * cubic * x**2)
+
+
+def cross_entropy(
+    x: Tensor, target: Tensor, weight, grad_loss: Tensor, reduction: int, ignore_index: int = -100,
+    label_smoothing: float = 0.0, z_scale: float = 0.0, softcap: float = 0.0,
+):  # fmt: skip
+    """(loss, z_loss, grad_input) for x [rows, classes], target [rows] (classes) or [rows, classes] (probabilities)."""
+    values, slope, (rows, classes) = exact(x), 1, x.shape
+    if softcap:
+        tanh = np.tanh(values / softcap)
+        values, slope = softcap * tanh, 1 - tanh**2
+    w = np.ones(classes, np.longdouble) if weight is None else exact(weight)
+    smooth = np.longdouble(label_smoothing) / classes
+    if target.is_floating_point():
+        kept = counted = np.ones(rows, np.longdouble)
+        u = w * ((1 - np.longdouble(label_smoothing)) * exact(target) + smooth)
+    else:
+        kept = (target != ignore_index).cpu().numpy().astype(np.longdouble)
+        index = np.where(kept == 1, target.cpu().numpy(), 0)
+        counted = w[index] * kept
+        u = np.tile(w * smooth, (rows, 1))
+        u[np.arange(rows), index] += (1 - np.longdouble(label_smoothing)) * w[index]
+        u *= kept[:, None]
+    largest = values.max(1)
+    lse = largest + np.log(np.exp(values - largest[:, None]).sum(1))
+    softmax = np.exp(values - lse[:, None])
+    loss, z = (u * (lse[:, None] - values)).sum(1), z_scale * lse**2 * kept
+    share, z_share = (1 / counted.sum(), 1 / kept.sum()) if reduction == 1 else (1, 1)
+    grad = exact(grad_loss)[..., None]
+    grad_input = grad * share * (softmax * u.sum(1, keepdims=True) - u)
+    grad_input = (grad_input + grad * z_share * 2 * z_scale * (lse * kept)[:, None] * softmax) * slope
+    loss, z = loss * share, z * z_share
+    if reduction:
+        loss, z = loss.sum(), z.sum()
+    return loss + z, z, grad_input

@@ -199,6 +199,35 @@ def _bias_act_dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callab
         yield "tanh, no bias", True, partial(both, 2, None)
 
 
+def _cross_entropy_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Rows of all widths and pixels; classes with everything, and probabilities."""
+    import torch
+
+    op = _load("cross_entropy")
+    dtype = getattr(torch, dtype_name)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def both(*shape: int, soft: bool = False, more: bool = False) -> None:
+        x = torch.zeros(shape, dtype=dtype)
+        target = x if soft else torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+        weight = torch.ones(shape[1], dtype=accumulate) if more else None
+        options = (1, -100, *((0.1, 0.1, 4.0) if more else (0.0, 0.0, 0.0)))
+        stats = torch.ones(3 if soft else 2, x.numel() // shape[1], dtype=accumulate)
+        op.cross_entropy_forward(x, target, weight, *options, False)
+        op.cross_entropy_backward(
+            torch.ones((), dtype=accumulate), x, target, weight, stats, torch.ones(2, dtype=accumulate), *options
+        )
+
+    yield "32000", True, partial(both, 64, 32000)
+    yield "32000, all", True, partial(both, 64, 32000, more=True)
+    yield "1000", False, partial(both, 64, 1000)
+    yield "21x64x64", False, partial(both, 2, 21, 64, 64)
+    if dtype_name in ("float32", "bfloat16"):
+        yield "16", True, partial(both, 4096, 16)
+        yield "1001", False, partial(both, 64, 1001)
+        yield "32000 probabilities", True, partial(both, 64, 32000, soft=True)
+
+
 def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """Each algorithm with all its states, and what a 16-bit parameter and 8-bit states add."""
     import torch

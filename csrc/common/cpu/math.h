@@ -27,6 +27,10 @@ struct MathConstants<float> {
   static constexpr float kRound = 0x1.8p23f, kLog2E = 1.44269504f, kLn2High = 0.693115234375f, kLn2Low = 3.19461849e-5f,
                          kLowest = -87.3f;
   static constexpr float kExp[] = {0.00139411084f, 0.0083751264f, 0.0416663529f, 0.166664155f, 0.500000005f, 1, 1};
+  // log(1 + f) = f - (f^2 / 2 - s (f^2 / 2 + s^2 kLog(s^2))), s = f / (2 + f); tanh(v) = v + v^3 kTanh(v^2).
+  static constexpr float kLog[] = {0.181818182f, 0.222222222f, 0.285714286f, 0.4f, 0.666666667f};
+  static constexpr float kTanh[] = {0.000590027441f, -0.00145583439f, 0.00359212804f, -0.00886323553f,
+                                    0.0218694885f,   -0.0539682540f,  0.133333333f,   -0.333333333f};
   static constexpr float kTailShift = 3.5f, kTailEnd = 14.5f;
   static constexpr float kTail[] = {0.000123010596f, 0.000441367588f, -0.000499085678f, -0.00319128146f, 0.00649195194f,
                                     0.0174106645f,   -0.116052621f,   0.315424662f,     -0.565561765f,   0.74441608f};
@@ -51,6 +55,8 @@ struct MathConstants<double> {
                                     0.50000000000000189,
                                     1,
                                     1};
+  static constexpr double kLog[] = {2.0 / 23, 2.0 / 21, 2.0 / 19, 2.0 / 17, 2.0 / 15, 2.0 / 13,
+                                    2.0 / 11, 2.0 / 9,  2.0 / 7,  2.0 / 5,  2.0 / 3};
   static constexpr double kTailShift = 4, kTailEnd = 39;
   static constexpr double kTail[] = {
       -9.6534254202285038e-10, 7.2695454790266894e-11,  1.3924023993501709e-08, 1.457859334703646e-08,
@@ -80,7 +86,7 @@ DLKIT_INLINE VectorF32 reciprocal(VectorF32 v) {
 }
 DLKIT_INLINE VectorF64 reciprocal(VectorF64 v) { return 1.0 / v; }
 
-// exp(x + low), low a correction far below x, for x of 0 or less; 0 where the result would be subnormal and for NaN.
+// exp(x + low), low a correction far below x, for x of 0 or less; 0 where the result would be subnormal; NaN for NaN.
 template <class A>
 DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
   using C = MathConstants<A>;
@@ -89,7 +95,62 @@ DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
   const Vector<A> rest = fma(n, broadcast<A>(-C::kLn2Low), fma(n, broadcast<A>(-C::kLn2High), x) + low);
   constexpr typename C::Bits kOne = typename C::Bits((1ull << (8 * sizeof(A) - 2 - C::kExponent)) - 1) << C::kExponent;
   const Vector<A> power = (Vector<A>)(((VectorBits<A>)shifted << C::kExponent) + kOne);
-  return x >= C::kLowest ? polynomial<A>(C::kExp, rest) * power : Vector<A>{};
+  return x < C::kLowest ? Vector<A>{} : polynomial<A>(C::kExp, rest) * power;
+}
+
+// exp(x) for x of 0 or less, with no correction: on AVX-512 14 instructions instead of 18.
+DLKIT_INLINE VectorF64 exponential(VectorF64 x) { return exp_of_negative<double>(x, broadcast(-0.0)); }
+DLKIT_INLINE VectorF32 exponential(VectorF32 x) {
+#if defined(__AVX512F__)
+  using C = MathConstants<float>;
+  const VectorF32 n = fma(x, broadcast<float>(C::kLog2E), broadcast<float>(C::kRound)) - C::kRound;
+  const VectorF32 rest = fma(n, broadcast<float>(-C::kLn2Low), fma(n, broadcast<float>(-C::kLn2High), x));
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(C::kLowest), _CMP_NLT_UQ);  // NaN too
+  return (VectorF32)_mm512_maskz_scalef_ps(counts, (__m512)polynomial<float>(C::kExp, rest), (__m512)n);
+#else
+  return exp_of_negative<float>(x, broadcast(-0.0f));
+#endif
+}
+
+// log(v) within 1 ulp, for v of 1 or more; -inf for 0; NaN for NaN.
+template <class A>
+DLKIT_INLINE Vector<A> logarithm(Vector<A> v) {
+  using C = MathConstants<A>;
+  using Bits = typename C::Bits;
+  constexpr Bits kMantissa = (Bits(1) << C::kExponent) - 1;
+  constexpr Bits kBias = (Bits(1) << (8 * sizeof(A) - 2 - C::kExponent)) - 1;
+  const VectorBits<A> bits = (VectorBits<A>)v;
+  const Vector<A> significand = (Vector<A>)((bits & kMantissa) | kBias << C::kExponent);
+  const auto upper = significand > A(1.4142135623730951);
+  const Vector<A> f = (upper ? significand * A(0.5) : significand) - A(1);
+  // A number of 2^kExponent and more has its integer in its last bits.
+  const A offset = A(Bits(1) << C::kExponent);
+  const Vector<A> biased = (Vector<A>)((bits >> C::kExponent) + (VectorBits<A>)broadcast<A>(offset)) - offset;
+  const Vector<A> exponent = biased - (upper ? broadcast<A>(A(kBias) - 1) : broadcast<A>(A(kBias)));
+  const Vector<A> s = f / (f + A(2)), half_square = f * f * A(0.5);
+  const Vector<A> series = s * s * polynomial<A>(C::kLog, s * s);
+  const Vector<A> rest = fma(exponent, broadcast<A>(C::kLn2Low), s * (half_square + series));
+  const Vector<A> result = fma(exponent, broadcast<A>(C::kLn2High), f - (half_square - rest));
+  return v >= A(1) ? result : v == A(0) ? broadcast<A>(-A(__builtin_inf())) : v * A(__builtin_nan(""));
+}
+
+// tanh(v) and its derivative, each within 4 ulp.
+DLKIT_INLINE VectorF32 hyperbolic_tangent(VectorF32 v, VectorF32& derivative) {
+  using C = MathConstants<float>;
+  const VectorF32 magnitude = absolute<float>(v), square = v * v;
+  const VectorF32 e = exp_of_negative<float>(magnitude * -2.0f, VectorF32{});
+  const VectorF32 large = (1.0f - e) / (1.0f + e);
+  const VectorF32 small = fma(v * square, polynomial<float>(C::kTanh, square), v);
+  derivative = magnitude < 0.55f ? 1.0f - small * small : 4.0f * e / ((1.0f + e) * (1.0f + e));
+  return magnitude < 0.55f ? small : v < 0.0f ? -large : large;
+}
+DLKIT_INLINE VectorF64 hyperbolic_tangent(VectorF64 v, VectorF64& derivative) {
+  for (int i = 0; i < kLanes<double>; ++i) {
+    const long double tanh = __builtin_tanhl(v[i]), cosh = __builtin_coshl(v[i]);  // libm's of doubles err by 2 ulp
+    derivative[i] = double(1 / (cosh * cosh));
+    v[i] = double(tanh);
+  }
+  return v;
 }
 
 // What GELU and its derivative are made of: exp(-x^2 / 2), and the normal distribution function, by its tail below

@@ -193,6 +193,18 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, All) {
   store_raw(p, pack(v, T()));
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first `count` lanes of so many bytes.
+template <int kBytes>
+DLKIT_INLINE __m256i first_lanes(int64_t count) {
+  if constexpr (kBytes == 4) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  } else {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+}
+#endif
+
 // Lanes past the count read as zero.
 template <class T>
 DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
@@ -202,6 +214,10 @@ DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
   if constexpr (sizeof(T) == 4) return (VectorF32)_mm512_maskz_loadu_ps(__mmask16(mask), p);
   if constexpr (sizeof(T) == 2) return unpack((VectorU16)_mm256_maskz_loadu_epi16(__mmask16(mask), p), T());
 #else
+#if defined(__AVX2__)  // a call of memcpy takes as long as ten vectors
+  if constexpr (sizeof(T) == 4) return (VectorF32)_mm256_maskload_ps((const float*)p, first_lanes<4>(width.count));
+  if constexpr (sizeof(T) == 8) return (VectorF64)_mm256_maskload_pd((const double*)p, first_lanes<8>(width.count));
+#endif
   Packed<T> packed = {};
   memcpy(&packed, p, size_t(width.count) * sizeof(T));
   return unpack(packed, T());
@@ -217,6 +233,10 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)packed);
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)packed);
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps((float*)p, first_lanes<4>(width.count), (__m256)packed);
+  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd((double*)p, first_lanes<8>(width.count), (__m256d)packed);
+#endif
   memcpy(p, &packed, size_t(width.count) * sizeof(T));
 #endif
 }
@@ -251,16 +271,16 @@ DLKIT_INLINE void write_all(const V (&v)[kCount], Width width, bool past_caches,
   }
 }
 
-// Lanes past the count become zero.
+// Lanes past the count become those of `rest`.
 template <class V>
-DLKIT_INLINE V keep(V v, All) {
+DLKIT_INLINE V keep(V v, All, V = V{}) {
   return v;
 }
 template <class V>
-DLKIT_INLINE V keep(V v, First width) {
+DLKIT_INLINE V keep(V v, First width, V rest = V{}) {
   decltype(v < v) lane;
   for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) lane[i] = i;  // a constant
-  return lane < decltype(lane[0] + 0)(width.count) ? v : V{};
+  return lane < decltype(lane[0] + 0)(width.count) ? v : rest;
 }
 
 // a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off):
@@ -308,6 +328,33 @@ DLKIT_INLINE VectorF64 square_root(VectorF64 v) {
   for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
   return v;
 #endif
+}
+
+// The larger of two, b where a is NaN. GCC makes two instructions of the plain comparison.
+DLKIT_INLINE VectorF32 maximum(VectorF32 a, VectorF32 b) {
+#if defined(__AVX512F__)
+  return (VectorF32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VectorF32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+DLKIT_INLINE VectorF64 maximum(VectorF64 a, VectorF64 b) { return a > b ? a : b; }
+
+// The largest lane, of which none is NaN. By halving, through memory: GCC makes shuffles of it.
+template <class V>
+DLKIT_INLINE auto largest_lane(V v) {
+  using E = decltype(v[0] + 0);
+  constexpr int kCount = sizeof(V) / sizeof(E);
+  E lanes[kCount];
+  memcpy(lanes, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // The sum of all lanes in double, by halving: a fixed order.

@@ -1,0 +1,592 @@
+// Cross entropy on the CPU.
+//
+// Bytes moved, in units of the logits: forward 1 (reads them), backward 2 (reads them, writes the gradient), the least
+// there is; torch moves 7. A row is taken in chunks that stay in the first-level cache: their maximum first, then
+// exp(x - max) and its sum, while what was summed before is rescaled where the maximum grew. That is one exp an element
+// each way, 14 instructions a vector (18 on AVX2): on AVX2 a core computes fp32 about as fast as it reads, and bf16
+// slower. Where classes do not lie side by side ([N, C, H, W]), a lane is a pixel: blocks of pixels are copied class by
+// class, because classes at a distance of 2^k bytes would push each other out of the cache. Rows of few classes are
+// turned round and go the same way. All of a row is computed by one thread in one order; the losses of rows are added
+// up in the order of the rows.
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "../common/cpu/cache.h"
+#include "../common/cpu/math.h"
+#include "../common/cpu/parallel.h"
+#include "../common/dispatch.h"
+#include "kernel.h"
+
+namespace dlkit::cross_entropy {
+namespace DLKIT_ISA {
+namespace {
+
+using namespace dlkit::DLKIT_ISA;
+
+constexpr int64_t kRows = 64;  // rows whose losses are worked out together
+constexpr int64_t kPixels = 256, kClasses = 16;
+constexpr int64_t kFew = 40;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
+
+template <class A>
+constexpr int64_t kChunk = sizeof(A) == 8 ? 512 : 2048;  // adjacent classes
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+// Calls f(offset) for each vector of [0, count), the last one whole too: buffers have room for it.
+template <class A, class F>
+DLKIT_INLINE void for_vectors(int64_t count, const F& f) {
+  for (int64_t i = 0; i < count; i += kLanes<A>) f(i);
+}
+
+// What is taken from a row's maximum in its exponents: 0 where all of it is -inf so far.
+template <class V>
+DLKIT_INLINE V shift_of(V max) {
+  return max == -kInfinity<decltype(max[0] + 0)> ? V{} : max;
+}
+
+bool is_ignored(const Problem& op, int64_t row) { return op.target != nullptr && op.target[row] == op.ignore_index; }
+
+template <class A>
+A weight_of(const Problem& op, int64_t column) {
+  return op.weight == nullptr ? A(1) : static_cast<const A*>(op.weight)[column];
+}
+
+// What a row's factors are worked out in, so that they are rounded once.
+template <class A>
+using wide_t = std::conditional_t<std::is_same_v<A, double>, long double, double>;
+
+template <class A>
+wide_t<A> sum_of_weights(const Problem& op) {
+  if (op.weight == nullptr) return wide_t<A>(op.classes);
+  wide_t<A> sum = 0;
+  for (int64_t c = 0; c < op.classes && op.label_smoothing != 0; ++c) sum += weight_of<A>(op, c);
+  return sum;
+}
+
+// The softcap.
+template <class A>
+struct Cap {
+  Vector<A> cap;
+  explicit Cap(double softcap) : cap(broadcast(A(softcap))) {}
+  DLKIT_INLINE_MEMBER Vector<A> operator()(Vector<A> v, Vector<A>& derivative) const {
+    return cap * hyperbolic_tangent(v / cap, derivative);
+  }
+  DLKIT_INLINE_MEMBER Vector<A> operator()(Vector<A> v) const {
+    Vector<A> derivative;
+    return (*this)(v, derivative);
+  }
+};
+
+template <class T>
+accumulate_t<T> capped(T x, double softcap) {
+  using A = accumulate_t<T>;
+  return softcap == 0 ? A(widen(x)) : A(Cap<A>(softcap)(broadcast(A(widen(x))))[0]);
+}
+
+// u_c of adjacent classes into `u`, or null where it is one constant: (1 - e) * probabilities_c + e / classes, times
+// w_c; for classes w_c alone.
+template <class T>
+const accumulate_t<T>* shares(const Problem& op, int64_t row, int64_t begin, int64_t count, accumulate_t<T>* u) {
+  using A = accumulate_t<T>;
+  const A* const weight = at<const A>(op.weight, begin);
+  if (op.target != nullptr) return op.label_smoothing == 0 ? nullptr : weight;
+  const T* const probabilities = static_cast<const T*>(op.probabilities) + row * op.classes + begin;
+  const Vector<A> keep = broadcast(A(1 - op.label_smoothing)), rest = broadcast(A(op.label_smoothing / op.classes));
+  for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+    const Vector<A> v = fma(load(probabilities + i, width), keep, rest);
+    store(u + i, weight == nullptr ? v : v * load(weight + i, width), width);
+  });
+  return u;
+}
+
+// What the passes over kCount rows leave, a lane a row.
+template <class A, int64_t kCount>
+struct Rows {
+  alignas(64) A max[kCount], sum[kCount];
+  alignas(64) A at_target[kCount], hit[kCount];  // x_t; (1 - e) w_t
+  alignas(64) A dot[kCount], mass[kCount];  // sum_c u_c * (x_c - max), without hit and the factor `share`; sum_c u_c
+};
+
+// Reads the row's target. A wrong one is remembered, the smallest row of all threads.
+template <class A, int64_t kCount>
+DLKIT_INLINE int64_t read_target(const Forward& op, int64_t row, Rows<A, kCount>& rows, int64_t i) {
+  rows.hit[i] = rows.at_target[i] = 0;
+  if (op.target == nullptr || is_ignored(op, row)) return -1;
+  const int64_t target = op.target[row];
+  if (uint64_t(target) >= uint64_t(op.classes)) {
+    std::atomic_ref<int64_t> bad(*op.bad_row);
+    int64_t seen = bad.load();
+    while (uint64_t(seen) > uint64_t(row) && !bad.compare_exchange_weak(seen, row)) {
+    }
+    return -1;
+  }
+  rows.hit[i] = A((1 - op.label_smoothing) * weight_of<A>(op, target));
+  return target;
+}
+
+// The losses of `count` rows from `first` on.
+template <class A, int64_t kCount>
+void finish(const Forward& op, int64_t first, int64_t count, Rows<A, kCount>& rows) {
+  alignas(64) A losses[kCount], logs[kCount], squares[kCount] = {};
+  const Vector<A> share = broadcast(op.target == nullptr ? A(1) : A(op.label_smoothing / op.classes));
+  for_vectors<A>(count, [&](int64_t i) DLKIT_INLINE_LAMBDA {
+    const auto get = [&](const A* values) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
+    const Vector<A> max = get(rows.max), log = logarithm<A>(get(rows.sum));
+    const Vector<A> smooth = fma(get(rows.mass), log, -get(rows.dot));
+    Vector<A> loss = op.target == nullptr ? smooth : (log - (get(rows.at_target) - max)) * get(rows.hit);
+    if (op.target != nullptr && op.label_smoothing != 0) loss = fma(share, smooth, loss);
+    store(losses + i, loss, All{});
+    store(logs + i, log, All{});
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    if (op.z_scale != 0) {
+      const wide_t<A> lse = wide_t<A>(rows.max[i]) + logs[i];
+      squares[i] = A(op.z_scale * lse * lse);
+      losses[i] += squares[i];
+    }
+    if (is_ignored(op, first + i)) losses[i] = squares[i] = 0;
+  }
+  const auto save = [&](void* to, const A* values) {
+    if (to != nullptr) memcpy(static_cast<A*>(to) + first, values, size_t(count) * sizeof(A));
+  };
+  save(op.losses, losses);
+  save(op.z, squares);
+  save(op.max, rows.max);
+  save(op.sum, rows.sum);
+  save(op.mass, rows.mass);
+}
+
+// Adjacent classes.
+
+// The larger of `max` and the logits; with a softcap of what is left in `staged`, capped.
+template <class T>
+accumulate_t<T> largest_of(const T* x, int64_t count, double softcap, accumulate_t<T>* staged, accumulate_t<T> max) {
+  using A = accumulate_t<T>;
+  Vector<A> largest[kSlots];
+  for (Vector<A>& v : largest) v = broadcast(max);
+  const auto take = [&](Vector<A> v, int slot, auto width) DLKIT_INLINE_LAMBDA {
+    largest[slot] = maximum(keep(v, width, broadcast(-kInfinity<A>)), largest[slot]);
+  };
+  if (softcap == 0) {
+    for_columns<A, kSlots>(
+        0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA { take(load(x + i, width), slot, width); });
+  } else {
+    const Cap<A> cap(softcap);
+    for_columns<A, 1>(0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
+      const Vector<A> v = cap(load(x + i, width));
+      store(staged + i, v, All{});
+      take(v, slot, width);
+    });
+  }
+  return largest_lane(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
+}
+
+// What a chunk adds to a row.
+template <class A>
+struct Sums {
+  wide_t<A> sum = 0, dot = 0, mass = 0;
+};
+
+enum class Dot { None, Ones, Array };  // what x - shift is multiplied with
+
+template <Dot kDot, class T, class A>
+void add_chunk(const T* values, const A* u, int64_t count, A shift, Sums<A>& sums) {
+  Vector<A> sum[kSlots] = {}, dot[kSlots] = {}, mass[kSlots] = {};
+  for_columns<A, kSlots>(0, count, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
+    const Vector<A> d = load(values + i, width) - shift;
+    sum[slot] += keep(exponential(d), width);
+    if constexpr (kDot == Dot::Ones) dot[slot] += keep(d, width);
+    if constexpr (kDot == Dot::Array) {
+      const Vector<A> v = load(u + i, width);
+      dot[slot] += keep(d * v, width);
+      mass[slot] += v;
+    }
+  });
+  sums.sum += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  if constexpr (kDot != Dot::None) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
+  if constexpr (kDot == Dot::Array) sums.mass += sum_lanes((mass[0] + mass[1]) + (mass[2] + mass[3]));
+  if constexpr (kDot == Dot::Ones) sums.mass += wide_t<A>(count);
+}
+
+template <class T>
+void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows, int64_t i) {
+  using A = accumulate_t<T>;
+  alignas(64) A staged[kChunk<A> + kLanes<A>], buffer[kChunk<A> + kLanes<A>];
+  const T* const x = static_cast<const T*>(op.x) + row * op.stride;
+  A max = -kInfinity<A>, shift = 0;
+  Sums<A> sums;
+  for (int64_t begin = 0; begin < op.classes; begin += kChunk<A>) {
+    const int64_t count = min64(kChunk<A>, op.classes - begin);
+    max = largest_of(x + begin, count, op.softcap, staged, max);
+    const A* const u = shares<T>(op, row, begin, count, buffer);
+    const A next = max == -kInfinity<A> ? A(0) : max;
+    if (next != shift) {
+      const wide_t<A> grown = wide_t<A>(shift) - next;
+      if (sums.sum > 0) sums.sum *= std::exp(grown);
+      if (sums.mass != 0) sums.dot += sums.mass * grown;
+      shift = next;
+    }
+    const auto add = [&](const auto* values) {
+      if (u != nullptr) {
+        add_chunk<Dot::Array>(values, u, count, shift, sums);
+      } else if (op.label_smoothing != 0) {
+        add_chunk<Dot::Ones>(values, u, count, shift, sums);
+      } else {
+        add_chunk<Dot::None>(values, u, count, shift, sums);
+      }
+    };
+    op.softcap == 0 ? add(x + begin) : add(staged);
+  }
+  rows.max[i] = max;
+  rows.sum[i] = A(sums.sum);
+  rows.dot[i] = A(sums.dot);
+  rows.mass[i] = A(sums.mass);
+  const int64_t target = read_target(op, row, rows, i);
+  if (target >= 0) rows.at_target[i] = capped(x[target], op.softcap);
+}
+
+template <class T>
+void forward_rows(const Forward& op, int64_t begin, int64_t end) {
+  Rows<accumulate_t<T>, kRows> rows = {};
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t count = min64(kRows, end - first);
+    for (int64_t i = 0; i < count; ++i) read_row<T>(op, first + i, rows, i);
+    finish(op, first, count, rows);
+  }
+}
+
+// What backward multiplies with in one row: grad_c = exp(x_c - shift) * scale - rest_c + exp(x_c - shift) * z, where
+// rest_c is share * u_c, or `hit` at the target. With z in the scale a small gradient of the z-loss would be lost
+// beside the large terms that cancel where the target is certain.
+template <class A>
+struct Slope {
+  A shift, scale, z, share, hit;
+  int64_t target;  // -1: none
+};
+
+template <class A>
+Slope<A> slope_of(const Backward& op, int64_t row, wide_t<A> weights) {
+  using W = wide_t<A>;
+  const A max = static_cast<const A*>(op.max)[row];
+  const W inverse = 1 / W(static_cast<const A*>(op.sum)[row]);
+  if (is_ignored(op, row)) return {max, A(0 * inverse), 0, 0, 0, -1};
+  const A* const total = static_cast<const A*>(op.total);
+  const W grad = static_cast<const A*>(op.grad_loss)[row * op.grad_loss_stride];
+  const W g = A(total == nullptr ? grad : grad / W(total[0]));
+  Slope<A> slope{max, 0, 0, A(g), 0, -1};
+  if (op.target == nullptr) {
+    slope.scale = A(g * W(static_cast<const A*>(op.mass)[row]) * inverse);
+  } else {
+    const W share = W(op.label_smoothing) / W(op.classes);
+    slope.target = op.target[row];
+    const W weight = weight_of<A>(op, slope.target), hit = (1 - W(op.label_smoothing)) * weight;
+    slope.share = A(g * share);
+    slope.hit = A(g * (hit + share * weight));
+    slope.scale = A(g * (hit + share * weights) * inverse);
+  }
+  if (op.z_scale != 0) {
+    const W lse = W(max) - std::log(inverse);
+    slope.z = A((total == nullptr ? grad : grad / W(total[1])) * 2 * W(op.z_scale) * lse * inverse);
+  }
+  return slope;
+}
+
+// Writes the gradient of adjacent classes. kMore: with a softcap or a z-loss; then `staged` has x, and `slopes` its
+// derivative.
+template <class T, bool kArray, bool kMore, bool kStream>
+void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>>& slope, const accumulate_t<T>* u,
+                 const accumulate_t<T>* staged, const accumulate_t<T>* slopes) {
+  using A = accumulate_t<T>;
+  const Vector<A> scale = broadcast(slope.scale), share = broadcast(slope.share), z = broadcast(slope.z);
+  for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+    Vector<A> v;
+    if constexpr (kMore) {
+      v = load(staged + i, width);
+    } else {
+      v = load(x + i, width);
+    }
+    const Vector<A> rest = kArray ? share * load(u + i, width) : share;
+    const Vector<A> e = exponential(v - slope.shift);
+    v = fma(e, scale, -rest);
+    if constexpr (kMore) v = fma(e, z, v) * load(slopes + i, width);
+    write<kStream>(grad + i, v, width);
+  });
+}
+
+template <class T, bool kStream>
+void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights) {
+  using A = accumulate_t<T>;
+  alignas(64) A u_buffer[kChunk<A> + kLanes<A>], staged[kChunk<A> + kLanes<A>], slopes[kChunk<A> + kLanes<A>];
+  const T* const x = static_cast<const T*>(op.x) + row * op.stride;
+  T* const grad = static_cast<T*>(op.grad_input) + row * op.grad_stride;
+  const Slope<A> slope = slope_of<A>(op, row, weights);
+  const T at_target = slope.target < 0 ? T{} : x[slope.target];  // grad may be x
+  const bool more = op.softcap != 0 || op.z_scale != 0;
+  const bool plain = !more && op.target != nullptr && (op.weight == nullptr || op.label_smoothing == 0);
+  const int64_t step = plain ? op.classes : kChunk<A>;
+  const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
+  for (int64_t begin = 0; begin < op.classes; begin += step) {
+    const int64_t count = min64(step, op.classes - begin);
+    const A* const u = plain ? nullptr : shares<T>(op, row, begin, count, u_buffer);
+    if (more) {
+      for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        Vector<A> v = load(x + begin + i, width), derivative = broadcast(A(1));
+        if (op.softcap != 0) v = cap(v, derivative);
+        store(staged + i, v, All{});
+        store(slopes + i, derivative, All{});
+      });
+    }
+    with_flags(
+        [&](auto array, auto further) {
+          write_chunk<T, array, further, kStream>(x + begin, grad + begin, count, slope, u, staged, slopes);
+        },
+        u != nullptr, more);
+  }
+  if (slope.target < 0) return;
+  Vector<A> v = broadcast(A(widen(at_target))), derivative = broadcast(A(1));
+  if (op.softcap != 0) v = cap(v, derivative);
+  const Vector<A> e = exponential(v - slope.shift);
+  v = fma(e, broadcast(slope.scale), broadcast(-slope.hit));
+  grad[slope.target] = narrow<T>((fma(e, broadcast(slope.z), v) * derivative)[0]);
+}
+
+// Pixels, and rows of few classes: those of one block are turned round, so that a lane is a row.
+
+// Whether rows of adjacent classes go this way.
+bool are_short(const Problem& op) { return op.inner == 1 && op.target != nullptr && op.classes <= kFew; }
+
+template <class A>
+using Pixels = Rows<A, kPixels>;
+
+// The row's class 0 in a tensor that lies as the logits do; `stride` is that of rows of adjacent classes.
+template <class T, class Pointer>
+T* pixel_at(const Problem& op, Pointer* tensor, int64_t row, int64_t stride) {
+  const int64_t image = row / op.inner;
+  return static_cast<T*>(tensor) + (op.inner == 1 ? row * stride : image * op.inner * op.classes + row % op.inner);
+}
+
+// Rows of adjacent classes as lanes: some classes of `count` rows.
+template <class T, class A>
+void turn(const T* x, int64_t count, int64_t stride, int64_t classes, A* staged) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < classes; ++c) staged[c * kPixels + i] = widen(x[i * stride + c]);
+  }
+}
+
+// u of one class, without hit and the factor `share`.
+template <class T, class Width>
+DLKIT_INLINE Vector<accumulate_t<T>> pixel_share(const Problem& op, const T* probabilities, int64_t c, int64_t i,
+                                                 Width width) {
+  using A = accumulate_t<T>;
+  const Vector<A> weight = broadcast(op.weight == nullptr ? A(1) : static_cast<const A*>(op.weight)[c]);
+  if (probabilities == nullptr) return weight;
+  return weight * fma(load(probabilities + c * op.inner + i, width), broadcast(A(1 - op.label_smoothing)),
+                      broadcast(A(op.label_smoothing / op.classes)));
+}
+
+// Pixels [first, first + count) of one image.
+template <class T>
+void read_pixels(const Forward& op, int64_t first, int64_t count) {
+  using A = accumulate_t<T>;
+  using V = Vector<A>;
+  const bool turned = op.inner == 1;
+  alignas(64) A staged[kClasses * kPixels] = {};
+  Pixels<A> rows = {};
+  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
+  const T* const probabilities =
+      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, 0);
+  const bool dots = probabilities != nullptr || op.label_smoothing != 0;
+  const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
+  const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
+  alignas(64) A max[kPixels];
+  for_vectors<A>(count, [&](int64_t i) { store(rows.max + i, broadcast(-kInfinity<A>), All{}); });
+  for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
+    const int64_t classes = min64(kClasses, op.classes - begin);
+    memcpy(max, rows.max, sizeof(max));
+    if (turned) turn(x + begin, count, op.stride, classes, staged);
+    for (int64_t c = 0; c < classes; ++c) {
+      for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        V v = turned ? get(staged + c * kPixels, i) : load(x + (begin + c) * op.inner + i, width);
+        if (op.softcap != 0) v = cap(v);
+        store(staged + c * kPixels + i, v, All{});
+        store(max + i, maximum(v, get(max, i)), All{});
+      });
+    }
+    for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      const V before = get(rows.max, i), shift = shift_of(get(max, i)), grown = shift_of(before) - shift;
+      V sums[4] = {}, dot = {}, mass = {};
+      for (int64_t c = 0; c < classes; ++c) {
+        const V d = get(staged + c * kPixels, i) - shift;
+        sums[c % 4] += exponential(d);
+        if (!dots) continue;
+        const V u = pixel_share(op, probabilities, begin + c, i, width);
+        dot = fma(u, d, dot);
+        mass += u;
+      }
+      V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      if (begin > 0) {
+        const V old = get(rows.sum, i), old_mass = get(rows.mass, i);
+        sum += old > A(0) ? old * exponential(grown) : old;
+        dot += get(rows.dot, i) + (grown != A(0) ? old_mass * grown : V{});
+        mass += old_mass;
+      }
+      store(rows.max + i, get(max, i), All{});
+      store(rows.sum + i, sum, All{});
+      store(rows.dot + i, dot, All{});
+      store(rows.mass + i, mass, All{});
+    });
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t target = read_target(op, first + i, rows, i);
+    if (target >= 0) rows.at_target[i] = capped(x[turned ? i * op.stride + target : target * op.inner + i], op.softcap);
+  }
+  finish(op, first, count, rows);
+}
+
+template <class T, bool kStream>
+void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accumulate_t<T>> weights) {
+  using A = accumulate_t<T>;
+  using V = Vector<A>;
+  alignas(64) A shift[kPixels] = {}, scale[kPixels] = {}, z[kPixels] = {}, share[kPixels] = {}, hit[kPixels] = {};
+  alignas(64) typename MathConstants<A>::Bits target[kPixels] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const Slope<A> slope = slope_of<A>(op, first + i, weights);
+    shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
+    target[i] = typename MathConstants<A>::Bits(slope.target);
+  }
+  const bool turned = op.inner == 1;
+  alignas(64) A staged[kClasses * kPixels] = {};
+  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
+  const T* const probabilities =
+      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, 0);
+  T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
+  const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
+  const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
+  for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
+    const int64_t end = min64(begin + kClasses, op.classes);
+    if (turned) turn(x + begin, count, op.stride, end - begin, staged);
+    for (int64_t c = begin; c < end; ++c) {
+      A* const lanes = staged + (c - begin) * kPixels;
+      for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        V v = turned ? get(lanes, i) : load(x + c * op.inner + i, width), derivative = broadcast(A(1));
+        if (op.softcap != 0) v = cap(v, derivative);
+        VectorBits<A> wanted;
+        memcpy(&wanted, target + i, sizeof(wanted));
+        const V rest = wanted == typename MathConstants<A>::Bits(c)
+                           ? get(hit, i)
+                           : get(share, i) * pixel_share(op, probabilities, c, i, width);
+        const V e = exponential(v - get(shift, i));
+        v = fma(e, get(scale, i), -rest);
+        if (op.z_scale != 0) v = fma(e, get(z, i), v);
+        if (op.softcap != 0) v *= derivative;
+        turned ? store(lanes + i, v, All{}) : write<kStream>(grad + c * op.inner + i, v, width);
+      });
+    }
+    for (int64_t i = 0; turned && i < count; ++i) {
+      for (int64_t c = begin; c < end; ++c) {
+        grad[i * op.grad_stride + c] = narrow<T>(staged[(c - begin) * kPixels + i]);
+      }
+    }
+  }
+}
+
+// Calls f(first, count) for blocks of pixels, none of which lies in two images.
+template <class F>
+void for_pixels(const Problem& op, const F& f) {
+  if (op.rows == 0) return;
+  const int64_t length = op.inner == 1 ? op.rows : op.inner, blocks = (length + kPixels - 1) / kPixels;
+  parallel_for(op.rows / length * blocks, max64(1, kGrain / (kPixels * op.classes)), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block % blocks * kPixels;
+      f(block / blocks * length + first, min64(kPixels, length - first));
+    }
+  });
+}
+
+// The sum or mean of rows, in their order.
+template <class A>
+double sum_rows(const void* values, int64_t rows) {
+  double totals[1];
+  sum_columns<A>(rows, totals, [&](int64_t i, int, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
+    terms[0] += load(static_cast<const A*>(values) + i, width);
+  });
+  return totals[0];
+}
+
+template <class A>
+void reduce(const Forward& op) {
+  double loss = sum_rows<A>(op.losses, op.rows), z = op.z == nullptr ? 0 : sum_rows<A>(op.z, op.rows);
+  if (op.reduction == Reduction::Mean) {
+    wide_t<A> weights = 0, count = 0;
+    if (op.target == nullptr) {
+      weights = count = wide_t<A>(op.rows);
+    } else {
+      for (int64_t row = 0; row < op.rows; ++row) {
+        if (is_ignored(op, row)) continue;
+        weights += weight_of<A>(op, op.target[row]);
+        count += 1;
+      }
+    }
+    static_cast<A*>(op.total)[0] = A(weights);
+    static_cast<A*>(op.total)[1] = A(count);
+    loss = double((loss - z) / weights + (op.z == nullptr ? 0 : z / count));
+    z = double(z / count);
+  }
+  with_type(op.loss_dtype, [&](auto type) {
+    using L = decltype(type);
+    *static_cast<L*>(op.loss) = narrow<L>(accumulate_t<L>(loss));
+    if (op.z_loss != nullptr) *static_cast<L*>(op.z_loss) = narrow<L>(accumulate_t<L>(z));
+  });
+}
+
+int64_t row_grain(const Problem& op) { return max64(1, kGrain / op.classes); }
+
+}  // namespace
+
+void forward(const Forward& op) {
+  *op.bad_row = -1;
+  with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (op.inner == 1 && !are_short(op)) {
+      parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) { forward_rows<T>(op, begin, end); });
+    } else {
+      for_pixels(op, [&](int64_t first, int64_t count) { read_pixels<T>(op, first, count); });
+    }
+  });
+  if (*op.bad_row >= 0 || op.loss == nullptr) return;
+  with_accumulate(op.dtype, [&](auto type) { reduce<decltype(type)>(op); });
+}
+
+void backward(const Backward& op) {
+  with_type(op.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto weights = sum_of_weights<accumulate_t<T>>(op);
+    const int64_t run = (op.inner == 1 ? op.classes : op.inner) * int64_t(sizeof(T));
+    const bool stream = op.grad_input != op.x &&
+                        op.rows * op.classes * int64_t(sizeof(T)) >= streaming_threshold_bytes() &&
+                        uintptr_t(op.grad_input) % 64 == 0 && run % 64 == 0;
+    with_flags(
+        [&](auto streams) {
+          if (op.inner == 1 && !are_short(op)) {
+            parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) {
+              for (int64_t row = begin; row < end; ++row) write_row<T, streams>(op, row, weights);
+              if constexpr (streams) streaming_fence();
+            });
+          } else {
+            for_pixels(op, [&](int64_t first, int64_t count) {
+              write_pixels<T, streams>(op, first, count, weights);
+              if constexpr (streams) streaming_fence();
+            });
+          }
+        },
+        stream);
+  });
+}
+
+}  // namespace DLKIT_ISA
+
+DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
+DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
+
+}  // namespace dlkit::cross_entropy
