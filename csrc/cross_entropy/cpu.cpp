@@ -294,9 +294,9 @@ Slope<A> slope_of(const Backward& op, int64_t row, wide_t<A> weights) {
 
 // Writes the gradient of adjacent classes. kMore: with a softcap or a z-loss; then `staged` has x, and `slopes` its
 // derivative.
-template <class T, bool kArray, bool kMore, bool kStream>
+template <class T, bool kArray, bool kMore>
 void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>>& slope, const accumulate_t<T>* u,
-                 const accumulate_t<T>* staged, const accumulate_t<T>* slopes) {
+                 const accumulate_t<T>* staged, const accumulate_t<T>* slopes, bool stream) {
   using A = accumulate_t<T>;
   const Vector<A> scale = broadcast(slope.scale), share = broadcast(slope.share), z = broadcast(slope.z);
   for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
@@ -310,12 +310,12 @@ void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>
     const Vector<A> e = exponential(v - slope.shift);
     v = fma(e, scale, -rest);
     if constexpr (kMore) v = fma(e, z, v) * load(slopes + i, width);
-    write<kStream>(grad + i, v, width);
+    write(grad + i, v, width, stream);
   });
 }
 
-template <class T, bool kStream>
-void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights) {
+template <class T>
+void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights, bool stream) {
   using A = accumulate_t<T>;
   alignas(64) A u_buffer[kChunk<A> + kLanes<A>], staged[kChunk<A> + kLanes<A>], slopes[kChunk<A> + kLanes<A>];
   const T* const x = static_cast<const T*>(op.x) + row * op.stride;
@@ -337,11 +337,16 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights)
         store(slopes + i, derivative, All{});
       });
     }
-    with_flags(
-        [&](auto array, auto further) {
-          write_chunk<T, array, further, kStream>(x + begin, grad + begin, count, slope, u, staged, slopes);
-        },
-        u != nullptr, more);
+    const auto write_as = [&](auto array, auto further) {
+      write_chunk<T, array, further>(x + begin, grad + begin, count, slope, u, staged, slopes, stream);
+    };
+    const std::true_type yes;
+    const std::false_type no;
+    if (more) {
+      u != nullptr ? write_as(yes, yes) : write_as(no, yes);
+    } else {
+      u != nullptr ? write_as(yes, no) : write_as(no, no);
+    }
   }
   if (slope.target < 0) return;
   Vector<A> v = broadcast(A(widen(at_target))), derivative = broadcast(A(1));
@@ -444,8 +449,8 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
   finish(op, first, count, rows);
 }
 
-template <class T, bool kStream>
-void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accumulate_t<T>> weights) {
+template <class T>
+void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accumulate_t<T>> weights, bool stream) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
   alignas(64) A shift[kPixels] = {}, scale[kPixels] = {}, z[kPixels] = {}, share[kPixels] = {}, hit[kPixels] = {};
@@ -480,7 +485,7 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
         v = fma(e, get(scale, i), -rest);
         if (op.z_scale != 0) v = fma(e, get(z, i), v);
         if (op.softcap != 0) v *= derivative;
-        turned ? store(lanes + i, v, All{}) : write<kStream>(grad + c * op.inner + i, v, width);
+        turned ? store(lanes + i, v, All{}) : write(grad + c * op.inner + i, v, width, stream);
       });
     }
     for (int64_t i = 0; turned && i < count; ++i) {
@@ -546,7 +551,7 @@ int64_t row_grain(const Problem& op) { return max64(1, kGrain / op.classes); }
 
 void forward(const Forward& op) {
   *op.bad_row = -1;
-  with_type(op.dtype, [&](auto type) {
+  with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     if (op.inner == 1 && !are_short(op)) {
       parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) { forward_rows<T>(op, begin, end); });
@@ -559,28 +564,24 @@ void forward(const Forward& op) {
 }
 
 void backward(const Backward& op) {
-  with_type(op.dtype, [&](auto type) {
+  with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const auto weights = sum_of_weights<accumulate_t<T>>(op);
     const int64_t run = (op.inner == 1 ? op.classes : op.inner) * int64_t(sizeof(T));
     const bool stream = op.grad_input != op.x &&
                         op.rows * op.classes * int64_t(sizeof(T)) >= streaming_threshold_bytes() &&
                         uintptr_t(op.grad_input) % 64 == 0 && run % 64 == 0;
-    with_flags(
-        [&](auto streams) {
-          if (op.inner == 1 && !are_short(op)) {
-            parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) {
-              for (int64_t row = begin; row < end; ++row) write_row<T, streams>(op, row, weights);
-              if constexpr (streams) streaming_fence();
-            });
-          } else {
-            for_pixels(op, [&](int64_t first, int64_t count) {
-              write_pixels<T, streams>(op, first, count, weights);
-              if constexpr (streams) streaming_fence();
-            });
-          }
-        },
-        stream);
+    if (op.inner == 1 && !are_short(op)) {
+      parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) write_row<T>(op, row, weights, stream);
+        if (stream) streaming_fence();
+      });
+    } else {
+      for_pixels(op, [&](int64_t first, int64_t count) {
+        write_pixels<T>(op, first, count, weights, stream);
+        if (stream) streaming_fence();
+      });
+    }
   });
 }
 

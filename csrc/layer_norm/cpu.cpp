@@ -435,21 +435,28 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
   if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + kRows) * cols);
   const bool far = found == nullptr && is_far<T>(op.rows, cols);
   // Both passes fetch half of the next group each.
-  const auto fetch_half = [&](int r, int64_t column) DLKIT_INLINE_LAMBDA {
+  const T *next_x[kRows], *next_grad_output[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
     const int64_t next = min64(first + (r + kRows) * op.period, end - 1);
-    prefetch<kSlots * kLanes<A> / 2>(all_x + next * op.x_stride + column);
-    prefetch<kSlots * kLanes<A> / 2>(all_grad_output + next * op.grad_output_stride + column);
+    next_x[r] = all_x + next * op.x_stride;
+    next_grad_output[r] = all_grad_output + next * op.grad_output_stride;
+  }
+  const auto fetch_half = [](const T* x, const T* grad_output, int64_t column) DLKIT_INLINE_LAMBDA {
+    prefetch<kSlots * kLanes<A> / 2>(x + column);
+    prefetch<kSlots * kLanes<A> / 2>(grad_output + column);
   };
   RowGradients<A> own;
   if (input && found == nullptr) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * op.period;
       const T *const x = all_x + row * op.x_stride, *const grad_output = all_grad_output + row * op.grad_output_stride;
+      const T *const later_x = next_x[r], *const later_grad_output = next_grad_output[r];
       const A mean = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
       const double rstd = double(static_cast<const A*>(op.rstd)[row]);
       double totals[2];
       sum_columns<A>(cols, totals, [&](int64_t i, int slot, auto width, auto* terms) DLKIT_INLINE_LAMBDA {
-        if (far && slot == 0) fetch_half(r, i / 2);
+        if (far && slot == 0) fetch_half(later_x, later_grad_output, i / 2);
         Vector<A> wdy = load(grad_output + i, width);
         if (weight != nullptr) wdy *= load(weight + i, width);
         terms[0] += wdy;
@@ -478,7 +485,8 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
   }
   for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
     if (far && i % (kSlots * kLanes<A>) == 0) {
-      for (int r = 0; r < kRows; ++r) fetch_half(r, cols / 2 + i / 2);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) fetch_half(next_x[r], next_grad_output[r], cols / 2 + i / 2);
     }
     Vector<A> w = broadcast<A>(1), weight_sum = {}, bias_sum = {};
     if (weight != nullptr) w = load(weight + i, width);
