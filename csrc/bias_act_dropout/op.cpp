@@ -112,11 +112,12 @@ std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& input, con
 
 // act(input + bias) by torch's own ops, in the input's type.
 Tensor activate(const Tensor& input, const OptionalTensor& bias, int64_t activation) {
-  return in_accumulate_type(input, bias, std::nullopt, [&](const Tensor& x, const OptionalTensor& b, const OptionalTensor&) {
-    const Tensor sum = has(b) ? x + *b : x;
-    if (activation == int64_t(Activation::Relu)) return at::relu(sum);
-    return at::gelu(sum, activation == int64_t(Activation::Gelu) ? "none" : "tanh");
-  });
+  return in_accumulate_type(input, bias, std::nullopt,
+                            [&](const Tensor& x, const OptionalTensor& b, const OptionalTensor&) {
+                              const Tensor sum = has(b) ? x + *b : x;
+                              if (activation == int64_t(Activation::Relu)) return at::relu(sum);
+                              return at::gelu(sum, activation == int64_t(Activation::Gelu) ? "none" : "tanh");
+                            });
 }
 
 struct BiasActDropoutBackward : SavingNode<3> {

@@ -90,8 +90,8 @@ inline void check_parameter_types(const char* name, const at::Tensor& input, con
               weight->scalar_type(), " (the type of weight), got ", bias->scalar_type());
 }
 
-// f(x, weight, bias) by torch's own ops, in the accumulation type, the result in x's: torch refuses fp32 parameters with
-// 16-bit input on some devices, and what its double backward makes of fp16 overflows from rstd = 40 on.
+// f(x, weight, bias) by torch's own ops, in the accumulation type, the result in x's: torch refuses fp32 parameters
+// with 16-bit input on some devices, and what its double backward makes of fp16 overflows from rstd = 40 on.
 template <class F>
 at::Tensor in_accumulate_type(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                               const F& f) {
