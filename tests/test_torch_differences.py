@@ -38,6 +38,38 @@ def test_instance_norm_of_one_sample_with_a_channels_last_gradient():
     assert max(instance_norm_errors(fused)) < 1e-6
 
 
+def weight_gradient_error(functional, create_graph):
+    x, weight = torch.randn(1, 4, 3, 5), torch.randn(4)
+    grad = torch.randn(3, 5, 4, 1).permute(3, 2, 0, 1)  # of strides 1, 1, 20, 4
+
+    def gradient(function, dtype, grad, **options):
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(function(x.to(dtype), None, None, leaf, training=True), leaf, grad, **options)[0]
+
+    exact = gradient(native.batch_norm, torch.float64, grad.double().contiguous())
+    return relative_error(gradient(functional.batch_norm, torch.float32, grad, create_graph=create_graph), exact)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batch_norm_of_one_sample_with_a_permuted_gradient(create_graph):
+    assert weight_gradient_error(fused, create_graph) < 1e-5
+
+
+def second_derivative_error(functional):
+    x, grad = torch.randn(4, 16) * 2e-3, torch.randn(4, 16).half()
+
+    def second(function, dtype):
+        leaf = x.half().to(dtype).requires_grad_()
+        first = torch.autograd.grad(function(leaf, (16,)), leaf, grad.to(dtype), create_graph=True)[0]
+        return torch.autograd.grad((first.double() * 1e-3).square().sum(), leaf)[0]
+
+    return relative_error(second(functional.layer_norm, torch.float16), second(native.layer_norm, torch.float64))
+
+
+def test_gradients_of_gradients_in_fp16():
+    assert second_derivative_error(fused) < 1e-2
+
+
 LAYOUTS = {
     "contiguous": lambda: torch.randn(2, 4, 6, 8),
     "channels_last": lambda: torch.randn(2, 4, 6, 8).to(memory_format=torch.channels_last),
@@ -176,6 +208,8 @@ def main():
                 real, fake = real_and_fake_strides(functional, call, layout)
                 if real != fake:
                     print(f"{name}: {call}, {layout}: strides of output and gradient {real}, when traced {fake}")
+        print(f"{name}: batch_norm, gradient permuted: error {weight_gradient_error(functional, False):.1e}")
+        print(f"{name}: fp16 gradients of gradients: error {second_derivative_error(functional):.1e}")
         print(f"{name}: dropout of infinity", dropout_of_infinity(functional)[0][:6].tolist())
         for cols, mean in LARGE_MEANS:
             print(f"{name}: layer_norm, {cols} columns, mean {mean:g}: {layer_norm_error(functional, cols, mean):.1e}")
