@@ -485,12 +485,12 @@ void forward_cuda(const Forward& op, void* stream) {
     }
     with_lanes<512>(op, [&](auto lanes) {
       constexpr int threads = threads_of<lanes.value>;
-      with_flags(
-          [&](auto with_dots) {
-            launch("cross_entropy forward", forward_rows<T, lanes.value, bytes.value, with_dots.value>,
-                   grid_of(divide_up(op.rows, threads / lanes.value)), threads, 0, stream, op);
-          },
-          dots);
+      const auto rows = [&](auto* kernel) {
+        launch("cross_entropy forward", kernel, grid_of(divide_up(op.rows, threads / lanes.value)), threads, 0, stream,
+               op);
+      };
+      dots ? rows(forward_rows<T, lanes.value, bytes.value, true>)
+           : rows(forward_rows<T, lanes.value, bytes.value, false>);
     });
   });
   if (op.loss == nullptr) return;
