@@ -55,11 +55,9 @@ def _leaf(*shape: int) -> Tensor:
     return torch.randn(*shape).requires_grad_()
 
 
-def _levels(
-    inputs: tuple[Tensor, ...], native: Callable[..., Any], module: nn.Module | None, functional: Any, op: Any
-) -> Levels:
+def _levels(inputs: tuple[Tensor, ...], native: Callable[..., Any], module: Any, functional: Any, op: Any) -> Levels:
     calls = [None if call is None else functools.partial(call, *inputs) for call in (module, functional, op)]
-    parameters = [] if module is None else list(module.parameters())
+    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
     return Levels([*inputs, *parameters], functools.partial(native, *inputs), *calls)
 
 
@@ -199,8 +197,8 @@ def _cross_entropy(n: int) -> Levels:
     return _levels(
         (x,),
         lambda x: native(x, target),
-        None,
         lambda x: twin(x, target),
+        lambda x: dlkit.functional.cross_entropy(x, target),
         lambda x: op(x, target, None, 1, -100, 0.0, 0.0, 0.0, False)[0],
     )
 

@@ -150,7 +150,8 @@ def cross_entropy(
         z_loss = z_loss / rows.sum() if reduction == 1 else z_loss
         loss = loss + z_loss
     narrow = loss.dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
-    return loss.to(narrow), None if z_loss is None else z_loss.detach().to(narrow)
+    loss = loss if loss.dtype == narrow else loss.to(narrow)
+    return loss, None if z_loss is None else z_loss.detach().to(narrow)
 
 
 def linear_cross_entropy(

@@ -58,7 +58,7 @@ def override() -> Override:
     global _depth
     with _lock:
         if _depth == 0:
-            _C.override_torch(True)
+            _switch(True)
         _depth += 1
     return Override()
 
@@ -68,7 +68,16 @@ def _leave() -> None:
     with _lock:
         _depth -= 1
         if _depth == 0:
-            _C.override_torch(False)
+            _switch(False)
+
+
+def _switch(on: bool) -> None:
+    """Also has torch forget which kernels its Python dispatcher found: a trace after the end would take those."""
+    _C.override_torch(on)
+    for name in (*FUNCTIONS, "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+        for packet in (getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_", None)):
+            for overload in [] if packet is None else packet.overloads():
+                getattr(packet, overload)._dispatch_cache.clear()
 
 
 # Models built later

@@ -591,9 +591,12 @@ def test_gradients_in_any_order(name, channels_last, create_graph):
 def test_gradients_of_gradients_in_16_bits(name, dtype):
     """torch's formulas hold rstd^3, which is beyond fp16 from a deviation of 0.025 on; they run in fp32."""
     x = make((4, 6, 8), dtype, scale=2e-3)
-    arguments = {"layer_norm": ((8,),), "rms_norm": ((8,),), "group_norm": (3,), "batch_norm": (None, None)}.get(
-        name, ()
-    )
+    arguments = {
+        "layer_norm": ((8,),),
+        "rms_norm": ((8,), None, EPS),
+        "group_norm": (3,),
+        "batch_norm": (None, None),
+    }.get(name, ())
     options = {"training": True} if name == "batch_norm" else {}
     grad, direction = make(x.shape, dtype), torch.randn(x.shape, dtype=torch.float64) * 1e-3
 

@@ -125,7 +125,8 @@ def test_peak_memory_holds_outputs_and_gradients(name):
     spec = _runner.load(name)
     case = replace(spec.memory_cases("cpu")[0], shape=spec.cases("quick", "cpu")[0].shape)
     for found in _runner.peak_memory(spec, case, QUICK)["contestants"].values():
-        assert found["peak_bytes"] >= found["output_bytes"] >= 2 * case.numel * case.itemsize
+        tensors = 1 if name == "cross_entropy" else 2  # a loss is a number
+        assert found["peak_bytes"] >= found["output_bytes"] >= tensors * case.numel * case.itemsize
 
 
 def browsed(page, folder, *arguments):
@@ -346,7 +347,7 @@ def test_table_of_every_file_that_is_kept(path, capsys):
     report = json.loads(path.read_text())
     assert bench.main(parsed("table", str(path))) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = {"models": "models", "calls": "cases", "memory": "found"}.get(report.get("bench"), "cases")
+    rows = {"models": "models", "memory": "found", "language_model": "found"}.get(report.get("bench"), "cases")
     tables = [line for line in lines if line.startswith("| ")]
     assert len(tables) > len(report[rows]) and len([line for line in lines if line.startswith("| ---")]) >= 1
     # Pictures and comparisons are of ops alone.

@@ -207,6 +207,21 @@ def test_compiled_programs_hold_torch_s_ops():
     assert "dlkit" not in str(program.graph) and "aten.layer_norm" in str(program.graph)
 
 
+def test_what_is_traced_afterwards_is_right():
+    """torch remembers which kernels its Python dispatcher found: gradients of compiled transforms were 0."""
+
+    def function(data, weight):
+        return torch.func.grad(lambda x: (F.layer_norm(x, (4,), weight) ** 3).sum())(data)
+
+    data, weight = torch.randn(3, 2, 4), torch.rand(4)
+    with dlkit.override():
+        torch.export.export(nn.LayerNorm(4), (torch.randn(3, 4),))
+    torch._dynamo.reset()
+    transformed = torch.func.vmap(function, in_dims=(0, None))
+    compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(data, weight), transformed(data, weight))
+
+
 def test_it_nests_and_counts_from_its_beginning():
     data = torch.randn(3, 4)
     outer = dlkit.override()
