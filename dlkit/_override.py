@@ -53,7 +53,7 @@ def override() -> Override:
     begin and end it while no other thread computes.
 
     Returns:
-        An :class:`Override`, which is a context manager; ``undo()`` ends it, ``calls`` counts what was served.
+        An ``Override``, which is a context manager; ``undo()`` ends it, ``calls`` counts what was served.
     """
     global _depth
     with _lock:

@@ -102,7 +102,7 @@ def report(model: torch.nn.Module, example: Any = None) -> Report:
             it layers are counted, and functions that a forward() calls are not seen.
 
     Returns:
-        A :class:`Report`.
+        A ``Report``.
     """
     rows = [row for row in _layers(model) if example is None or row.kind in ("activation", "loss")]
     if example is not None:
