@@ -148,10 +148,11 @@ class ExactNorm:
         def total(a: np.ndarray, size: np.ndarray) -> Pair:
             # An axis of one parameter is none to add along.
             axes_ = tuple(i for i in along if not (self.view.parameters[i] == grad.shape[i] == 1))
-            # The rows of a block, or the samples, are added up one by one, equal terms too.
+            # The rows of a block, the samples, and what a lane has of a slice are added up one by one, equal terms too.
             # A channel of BatchNorm has runs of 4,096 elements, by at least 16 lanes.
             run = min(grad.size // grad.shape[1], 4096) / 512
-            growth = max(1, run if self.view.statistics == (0, 2) else len(a) / 32)
+            slices = grad.shape[-1] / 32 if self.view.statistics == (2, 3) else 0
+            growth = max(1, run if self.view.statistics == (0, 2) else len(a) / 32, slices)
             return a.sum(axes_).reshape(-1), growth * size.sum(axes_).reshape(-1)
 
         return {

@@ -399,7 +399,7 @@ def errors_of(
         far = np.where((x == 0) & (np.abs(e) < floor), 0, far)  # its instruction rounds what is denormal to 0
     far_theirs = np.abs(y - f) / (info.eps * np.maximum(size_theirs, floor))
     # What is within rounding of the type's range may be infinite.
-    over = np.abs(e) >= info.max * (1 - info.eps)
+    over = np.abs(e) + unit >= info.max * (1 - info.eps)
     # Where a term is beyond the range of what it is computed in, a result within it is luck.
     range_ = torch.finfo(torch.float64 if ours.dtype == torch.float64 else torch.float32).max / 16
     good_theirs = np.isfinite(y) & np.isfinite(f) & (size_theirs < range_)
