@@ -148,9 +148,9 @@ __device__ __forceinline__ A group_max(A value, A* exchange) {
   return value;
 }
 
-// Dots: sums of u * (x - max) are asked for.
+// Dots: sums of u * (x - max) are asked for. Without a number of blocks to be resident ptxas spills, here and below.
 template <class T, int Lanes, int PackBytes, bool Dots>
-__global__ void __launch_bounds__(threads_of<Lanes>) forward_rows(const Forward op) {
+__global__ void __launch_bounds__(threads_of<Lanes>, 1) forward_rows(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
   __shared__ A max_exchange[threads / 32], exchange[threads / 32][3];
@@ -207,8 +207,9 @@ __global__ void __launch_bounds__(threads_of<Lanes>) forward_rows(const Forward 
   }
 }
 
-template <class T, int PackBytes>
-__global__ void __launch_bounds__(256) forward_pixels(const Forward op, int64_t packs, bool dots) {
+// check_sass expects wide stores where PackBytes is the second argument; this kernel stores none.
+template <int PackBytes, class T>
+__global__ void __launch_bounds__(256, 1) forward_pixels(const Forward op, int64_t packs, bool dots) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
   for (int64_t pack = int64_t(blockIdx.x) * 256 + threadIdx.x; pack < packs; pack += int64_t(gridDim.x) * 256) {
@@ -406,7 +407,7 @@ __global__ void __launch_bounds__(256) backward_rows(const Backward op, int64_t 
 }
 
 template <class T, int PackBytes>
-__global__ void __launch_bounds__(256) backward_pixels(const Backward op, int64_t packs, bool shares) {
+__global__ void __launch_bounds__(256, 1) backward_pixels(const Backward op, int64_t packs, bool shares) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
   __shared__ double exchange[256 / 32][1];
@@ -480,7 +481,7 @@ void forward_cuda(const Forward& op, void* stream) {
     if (op.rows == 0) return;
     if (op.inner > 1) {
       const int64_t packs = op.rows / (bytes.value / int64_t(sizeof(T)));
-      return launch("cross_entropy forward", forward_pixels<T, bytes.value>, grid_of(divide_up(packs, 256)), 256, 0,
+      return launch("cross_entropy forward", forward_pixels<bytes.value, T>, grid_of(divide_up(packs, 256)), 256, 0,
                     stream, op, packs, dots);
     }
     with_lanes<512>(op, [&](auto lanes) {
