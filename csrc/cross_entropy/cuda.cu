@@ -368,7 +368,7 @@ __device__ __forceinline__ double sum_of_weights(const Problem& op, double (*exc
 
 // A group of Lanes threads takes a row, or a tile of one: `tiles` pieces of as many packs.
 template <class T, int PackBytes, int Lanes>
-__global__ void __launch_bounds__(256) backward_rows(const Backward op, int64_t tiles, bool shares) {
+__global__ void __launch_bounds__(256, 1) backward_rows(const Backward op, int64_t tiles, bool shares) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), groups = 256 / Lanes;
   __shared__ double exchange[256 / 32][1];
