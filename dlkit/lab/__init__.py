@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=_positive, metavar="N", help="of each training (default: the experiment's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="for more devices than one")
-    parser.add_argument("--devices", type=_positive, default=1, metavar="N", help="processes; each takes part of a batch")
+    parser.add_argument(
+        "--devices", type=_positive, default=1, metavar="N", help="processes; each takes part of a batch"
+    )
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
     parser.add_argument("--output", metavar="DIR", help="default: lab-results, with --quick lab-results-quick")
     parser.add_argument("--quick", action="store_true", help="a few epochs on part of the data, digits unless --data")

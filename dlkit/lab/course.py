@@ -31,7 +31,9 @@ def setting_of(args: argparse.Namespace) -> Setting:
     layers = ("torch", "dlkit") if args.layers == "both" else (args.layers,)
     if args.devices > 1 and "torch" in layers and device == "cpu":
         # Found out here and not in the middle: torch's SyncBatchNorm raises in its forward.
-        warnings.warn("torch's SyncBatchNorm does not run on CPU: --layers torch needs a model without BatchNorm", stacklevel=1)
+        warnings.warn(
+            "torch's SyncBatchNorm does not run on CPU: --layers torch needs a model without BatchNorm", stacklevel=1
+        )
     return Setting(
         data=data.to(device),
         layers=layers,
@@ -94,7 +96,15 @@ def one_line() -> Iterator[None]:
     except (DataError, Refused) as error:
         raise SystemExit(f"dlkit lab: {error}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             raise
         where = f" {error.filename}" if error.filename else ""
         raise SystemExit(f"dlkit lab: cannot write{where}: {error.strerror}; what was finished is kept") from error
@@ -104,10 +114,11 @@ def one_line() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     if not main_process():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = Path(os.devnull).open("w")
     with one_line():
         setting = setting_of(args)
-        print(f"{setting.data.name} from {setting.data.source}; validation on its {len(setting.data.test_images):,} test images")
+        data = setting.data
+        print(f"{data.name} from {data.source}; validation on its {len(data.test_images):,} test images")
         for name in experiment.names() if args.experiment == "all" else [args.experiment]:
             do(name, setting)
     return 0

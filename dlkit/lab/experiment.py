@@ -134,5 +134,7 @@ def load(name: str) -> ModuleType:
 @functools.cache
 def _modules() -> Sequence[ModuleType]:
     package = importlib.import_module("dlkit.lab.experiments")
-    found = [importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
+    found = [
+        importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)
+    ]
     return sorted(found, key=lambda module: module.ORDER)

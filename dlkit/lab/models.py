@@ -9,7 +9,7 @@ torch.nn.TransformerEncoderLayer has a fused inference path that never calls its
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +78,7 @@ class RowTransformer(nn.Module):
     The head sees all tokens: after 9,000 images that gives 84 % on Fashion-MNIST, the mean of the tokens 81 %.
     """
 
-    def __init__(
-        self, data: "Dataset", width: int = 256, depth: int = 4, heads: int = 8, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, data: "Dataset", width: int = 256, depth: int = 4, heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
         rows, columns = data.image_size
         self.embedding = nn.Linear(columns, width)

@@ -58,7 +58,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """The first row over a rule; words, which are in the first column, to the left, figures to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs)).rstrip()
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs)
+        ).rstrip()
         for pairs in (list(zip(row, widths, strict=True)) for row in rows)
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -110,7 +112,8 @@ def parity(results: Results) -> str:
         times = [
             (theirs["seconds"], ours["seconds"])
             for run, twin in pairs
-            for theirs, ours in list(zip(run.history, twin.history, strict=False))[1:] or [(run.history[0], twin.history[0])]
+            for theirs, ours in list(zip(run.history, twin.history, strict=False))[1:]
+            or [(run.history[0], twin.history[0])]
         ]
         ratio = statistics.median(theirs / ours for theirs, ours in times)
         rows.append(
@@ -130,7 +133,15 @@ def results_csv(results: Results) -> str:
     lines = ["configuration,layers,seed,epochs,metric,last,best,seconds_an_epoch"]
     for run in results.all:
         if run.history:
-            facts = [run.layers, run.seed, len(run.history), run.metric[0], run.value(), run.best(), run.epoch_seconds()]
+            facts = [
+                run.layers,
+                run.seed,
+                len(run.history),
+                run.metric[0],
+                run.value(),
+                run.best(),
+                run.epoch_seconds(),
+            ]
             lines.append(",".join([f'"{run.configuration.name}"', *map(str, facts)]))
     return "\n".join(lines) + "\n"
 
@@ -166,7 +177,9 @@ def curves(
         marks = {"marker": "."} if length < 20 else {}
         axes.plot(at, middle, **{"color": color, "label": label(name), "linewidth": 1.8, **marks, **style})
         if len(runs) > 1:
-            axes.fill_between(at, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.15)
+            axes.fill_between(
+                at, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.15
+            )
 
 
 def steps(run: "Run") -> list[int]:
@@ -175,7 +188,9 @@ def steps(run: "Run") -> list[int]:
     return [each * (epoch + 1) for epoch in range(len(run.history))]
 
 
-def loss_and_accuracy(figure: "Figure", results: Results, names: Iterable[str] | None = None, by_step: bool = False) -> None:
+def loss_and_accuracy(
+    figure: "Figure", results: Results, names: Iterable[str] | None = None, by_step: bool = False
+) -> None:
     """The usual two pictures: training loss and validation accuracy by epoch."""
     wanted = list(results.names if names is None else names)
     left, right = figure.subplots(1, 2)

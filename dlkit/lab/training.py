@@ -116,7 +116,7 @@ class Task(lightning.LightningModule):
         self.batch_size = min(configuration.batch_size, len(data.train_images))
         self.steps = configuration.epoch_steps or len(data.train_images) // self.batch_size
         self.lr = configuration.lr  # where Lightning's learning-rate finder looks
-        make = configuration.metrics or accuracy
+        make: Any = configuration.metrics or accuracy
         self.measures = nn.ModuleList([torchmetrics.MetricCollection(make(data)) for _ in PARTS])
         self.history: list[dict[str, float]] = []
         self.finished = configuration.epochs == 0
@@ -281,9 +281,12 @@ class Run:
                 raise Refused(f"{path}: is not the configuration of a run; choose another --output or delete it")
             changed = [name for name in {**config, **found} if found.get(name) != config.get(name)]
             if changed:
-                what = "; ".join(f"{name}: {_short(found.get(name))}, now {_short(config.get(name))}" for name in changed[:3])
+                what = "; ".join(
+                    f"{name}: {_short(found.get(name))}, now {_short(config.get(name))}" for name in changed[:3]
+                )
                 raise Refused(
-                    f"{self.folder}: has the results of another configuration ({what}); choose another --output or delete it"
+                    f"{self.folder}: has the results of another configuration ({what}); "
+                    "choose another --output or delete it"
                 )
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise Refused(f"{self.folder}: is not empty and has no config.yaml; choose another --output or delete it")
@@ -374,7 +377,9 @@ class Run:
         callbacks: list[Any] = [] if configuration.callbacks is None else configuration.callbacks()
         if configuration.patience is not None:
             callbacks.append(EarlyStopping("val_loss", patience=configuration.patience, check_on_train_epoch_end=True))
-        callbacks.append(ModelCheckpoint(filename="best", monitor=score, mode=mode, save_weights_only=True, **every_epoch))
+        callbacks.append(
+            ModelCheckpoint(filename="best", monitor=score, mode=mode, save_weights_only=True, **every_epoch)
+        )
         callbacks.append(ModelCheckpoint(filename="last", **every_epoch))
         if sys.stderr.isatty():
             callbacks.append(TQDMProgressBar(refresh_rate=20, leave=False))
