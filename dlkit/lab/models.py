@@ -1,25 +1,50 @@
-"""The models of the recipes, in plain torch.nn as a user writes them: nothing here knows dlkit.
+"""The models of the lab, in plain torch.nn as a user writes them: nothing here knows dlkit.
+
+Each is a function of the data, for the size of the images and the number of classes, and of what an experiment varies.
 
 Each norm stands where it usually does: LayerNorm after a linear layer and before each half of a transformer block,
 BatchNorm between a linear layer or a convolution and its ReLU. The transformer block is written out because
 torch.nn.TransformerEncoderLayer has a fused inference path that never calls its LayerNorm modules.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from dlkit.lab.data import Dataset
 
-def mlp(image_size: tuple[int, int], classes: int, width: int = 512) -> nn.Module:
-    """Four linear layers, a LayerNorm after each hidden one. Images [batch, height, width] to logits."""
+Layer = Callable[[int], nn.Module]
+
+
+WIDTHS = (256, 128, 64)  # of the course's MLP, 784-256-128-64-10
+
+
+def mlp(
+    data: "Dataset",
+    widths: Sequence[int] = WIDTHS,
+    norm: Layer | None = None,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    dropout: float | Sequence[float] = 0.0,
+) -> nn.Sequential:
+    """Linear, norm, activation and dropout for each width, then the logits. Images [batch, height, width].
+
+    Args:
+        norm: called with the width.
+        dropout: one for all hidden layers, or one for each; a layer with 0 has none.
+    """
+    rates = [dropout] * len(widths) if isinstance(dropout, int | float) else dropout
     layers: list[nn.Module] = [nn.Flatten()]
-    features = image_size[0] * image_size[1]
-    for _ in range(3):
-        layers += [nn.Linear(features, width), nn.LayerNorm(width), nn.GELU()]
+    features = math.prod(data.image_size)
+    for width, rate in zip(widths, rates, strict=True):
+        layers += [nn.Linear(features, width), *([norm(width)] if norm else []), activation()]
+        layers += [nn.Dropout(rate)] if rate else []
         features = width
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+    return nn.Sequential(*layers, nn.Linear(features, data.classes))
 
 
 class Block(nn.Module):
@@ -53,36 +78,18 @@ class RowTransformer(nn.Module):
     The head sees all tokens: after 9,000 images that gives 84 % on Fashion-MNIST, the mean of the tokens 81 %.
     """
 
-    def __init__(
-        self,
-        image_size: tuple[int, int],
-        classes: int,
-        width: int = 256,
-        depth: int = 4,
-        heads: int = 8,
-        dropout: float = 0.1,
-    ) -> None:
+    def __init__(self, data: "Dataset", width: int = 256, depth: int = 4, heads: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
-        rows, columns = image_size
+        rows, columns = data.image_size
         self.embedding = nn.Linear(columns, width)
         self.position = nn.Parameter(0.02 * torch.randn(rows, width))
         self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(rows * width, classes)
+        self.head = nn.Linear(rows * width, data.classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embedding(images) + self.position
         return self.head(self.norm(self.blocks(x)).flatten(1))
-
-
-def batch_norm_mlp(image_size: tuple[int, int], classes: int) -> nn.Module:
-    """Linear layers 784-256-128-64-10, for 28x28 images; BatchNorm, ReLU and dropout after each hidden one."""
-    layers: list[nn.Module] = [nn.Flatten()]
-    features = image_size[0] * image_size[1]
-    for width, dropout in ((256, 0.3), (128, 0.3), (64, 0.2)):
-        layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout)]
-        features = width
-    return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
 class ResidualBlock(nn.Module):
@@ -110,7 +117,7 @@ class ResidualBlock(nn.Module):
 class ResidualCnn(nn.Module):
     """A stem, three stages of one residual block, the mean over space. Images [batch, height, width] to logits."""
 
-    def __init__(self, image_size: tuple[int, int], classes: int, width: int = 16) -> None:
+    def __init__(self, data: "Dataset", width: int = 16) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
@@ -120,16 +127,7 @@ class ResidualCnn(nn.Module):
             ResidualBlock(width, 2 * width, stride=2),
             ResidualBlock(2 * width, 4 * width, stride=2),
         )
-        self.head = nn.Linear(4 * width, classes)
+        self.head = nn.Linear(4 * width, data.classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(images.unsqueeze(1))).mean((2, 3)))
-
-
-# name -> (image_size, classes) -> model
-MODELS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {
-    "mlp": mlp,
-    "transformer": RowTransformer,
-    "batch_norm_mlp": batch_norm_mlp,
-    "residual_cnn": ResidualCnn,
-}
