@@ -114,7 +114,7 @@ def one_line() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     if not main_process():
-        sys.stdout = Path(os.devnull).open("w")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (until the process ends)
     with one_line():
         setting = setting_of(args)
         data = setting.data

@@ -131,3 +131,158 @@ class ResidualCnn(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(images.unsqueeze(1))).mean((2, 3)))
+
+
+def cnn(
+    data: "Dataset",
+    blocks: Sequence[Sequence[int]] = ((32, 32), (64, 64)),
+    dense: int = 128,
+    norm: Layer | None = nn.BatchNorm2d,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    dropout: float = 0.25,
+    dense_dropout: float = 0.5,
+) -> nn.Sequential:
+    """Blocks of 3x3 convolutions, each halved by a maximum; a dense layer; the logits. Images [batch, height, width].
+
+    Args:
+        blocks: the channels of each block's convolutions.
+        norm: behind each convolution, called with its channels.
+        dropout: behind each block.
+        dense_dropout: behind the dense layer.
+    """
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, -1))]
+    channels, side = 1, min(data.image_size)
+    for block in blocks:
+        for width in block:
+            convolution = nn.Conv2d(channels, width, 3, padding=1, bias=norm is None)
+            layers += [convolution, *([norm(width)] if norm else []), activation()]
+            channels = width
+        layers += [nn.MaxPool2d(2), *([nn.Dropout(dropout)] if dropout else [])]
+        side //= 2
+    layers += [nn.Flatten(), nn.Linear(channels * side**2, dense), activation()]
+    layers += [nn.Dropout(dense_dropout)] if dense_dropout else []
+    return nn.Sequential(*layers, nn.Linear(dense, data.classes))
+
+
+# An eighth of the work of cnn() as it is: for experiments that compare many trainings.
+SMALL = ((16,), (32,), (32,))
+
+
+def small_cnn(data: "Dataset", norm: Layer | None = nn.BatchNorm2d, dropout: float = 0.0) -> nn.Sequential:
+    return cnn(data, SMALL, 64, norm, dropout=dropout, dense_dropout=dropout)
+
+
+class Residual(nn.Module):
+    """x + branch(x)."""
+
+    def __init__(self, *branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def deep_mlp(
+    data: "Dataset",
+    depth: int,
+    width: int = 64,
+    norm: Layer | None = None,
+    activation: Callable[[], nn.Module] = nn.Tanh,
+    residual: bool = False,
+    initialize: Callable[[nn.Module], None] | None = None,
+) -> nn.Sequential:
+    """`depth` hidden layers of one width. With `residual`, each but the first adds to its input.
+
+    Args:
+        initialize: called with each hidden linear layer, and with the one that gives the logits.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    features = math.prod(data.image_size)
+    for index in range(depth):
+        hidden = [nn.Linear(features, width), *([norm(width)] if norm else []), activation()]
+        layers += [Residual(*hidden)] if residual and index else hidden
+        features = width
+    model = nn.Sequential(*layers, nn.Linear(features, data.classes))
+    if initialize is not None:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                initialize(layer)
+    return model
+
+
+class PlainBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x)))))), as ResidualBlock, but nothing goes around it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+
+def deep_cnn(data: "Dataset", depth: int, residual: bool, width: int = 16) -> nn.Sequential:
+    """`depth` weighted layers: a convolution with stride 2, blocks of two, and the linear layer behind the mean."""
+    blocks = [ResidualBlock(width, width, 1) if residual else PlainBlock(width) for _ in range((depth - 2) // 2)]
+    return nn.Sequential(
+        nn.Unflatten(1, (1, -1)),
+        nn.Conv2d(1, width, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, data.classes),
+    )
+
+
+# What torch.nn lacks, in plain torch. training.py says which functions of dlkit's do the same.
+
+
+class DropPath(nn.Module):
+    """Drops whole samples, behind the branch of a residual block (https://arxiv.org/abs/1603.09382)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p
+        return x * kept / (1 - self.p)
+
+
+class DropBlock2d(nn.Module):
+    """Drops squares of each channel (https://arxiv.org/abs/1810.12890)."""
+
+    def __init__(self, p: float, block_size: int) -> None:
+        super().__init__()
+        self.p, self.block_size = p, block_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        height, width = x.shape[2:]
+        size = min(self.block_size, height, width)
+        corners = (height - size + 1) * (width - size + 1)
+        seeds = torch.rand(*x.shape[:2], height - size + 1, width - size + 1, device=x.device)
+        seeds = (seeds < self.p / size**2 * height * width / corners).to(x.dtype)
+        kept = 1 - F.max_pool2d(F.pad(seeds, [size - 1] * 4), size, 1)
+        return x * kept * (kept.numel() / kept.sum())
+
+
+class DropConnectLinear(nn.Linear):
+    """Drops weights (https://proceedings.mlr.press/v28/wan13.html): one mask for the whole batch."""
+
+    def __init__(self, in_features: int, out_features: int, p: float) -> None:
+        super().__init__(in_features, out_features)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.dropout(self.weight, self.p, self.training), self.bias)

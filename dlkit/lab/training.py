@@ -36,6 +36,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 import dlkit
+from dlkit.lab import models
 from dlkit.lab.data import Batches, Dataset
 from dlkit.lab.experiment import QUICK_EPOCHS, QUICK_IMAGES, QUICK_STEPS, Configuration, Setting, describe
 
@@ -85,6 +86,24 @@ def seed_of(seed: int, epoch: int, rank: int = 0) -> int:
     return (seed * 1_000 + rank) * 100_000 + epoch
 
 
+def _with_dlkit(forward: Callable[..., Tensor]) -> Callable[[nn.Module], Callable[..., Tensor]]:
+    return lambda module: forward
+
+
+# The same by dlkit, for what models.py has in plain torch because torch.nn has no such layer.
+dlkit.register(models.DropPath, _with_dlkit(lambda self, x: dlkit.functional.drop_path(x, self.p, self.training)))
+dlkit.register(
+    models.DropBlock2d,
+    _with_dlkit(lambda self, x: dlkit.functional.dropblock2d(x, self.p, self.block_size, self.training)),
+)
+dlkit.register(
+    models.DropConnectLinear,
+    _with_dlkit(
+        lambda self, x: nn.functional.linear(x, dlkit.functional.dropout(self.weight, self.p, self.training), self.bias)
+    ),
+)
+
+
 def to_dlkit(model: nn.Module) -> nn.Module:
     """The same model on dlkit's layers, BatchNorm fused with the ReLU behind it."""
     return dlkit.fuse(dlkit.replace(model))
@@ -120,6 +139,8 @@ class Task(lightning.LightningModule):
         self.measures = nn.ModuleList([torchmetrics.MetricCollection(make(data)) for _ in PARTS])
         self.history: list[dict[str, float]] = []
         self.finished = configuration.epochs == 0
+        self.row: dict[str, float] = {}
+        self.seconds = 0.0
         self._sharded = False
 
     # Data

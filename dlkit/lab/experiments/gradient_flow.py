@@ -1,0 +1,106 @@
+"""How large the gradient of the first layer is against that of the last, by depth and by the scale of the weights.
+
+Nothing is trained: each cell is one backward pass of a fresh network on 256 images. The weights are Xavier's, times
+the scale.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlkit.lab import models, report
+from dlkit.lab.data import Dataset
+from dlkit.lab.experiment import Configuration, Setting
+
+ORDER = 90
+SUMMARY = "gradients through 10 to 50 layers, by initial scale; with and without normalization and residuals"
+LOOK_AT = (
+    "blue (vanishing) and red (exploding) cells, and how narrow the pale stripe between them is without normalization."
+)
+FIGURE_SIZE = (14, 7)
+DEPTHS = (10, 20, 30, 40, 50)
+SCALES = (0.01, 0.1, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+IMAGES = 256
+LIMIT = 12.0  # of the colours, in powers of ten
+ACTIVATIONS = {"tanh": nn.Tanh, "ReLU": nn.ReLU}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "BatchNorm": {"norm": nn.BatchNorm1d},
+    "residual": {"residual": True},
+    "BatchNorm, residual": {"norm": nn.BatchNorm1d, "residual": True},
+}
+
+
+def _scaled(layer: nn.Linear, scale: float) -> None:
+    nn.init.xavier_normal_(layer.weight, gain=scale)
+    nn.init.zeros_(layer.bias)
+
+
+def networks(data: Dataset, activation: str, variant: str) -> nn.ModuleList:
+    """One for each depth and scale."""
+    make = partial(models.deep_mlp, data, activation=ACTIVATIONS[activation], **VARIANTS[variant])
+    return nn.ModuleList(
+        make(depth, initialize=partial(_scaled, scale=scale))  # type: ignore[arg-type]
+        for depth in DEPTHS
+        for scale in SCALES
+    )
+
+
+def ratios(model: nn.Module, data: Dataset) -> list[list[float]]:
+    """[depth][scale]: log10 of the gradient's norm at the first layer over that at the last hidden one."""
+    images, labels = data.train_images[:IMAGES], data.train_labels[:IMAGES]
+
+    def one() -> Iterator[float]:
+        for network in model.children():
+            linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+            nn.functional.cross_entropy(network(images), labels).backward()
+            first, last = (layer.weight.grad.double().norm() for layer in (linear[0], linear[-2]))  # type: ignore[union-attr]
+            ratio = torch.log10(first / last)
+            # 0 over 0, a gradient too small for fp32, is as vanished as can be; what overflowed has exploded.
+            yield float(torch.nan_to_num(ratio, nan=-LIMIT if bool(last.isfinite()) else LIMIT).clamp(-LIMIT, LIMIT))
+
+    values = one()
+    return [[next(values) for _ in SCALES] for _ in DEPTHS]
+
+
+def configurations(setting: Setting) -> list[Configuration]:
+    return [
+        Configuration(
+            f"{activation}, {variant}",
+            partial(networks, activation=activation, variant=variant),
+            epochs=0,
+            probe=ratios,
+        )
+        for activation in ACTIVATIONS
+        for variant in VARIANTS
+    ]
+
+
+def draw(figure: Any, results: Any, setting: Setting) -> None:
+    panels = figure.subplots(len(ACTIVATIONS), len(VARIANTS), sharex=True, sharey=True)
+    for axes, name in zip(panels.flat, results.names, strict=True):
+        values = results.first(name).probes["start"]
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-LIMIT, vmax=LIMIT, aspect="auto")
+        for row, cells in enumerate(values):
+            for column, value in enumerate(cells):
+                color = "white" if abs(value) > 0.6 * LIMIT else "black"
+                text = f"{value:+.0f}" if abs(value) >= 0.5 else "0"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        axes.set_title(name)
+        axes.set_xticks(range(len(SCALES)), [f"{scale:g}" for scale in SCALES], fontsize=8)
+        axes.set_yticks(range(len(DEPTHS)), [str(depth) for depth in DEPTHS])
+    for axes in panels[-1]:
+        axes.set_xlabel("scale of the weights")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("hidden layers")
+    figure.colorbar(image, ax=panels, label="log10 of the gradient: first layer / last hidden layer", shrink=0.8)
+
+
+def finish(results: Any, setting: Setting) -> str:
+    rows = [["log10 of first / last, 50 layers", *(f"scale {scale:g}" for scale in SCALES)]]
+    for name in results.names:
+        rows.append([name, *(f"{value:+.1f}" for value in results.first(name).probes["start"][-1])])
+    return report.aligned(rows)
