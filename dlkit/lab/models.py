@@ -327,3 +327,33 @@ def without_norms(model: nn.Module) -> None:
                 setattr(module, name, nn.Identity())
             elif isinstance(child, nn.Conv2d):
                 child.bias = nn.Parameter(torch.zeros(child.out_channels))
+
+
+class Forecaster(nn.Module):
+    """A recurrent network, and from its last state the next number. Series [batch, steps] to forecasts [batch].
+
+    What comes out is added to the last number seen: what is to be learnt is the step, which a trend does not move.
+
+    Args:
+        kind: "LSTM" or "GRU".
+        norm: a LayerNorm behind each recurrent layer.
+        dropout: behind each recurrent layer.
+    """
+
+    def __init__(
+        self, data: "Dataset", kind: str = "LSTM", layers: int = 1, width: int = 48, norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        make = getattr(nn, kind)
+        self.layers = nn.ModuleList(make(width if index else 1, width, batch_first=True) for index in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if norm else nn.Identity() for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, series: Tensor) -> Tensor:
+        last = series[:, -1]
+        x = (series - series.mean(1, keepdim=True)).unsqueeze(2)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = self.dropout(norm(layer(x)[0]))
+        return last + self.head(x[:, -1]).squeeze(1)
