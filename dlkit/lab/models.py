@@ -214,9 +214,9 @@ def deep_mlp(
 class PlainBlock(nn.Module):
     """relu(norm(conv(relu(norm(conv(x)))))), as ResidualBlock, but nothing goes around it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
@@ -228,7 +228,8 @@ class PlainBlock(nn.Module):
 
 def deep_cnn(data: "Dataset", depth: int, residual: bool, width: int = 16) -> nn.Sequential:
     """`depth` weighted layers: a convolution with stride 2, blocks of two, and the linear layer behind the mean."""
-    blocks = [ResidualBlock(width, width, 1) if residual else PlainBlock(width) for _ in range((depth - 2) // 2)]
+    block = ResidualBlock if residual else PlainBlock
+    blocks = [block(width, width, 1) for _ in range((depth - 2) // 2)]
     return nn.Sequential(
         nn.Unflatten(1, (1, -1)),
         nn.Conv2d(1, width, 3, 2, padding=1, bias=False),
@@ -286,3 +287,43 @@ class DropConnectLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, F.dropout(self.weight, self.p, self.training), self.bias)
+
+
+class ResidualNet(nn.Module):
+    """A stem at full size, a residual block at half and one at a quarter of it, dropout, the logits.
+
+    Images [batch, height, width] to logits. Without `residual` nothing goes around the blocks; without `he`, weights
+    are torch's.
+    """
+
+    def __init__(
+        self, data: "Dataset", width: int = 32, dropout: float = 0.2, he: bool = True, residual: bool = True,
+        norm: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        block: Callable[..., nn.Module] = ResidualBlock if residual else PlainBlock
+        self.blocks = nn.Sequential(block(width, 2 * width, 2), block(2 * width, 4 * width, 2))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(4 * width, data.classes)
+        if not norm:
+            without_norms(self)
+        if he:
+            for layer in self.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.dropout(self.blocks(self.stem(images.unsqueeze(1))).mean((2, 3))))
+
+
+def without_norms(model: nn.Module) -> None:
+    """Takes out every BatchNorm, and gives the convolutions the bias that it made needless."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.Conv2d):
+                child.bias = nn.Parameter(torch.zeros(child.out_channels))

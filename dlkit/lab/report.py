@@ -148,6 +148,12 @@ def results_csv(results: Results) -> str:
 
 # Drawing
 
+FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+
+
+def class_names(data: Any) -> Sequence[str]:
+    return FASHION if data.name == "Fashion-MNIST" else [str(label) for label in range(data.classes)]
+
 
 def tidy(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
     axes.grid(alpha=0.25)
