@@ -159,6 +159,8 @@ def tidy(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(title=title, xlabel=x, ylabel=y)
+    if x in ("epoch", "step"):
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def curves(

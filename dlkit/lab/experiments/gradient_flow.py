@@ -1,7 +1,7 @@
-"""How large the gradient of the first layer is against that of the last, by depth and by the scale of the weights.
+"""How much of the gradient that reaches the last hidden layer arrives at the first, by depth and scale of the weights.
 
 Nothing is trained: each cell is one backward pass of a fresh network on 256 images. The weights are Xavier's, times
-the scale.
+the scale; the gradients are those of the loss by what the layers put out.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlkit.lab import models, report
 from dlkit.lab.data import Dataset
@@ -50,17 +50,20 @@ def networks(data: Dataset, activation: str, variant: str) -> nn.ModuleList:
 
 
 def ratios(model: nn.Module, data: Dataset) -> list[list[float]]:
-    """[depth][scale]: log10 of the gradient's norm at the first layer over that at the last hidden one."""
+    """[depth][scale]: log10 of the gradient by the first hidden layer's output over that by the last's, in 2-norms."""
     images, labels = data.train_images[:IMAGES], data.train_labels[:IMAGES]
 
     def one() -> Iterator[float]:
         for network in model.children():
-            linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
-            nn.functional.cross_entropy(network(images), labels).backward()
-            first, last = (layer.weight.grad.double().norm() for layer in (linear[0], linear[-2]))  # type: ignore[union-attr]
-            ratio = torch.log10(first / last)
-            # 0 over 0, a gradient too small for fp32, is as vanished as can be; what overflowed has exploded.
-            yield float(torch.nan_to_num(ratio, nan=-LIMIT if bool(last.isfinite()) else LIMIT).clamp(-LIMIT, LIMIT))
+            inputs: list[Tensor] = []  # of the linear layers: what the layer before put out
+            for layer in network.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+            logits = network(images)
+            first, last = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), (inputs[1], inputs[-1]))
+            ratio = torch.log10(first.double().norm() / last.double().norm())
+            # A gradient too small for fp32 is 0, and as vanished as can be; one that overflowed has exploded.
+            yield float(torch.nan_to_num(ratio, nan=LIMIT).clamp(-LIMIT, LIMIT))
 
     values = one()
     return [[next(values) for _ in SCALES] for _ in DEPTHS]
@@ -96,7 +99,7 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
         axes.set_xlabel("scale of the weights")
     for axes in panels[:, 0]:
         axes.set_ylabel("hidden layers")
-    figure.colorbar(image, ax=panels, label="log10 of the gradient: first layer / last hidden layer", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="log10 of the gradient at the first hidden layer / at the last", shrink=0.8)
 
 
 def finish(results: Any, setting: Setting) -> str:

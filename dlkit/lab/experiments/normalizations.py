@@ -48,7 +48,7 @@ def configurations(setting: Setting) -> list[Configuration]:
             optimizer="SGD",
             lr=0.1 * batch / 128,
             options={"momentum": 0.9},
-            images=10_000,
+            images=200 if setting.quick else 10_000,  # a batch of 2 makes many steps
             batch_size=batch,
             epochs=4,
         )

@@ -36,6 +36,10 @@ def configurations(setting: Setting) -> list[Configuration]:
     ]
 
 
+def short(name: str) -> str:
+    return name.split(", ")[1]
+
+
 def draw(figure: Any, results: Any, setting: Setting) -> None:
     panels = figure.subplots(2, 2)
     for row, model in enumerate(MODELS):
@@ -44,9 +48,9 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
         ):
             axes = panels[row][column]
             for color, name in zip(report.COLORS, OPTIMIZERS, strict=False):
-                report.curves(
-                    axes, results, metric, [f"{model}, {name}"], label=lambda text: text.split(", ")[1], color=color
-                )
+                # Adam and AdamW lie on each other.
+                style = {"color": color, "linestyle": "--" if name == "AdamW" else "-"}
+                report.curves(axes, results, metric, [f"{model}, {name}"], label=short, **style)
             report.tidy(axes, f"{model}: {title}", "epoch" if row else "", "nats" if column == 0 else "")
         panels[row][0].set_yscale("log")
     panels[0][1].legend(frameon=False, loc="lower right")

@@ -128,7 +128,7 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
         found["suggestion"], color=report.COLORS[1], linestyle="--", label=f"suggested: {found['suggestion']:.1e}"
     )
     finder.axvline(LR, color=report.COLORS[0], linestyle=":", label=f"taken above: {LR}")
-    lowest = min(found["loss"])
-    finder.set_ylim(0.8 * lowest, 1.3 * found["loss"][0])
+    begun = found["loss"][10:]  # the smoothing needs some steps
+    finder.set_ylim(0.8 * min(begun), 1.1 * max(begun[: len(begun) // 2]))
     report.tidy(finder, "range test: 200 steps at a rising rate", "learning rate", "training loss, smoothed")
     finder.legend(frameon=False)
