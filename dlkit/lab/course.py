@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import os
 import sys
@@ -19,6 +20,12 @@ from dlkit.lab import experiment, report
 from dlkit.lab.data import DataError, load
 from dlkit.lab.experiment import Setting
 from dlkit.lab.training import Refused, Run, folder_name, main_process, train, write
+
+METRIC = ("val_accuracy", "max")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -49,8 +56,8 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
 
 def runs_of(name: str, module: ModuleType, setting: Setting) -> list[Run]:
-    seeds = setting.seeds or (1 if setting.quick else getattr(module, "SEEDS", 1))
-    metric = getattr(module, "METRIC", ("val_accuracy", "max"))
+    seeds = setting.seeds or getattr(module, "QUICK_SEEDS" if setting.quick else "SEEDS", 1)
+    metric = getattr(module, "METRIC", METRIC)
     configurations = module.configurations(setting)
     folders = [folder_name(each.name) for each in configurations]
     assert len(set(folders)) == len(folders), f"{name}: two configurations share a folder"
@@ -67,8 +74,12 @@ def do(name: str, setting: Setting) -> None:
     module = experiment.load(name)
     print(f"\n{name}: {module.SUMMARY}", flush=True)
     start = time.perf_counter()
-    runs = runs_of(name, module, setting)
-    train(runs, lambda line: print(line, flush=True))
+    metric = getattr(module, "METRIC", METRIC)
+    if hasattr(module, "search"):
+        runs = module.search(setting, functools.partial(Run, name, setting=setting, metric=metric), say)
+    else:
+        runs = runs_of(name, module, setting)
+        train(runs, say)
     if not main_process():
         return
     results = report.Results(runs)
@@ -79,7 +90,7 @@ def do(name: str, setting: Setting) -> None:
     folder = setting.output / name
     figure = Figure(figsize=getattr(module, "FIGURE_SIZE", (11, 4.5)), layout="constrained")
     module.draw(figure, results, setting)
-    figure.suptitle(f"{name}: {setting.data.name}", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{name}: {runs[0].data.name}", fontsize=13, fontweight="bold")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write(folder / f"{name}.png", picture.getvalue())

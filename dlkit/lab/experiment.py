@@ -11,9 +11,12 @@ An experiment is a module in dlkit/lab/experiments/, found by itself. It has
 and, where the defaults do not fit,
 
     SEEDS           how many seeds it takes unless --seeds says otherwise; 1
+    QUICK_SEEDS     the same of --quick; 1
     METRIC          the column of the table, ("val_accuracy", "max")
     FIGURE_SIZE     in inches
     finish          (results, setting) -> lines below the table
+    search          (setting, make, say) -> the runs, where what they showed decides what comes next, in place of
+                    configurations; make(configuration=, layers=, seed=) gives a Run. See search.py
 
 Nothing here, and nothing that an experiment imports at its top, is heavy: `lab --help` lists them all.
 """

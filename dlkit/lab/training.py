@@ -31,6 +31,7 @@ import torchmetrics
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -319,6 +320,8 @@ class Run:
         if results.is_file():
             known = json.loads(results.read_text())
             self.history, self.probes, self.finished = known["history"], known["probes"], True
+        elif self.last.is_file():
+            self.history = torch.load(self.last, map_location="cpu", weights_only=True)["history"]
 
     def config(self) -> dict[str, Any]:
         """What tells this run from others, as its config.yaml holds it."""
@@ -404,18 +407,24 @@ class Run:
         callbacks.append(ModelCheckpoint(filename="last", **every_epoch))
         if sys.stderr.isatty():
             callbacks.append(TQDMProgressBar(refresh_rate=20, leave=False))
+        precision = configuration.precision or setting.precision
+        plugins: list[Any] = [WholeCheckpoints()]
+        if precision == "16-mixed" and setting.device == "cpu":
+            # Lightning makes bf16 of it; torch has fp16 and a GradScaler on CPU as well.
+            plugins.append(MixedPrecision("16-mixed", "cpu"))
+            precision = None
         clips_apart = self.layers == "torch" and configuration.max_norm is not None
         return lightning.Trainer(
             **{
                 "accelerator": setting.device,
                 "devices": setting.devices,
                 "strategy": strategy(setting),
-                "precision": configuration.precision or setting.precision,
+                "precision": precision,
                 "max_epochs": epochs,
                 "gradient_clip_val": configuration.max_norm if clips_apart else None,
                 "logger": TensorBoardLogger(self.folder, name="tensorboard", version="", default_hp_metric=False),
                 "callbacks": callbacks,
-                "plugins": [WholeCheckpoints()],
+                "plugins": plugins,
                 "default_root_dir": self.folder,
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,

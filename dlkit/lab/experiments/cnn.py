@@ -35,7 +35,7 @@ def configurations(setting: Setting) -> list[Configuration]:
             schedule=reduce_on_plateau,
             metrics=top_1_and_5,
             patience=3,
-            epochs=12,
+            epochs=8,
             batch_size=128,
         )
     ]

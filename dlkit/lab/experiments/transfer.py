@@ -14,8 +14,10 @@ from dlkit.lab.experiment import Configuration, Setting
 
 ORDER = 160
 SUMMARY = "a CNN trained on classes 0-4, frozen, then its last layers unfrozen, on 5-9, against from scratch"
-LOOK_AT = "what the layers learnt on other classes are worth at the first epochs, and whether from scratch overtakes them."
-FIRST, FEW, UNFREEZE_AFTER = "classes 0-4", 500, 5
+LOOK_AT = (
+    "what the layers learnt on other classes are worth at the first epochs, and whether from scratch overtakes them."
+)
+FIRST, FEW, UNFREEZE_AFTER = "classes 0-4", 200, 8
 # torchvision's weights for ImageNet, where they lie already: nothing is downloaded.
 BACKBONE = "resnet18-f37072fd.pth"
 
@@ -113,7 +115,7 @@ def backbone() -> Path | str:
 
 def configurations(setting: Setting) -> list[Configuration]:
     few = partial(classes, low=5, high=10, images=FEW)
-    plain = partial(Configuration, model=models.small_cnn, data=few, lr=2e-3, epochs=20, batch_size=32)
+    plain = partial(Configuration, model=models.small_cnn, data=few, lr=2e-3, epochs=30, batch_size=32)
     found = backbone()
     return [
         plain(FIRST, data=partial(classes, low=0, high=5), epochs=3, batch_size=128),
