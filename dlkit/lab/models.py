@@ -227,7 +227,7 @@ class PlainBlock(nn.Module):
 
 
 def deep_cnn(data: "Dataset", depth: int, residual: bool, width: int = 16) -> nn.Sequential:
-    """`depth` weighted layers: a convolution with stride 2, blocks of two, and the linear layer behind the mean."""
+    """`depth` weighted layers: a convolution, blocks of two on a quarter of the side, the linear layer behind the mean."""
     block = ResidualBlock if residual else PlainBlock
     blocks = [block(width, width, 1) for _ in range((depth - 2) // 2)]
     return nn.Sequential(
@@ -235,6 +235,7 @@ def deep_cnn(data: "Dataset", depth: int, residual: bool, width: int = 16) -> nn
         nn.Conv2d(1, width, 3, 2, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
         *blocks,
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

@@ -56,9 +56,13 @@ def ratios(model: nn.Module, data: Dataset) -> list[list[float]]:
     def one() -> Iterator[float]:
         for network in model.children():
             inputs: list[Tensor] = []  # of the linear layers: what the layer before put out
+
+            def keep(_: nn.Module, args: tuple[Tensor], inputs: list[Tensor] = inputs) -> None:
+                inputs.append(args[0])
+
             for layer in network.modules():
                 if isinstance(layer, nn.Linear):
-                    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+                    layer.register_forward_pre_hook(keep)
             logits = network(images)
             first, last = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), (inputs[1], inputs[-1]))
             ratio = torch.log10(first.double().norm() / last.double().norm())
