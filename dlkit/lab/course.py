@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -67,16 +68,22 @@ def do(name: str, setting: Setting) -> None:
     module = experiment.load(name)
     print(f"\n{name}: {module.SUMMARY}", flush=True)
     start = time.perf_counter()
-    runs = runs_of(name, module, setting)
-    train(runs, lambda line: print(line, flush=True))
-    if not main_process():
-        return
-    results = report.Results(runs)
-    parts = [report.table(results), report.parity(results)]
-    if hasattr(module, "finish"):
-        parts.append(module.finish(results, setting))
-    text = "\n\n".join(part for part in [*parts, f"Look at: {module.LOOK_AT}"] if part)
     folder = setting.output / name
+    results: Any
+    if hasattr(module, "run"):
+        text, results = module.run(setting)
+        parts = [text]
+    else:
+        runs = runs_of(name, module, setting)
+        train(runs, lambda line: print(line, flush=True))
+        if not main_process():
+            return
+        results = report.Results(runs)
+        parts = [report.table(results), report.parity(results)]
+        if hasattr(module, "finish"):
+            parts.append(module.finish(results, setting))
+        write(folder / "results.csv", report.results_csv(results))
+    text = "\n\n".join(part for part in [*parts, f"Look at: {module.LOOK_AT}"] if part)
     figure = Figure(figsize=getattr(module, "FIGURE_SIZE", (11, 4.5)), layout="constrained")
     module.draw(figure, results, setting)
     figure.suptitle(f"{name}: {setting.data.name}", fontsize=13, fontweight="bold")
@@ -84,7 +91,6 @@ def do(name: str, setting: Setting) -> None:
     figure.savefig(picture, format="png", dpi=110)
     write(folder / f"{name}.png", picture.getvalue())
     write(folder / "table.txt", text + "\n")
-    write(folder / "results.csv", report.results_csv(results))
     print(f"\n{text}\n\n{folder / name}.png, after {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -14,6 +14,8 @@ and, where the defaults do not fit,
     METRIC          the column of the table, ("val_accuracy", "max")
     FIGURE_SIZE     in inches
     finish          (results, setting) -> lines below the table
+    run             (setting) -> (text, what draw gets as its results), instead of configurations: for what is no
+                    training of runs one after the other
 
 Nothing here, and nothing that an experiment imports at its top, is heavy: `lab --help` lists them all.
 """

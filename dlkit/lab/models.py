@@ -227,7 +227,7 @@ class PlainBlock(nn.Module):
 
 
 def deep_cnn(data: "Dataset", depth: int, residual: bool, width: int = 16) -> nn.Sequential:
-    """`depth` weighted layers: a convolution, blocks of two on a quarter of the side, the linear layer behind the mean."""
+    """`depth` weighted layers: a convolution, blocks of two on a quarter of the side, a linear layer on the mean."""
     block = ResidualBlock if residual else PlainBlock
     blocks = [block(width, width, 1) for _ in range((depth - 2) // 2)]
     return nn.Sequential(
