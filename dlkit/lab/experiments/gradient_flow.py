@@ -41,11 +41,9 @@ def _scaled(layer: nn.Linear, scale: float) -> None:
 
 def networks(data: Dataset, activation: str, variant: str) -> nn.ModuleList:
     """One for each depth and scale."""
-    make = partial(models.deep_mlp, data, activation=ACTIVATIONS[activation], **VARIANTS[variant])
+    make: Any = partial(models.deep_mlp, data, activation=ACTIVATIONS[activation], **VARIANTS[variant])
     return nn.ModuleList(
-        make(depth, initialize=partial(_scaled, scale=scale))  # type: ignore[arg-type]
-        for depth in DEPTHS
-        for scale in SCALES
+        make(depth=depth, initialize=partial(_scaled, scale=scale)) for depth in DEPTHS for scale in SCALES
     )
 
 
