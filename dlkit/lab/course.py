@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -74,28 +75,33 @@ def do(name: str, setting: Setting) -> None:
     module = experiment.load(name)
     print(f"\n{name}: {module.SUMMARY}", flush=True)
     start = time.perf_counter()
-    metric = getattr(module, "METRIC", METRIC)
-    if hasattr(module, "search"):
-        runs = module.search(setting, functools.partial(Run, name, setting=setting, metric=metric), say)
+    folder, shown = setting.output / name, setting.data.name
+    results: Any
+    if hasattr(module, "run"):
+        text, results = module.run(setting)
+        parts = [text]
     else:
-        runs = runs_of(name, module, setting)
-        train(runs, say)
-    if not main_process():
-        return
-    results = report.Results(runs)
-    parts = [report.table(results), report.parity(results)]
-    if hasattr(module, "finish"):
-        parts.append(module.finish(results, setting))
+        if hasattr(module, "search"):
+            metric = getattr(module, "METRIC", METRIC)
+            runs = module.search(setting, functools.partial(Run, name, setting=setting, metric=metric), say)
+        else:
+            runs = runs_of(name, module, setting)
+            train(runs, say)
+        if not main_process():
+            return
+        results, shown = report.Results(runs), runs[0].data.name
+        parts = [report.table(results), report.parity(results)]
+        if hasattr(module, "finish"):
+            parts.append(module.finish(results, setting))
+        write(folder / "results.csv", report.results_csv(results))
     text = "\n\n".join(part for part in [*parts, f"Look at: {module.LOOK_AT}"] if part)
-    folder = setting.output / name
     figure = Figure(figsize=getattr(module, "FIGURE_SIZE", (11, 4.5)), layout="constrained")
     module.draw(figure, results, setting)
-    figure.suptitle(f"{name}: {runs[0].data.name}", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{name}: {shown}", fontsize=13, fontweight="bold")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write(folder / f"{name}.png", picture.getvalue())
     write(folder / "table.txt", text + "\n")
-    write(folder / "results.csv", report.results_csv(results))
     print(f"\n{text}\n\n{folder / name}.png, after {time.perf_counter() - start:.0f} s", flush=True)
 
 

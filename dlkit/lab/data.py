@@ -16,12 +16,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pooch
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+if TYPE_CHECKING:
+    import numpy as np
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -103,12 +103,14 @@ class Batches:
             yield self.inputs[batch], self.targets[batch]
 
 
-def read_idx(path: Path) -> np.ndarray:
+def read_idx(path: Path) -> "np.ndarray":
     """The uint8 array of an IDX file, gzipped if it is called *.gz.
 
     The format: two zero bytes, the type (8 is uint8), the number of dimensions, each dimension as a big-endian
     32-bit integer, the elements.
     """
+    import numpy as np
+
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
@@ -126,7 +128,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _read_split(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(images_path: Path, labels_path: Path) -> "tuple[np.ndarray, np.ndarray]":
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or images.size == 0:
         raise DataError(f"{images_path}: expected images [count, height, width], got the shape {images.shape}")
@@ -135,7 +137,7 @@ def _read_split(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.nd
     return images, labels
 
 
-def _dataset(name: str, source: str, *arrays: np.ndarray) -> Dataset:
+def _dataset(name: str, source: str, *arrays: "np.ndarray") -> Dataset:
     train_images, train_labels, test_images, test_labels = (torch.tensor(array) for array in arrays)
     train_images, test_images = train_images.float(), test_images.float()
     std, mean = torch.std_mean(train_images)
@@ -144,6 +146,8 @@ def _dataset(name: str, source: str, *arrays: np.ndarray) -> Dataset:
 
 
 def cache_folder() -> Path:
+    import pooch
+
     return Path(pooch.os_cache("dlkit")) / "fashion-mnist"
 
 
@@ -158,6 +162,8 @@ def _find(folder: Path) -> list[Path]:
 
 def download(folder: Path) -> None:
     """Fetches what the folder lacks; one attempt, no retry. Raises OSError offline, ValueError on a wrong hash."""
+    import pooch
+
     pooch.get_logger().setLevel("WARNING")
     # 5 s to connect, 10 s without a byte: a machine behind a silent firewall soon goes on without.
     fetch = pooch.HTTPDownloader(progressbar=True, timeout=(5, 10))
@@ -173,6 +179,9 @@ def _fashion_mnist(folder: Path, paths: list[Path]) -> Dataset:
 
 
 def _digits(reason: str) -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images.reshape(-1, 8, 8), labels, test_size=360, random_state=0, stratify=labels)
     return _dataset("digits", f"scikit-learn's load_digits{reason}", parts[0], parts[2], parts[1], parts[3])

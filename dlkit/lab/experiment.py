@@ -17,6 +17,8 @@ and, where the defaults do not fit,
     finish          (results, setting) -> lines below the table
     search          (setting, make, say) -> the runs, where what they showed decides what comes next, in place of
                     configurations; make(configuration=, layers=, seed=) gives a Run. See search.py
+    run             (setting) -> (text, what draw gets as its results), instead of configurations: for what is no
+                    training of runs one after the other
 
 Nothing here, and nothing that an experiment imports at its top, is heavy: `lab --help` lists them all.
 """

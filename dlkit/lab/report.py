@@ -160,7 +160,7 @@ def tidy(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set(title=title, xlabel=x, ylabel=y)
     if x in ("epoch", "step"):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
 
 
 def curves(

@@ -265,6 +265,30 @@ def accuracy(data: Dataset) -> dict[str, torchmetrics.Metric]:
     return {"accuracy": MulticlassAccuracy(data.classes, average="micro", validate_args=False)}
 
 
+def take_up(folder: Path, config: dict[str, Any]) -> None:
+    """Makes a run's folder with its config.yaml. Raises Refused where there is one of something else."""
+    path = folder / "config.yaml"
+    remedy = "choose another --output or delete it"
+    if path.is_file():
+        try:
+            found = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            found = None
+        if not isinstance(found, dict):
+            raise Refused(f"{path}: is not the configuration of a run; {remedy}")
+        changed = [name for name in {**config, **found} if found.get(name) != config.get(name)]
+        if changed:
+            what = "; ".join(
+                f"{name}: {_short(found.get(name))}, now {_short(config.get(name))}" for name in changed[:3]
+            )
+            raise Refused(f"{folder}: has the results of another configuration ({what}); {remedy}")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise Refused(f"{folder}: is not empty and has no config.yaml; {remedy}")
+    elif main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        write(path, yaml.dump(config, Dumper=_Yaml, sort_keys=False, width=100))
+
+
 class Run:
     """A configuration, a seed and the layers, with the folder that holds what is known of them."""
 
@@ -292,30 +316,7 @@ class Run:
     # The folder
 
     def _open(self) -> None:
-        """Makes the folder, or takes up what is in it. Raises Refused where that is of something else."""
-        config, path = self.config(), self.folder / "config.yaml"
-        if path.is_file():
-            try:
-                found = yaml.safe_load(path.read_text())
-            except yaml.YAMLError:
-                found = None
-            if not isinstance(found, dict):
-                raise Refused(f"{path}: is not the configuration of a run; choose another --output or delete it")
-            changed = [name for name in {**config, **found} if found.get(name) != config.get(name)]
-            if changed:
-                what = "; ".join(
-                    f"{name}: {_short(found.get(name))}, now {_short(config.get(name))}" for name in changed[:3]
-                )
-                raise Refused(
-                    f"{self.folder}: has the results of another configuration ({what}); "
-                    "choose another --output or delete it"
-                )
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise Refused(f"{self.folder}: is not empty and has no config.yaml; choose another --output or delete it")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if main_process():
-                write(path, yaml.dump(config, Dumper=_Yaml, sort_keys=False, width=100))
+        take_up(self.folder, self.config())
         results = self.folder / "results.json"
         if results.is_file():
             known = json.loads(results.read_text())
@@ -407,7 +408,7 @@ class Run:
         callbacks.append(ModelCheckpoint(filename="last", **every_epoch))
         if sys.stderr.isatty():
             callbacks.append(TQDMProgressBar(refresh_rate=20, leave=False))
-        precision = configuration.precision or setting.precision
+        precision: Any = configuration.precision or setting.precision
         plugins: list[Any] = [WholeCheckpoints()]
         if precision == "16-mixed" and setting.device == "cpu":
             # Lightning makes bf16 of it; torch has fp16 and a GradScaler on CPU as well.

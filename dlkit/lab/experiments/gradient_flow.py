@@ -41,11 +41,9 @@ def _scaled(layer: nn.Linear, scale: float) -> None:
 
 def networks(data: Dataset, activation: str, variant: str) -> nn.ModuleList:
     """One for each depth and scale."""
-    make = partial(models.deep_mlp, data, activation=ACTIVATIONS[activation], **VARIANTS[variant])
+    make: Any = partial(models.deep_mlp, data, activation=ACTIVATIONS[activation], **VARIANTS[variant])
     return nn.ModuleList(
-        make(depth, initialize=partial(_scaled, scale=scale))  # type: ignore[arg-type]
-        for depth in DEPTHS
-        for scale in SCALES
+        make(depth=depth, initialize=partial(_scaled, scale=scale)) for depth in DEPTHS for scale in SCALES
     )
 
 
@@ -56,9 +54,13 @@ def ratios(model: nn.Module, data: Dataset) -> list[list[float]]:
     def one() -> Iterator[float]:
         for network in model.children():
             inputs: list[Tensor] = []  # of the linear layers: what the layer before put out
+
+            def keep(_: nn.Module, args: tuple[Tensor], inputs: list[Tensor] = inputs) -> None:
+                inputs.append(args[0])
+
             for layer in network.modules():
                 if isinstance(layer, nn.Linear):
-                    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+                    layer.register_forward_pre_hook(keep)
             logits = network(images)
             first, last = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), (inputs[1], inputs[-1]))
             ratio = torch.log10(first.double().norm() / last.double().norm())

@@ -77,7 +77,7 @@ def flow(model: nn.Module, data: Dataset) -> dict[str, list[Any]]:
     nn.functional.cross_entropy(logits, data.train_labels[:IMAGES]).backward()
     gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in activations]
     return {
-        "activations": [float(each.std()) for each in activations],
+        "activations": [float(each.detach().std()) for each in activations],
         "gradients": [float(each.std()) for each in gradients],
         "activation bins": [_bins(each) for each in activations],
         "gradient bins": [_bins(each) for each in gradients],
@@ -153,6 +153,8 @@ def _distributions(panels: Any, results: Any) -> None:
                         alpha=alpha,
                         label=what.split()[0] + "s" if layer == DEPTH - 1 else None,
                     )
-            report.tidy(axes, f"{activation}, {name}: sizes by layer, last darkest", "log10 of the absolute value")
+            report.tidy(
+                axes, f"{activation}, {name}: sizes by layer, last darkest", "log10 of the absolute value; 0 is at -12"
+            )
             axes.set_yticks([])
     panels[0][0].legend(frameon=False, fontsize=8)

@@ -3,12 +3,14 @@
 The learning rates are the customary ones, not tuned for each.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from dlkit.lab import models, report
+from dlkit.lab.data import Dataset
 from dlkit.lab.experiment import Configuration, Setting
 
 ORDER = 40
@@ -23,7 +25,10 @@ OPTIMIZERS: dict[str, tuple[str, float, dict[str, float]]] = {
     "Adam": ("Adam", 1e-3, {}),
     "AdamW": ("AdamW", 1e-3, {"weight_decay": 0.01}),
 }
-MODELS = {"MLP": partial(models.mlp, norm=nn.BatchNorm1d), "CNN": models.small_cnn}
+MODELS: dict[str, Callable[[Dataset], nn.Module]] = {
+    "MLP": partial(models.mlp, norm=nn.BatchNorm1d),
+    "CNN": models.small_cnn,
+}
 
 
 def configurations(setting: Setting) -> list[Configuration]:
@@ -49,7 +54,7 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
             axes = panels[row][column]
             for color, name in zip(report.COLORS, OPTIMIZERS, strict=False):
                 # Adam and AdamW lie on each other.
-                style = {"color": color, "linestyle": "--" if name == "AdamW" else "-"}
+                style: dict[str, Any] = {"color": color, "linestyle": "--" if name == "AdamW" else "-"}
                 report.curves(axes, results, metric, [f"{model}, {name}"], label=short, **style)
             report.tidy(axes, f"{model}: {title}", "epoch" if row else "", "nats" if column == 0 else "")
         panels[row][0].set_yscale("log")

@@ -108,7 +108,7 @@ def finish(results: Any, setting: Setting) -> str:
     epochs = sum(len(run.history) for run in results.all)
     full = len(results.all) * best.configuration.epochs
     return (
-        f"The best, {best.configuration.name}: {text}, val_accuracy {best.value():.4f}. {len(results.all) - len(whole)} of "
-        f"{len(results.all)} trials were ended early: {epochs} epochs instead of {full}.\n"
-        + "Importance: " + ", ".join(f"{name} {value:.2f}" for name, value in importances(results).items()) + "."
-    )  # fmt: skip
+        f"The best, {best.configuration.name}: {text}, val_accuracy {best.value():.4f}. "
+        f"{len(results.all) - len(whole)} of {len(results.all)} trials were ended early: {epochs} epochs instead of "
+        f"{full}.\n" + "Importance: " + ", ".join(f"{name} {value:.2f}" for name, value in importances(results).items())
+    )

@@ -13,7 +13,7 @@ from dlkit.lab.experiment import Configuration, Setting
 
 ORDER = 150
 SUMMARY = "LSTM, LSTM of 3 layers and GRU on a noisy sine with a trend, with and without LayerNorm and dropout"
-LOOK_AT = "how near each comes to the noise, which nobody can forecast; whether LayerNorm and dropout help networks this small."
+LOOK_AT = "how near each comes to the noise, which nobody can forecast; whether LayerNorm and dropout help them."
 METRIC = ("val_mae", "min")
 FIGURE_SIZE = (12, 4.6)
 STEPS, NOISE = 50, 0.1

@@ -83,7 +83,7 @@ def first_folder() -> str:
 
 
 class Backbone(nn.Module):
-    """torchvision's ResNet-18 with its own weights, frozen, and a linear layer. Images as it wants them: 3 x 64 x 64."""
+    """torchvision's ResNet-18 with its own weights, frozen, and a linear layer; images become 3 x 64 x 64."""
 
     def __init__(self, data: Any, weights: Path) -> None:
         super().__init__()
