@@ -35,7 +35,6 @@ class Shape(NamedTuple):
     classes: int
 
 
-
 WIDTHS = (256, 128, 64)  # of the course's MLP, 784-256-128-64-10
 
 

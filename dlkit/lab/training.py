@@ -387,8 +387,12 @@ class Run:
         trainer = self.trainer(epochs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(task, ckpt_path=str(self.last) if self.last.is_file() else None, weights_only=True)
-        task.cpu() if self.setting.device == "cpu" else task.to(self.setting.device)
+            try:
+                trainer.fit(task, ckpt_path=str(self.last) if self.last.is_file() else None, weights_only=True)
+            except SystemExit as error:
+                # Lightning ends the program without a word at Ctrl-C.
+                raise KeyboardInterrupt from error
+        task.to(self.setting.device)
 
     def trainer(self, epochs: int, **options: Any) -> lightning.Trainer:
         """Lightning's Trainer as all runs have it."""

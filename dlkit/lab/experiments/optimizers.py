@@ -25,7 +25,10 @@ OPTIMIZERS: dict[str, tuple[str, float, dict[str, float]]] = {
     "Adam": ("Adam", 1e-3, {}),
     "AdamW": ("AdamW", 1e-3, {"weight_decay": 0.01}),
 }
-MODELS: dict[str, Callable[[Dataset], nn.Module]] = {"MLP": partial(models.mlp, norm=nn.BatchNorm1d), "CNN": models.small_cnn}
+MODELS: dict[str, Callable[[Dataset], nn.Module]] = {
+    "MLP": partial(models.mlp, norm=nn.BatchNorm1d),
+    "CNN": models.small_cnn,
+}
 
 
 def configurations(setting: Setting) -> list[Configuration]:

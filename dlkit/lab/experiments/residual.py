@@ -33,7 +33,10 @@ def configurations(setting: Setting) -> list[Configuration]:
 def draw(figure: Any, results: Any, setting: Setting) -> None:
     left, right = figure.subplots(1, 2)
     for index, name in enumerate(results.names):
-        style: dict[str, Any] = {"color": report.COLORS[index // 2], "linestyle": "--" if name.startswith("plain") else "-"}
+        style: dict[str, Any] = {
+            "color": report.COLORS[index // 2],
+            "linestyle": "--" if name.startswith("plain") else "-",
+        }
         report.curves(left, results, "train_loss", [name], **style)
         report.curves(right, results, "val_accuracy", [name], **style)
     report.tidy(left, "training loss", "epoch", "nats")
