@@ -82,6 +82,17 @@ _Yaml.add_representer(
 )
 
 
+class EpochCheckpoint(ModelCheckpoint):
+    """Lightning asks each callback for its key several times a step, and ModelCheckpoint's takes a while to make."""
+
+    @property
+    def state_key(self) -> str:
+        return f"EpochCheckpoint {self.filename}"
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        pass
+
+
 def seed_of(seed: int, epoch: int, rank: int = 0) -> int:
     return (seed * 1_000 + rank) * 100_000 + epoch
 
@@ -406,7 +417,8 @@ class Run:
         callbacks.append(
             ModelCheckpoint(filename="best", monitor=score, mode=mode, save_weights_only=True, **every_epoch)
         )
-        callbacks.append(ModelCheckpoint(filename="last", **every_epoch))
+        best = EpochCheckpoint(filename="best", monitor=score, mode=mode, save_weights_only=True, **every_epoch)
+        callbacks += [best, EpochCheckpoint(filename="last", **every_epoch)]
         if sys.stderr.isatty():
             callbacks.append(TQDMProgressBar(refresh_rate=20, leave=False))
         clips_apart = self.layers == "torch" and configuration.max_norm is not None
