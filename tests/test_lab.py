@@ -60,18 +60,23 @@ def arguments(*text: str) -> argparse.Namespace:
     return parser.parse_args(list(text))
 
 
-def command(*text: str, **environment: str) -> subprocess.CompletedProcess:
+def started(*text: str) -> subprocess.Popen:
     """`python -m dlkit lab ...` on digits with one thread, as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "dlkit", "lab", *text, "--data", "digits", "--threads", "1"],
-        capture_output=True,
-        text=True,
-        env=environ(**environment),
-    )
+    line = [sys.executable, "-m", "dlkit", "lab", *text, "--data", "digits", "--threads", "1"]
+    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ())
 
 
-def environ(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **more}
+def command(*text: str) -> None:
+    """The same in this process."""
+    threads = torch.get_num_threads()
+    try:
+        assert lab.main(arguments(*text, "--data", "digits", "--threads", "1")) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 # One run
@@ -120,12 +125,7 @@ def test_the_best_checkpoint_is_of_the_best_epoch(data, tmp_path):
 
 @pytest.mark.parametrize("layers", ["dlkit", "torch"])
 def test_epoch_by_epoch_is_the_same_as_at_once(data, tmp_path, layers):
-    options = {"schedule": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01), "patience": 3}
-
-    def schedule(optimizer, steps):
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-    options["schedule"] = schedule
+    options = {"schedule": torch.optim.lr_scheduler.CosineAnnealingLR, "patience": 3}
     whole = make(setting(data, tmp_path / "whole"), small(**options), layers)
     whole.advance()
     for _ in range(4):  # each time as a new process would
@@ -133,9 +133,7 @@ def test_epoch_by_epoch_is_the_same_as_at_once(data, tmp_path, layers):
         parts.advance(1)
     assert parts.finished
     assert numbers(parts) == numbers(whole)
-    one, other = (
-        torch.load(run.folder / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, parts)
-    )
+    one, other = (torch.load(run.folder / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -275,7 +273,8 @@ def test_list_and_help_import_nothing_heavy(capsys):
         "from dlkit.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(sorted({'lightning', 'matplotlib', 'sklearn', 'kornia', 'optuna', 'captum', 'pooch'} & set(sys.modules)))"
+        "heavy = {'lightning', 'matplotlib', 'sklearn', 'kornia', 'optuna', 'captum', 'pooch'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     for option in ("--help", ""):
         done = subprocess.run(
@@ -334,43 +333,45 @@ def test_the_interval_is_students():
     assert interval([1.0]) != interval([1.0])
 
 
-def test_killed_and_gone_on(tmp_path):
-    """SIGKILL in the middle of the second training; then the same command ends with an unbroken run's numbers."""
-    text = ["dropout", "--epochs", "3"]
+def test_interrupted_and_killed_and_gone_on(tmp_path):
+    """Ctrl-C in the first training, SIGKILL in the second; then the same command ends as an unbroken one does."""
+    text = ["dropout", "--epochs", "12"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dlkit", "lab", *text, "--data", "digits", "--threads", "1", "--output", str(broken)],
-        stdout=subprocess.DEVNULL,
-        env=environ(),
-    )
-    rows = broken / "dropout" / "dropout" / "seed0-dlkit" / "metrics.csv"
-    while not rows.is_file() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (rows.parent / "results.json").exists(), "too late: it had ended"
-    again = command(*text, "--output", str(broken))
-    assert again.returncode == 0, again.stderr
-    assert command(*text, "--output", str(whole)).returncode == 0
+    for name, number in (("without", signal.SIGINT), ("dropout", signal.SIGKILL)):
+        process = started(*text, "--output", str(broken))
+        folder = broken / "dropout" / name / "seed0-dlkit"
+        while not (folder / "last.ckpt").is_file() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert not (folder / "results.json").exists(), "it had ended before the signal came"
+        if number == signal.SIGINT:
+            assert process.returncode == 1
+            assert said.strip().splitlines()[-1].startswith("dlkit lab: interrupted; the same command goes on")
+        else:
+            assert process.returncode == -signal.SIGKILL
+    command(*text, "--output", str(broken))
+    command(*text, "--output", str(whole))
     for name in ("without", "dropout"):
         files = [folder / "dropout" / name / "seed0-dlkit" / "metrics.csv" for folder in (whole, broken)]
         one, other = ([row.rsplit(",", 1)[0] for row in path.read_text().splitlines()] for path in files)
-        assert one == other and len(one) == 4
+        assert one == other and len(one) == 1 + 12
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_are_one(tmp_path, strategy):
+def test_two_processes_are_one(tmp_path):
     """The same weights as one process, without BatchNorm and with SyncBatchNorm."""
     text = ["batchnorm", "--quick", "--epochs", "2"]
-    assert command(*text, "--output", str(tmp_path / "one")).returncode == 0
-    done = command(*text, "--devices", "2", "--strategy", strategy, "--output", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
-    for name in ("without", "with-batchnorm"):
-        one, two = (
-            torch.load(tmp_path / where / "batchnorm" / name / "seed0-dlkit" / "last.ckpt", weights_only=True)
-            for where in ("one", "two")
-        )
-        assert one["global_step"] == two["global_step"] == 14
-        assert one["state_dict"].keys() == two["state_dict"].keys()
-        for key, value in one["state_dict"].items():
-            torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-5, atol=1e-6)
+    command(*text, "--output", str(tmp_path / "one"))
+    for strategy in ("ddp", "fsdp"):
+        process = started(*text, "--devices", "2", "--strategy", strategy, "--output", str(tmp_path / strategy))
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+        for name in ("without", "with-batchnorm"):
+            one, two = (
+                torch.load(tmp_path / where / "batchnorm" / name / "seed0-dlkit" / "last.ckpt", weights_only=True)
+                for where in ("one", strategy)
+            )
+            assert one["global_step"] == two["global_step"] == 14
+            assert one["state_dict"].keys() == two["state_dict"].keys()
+            for key, value in one["state_dict"].items():
+                torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-5, atol=1e-6)

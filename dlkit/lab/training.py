@@ -83,6 +83,17 @@ _Yaml.add_representer(
 )
 
 
+class EpochCheckpoint(ModelCheckpoint):
+    """Lightning asks each callback for its key several times a step, and ModelCheckpoint's takes a while to make."""
+
+    @property
+    def state_key(self) -> str:
+        return f"EpochCheckpoint {self.filename}"
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        pass
+
+
 def seed_of(seed: int, epoch: int, rank: int = 0) -> int:
     return (seed * 1_000 + rank) * 100_000 + epoch
 
@@ -390,8 +401,12 @@ class Run:
         trainer = self.trainer(epochs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(task, ckpt_path=str(self.last) if self.last.is_file() else None, weights_only=True)
-        task.cpu() if self.setting.device == "cpu" else task.to(self.setting.device)
+            try:
+                trainer.fit(task, ckpt_path=str(self.last) if self.last.is_file() else None, weights_only=True)
+            except SystemExit as error:
+                # Lightning ends the program without a word at Ctrl-C.
+                raise KeyboardInterrupt from error
+        task.to(self.setting.device)
 
     def trainer(self, epochs: int, **options: Any) -> lightning.Trainer:
         """Lightning's Trainer as all runs have it."""
@@ -405,7 +420,8 @@ class Run:
         callbacks.append(
             ModelCheckpoint(filename="best", monitor=score, mode=mode, save_weights_only=True, **every_epoch)
         )
-        callbacks.append(ModelCheckpoint(filename="last", **every_epoch))
+        best = EpochCheckpoint(filename="best", monitor=score, mode=mode, save_weights_only=True, **every_epoch)
+        callbacks += [best, EpochCheckpoint(filename="last", **every_epoch)]
         if sys.stderr.isatty():
             callbacks.append(TQDMProgressBar(refresh_rate=20, leave=False))
         precision: Any = configuration.precision or setting.precision

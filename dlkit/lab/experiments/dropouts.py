@@ -72,7 +72,10 @@ KINDS = ("none", "standard", "2d", "DropConnect", "DropBlock", "DropPath", "SELU
 
 
 def configurations(setting: Setting) -> list[Configuration]:
-    return [Configuration(kind, partial(network, kind=kind), lr=1e-3, images=10_000, epochs=12) for kind in KINDS]
+    return [
+        Configuration(kind, partial(network, kind=kind), lr=1e-3, images=5_000, batch_size=64, epochs=10)
+        for kind in KINDS
+    ]
 
 
 def draw(figure: Any, results: Any, setting: Setting) -> None:

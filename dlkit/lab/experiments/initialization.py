@@ -98,7 +98,7 @@ def configurations(setting: Setting) -> list[Configuration]:
             optimizer="SGD",
             lr=0.01,
             options={"momentum": 0.9},
-            images=20_000,
+            images=10_000,
             epochs=3,
             probe=flow,
         )

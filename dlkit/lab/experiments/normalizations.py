@@ -48,9 +48,9 @@ def configurations(setting: Setting) -> list[Configuration]:
             optimizer="SGD",
             lr=0.1 * batch / 128,
             options={"momentum": 0.9},
-            images=200 if setting.quick else 10_000,  # a batch of 2 makes many steps
+            images=200 if setting.quick else 5_000,  # a batch of 2 makes many steps
             batch_size=batch,
-            epochs=4,
+            epochs=3,
         )
         for name, norm in NORMS.items()
         for batch in BATCH_SIZES

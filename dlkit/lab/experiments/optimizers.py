@@ -1,4 +1,4 @@
-"""Five optimizers on the MLP and on a small CNN: 10,000 images, at most 20 epochs, stopped early.
+"""Five optimizers on the MLP and on a small CNN: 10,000 images, at most 15 epochs, stopped early.
 
 The learning rates are the customary ones, not tuned for each.
 """
@@ -34,7 +34,7 @@ MODELS: dict[str, Callable[[Dataset], nn.Module]] = {
 def configurations(setting: Setting) -> list[Configuration]:
     return [
         Configuration(
-            f"{model}, {name}", make, kind, lr, dict(options), images=10_000, batch_size=64, epochs=20, patience=3
+            f"{model}, {name}", make, kind, lr, dict(options), images=10_000, batch_size=64, epochs=15, patience=3
         )
         for model, make in MODELS.items()
         for name, (kind, lr, options) in OPTIMIZERS.items()

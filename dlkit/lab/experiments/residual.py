@@ -1,4 +1,4 @@
-"""Plain against residual convolutional networks of 10, 20 and 40 layers, all with BatchNorm, on 10,000 images."""
+"""Plain against residual convolutional networks of 10, 20 and 40 layers, all with BatchNorm, on 5,000 images."""
 
 from functools import partial
 from typing import Any
@@ -22,8 +22,8 @@ def configurations(setting: Setting) -> list[Configuration]:
             optimizer="SGD",
             lr=0.05,
             options={"momentum": 0.9, "weight_decay": 1e-4},
-            images=10_000,
-            epochs=8,
+            images=5_000,
+            epochs=6,
         )
         for depth in DEPTHS
         for kind in ("plain", "residual")
