@@ -182,6 +182,14 @@ def test_transfer_keeps_what_is_frozen(data, tmp_path):
         assert torch.equal(value, moved.state_dict()[name]) == (not head and name not in names), name
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:1_000])])
+def test_a_checkpoint_that_is_missing_or_cut_is_named(data, tmp_path, damage):
+    (run,) = runs("cnn", setting(data, tmp_path))
+    damage(run.folder / "best.ckpt")
+    with pytest.raises(training.Refused, match=r"best.ckpt: cannot be read .* delete .*seed0-dlkit to train again"):
+        run.model("best")
+
+
 def test_a_backbone_is_used_where_it_lies(data, tmp_path, monkeypatch):
     from dlkit.lab.experiments import transfer
 
