@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-for package in ("captum", "kornia", "lightning", "matplotlib", "optuna", "pooch", "sklearn", "tensorboard", "torchmetrics"):
+for package in (
+    "captum",
+    "kornia",
+    "lightning",
+    "matplotlib",
+    "optuna",
+    "pooch",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+):
     pytest.importorskip(package, reason="the lab's packages are not installed: pip install 'dlkit[lab]'")
 
 import dlkit  # noqa: E402  (after the skips above)
@@ -44,6 +54,10 @@ def runs(name: str, setting: Setting, *wanted: str) -> list[training.Run]:
 
 @pytest.mark.parametrize("name", experiment.names())
 def test_every_experiment_runs_to_its_figure(data, tmp_path, monkeypatch, name):
+    if name == "timeseries":
+        monkeypatch.setattr(experiment.load(name), "TRAIN", 100)
+    if name == "gradient-flow":
+        monkeypatch.setattr(experiment.load(name), "DEPTHS", (2, 3))
     if name == "compiled":
         monkeypatch.setattr(experiment.load(name), "BACKEND", "eager")
     if name == "search":
@@ -157,9 +171,8 @@ def test_transfer_keeps_what_is_frozen(data, tmp_path):
     first, frozen, later = runs(
         "transfer", setting(data, tmp_path, epochs=2), transfer.FIRST, "5-9, frozen", "5-9, unfrozen later"
     )
-    learnt, kept, moved = (run.model("last") for run in (first, frozen, later))
+    learnt, kept, moved = first.model("best"), frozen.model("last"), later.model("last")
     assert frozen.data.classes == 5
-    features = [name for name in learnt.state_dict() if not name.startswith(("11", "12", "13", "14"))]
     last = {id(value) for layer in transfer.last_block(learnt) for value in layer.state_dict(keep_vars=True).values()}
     names = {name for name, value in learnt.state_dict(keep_vars=True).items() if id(value) in last}
     heads = {id(value) for layer in transfer.head(learnt) for value in layer.parameters()}
@@ -167,7 +180,14 @@ def test_transfer_keeps_what_is_frozen(data, tmp_path):
         head = id(value) in heads
         assert torch.equal(value, kept.state_dict()[name]) == (not head), name
         assert torch.equal(value, moved.state_dict()[name]) == (not head and name not in names), name
-    assert features
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:1_000])])
+def test_a_checkpoint_that_is_missing_or_cut_is_named(data, tmp_path, damage):
+    (run,) = runs("cnn", setting(data, tmp_path))
+    damage(run.folder / "best.ckpt")
+    with pytest.raises(training.Refused, match=r"best.ckpt: cannot be read .* delete .*seed0-dlkit to train again"):
+        run.model("best")
 
 
 def test_a_backbone_is_used_where_it_lies(data, tmp_path, monkeypatch):
@@ -227,7 +247,7 @@ def test_fp16_on_a_cpu_is_fp16_with_a_scaler(data, tmp_path):
 
 
 def test_the_recipes_average_is_what_is_validated_and_kept(data, tmp_path):
-    (run,) = runs("recipe", setting(data, tmp_path))
+    (run,) = runs("recipe", setting(data, tmp_path, epochs=4))
     checkpoint = torch.load(run.last, weights_only=True)
     kept, trained = checkpoint["state_dict"], checkpoint["current_model_state"]
     assert any(not torch.equal(kept[name], trained[name]) for name in kept)

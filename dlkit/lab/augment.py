@@ -45,9 +45,11 @@ def erase(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return _on_background(images, _layer("RandomErasing", scale=(0.05, 0.25), ratio=(0.5, 2.0), p=0.5)), labels
 
 
-def _mixed(layer: Any, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def _mixed(layer: Any, images: Tensor, labels: Tensor, classes: int, of_first: bool = False) -> tuple[Tensor, Tensor]:
+    """Kornia gives (first class, second class, part of the second), or with `of_first` the part of the first."""
     changed, pairs = layer(images.unsqueeze(1), labels)
-    first, second, part = pairs.reshape(-1, 3).unbind(1)  # of the second
+    first, second, part = pairs.reshape(-1, 3).unbind(1)
+    part = 1 - part if of_first else part
     weights = torch.zeros(len(labels), classes, device=images.device)
     weights.scatter_add_(1, first.long()[:, None], (1 - part)[:, None])
     weights.scatter_add_(1, second.long()[:, None], part[:, None])
@@ -62,7 +64,7 @@ def mixup(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]
 def cutmix(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """A rectangle of another image, and of its class as much as its area (https://arxiv.org/abs/1905.04899)."""
     layer = _layer("RandomCutMixV2", p=1.0, data_keys=("input", "class"), use_correct_lambda=True)
-    return _mixed(layer, images, labels, classes)
+    return _mixed(layer, images, labels, classes, of_first=True)
 
 
 def everything(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import statistics
 import sys
 import time
@@ -333,7 +334,7 @@ class Run:
             known = json.loads(results.read_text())
             self.history, self.probes, self.finished = known["history"], known["probes"], True
         elif self.last.is_file():
-            self.history = torch.load(self.last, map_location="cpu", weights_only=True)["history"]
+            self.history = read_checkpoint(self.folder, "last")["history"]
 
     def config(self) -> dict[str, Any]:
         """What tells this run from others, as its config.yaml holds it."""
@@ -376,7 +377,7 @@ class Run:
             self.probes["start"] = self._probe()
         if not task.finished:
             if not task.history and self.last.is_file():
-                task.on_load_checkpoint(torch.load(self.last, map_location="cpu", weights_only=True))
+                task.on_load_checkpoint(read_checkpoint(self.folder, "last"))
             if not task.finished:
                 total = self.configuration.epochs
                 self._fit(task, total if epochs is None else min(total, len(task.history) + epochs))
@@ -473,9 +474,18 @@ class Run:
     def model(self, which: str = "last") -> nn.Module:
         """The model with its weights after the last epoch, or after the "best" one, in evaluation mode."""
         task = Task(self.configuration, self.data, self.layers, self.seed)
-        checkpoint = torch.load(self.folder / f"{which}.ckpt", map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(self.folder, which)
         task.load_state_dict(checkpoint["state_dict"])
         return task.model.to(self.setting.device).eval()
+
+
+def read_checkpoint(folder: Path, which: str) -> dict[str, Any]:
+    """Raises Refused where the file is missing or broken."""
+    path = folder / f"{which}.ckpt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise Refused(f"{path}: cannot be read ({type(error).__name__}); delete {folder} to train again") from error
 
 
 def shorten(configuration: Configuration, setting: Setting) -> Configuration:

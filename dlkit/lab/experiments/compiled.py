@@ -77,7 +77,7 @@ def measured(model: nn.Module, data: Any, batch: int, steps: int, backend: Any) 
     try:
         return step_times(model, data, batch, steps, backend)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        return {"failed": str(error).splitlines()[0]}
+        return {"failed": " ".join(str(error).split())[:160]}
 
 
 def configurations(setting: Setting) -> list[Configuration]:

@@ -38,8 +38,8 @@ def memory(run: Any) -> dict[str, int]:
         task.to(torch.bfloat16)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(configuration.precision)
     optimizer = task.configure_optimizers()
-    images = run.data.train_images[: configuration.batch_size].to(next(task.model.parameters()).dtype)
-    labels = run.data.train_labels[: configuration.batch_size]
+    images = run.data.train_images[: configuration.batch_size].to(next(task.model.parameters()).dtype, copy=True)
+    labels = run.data.train_labels[: configuration.batch_size].clone()
     saved: dict[int, int] = {}
     weights = {param.untyped_storage().data_ptr() for param in task.model.parameters()}
 

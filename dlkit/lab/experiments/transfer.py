@@ -53,12 +53,14 @@ def learnt(unfreeze_after: int | None) -> list[Any]:
     """
     from lightning.pytorch.callbacks import Callback
 
+    from dlkit.lab.training import folder_name, read_checkpoint
+
     class Learnt(Callback):
         def on_fit_start(self, trainer: Any, module: Any) -> None:
             if trainer.current_epoch or module.history:
                 return
-            there = module.folder.parent.parent / first_folder() / module.folder.name / "best.ckpt"
-            known = torch.load(there, map_location="cpu", weights_only=True)["state_dict"]
+            first = module.folder.parent.parent / folder_name(FIRST) / module.folder.name
+            known = read_checkpoint(first, "best")["state_dict"]
             theirs = {name.removeprefix("model."): value for name, value in known.items() if name.startswith("model.")}
             own = {id(param) for layer in head(module.model) for param in layer.parameters()}
             own_names = {name for name, param in module.model.named_parameters() if id(param) in own}
@@ -74,12 +76,6 @@ def learnt(unfreeze_after: int | None) -> list[Any]:
                 layer.train(id(layer) in trained)
 
     return [Learnt()]
-
-
-def first_folder() -> str:
-    from dlkit.lab.training import folder_name
-
-    return folder_name(FIRST)
 
 
 class Backbone(nn.Module):
