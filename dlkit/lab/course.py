@@ -8,7 +8,6 @@ import io
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -37,11 +36,6 @@ def setting_of(args: argparse.Namespace) -> Setting:
         torch.set_num_threads(args.threads)
     data = load(args.data or ("digits" if args.quick else None))
     layers = ("torch", "dlkit") if args.layers == "both" else (args.layers,)
-    if args.devices > 1 and "torch" in layers and device == "cpu":
-        # Found out here and not in the middle: torch's SyncBatchNorm raises in its forward.
-        warnings.warn(
-            "torch's SyncBatchNorm does not run on CPU: --layers torch needs a model without BatchNorm", stacklevel=1
-        )
     return Setting(
         data=data.to(device),
         layers=layers,
@@ -136,6 +130,14 @@ def run(args: argparse.Namespace) -> int:
         setting = setting_of(args)
         data = setting.data
         print(f"{data.name} from {data.source}; validation on its {len(data.test_images):,} test images")
-        for name in experiment.names() if args.experiment == "all" else [args.experiment]:
-            do(name, setting)
-    return 0
+        if args.experiment != "all":
+            do(args.experiment, setting)
+            return 0
+        refused = 0
+        for name in experiment.names():
+            try:
+                do(name, setting)
+            except Refused as error:  # one that has no such option need not keep the others
+                print(f"dlkit lab: {error}", file=sys.stderr, flush=True)
+                refused = 1
+    return refused

@@ -60,8 +60,10 @@ def write(path: Path, content: bytes | str) -> None:
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -122,6 +124,16 @@ def to_dlkit(model: nn.Module) -> nn.Module:
     return dlkit.fuse(dlkit.replace(model))
 
 
+def synchronised(model: nn.Module, layers: str, converted: bool) -> nn.Module:
+    """With every BatchNorm over the batches of all processes."""
+    if layers == "dlkit" and converted:
+        return dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    has = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules())
+    if has and not torch.cuda.is_available():
+        raise Refused("torch's SyncBatchNorm needs a GPU: with --devices on CPU take --layers dlkit")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 class Task(lightning.LightningModule):
     """What Lightning trains: model, criterion, optimizer, and the metrics of each epoch as `history`."""
 
@@ -143,8 +155,7 @@ class Task(lightning.LightningModule):
         if layers == "dlkit" and configuration.convert:
             self.model, self.criterion = to_dlkit(self.model), dlkit.replace(self.criterion)
         if devices > 1:
-            kind: Any = dlkit.nn.SyncBatchNorm if layers == "dlkit" else nn.SyncBatchNorm
-            self.model = kind.convert_sync_batchnorm(self.model)
+            self.model = synchronised(self.model, layers, configuration.convert)
         self.batch_size = min(configuration.batch_size, len(data.train_images))
         self.steps = configuration.epoch_steps or len(data.train_images) // self.batch_size
         self.lr = configuration.lr  # where Lightning's learning-rate finder looks
