@@ -14,8 +14,8 @@ from dlkit.lab.experiment import Configuration, Setting
 ORDER = 70
 SUMMARY = "constant, step, exponential, cosine, warm-up with cosine, one-cycle; a learning-rate finder"
 LOOK_AT = (
-    "the loss where a schedule lowers the rate: it falls at once. In the range test, the rate a little before the loss "
-    "rises again is about the largest that trains."
+    "the loss where a schedule lowers the rate: it falls at once. In the range test: where the loss is lowest, and "
+    "where it rises again."
 )
 FIGURE_SIZE = (12, 8)
 LR = 0.1
@@ -105,7 +105,16 @@ def finish(results: Any, setting: Setting) -> str:
             finder = Tuner(trainer).lr_find(task, min_lr=1e-5, max_lr=10.0, num_training=200, update_attr=False)
         assert finder is not None
         training.write(kept, json.dumps({**finder.results, "suggestion": finder.suggestion()}) + "\n")
-    return f"The range test suggests {json.loads(kept.read_text())['suggestion']:.1e}, where the loss falls steepest."
+    found = json.loads(kept.read_text())
+    return (
+        f"Range test: a tenth of the rate with the lowest loss is {tenth_of_best(found):.1e}. Lightning suggests "
+        f"{found['suggestion']:.1e}, where the loss falls steepest over a linear axis of rates."
+    )
+
+
+def tenth_of_best(found: dict[str, Any]) -> float:
+    """The usual rule of thumb; the first steps are left out, where the smoothing begins."""
+    return min(zip(found["loss"][10:], found["lr"][10:], strict=True))[1] / 10
 
 
 def draw(figure: Any, results: Any, setting: Setting) -> None:
@@ -115,19 +124,21 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
     for color, (name, schedule) in zip(report.COLORS, SCHEDULES.items(), strict=False):
         top.plot(rates(schedule, steps), color=color, label=name, linewidth=1.8)
     report.tidy(top, "the schedules", "step", "learning rate")
-    top.legend(frameon=False, fontsize=9)
     report.curves(loss, results, "train_loss")
     report.tidy(loss, "training loss", "epoch", "nats")
     loss.set_yscale("log")
+    loss.legend(frameon=False, fontsize=9)
     report.curves(accuracy, results, "val_accuracy")
     report.tidy(accuracy, "validation accuracy", "epoch")
 
     found = json.loads((setting.output / "schedules" / "lr_find.json").read_text())
     finder.semilogx(found["lr"], found["loss"], color="black")
-    finder.axvline(
-        found["suggestion"], color=report.COLORS[1], linestyle="--", label=f"suggested: {found['suggestion']:.1e}"
-    )
-    finder.axvline(LR, color=report.COLORS[0], linestyle=":", label=f"taken above: {LR}")
+    for rate, style, text in (
+        (LR, ":", "taken above"),
+        (tenth_of_best(found), "-.", "a tenth of the best"),
+        (found["suggestion"], "--", "Lightning's suggestion"),
+    ):
+        finder.axvline(rate, color="gray", linestyle=style, label=f"{text}: {rate:.1e}")
     begun = found["loss"][10:]  # the smoothing needs some steps
     finder.set_ylim(0.8 * min(begun), 1.1 * max(begun[: len(begun) // 2]))
     report.tidy(finder, "range test: 200 steps at a rising rate", "learning rate", "training loss, smoothed")
