@@ -1,6 +1,9 @@
 """Learning-rate schedules of torch.optim.lr_scheduler on one MLP, and the range test that finds a learning rate."""
 
+import contextlib
+import io
 import json
+import sys
 from functools import partial
 from typing import Any
 
@@ -100,7 +103,9 @@ def finish(results: Any, setting: Setting) -> str:
     if not kept.is_file():
         task = training.Task(run.configuration, run.data, run.layers, run.seed)
         trainer = run.trainer(-1, logger=False, callbacks=[], enable_checkpointing=False, enable_progress_bar=False)
-        with warnings.catch_warnings():
+        # Its own progress bar cannot be turned off.
+        quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
             finder = Tuner(trainer).lr_find(task, min_lr=1e-5, max_lr=10.0, num_training=200, update_attr=False)
         assert finder is not None
