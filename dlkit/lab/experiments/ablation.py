@@ -21,7 +21,7 @@ def configurations(setting: Setting) -> list[Configuration]:
     net = partial(models.ResidualNet, width=16, dropout=0.2)
 
     def run(name: str, **changes: Any) -> Configuration:
-        return recipe(setting, name, **{"images": IMAGES, "epochs": 8, "model": net, **changes})
+        return recipe(setting, name, **{"images": IMAGES, "epochs": 6, "model": net, **changes})
 
     return [
         run("recipe"),

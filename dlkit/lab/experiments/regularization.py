@@ -21,7 +21,7 @@ IMAGES = 4_000
 def configurations(setting: Setting) -> list[Configuration]:
     classes = setting.data.classes
     plain = partial(
-        Configuration, model=models.small_cnn, optimizer="AdamW", lr=2e-3, options={"weight_decay": 0.0}, epochs=20,
+        Configuration, model=models.small_cnn, optimizer="AdamW", lr=2e-3, options={"weight_decay": 0.0}, epochs=15,
         batch_size=64, images=IMAGES,
     )  # fmt: skip
     smoothing = partial(nn.CrossEntropyLoss, label_smoothing=0.1)
