@@ -8,7 +8,7 @@ from dlkit.lab.experiment import QUICK_EPOCHS, Configuration, Setting
 
 ORDER = 210
 SUMMARY = "dropout rate, width and learning rate with Optuna and median pruning"
-LOOK_AT = "which of the three matters; how many trials were ended early, and that none of them was on its way up."
+LOOK_AT = "which of the three matters; how many trials were ended early, and whether those still rose."
 FIGURE_SIZE = (14, 4.4)
 TRIALS, QUICK_TRIALS, EPOCHS = 30, 8, 6
 WARM_UP = 1  # epochs before a trial may be ended
@@ -89,7 +89,11 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
         middle.plot(
             range(1, len(column) + 1), column, marker=".", linewidth=1, color=color, zorder=1 if run.pruned else 2
         )
-    report.tidy(middle, "each trial; grey: ended early", "epoch", "validation accuracy")
+    best = max(run.value() for run in results.all)
+    bottom = max(best - 0.25, min(run.value() for run in results.all) - 0.01)
+    below = sum(run.value() < bottom for run in results.all)
+    lower = f"; {below} lie lower" if below else ""
+    report.tidy(middle, f"each trial; grey: ended early{lower}", "epoch", "validation accuracy")
     for pruned, marker in ((True, "x"), (False, "o")):
         runs = [run for run in results.all if run.pruned == pruned]
         points = right.scatter(
@@ -97,6 +101,8 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
             c=[run.values["width"] for run in runs], cmap="viridis", vmin=16, vmax=512, s=36,
         )  # fmt: skip
     right.set_xscale("log")
+    for axes in (middle, right):
+        axes.set_ylim(bottom, best + 0.01)
     figure.colorbar(points, ax=right, label="width")
     report.tidy(right, "last accuracy; crosses: ended early", "learning rate")
 

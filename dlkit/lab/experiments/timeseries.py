@@ -69,7 +69,7 @@ def baselines() -> dict[str, float]:
 
 def draw(figure: Any, results: Any, setting: Setting) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    shown = slice(0, 100)
+    shown = slice(0, 60)
     truth = results.first(results.names[0]).data.test_labels[shown].cpu()
     left.plot(truth, color="black", marker=".", markersize=3, linewidth=0.6, label="truth")
     for index in (0, 2, 4):
@@ -94,6 +94,7 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
     right.set_yticks(rows, results.names, fontsize=8)
     right.invert_yaxis()
     right.margins(x=0.12)
+    right.locator_params(axis="x", nbins=5)
     report.tidy(right, "mean absolute error, validation")
     right.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8)
 
