@@ -292,7 +292,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def exact_of(case: Case, operation: Operation, given: Named, grads: Named, results: Named) -> dict[str, Pair]:
-    o, t = options_of(case), dict(given)
+    o, t = {**options_of(case), "backend": case["backend"]}, dict(given)
     for name in ("running_mean", "running_var"):
         if name in t:
             t[f"old_{name}"] = t[name]
@@ -328,6 +328,8 @@ def compare(
         raise Difference("other results", f"{list(ours)} and {list(theirs)}")
     if given["input"].numel() == 0:
         for name, x in ours.items():
+            if name.startswith("running") and same_bits(x, given[name]):
+                continue  # torch rounds them to the input's type
             if x is not None and theirs.get(name) is not None and not same_bits(x, theirs[name]):
                 raise Difference(f"{name}: another result of an empty input")
         return {}
