@@ -25,7 +25,7 @@ from dlkit.surgery import Change, replace, restore  # noqa: E402
 
 _registries.register()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Change",
     "__version__",
