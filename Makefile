@@ -1,4 +1,4 @@
-# make demo | test | test-big | test-integration | fuzz | lint | format | docs | wheel | check-cuda | sanitize | gpu
+# make demo | test | test-quick | test-big | test-integration | fuzz | lint | format | docs | wheel | check-cuda | sanitize | gpu
 # make clean
 # make gpu-build | gpu-test | gpu-bench | gpu-sanitize: the parts of gpu
 #
@@ -21,7 +21,7 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test test-big test-integration fuzz lint format docs wheel check-cuda sanitize clean \
+.PHONY: install demo test test-quick test-big test-integration fuzz lint format docs wheel check-cuda sanitize clean \
   gpu gpu-build gpu-test gpu-bench gpu-sanitize
 
 $(VENV)/ready-%:
@@ -43,6 +43,10 @@ demo: install
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
 	$(PYTHON) -m pytest -q -n auto --dist worksteal --ignore=tests/integration
+
+# About a minute: two cases of each test, on the best CPU kernels. For the time between two changes.
+test-quick: install
+	$(PYTHON) -m pytest -q -n auto --dist worksteal --quick --ignore=tests/integration
 
 # More than 2^31 elements through every op: 20 GB of memory, half an hour on 2 cores.
 test-big: install
@@ -133,8 +137,7 @@ sanitize: install
 # behind a failure too, logs each to OUT and fails at the end if one did. Together under 9 minutes on 16 cores.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
-GPU_TESTS := $(addprefix tests/test_,layer_norm.py batch_norm.py dropout.py dropout_variants.py dropblock2d.py \
-  bias_act_dropout.py cross_entropy.py optim.py optim_launches.py cuda_graphs.py)
+GPU_TESTS := -m 'kernel or gpu' --ignore=tests/integration --ignore=tests/fuzz
 GPU_PYTEST = $(GPU_PYTHON) -m pytest -q -p no:cacheprovider
 SIDE_BY_SIDE = $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null)
 

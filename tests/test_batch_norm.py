@@ -288,6 +288,7 @@ def test_any_parameter_may_be_missing(backend, shape, groups, channels_last, typ
                 assert whole is None or (torch.equal(whole, without) and whole.dtype == without.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's checks")
 def test_no_workspace_is_overrun():
     """glibc's own checks of the heap abort the process: what the kernels take is what was planned."""
@@ -754,6 +755,7 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.dlkit, name).default, tuple(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     torch._dynamo.reset()

@@ -176,6 +176,7 @@ def test_torch_changed_under_the_library(built, found, problem):
     assert problem is None or (problem in message and "run: pip install" in message)
 
 
+@pytest.mark.slow
 def test_import_says_so(tmp_path):
     """The whole package, with build facts of another torch."""
     package = tmp_path / "dlkit"
@@ -206,6 +207,7 @@ def test_info():
         assert any(line.startswith(start) for line in words), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "avx2"])
 def test_instruction_set_can_be_lowered(name):
     done = run_dlkit("info", DLKIT_CPU_CAPABILITY=name)
