@@ -38,7 +38,7 @@ install: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[lab,test]'
 
 demo: install
-	$(PYTHON) -m dlkit lab fashion_mnist
+	$(PYTHON) -m dlkit lab fashion-mnist
 
 test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
