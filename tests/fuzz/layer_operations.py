@@ -354,6 +354,7 @@ def norm_operation(
 
 def moved(exact: ExactNorm, t: Named, o: Named) -> dict[str, Pair]:
     count = math.prod(exact.view.shape[i] for i in exact.view.statistics)
+    on_cpu = o["backend"].startswith("cpu-")
     with np.errstate(all="ignore"):
         found = {"running_mean": exact.mean, "running_var": exact.var * np.longdouble(count) / (count - 1)}
     results, f = {}, np.longdouble(o["momentum"])
@@ -364,11 +365,12 @@ def moved(exact: ExactNorm, t: Named, o: Named) -> dict[str, Pair]:
         size = np.abs(new)
         if name == "running_mean":  # of which the terms may cancel
             size = np.abs(exact.x).mean(tuple(i for i in range(exact.x.ndim) if i != 1))
-        elif t["input"].dtype == torch.float64:  # runs of elements are put together by means that are rounded
+        elif t["input"].dtype == torch.float64 and not on_cpu:  # runs are put together by means that are rounded
             size = size + (np.abs(exact.mean) * np.sqrt(exact.var)).reshape(-1, len(old)).mean(0)
-        if name == "running_var":  # deviations from a mean that fp64 rounds
+        if name == "running_var":  # deviations from a mean that is rounded
             unit = np.longdouble(torch.finfo(t[name].dtype).eps)
-            size = size + ((exact.mean * np.longdouble(2) ** -51) ** 2 / unit).reshape(-1, len(old)).mean(0)
+            rounding = np.longdouble(2) ** (-51 if on_cpu or t["input"].dtype == torch.float64 else -22)
+            size = size + ((exact.mean * rounding) ** 2 / unit).reshape(-1, len(old)).mean(0)
         results[name] = (1 - f) * old + f * new, size_of((1 - f) * old, f * size.reshape(old.shape))
     return results
 
