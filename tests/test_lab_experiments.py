@@ -332,7 +332,7 @@ def test_attributions_of_a_linear_model(data):
     exact = (weights * (images - images.min())).detach()
     torch.testing.assert_close(found["integrated gradients"], exact, rtol=0, atol=1e-4)
     patches = exact.view(3, 4, 2, 4, 2).sum((2, 4)).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    torch.testing.assert_close(found["SHAP values of patches"], patches, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["SHAP values"], patches, rtol=0, atol=1e-4)
     assert found["occlusion"].shape == images.shape
 
 

@@ -57,7 +57,7 @@ def attributions(model: Any, images: Tensor, given: Tensor) -> dict[str, Tensor]
             images, (side, side), strides=max(1, side // 2), baselines=float(images.min()), target=given,
             perturbations_per_eval=16,
         ),
-        "SHAP values of patches": ShapleyValueSampling(model).attribute(
+        "SHAP values": ShapleyValueSampling(model).attribute(
             images, background, target=given, feature_mask=patches[None], n_samples=20,
             perturbations_per_eval=16,
         ),
