@@ -23,6 +23,7 @@ import multiprocessing
 import random
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,9 @@ def find(case: Case) -> Difference | None:
     except Difference as found:
         found.__traceback__ = None
         return found
+    except Exception as error:  # of the comparison; those of the ops are looked at in check()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return Difference(f"the comparison raises {type(error).__name__}", f"{error}, {place.name}:{place.lineno}")
     return None
 
 
@@ -737,11 +741,13 @@ def run(
         # A process that dies raises BrokenProcessPool here; multiprocessing's own pool would start it anew for ever.
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-            for future in concurrent.futures.as_completed([pool.submit(run_chunk, *job) for job in jobs]):
-                keep(future.result())
-                if time.monotonic() - start > limit:
-                    pool.shutdown(cancel_futures=True)
-                    break
+            try:
+                for future in concurrent.futures.as_completed([pool.submit(run_chunk, *job) for job in jobs]):
+                    keep(future.result())
+                    if time.monotonic() - start > limit:
+                        break
+            finally:
+                pool.shutdown(cancel_futures=True)
     show(f"\n{sum(done.values())} cases, {len(kinds)} kinds of differences")
     for name, count in sorted(done.items()):
         show(f"  {count:8d}  {name}")
