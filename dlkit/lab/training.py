@@ -312,6 +312,16 @@ def take_up(folder: Path, config: dict[str, Any]) -> None:
         write(path, yaml.dump(config, Dumper=_Yaml, sort_keys=False, width=100))
 
 
+def fit(trainer: lightning.Trainer, task: lightning.LightningModule, **options: Any) -> None:
+    """trainer.fit without its warnings. At Ctrl-C and SIGTERM Lightning ends the program mutely; this raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trainer.fit(task, **options)
+        except SystemExit as error:
+            raise KeyboardInterrupt from error
+
+
 class Run:
     """A configuration, a seed and the layers, with the folder that holds what is known of them."""
 
@@ -410,14 +420,7 @@ class Run:
         return self.configuration.probe(copy.deepcopy(self.task().model).train(), self.data)
 
     def _fit(self, task: Task, epochs: int) -> None:
-        trainer = self.trainer(epochs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                trainer.fit(task, ckpt_path=str(self.last) if self.last.is_file() else None, weights_only=True)
-            except SystemExit as error:
-                # Lightning ends the program without a word at Ctrl-C.
-                raise KeyboardInterrupt from error
+        fit(self.trainer(epochs), task, ckpt_path=str(self.last) if self.last.is_file() else None, weights_only=True)
         task.to(self.setting.device)
 
     def trainer(self, epochs: int, **options: Any) -> lightning.Trainer:

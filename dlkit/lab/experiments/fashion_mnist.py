@@ -98,7 +98,7 @@ def train(name: str, data: Dataset, schedule: Schedule, seed: int, device: str, 
     import lightning
 
     import dlkit
-    from dlkit.lab import race
+    from dlkit.lab import race, training
 
     torch.manual_seed(seed)
     pair = contestants(MODELS[name](data), schedule.lr)
@@ -115,7 +115,7 @@ def train(name: str, data: Dataset, schedule: Schedule, seed: int, device: str, 
         enable_progress_bar=sys.stderr.isatty(),
         default_root_dir=folder,
     )
-    trainer.fit(course)
+    training.fit(trainer, course)
     losses = {version: torch.stack(values).tolist() for version, values in course.losses.items()}
     found = {version: 1e3 * course.median_seconds(version) for version in pair}
     return {
@@ -154,8 +154,6 @@ def machine() -> dict[str, str | int]:
 
 def run(setting: Setting) -> tuple[str, list[dict[str, Any]]]:
     """Each model that is not done yet; the text below the figure, and what each found."""
-    import warnings
-
     from dlkit.lab import training
 
     if setting.devices > 1 or setting.precision != "32-true":
@@ -175,9 +173,7 @@ def run(setting: Setting) -> tuple[str, list[dict[str, Any]]]:
         kept = folder / "results.json"
         if not kept.is_file():
             print(f"  {name}: {schedule.images:,} images, {schedule.epochs} epochs", flush=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = train(name, data, schedule, 0, setting.device, folder)
+            found = train(name, data, schedule, 0, setting.device, folder)
             training.write(kept, json.dumps({**found, "machine": machine(), "data": data.name}) + "\n")
         results.append(json.loads(kept.read_text()))
     return f"{table(results)}\n\n{caption(setting.data, results)}", results
