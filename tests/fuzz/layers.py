@@ -358,7 +358,11 @@ def overflows(case: Case) -> bool:
     """Whether squares are beyond the range of the type they are added up in. torch's LayerNorm and RMSNorm give 0, NaN
     or what is wrong there, as dlkit's norms do; its BatchNorm adds fp32 up in fp64."""
     values = [case["tensors"].get(name, {}).get("values") for name in ("input", "residual")]
-    if "eps" not in case["options"] or case["dtype"] == "float16":
+    kinds = {
+        case["dtype"],
+        case["options"]["other"] if case["options"].get("residual") == "other type" else case["dtype"],
+    }
+    if "eps" not in case["options"] or kinds == {"float16"}:  # whose squares are within fp32
         return False
     # A gradient times a weight, before the large eps that makes it small again: torch's LayerNorm has it too.
     gradients = [spec["values"] for spec in case["grads"].values()]
@@ -373,9 +377,9 @@ def group_size(case: Case) -> float:
     if "normalized_shape" in o:
         return math.prod(o["normalized_shape"])
     if case["op"].startswith("batch_norm"):
-        return math.prod(shape) / shape[1]
+        return math.prod(shape) / max(1, shape[1])
     if case["op"] in ("group_norm", "instance_norm"):
-        return math.prod(shape[1:]) / o.get("groups", shape[1])
+        return math.prod(shape[1:]) / max(1, o.get("groups", shape[1]))
     return math.inf
 
 
