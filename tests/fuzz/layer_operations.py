@@ -319,8 +319,10 @@ def norm_operation(
         if relu:
             y, size = results["y"]
             if t.get("residual") is not None:
-                residual = tensors.exact(t["residual"])
-                y, size = y + residual, size + np.abs(residual)
+                residual, kind_of_sum = tensors.exact(t["residual"]), torch.result_type(t["input"], t["residual"])
+                # The norm is rounded to the input's type, the sum to the wider of both.
+                coarser = torch.finfo(t["input"].dtype).eps / torch.finfo(kind_of_sum).eps
+                y, size = y + residual, size * max(1.0, coarser) + np.abs(residual)
             results["y"] = np.where(y < 0, 0, y), size
         if "old_running_mean" in t and o["training"]:
             results |= moved(exact, t, o)

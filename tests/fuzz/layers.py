@@ -23,6 +23,7 @@ import multiprocessing
 import random
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -357,7 +358,11 @@ def overflows(case: Case) -> bool:
     """Whether squares are beyond the range of the type they are added up in. torch's LayerNorm and RMSNorm give 0, NaN
     or what is wrong there, as dlkit's norms do; its BatchNorm adds fp32 up in fp64."""
     values = [case["tensors"].get(name, {}).get("values") for name in ("input", "residual")]
-    if "eps" not in case["options"] or case["dtype"] == "float16":
+    kinds = {
+        case["dtype"],
+        case["options"]["other"] if case["options"].get("residual") == "other type" else case["dtype"],
+    }
+    if "eps" not in case["options"] or kinds == {"float16"}:  # whose squares are within fp32
         return False
     # A gradient times a weight, before the large eps that makes it small again: torch's LayerNorm has it too.
     gradients = [spec["values"] for spec in case["grads"].values()]
@@ -372,9 +377,9 @@ def group_size(case: Case) -> float:
     if "normalized_shape" in o:
         return math.prod(o["normalized_shape"])
     if case["op"].startswith("batch_norm"):
-        return math.prod(shape) / shape[1]
+        return math.prod(shape) / max(1, shape[1])
     if case["op"] in ("group_norm", "instance_norm"):
-        return math.prod(shape[1:]) / o.get("groups", shape[1])
+        return math.prod(shape[1:]) / max(1, o.get("groups", shape[1]))
     return math.inf
 
 
@@ -494,6 +499,9 @@ def find(case: Case) -> Difference | None:
     except Difference as found:
         found.__traceback__ = None
         return found
+    except Exception as error:  # of the comparison; those of the ops are looked at in check()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return Difference(f"the comparison raises {type(error).__name__}", f"{error}, {place.name}:{place.lineno}")
     return None
 
 
@@ -737,11 +745,13 @@ def run(
         # A process that dies raises BrokenProcessPool here; multiprocessing's own pool would start it anew for ever.
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-            for future in concurrent.futures.as_completed([pool.submit(run_chunk, *job) for job in jobs]):
-                keep(future.result())
-                if time.monotonic() - start > limit:
-                    pool.shutdown(cancel_futures=True)
-                    break
+            try:
+                for future in concurrent.futures.as_completed([pool.submit(run_chunk, *job) for job in jobs]):
+                    keep(future.result())
+                    if time.monotonic() - start > limit:
+                        break
+            finally:
+                pool.shutdown(cancel_futures=True)
     show(f"\n{sum(done.values())} cases, {len(kinds)} kinds of differences")
     for name, count in sorted(done.items()):
         show(f"  {count:8d}  {name}")
