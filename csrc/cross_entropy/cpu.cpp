@@ -16,6 +16,7 @@
 #include "../common/cpu/math.h"
 #include "../common/cpu/parallel.h"
 #include "../common/dispatch.h"
+#include "cpu/bf16.h"
 #include "kernel.h"
 
 namespace dlkit::cross_entropy {
@@ -218,7 +219,12 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
   Sums<A> sums;
   for (int64_t begin = 0; begin < op.classes; begin += kChunk<A>) {
     const int64_t count = min64(kChunk<A>, op.classes - begin);
-    max = largest_of(x + begin, count, op.softcap, staged, max);
+    int64_t done = 0;  // by pairs
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const A largest = op.softcap == 0 ? largest_of_pairs(x + begin, count / kPair * kPair) : A(NAN);
+      if (largest == largest) done = count / kPair * kPair, max = max > largest ? max : largest;
+    }
+    if (done < count) max = largest_of(x + begin + done, count - done, op.softcap, staged, max);
     const A* const u = shares<T>(op, row, begin, count, buffer);
     const A next = max == -kInfinity<A> ? A(0) : max;
     if (next != shift) {
@@ -227,19 +233,30 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
       if (sums.mass != 0) sums.dot += sums.mass * grown;
       shift = next;
     }
+    done = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (op.softcap == 0 && u == nullptr && fits(shift)) {
+        done = count / kPair * kPair;
+        const PairSums found = op.label_smoothing != 0 ? sum_pairs<true>(x + begin, done, shift)
+                                                       : sum_pairs<false>(x + begin, done, shift);
+        sums.sum += found.sum;
+        sums.dot += found.dot;
+        if (op.label_smoothing != 0) sums.mass += wide_t<A>(done);
+      }
+    }
     const auto add = [&](const auto* values) {
       if (u != nullptr) {
         add_chunk<Dot::Array>(values, u, count, shift, sums);
       } else if (op.label_smoothing != 0) {
-        add_chunk<Dot::Ones>(values, u, count, shift, sums);
+        add_chunk<Dot::Ones>(values, u, count - done, shift, sums);
       } else {
-        add_chunk<Dot::None>(values, u, count, shift, sums);
+        add_chunk<Dot::None>(values, u, count - done, shift, sums);
       }
     };
-    op.softcap == 0 ? add(x + begin) : add(staged);
+    op.softcap == 0 ? add(x + begin + done) : add(staged);
   }
   rows.max[i] = max;
-  rows.sum[i] = A(sums.sum);
+  rows.sum[i] = A(sums.sum > 0 && sums.sum < 1 ? 1 : sums.sum);  // the largest logit adds 1, before rounding
   rows.dot[i] = A(sums.dot);
   rows.mass[i] = A(sums.mass);
   const int64_t target = read_target(op, row, rows, i);
@@ -321,6 +338,10 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
   const T* const x = static_cast<const T*>(op.x) + row * op.stride;
   T* const grad = static_cast<T*>(op.grad_input) + row * op.grad_stride;
   const Slope<A> slope = slope_of<A>(op, row, weights);
+  if (slope.target < 0 && slope.scale == 0 && slope.share == 0) {  // ignored
+    memset(static_cast<void*>(grad), 0, size_t(op.classes) * sizeof(T));
+    return;
+  }
   const T at_target = slope.target < 0 ? T{} : x[slope.target];  // grad may be x
   const bool more = op.softcap != 0 || op.z_scale != 0;
   const bool plain = !more && op.target != nullptr && (op.weight == nullptr || op.label_smoothing == 0);
@@ -337,8 +358,17 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
         store(slopes + i, derivative, All{});
       });
     }
+    int64_t done = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (plain && fits(slope.shift, slope.scale, slope.share)) {
+        done = count / kPair * kPair;
+        slope.share == 0 ? write_gradient<true>(x, grad, done, slope.shift, slope.scale, 0, stream)
+                         : write_gradient<false>(x, grad, done, slope.shift, slope.scale, slope.share, stream);
+      }
+    }
     const auto write_as = [&](auto array, auto further) {
-      write_chunk<T, array, further>(x + begin, grad + begin, count, slope, u, staged, slopes, stream);
+      write_chunk<T, array, further>(x + begin + done, grad + begin + done, count - done, slope, u, staged, slopes,
+                                     stream);
     };
     const std::true_type yes;
     const std::false_type no;
