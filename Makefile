@@ -118,8 +118,8 @@ sanitize: install
 # behind a failure too, logs each to OUT and fails at the end if one did. Together under 9 minutes on 16 cores.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
-GPU_TESTS := $(addprefix tests/test_,layer_norm.py batch_norm.py dropout.py dropout_variants.py dropblock2d.py \
-  bias_act_dropout.py cross_entropy.py optim.py optim_launches.py cuda_graphs.py)
+# Files with tests that take the fixture `backend`.
+GPU_TESTS = $(shell grep -lw 'def test_.*backend' tests/test_*.py) tests/test_cuda_graphs.py
 GPU_PYTEST = $(GPU_PYTHON) -m pytest -q -p no:cacheprovider
 SIDE_BY_SIDE = $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null)
 
