@@ -450,15 +450,21 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
     }
     for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       const V before = get(rows.max, i), shift = shift_of(get(max, i)), grown = shift_of(before) - shift;
-      V sums[4] = {}, dot = {}, mass = {};
-      for (int64_t c = 0; c < classes; ++c) {
+      V sums[kSlots] = {}, dot = {}, mass = {};
+      const auto add = [&](int64_t c, int slot) DLKIT_INLINE_LAMBDA {
         const V d = get(staged + c * kPixels, i) - shift;
-        sums[c % 4] += exponential(d);
-        if (!dots) continue;
+        sums[slot] += exponential(d);
+        if (!dots) return;
         const V u = pixel_share(op, probabilities, begin + c, i, width);
         dot = fma(u, d, dot);
         mass += u;
+      };
+      int64_t c = 0;
+      for (; c + kSlots <= classes; c += kSlots) {
+#pragma GCC unroll 4
+        for (int slot = 0; slot < kSlots; ++slot) add(c + slot, slot);
       }
+      for (; c < classes; ++c) add(c, 0);
       V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       if (begin > 0) {
         const V old = get(rows.sum, i), old_mass = get(rows.mass, i);
@@ -498,25 +504,32 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
   T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
+  // Plain: u is the same for all classes, and the logits are taken as they are.
+  const bool plain = op.softcap == 0 && op.z_scale == 0 && probabilities == nullptr &&
+                     (op.weight == nullptr || op.label_smoothing == 0);
   for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
     const int64_t end = min64(begin + kClasses, op.classes);
     if (turned) turn(x + begin, count, op.stride, end - begin, staged);
-    for (int64_t c = begin; c < end; ++c) {
+    const auto write_class = [&](int64_t c, auto is_plain) DLKIT_INLINE_LAMBDA {
       A* const lanes = staged + (c - begin) * kPixels;
       for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         V v = turned ? get(lanes, i) : load(x + c * op.inner + i, width), derivative = broadcast(A(1));
-        if (op.softcap != 0) v = cap(v, derivative);
+        if (!is_plain && op.softcap != 0) v = cap(v, derivative);
         VectorBits<A> wanted;
         memcpy(&wanted, target + i, sizeof(wanted));
-        const V rest = wanted == typename MathConstants<A>::Bits(c)
-                           ? get(hit, i)
-                           : get(share, i) * pixel_share(op, probabilities, c, i, width);
+        const V share_of_class = is_plain ? get(share, i) : get(share, i) * pixel_share(op, probabilities, c, i, width);
+        const V rest = wanted == typename MathConstants<A>::Bits(c) ? get(hit, i) : share_of_class;
         const V e = exponential(v - get(shift, i));
         v = fma(e, get(scale, i), -rest);
-        if (op.z_scale != 0) v = fma(e, get(z, i), v);
-        if (op.softcap != 0) v *= derivative;
+        if (!is_plain && op.z_scale != 0) v = fma(e, get(z, i), v);
+        if (!is_plain && op.softcap != 0) v *= derivative;
         turned ? store(lanes + i, v, All{}) : write(grad + c * op.inner + i, v, width, stream);
       });
+    };
+    if (plain) {
+      for (int64_t c = begin; c < end; ++c) write_class(c, std::true_type());
+    } else {
+      for (int64_t c = begin; c < end; ++c) write_class(c, std::false_type());
     }
     for (int64_t i = 0; turned && i < count; ++i) {
       for (int64_t c = begin; c < end; ++c) {
