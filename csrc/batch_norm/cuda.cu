@@ -1003,8 +1003,8 @@ bool wide(const Forward& op, bool channels_last) {
          (!channels_last || are_aligned(16, op.weight, op.bias, op.mean, op.rstd, op.running_mean, op.running_var));
 }
 bool wide(const Backward& op, bool channels_last) {
-  return wide(op.grad_output, op.x, op.y, op.grad_input, op.grad_residual) &&
-         (!channels_last || wide(op.weight, op.bias, op.mean, op.rstd, op.sums));
+  return are_aligned(16, op.grad_output, op.x, op.y, op.grad_input, op.grad_residual) &&
+         (!channels_last || are_aligned(16, op.weight, op.bias, op.mean, op.rstd, op.sums));
 }
 
 // Calls f(T(), PackBytes, ChannelsLast), the latter two as integral constants. Where space is 1 both layouts are the

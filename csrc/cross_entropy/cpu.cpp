@@ -491,10 +491,30 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
   using V = Vector<A>;
   alignas(64) A shift[kPixels] = {}, scale[kPixels] = {}, z[kPixels] = {}, share[kPixels] = {}, hit[kPixels] = {};
   alignas(64) typename MathConstants<A>::Bits target[kPixels] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const Slope<A> slope = slope_of<A>(op, first + i, weights);
-    shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
-    target[i] = typename MathConstants<A>::Bits(slope.target);
+  if (op.z_scale != 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Slope<A> slope = slope_of<A>(op, first + i, weights);
+      shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
+      target[i] = typename MathConstants<A>::Bits(slope.target);
+    }
+  } else {  // slope_of() without branches: of few classes it takes as long as all the rest
+    using W = wide_t<A>;
+    const auto of_row = [&](const void* values) { return at<const A>(values, first); };
+    const A *const sum = of_row(op.sum), *const mass = of_row(op.mass);
+    const A* const grad_loss = at<const A>(op.grad_loss, first * op.grad_loss_stride);
+    const W divisor = op.total == nullptr ? W(1) : W(*static_cast<const A*>(op.total));
+    const W part = op.target == nullptr ? W(1) : W(op.label_smoothing) / W(op.classes);
+    const W keep = 1 - W(op.label_smoothing);
+    memcpy(shift, of_row(op.max), size_t(count) * sizeof(A));
+    for (int64_t i = 0; i < count; ++i) {
+      const bool ignored = op.target != nullptr && op.target[first + i] == op.ignore_index;
+      const W g = ignored ? A(0) : A(grad_loss[i * op.grad_loss_stride] / divisor);
+      const W w = op.target == nullptr || ignored ? A(1) : weight_of<A>(op, op.target[first + i]);
+      scale[i] = A(g * (mass == nullptr ? keep * w + part * weights : W(mass[i])) / W(sum[i]));
+      share[i] = A(g * part);
+      hit[i] = A(g * (keep * w + part * w));
+      target[i] = typename MathConstants<A>::Bits(op.target == nullptr || ignored ? -1 : op.target[first + i]);
+    }
   }
   const bool turned = op.inner == 1;
   alignas(64) A staged[kClasses * kPixels] = {};

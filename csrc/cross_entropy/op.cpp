@@ -85,6 +85,21 @@ struct Held {
   Tensor target, weight;
 };
 
+// The weight in the accumulation type. torch's conversion takes longer than cross entropy of a few rows.
+Tensor widened(const Tensor& weight, at::ScalarType type) {
+  if (!weight.is_cpu() || type != at::kFloat || c10::elementSize(weight.scalar_type()) != 2 || weight.numel() > 512) {
+    return weight.contiguous().to(type);
+  }
+  const Tensor wide = at::empty({weight.numel()}, weight.options().dtype(type));
+  float* const to = wide.mutable_data_ptr<float>();
+  const auto widen = [&](const auto* from) {
+    for (int64_t i = 0; i < weight.numel(); ++i) to[i] = float(from[i * weight.stride(0)]);
+  };
+  weight.scalar_type() == at::kHalf ? widen(weight.const_data_ptr<at::Half>())
+                                    : widen(weight.const_data_ptr<at::BFloat16>());
+  return wide;
+}
+
 Held describe(Problem& op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
               const Options& options) {
   Held held{view_of(input), Tensor(), Tensor()};
@@ -101,7 +116,7 @@ Held describe(Problem& op, const Tensor& input, const Tensor& target, const Opti
     held.target = target.contiguous();
     op.target = held.target.const_data_ptr<int64_t>();
   }
-  if (has(weight)) held.weight = weight->contiguous().to(accumulate);
+  if (has(weight)) held.weight = widened(*weight, accumulate);
   op.x = held.view.x.const_data_ptr();
   op.weight = data_or_null(held.weight);
   op.classes = input.size(class_dim(input));
