@@ -542,14 +542,14 @@ def _(
     wide: bool, output_mask: Sequence[bool],
 ) -> tuple[Any, ...]:  # fmt: skip
     """The weight is gathered: rows are cut, classes are not."""
-    if weight is not None and z_scale and reduction == 1:
-        raise NotImplementedError(
-            "linear_cross_entropy: a mean with class weights and lse_square_scale has no rule for DTensors: take "
-            'reduction="sum", or leave out one of them'
-        )
     (x, t), rows = _row_cut(input, target)
     parameters = [_everywhere(tensor) for tensor in (linear_weight, linear_bias, weight)]
     code = 2 if reduction else 0
+    counted = _counted(t, parameters[2], t.ndim == 2, ignore_index)
+    if weight is not None and z_scale and reduction == 1:
+        # The sum below is divided by the weights, which the z-loss is not to be: it is multiplied with them first.
+        weights, count = _sum_of_parts(counted, input, rows)
+        z_scale *= float(weights / count) if weights != 0 else 1.0
     loss, z, *grads = op(
         x, parameters[0], t, *parameters[1:], code, ignore_index, label_smoothing, z_scale, softcap, True, output_mask
     )
@@ -557,7 +557,6 @@ def _(
     if reduction == 0:
         narrow = [part if part is None else part.to(dtype) for part in (loss, z)]
         return _of_rows(narrow[0], input, rows), _of_rows(narrow[1], input, rows), None, None, None
-    counted = _counted(t, parameters[2], t.ndim == 2, ignore_index)
     whole, z_whole, weights, _ = _sum_of_parts([loss, 0.0 if z is None else z, *counted], input, rows)
     if reduction == 1:
         whole, z_whole = whole / weights, z_whole / weights

@@ -947,14 +947,19 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    numbers_ = _check_options("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    plain = type(label_smoothing) is type(lse_square_scale) is float and softcap is None  # half a microsecond
+    numbers_ = (
+        (label_smoothing, lse_square_scale, 0.0)
+        if plain
+        else _check_options("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    )
     try:
         loss, z_loss = _cross_entropy(
             input, target, weight, _reduction(reduction), ignore_index, *numbers_, inplace_backward
         )
     except (RuntimeError, ValueError) as error:
         _raise_loss("cross_entropy", error, ignore_index, weight, input=input, target=target)
-    return _with_z_loss(loss, z_loss, return_z_loss)
+    return _with_z_loss(loss, z_loss) if return_z_loss else loss
 
 
 def linear_cross_entropy(
@@ -1021,7 +1026,7 @@ def linear_cross_entropy(
         _raise_loss(name, error, ignore_index, weight, linear_bias=linear_bias)
     if alone and reduction == "none":
         loss, z_loss = loss[0], None if z_loss is None else z_loss[0]
-    return _with_z_loss(loss, z_loss, return_z_loss)
+    return _with_z_loss(loss, z_loss) if return_z_loss else loss
 
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch numbers them
@@ -1037,9 +1042,7 @@ def _check_options(name: str, label_smoothing: Any, lse_square_scale: Any, softc
     return number(name, "label_smoothing", label_smoothing), number(name, "lse_square_scale", lse_square_scale), softcap
 
 
-def _with_z_loss(loss: Tensor, z_loss: Tensor | None, wanted: bool) -> Any:
-    if not wanted:
-        return loss
+def _with_z_loss(loss: Tensor, z_loss: Tensor | None) -> tuple[Tensor, Tensor]:
     return loss, torch.zeros_like(loss) if z_loss is None else z_loss
 
 

@@ -132,6 +132,56 @@ def test_infinities_and_nan_are_torch_s(backend, shape, option):
         torch.testing.assert_close(found, expected_grad, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+# Rows of bf16 logits of every kind, and what their losses are multiplied with.
+BF16_ROWS = {
+    "normal": (lambda x: x * 3, 1.0),
+    "negative": (lambda x: -x.abs() - 5, -1.0),
+    "zeros": (lambda x: x * 0, 1e-3),
+    "negative zeros": (lambda x: -(x * 0).abs(), 1.0),
+    "far from 0": (lambda x: x + 700, 0.1),
+    "beyond any bound": (lambda x: x * 1e3 + 3e4, 1.0),
+    "far apart": (lambda x: x * 40, -7.0),
+    "huge": (lambda x: x * 1e34, 1.0),
+    "masked": (lambda x: x.where(x > 0, -INF), -2.0),
+    "masked but one": (lambda x: x.where(x == x.max(), -INF), 1.0),
+    "all masked but the smallest": (lambda x: x.where(x < 3, -1e30), 1.0),
+    "a large gradient": (lambda x: x, 3e30),
+    "a small gradient": (lambda x: x, 1e-30),
+    "no gradient": (lambda x: x, 0.0),
+    "an infinite gradient": (lambda x: x, INF),
+    "+inf": (lambda x: x.where(x < x.max(), INF), 1.0),
+    "NaN": (lambda x: x.where(x > x.min(), NAN), 1.0),
+    "-NaN": (lambda x: (-x.abs()).where(x > x.min(), -NAN), 1.0),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", BF16_ROWS)
+def test_bf16_rows_of_any_kind(backend, kind, smoothing):
+    """Each element of the gradient is within half a step of bf16, and a 20th of that, of the exact one."""
+    row, factor = BF16_ROWS[kind]
+    for classes in (41, 256, 2500):
+        x = torch.stack([row(torch.randn(classes)) for _ in range(3)]).bfloat16()
+        target, grad = x.nan_to_num(nan=-INF).argmax(1), torch.full((3,), factor)
+        target[2] = -100
+        leaf = x.double().requires_grad_()
+        expected = native.cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
+        (expected_grad,) = torch.autograd.grad(expected, leaf, grad.double())
+        options = (0, -100, smoothing, 0.0, 0.0)
+        loss, _, stats, total = backend.op("cross_entropy_forward")(x, target, None, *options, True)
+        found = backend.op("cross_entropy_backward")(grad, x, target, None, stats, total, *options).double()
+        torch.testing.assert_close(loss.double(), expected.detach(), equal_nan=True, rtol=1e-5, atol=1e-5)
+        # Near the target, and with smoothing everywhere, terms cancel which are known to some 1e-6. Exponentials that
+        # would be subnormal may be 0.
+        terms = abs(factor) * (1e-6 * expected_grad.detach().abs() + (4e-6 / classes if smoothing else 0))
+        terms[range(3), target.clamp(min=0)] += 1e-6 * abs(factor)
+        bound = expected_grad.abs() * (1.05 * 2**-8) + terms + max(1, abs(factor)) * 2.0**-126
+        same = (found == expected_grad) | (found.isnan() & expected_grad.isnan())
+        if kind != "an infinite gradient":  # torch's 0 * inf is not of interest
+            wrong = ~(same | ((found - expected_grad).abs() <= bound))
+            assert not wrong.any(), (found[wrong], expected_grad[wrong])
+
+
 @pytest.mark.parametrize("shape", [(2, 5000), (2, 70, 3)])
 def test_masked_classes_and_late_maxima(backend, shape):
     """-inf over the first classes, which are chunks on their own, then small logits, then the maximum."""

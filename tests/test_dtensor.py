@@ -198,6 +198,8 @@ def losses(rank, line, square):
             linear = partial(F.linear_cross_entropy, reduction=reduction, label_smoothing=0.1)
             fused = lambda h, w, b, t, linear=linear: linear(h, w, t, linear_bias=b)  # noqa: E731
             check(fused, (hidden, table, bias, target), mesh, rows)
+            scored = lambda h, w, t, c, linear=linear: linear(h, w, t, weight=c, lse_square_scale=0.1)  # noqa: E731
+            check(scored, (hidden, table, target, weight), mesh, rows)
 
 
 @case

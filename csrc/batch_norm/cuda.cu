@@ -879,16 +879,12 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 || (ChannelsLast 
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int ceil_log2(int64_t n) {
   int bits = 0;
   while (int64_t(1) << bits < n) ++bits;
   return bits;
 }
 int floor_log2(int64_t n) { return ceil_log2(n / 2 + 1); }
-
-// Blocks loop over what a grid cannot hold.
-unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
 
 template <class T, int PackBytes, bool ChannelsLast>
 Walk walk_of(const Shape& shape) {
@@ -1002,17 +998,13 @@ int64_t fit_into_blocks(Walk& walk, int tensors) {
 }
 
 // Whether 16 bytes at a time will do.
-template <class... Pointers>
-bool wide(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
 bool wide(const Forward& op, bool channels_last) {
-  return wide(op.x, op.residual, op.y) &&
-         (!channels_last || wide(op.weight, op.bias, op.mean, op.rstd, op.running_mean, op.running_var));
+  return are_aligned(16, op.x, op.residual, op.y) &&
+         (!channels_last || are_aligned(16, op.weight, op.bias, op.mean, op.rstd, op.running_mean, op.running_var));
 }
 bool wide(const Backward& op, bool channels_last) {
-  return wide(op.grad_output, op.x, op.y, op.grad_input, op.grad_residual) &&
-         (!channels_last || wide(op.weight, op.bias, op.mean, op.rstd, op.sums));
+  return are_aligned(16, op.grad_output, op.x, op.y, op.grad_input, op.grad_residual) &&
+         (!channels_last || are_aligned(16, op.weight, op.bias, op.mean, op.rstd, op.sums));
 }
 
 // Calls f(T(), PackBytes, ChannelsLast), the latter two as integral constants. Where space is 1 both layouts are the

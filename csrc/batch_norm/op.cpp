@@ -732,7 +732,5 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
   dlkit::implement_kernel<dlkit::batch_norm::backward_sums_meta>(m, "batch_norm_backward_sums");
   dlkit::implement_kernel<dlkit::batch_norm::backward_apply_meta>(m, "batch_norm_backward_apply");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::batch_norm::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::batch_norm::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::batch_norm::implement_all(m); }
+DLKIT_IMPLEMENT_PUBLIC_OPS(dlkit::batch_norm::implement_all)
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) { m.impl("group_norm", dlkit::batch_norm::group_norm_autocast); }

@@ -138,8 +138,6 @@ __global__ void __launch_bounds__(threads) backward_elements(const Backward op) 
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Rows cut into blocks, columns into tiles; each block leaves a partial row.
 struct Cut {
   int64_t blocks, tiles;
@@ -194,11 +192,6 @@ __global__ void __launch_bounds__(threads) sum_partials(const A* partials, A* gr
   }
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// A grid's blocks loop over what it cannot hold.
-unsigned grid_of(int64_t items) { return unsigned(std::min<int64_t>(divide_up(items, threads), 0x7fffffff)); }
-
 // Calls f with the elements a thread takes together: 8 where rows and addresses allow.
 template <class F>
 void with_count(bool whole, const F& f) {
@@ -207,10 +200,9 @@ void with_count(bool whole, const F& f) {
 
 bool whole_groups(int64_t cols) { return cols % kBlockElements == 0; }
 
-bool is_whole(const Forward& op) { return whole_groups(op.cols) && aligned(op.x) && aligned(op.bias) && aligned(op.y); }
+bool is_whole(const Forward& op) { return whole_groups(op.cols) && are_aligned(16, op.x, op.bias, op.y); }
 bool is_whole(const Backward& op) {
-  return whole_groups(op.cols) && aligned(op.x) && aligned(op.bias) && aligned(op.grad_output) &&
-         aligned(op.grad_input);
+  return whole_groups(op.cols) && are_aligned(16, op.x, op.bias, op.grad_output, op.grad_input);
 }
 
 template <class Op, class F>
@@ -228,7 +220,7 @@ void forward_cuda(const Forward& op, void* stream) {
   dispatch(op, [&](auto type, auto activation, auto count) {
     launch("bias_act_dropout forward",
            forward_elements<decltype(type), pack_bytes<decltype(type), count.value>, activation.value>,
-           grid_of(divide_up(op.rows * op.cols, count.value)), threads, 0, stream, op);
+           grid_of(divide_up(op.rows * op.cols, count.value * threads)), threads, 0, stream, op);
   });
 }
 
@@ -238,12 +230,12 @@ void backward_cuda(const Backward& op, void* stream) {
     using A = accumulate_t<T>;
     if (op.grad_bias == nullptr) {
       return launch("bias_act_dropout backward", backward_elements<T, pack_bytes<T, count.value>, activation.value>,
-                    grid_of(divide_up(op.rows * op.cols, count.value)), threads, 0, stream, op);
+                    grid_of(divide_up(op.rows * op.cols, count.value * threads)), threads, 0, stream, op);
     }
     const Cut parts = cut<count.value>(op);
     launch("bias_act_dropout backward", backward_columns<T, pack_bytes<T, count.value>, activation.value>,
            unsigned(parts.blocks * parts.tiles), threads, 0, stream, op, parts.blocks, parts.tiles);
-    launch("bias_act_dropout sum_partials", sum_partials<A>, grid_of(op.cols), threads, 0, stream,
+    launch("bias_act_dropout sum_partials", sum_partials<A>, grid_of(divide_up(op.cols, threads)), threads, 0, stream,
            static_cast<const A*>(op.partials), static_cast<A*>(op.grad_bias), parts.blocks, op.cols);
   });
 }

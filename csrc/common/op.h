@@ -26,6 +26,11 @@
 #define DLKIT_DEFINE_OPS(m) DLKIT_DEFINE_OPS_(DLKIT_LIBRARY, m)
 #define DLKIT_IMPLEMENT_OPS_(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 #define DLKIT_IMPLEMENT_OPS(key, m) DLKIT_IMPLEMENT_OPS_(DLKIT_LIBRARY, key, m)
+// What the public ops are for calls with gradients, without, and under torch.vmap.
+#define DLKIT_IMPLEMENT_PUBLIC_OPS(implement)                         \
+  DLKIT_IMPLEMENT_OPS(Autograd, m) { implement(m); }                  \
+  DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { implement(m); } \
+  DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { implement(m); }
 
 namespace dlkit {
 

@@ -16,6 +16,7 @@
 #include "../common/cpu/math.h"
 #include "../common/cpu/parallel.h"
 #include "../common/dispatch.h"
+#include "cpu/bf16.h"
 #include "kernel.h"
 
 namespace dlkit::cross_entropy {
@@ -218,7 +219,12 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
   Sums<A> sums;
   for (int64_t begin = 0; begin < op.classes; begin += kChunk<A>) {
     const int64_t count = min64(kChunk<A>, op.classes - begin);
-    max = largest_of(x + begin, count, op.softcap, staged, max);
+    int64_t done = 0;  // by pairs
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const A largest = op.softcap == 0 ? largest_of_pairs(x + begin, count / kPair * kPair) : A(NAN);
+      if (largest == largest) done = count / kPair * kPair, max = max > largest ? max : largest;
+    }
+    if (done < count) max = largest_of(x + begin + done, count - done, op.softcap, staged, max);
     const A* const u = shares<T>(op, row, begin, count, buffer);
     const A next = max == -kInfinity<A> ? A(0) : max;
     if (next != shift) {
@@ -227,19 +233,30 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
       if (sums.mass != 0) sums.dot += sums.mass * grown;
       shift = next;
     }
+    done = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (op.softcap == 0 && u == nullptr && fits(shift)) {
+        done = count / kPair * kPair;
+        const PairSums found = op.label_smoothing != 0 ? sum_pairs<true>(x + begin, done, shift)
+                                                       : sum_pairs<false>(x + begin, done, shift);
+        sums.sum += found.sum;
+        sums.dot += found.dot;
+        if (op.label_smoothing != 0) sums.mass += wide_t<A>(done);
+      }
+    }
     const auto add = [&](const auto* values) {
       if (u != nullptr) {
         add_chunk<Dot::Array>(values, u, count, shift, sums);
       } else if (op.label_smoothing != 0) {
-        add_chunk<Dot::Ones>(values, u, count, shift, sums);
+        add_chunk<Dot::Ones>(values, u, count - done, shift, sums);
       } else {
-        add_chunk<Dot::None>(values, u, count, shift, sums);
+        add_chunk<Dot::None>(values, u, count - done, shift, sums);
       }
     };
-    op.softcap == 0 ? add(x + begin) : add(staged);
+    op.softcap == 0 ? add(x + begin + done) : add(staged);
   }
   rows.max[i] = max;
-  rows.sum[i] = A(sums.sum);
+  rows.sum[i] = A(sums.sum > 0 && sums.sum < 1 ? 1 : sums.sum);  // the largest logit adds 1, before rounding
   rows.dot[i] = A(sums.dot);
   rows.mass[i] = A(sums.mass);
   const int64_t target = read_target(op, row, rows, i);
@@ -321,6 +338,10 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
   const T* const x = static_cast<const T*>(op.x) + row * op.stride;
   T* const grad = static_cast<T*>(op.grad_input) + row * op.grad_stride;
   const Slope<A> slope = slope_of<A>(op, row, weights);
+  if (slope.target < 0 && slope.scale == 0 && slope.share == 0) {  // ignored
+    memset(static_cast<void*>(grad), 0, size_t(op.classes) * sizeof(T));
+    return;
+  }
   const T at_target = slope.target < 0 ? T{} : x[slope.target];  // grad may be x
   const bool more = op.softcap != 0 || op.z_scale != 0;
   const bool plain = !more && op.target != nullptr && (op.weight == nullptr || op.label_smoothing == 0);
@@ -337,8 +358,17 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
         store(slopes + i, derivative, All{});
       });
     }
+    int64_t done = 0;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (plain && fits(slope.shift, slope.scale, slope.share)) {
+        done = count / kPair * kPair;
+        slope.share == 0 ? write_gradient<true>(x, grad, done, slope.shift, slope.scale, 0, stream)
+                         : write_gradient<false>(x, grad, done, slope.shift, slope.scale, slope.share, stream);
+      }
+    }
     const auto write_as = [&](auto array, auto further) {
-      write_chunk<T, array, further>(x + begin, grad + begin, count, slope, u, staged, slopes, stream);
+      write_chunk<T, array, further>(x + begin + done, grad + begin + done, count - done, slope, u, staged, slopes,
+                                     stream);
     };
     const std::true_type yes;
     const std::false_type no;
@@ -420,15 +450,21 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
     }
     for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       const V before = get(rows.max, i), shift = shift_of(get(max, i)), grown = shift_of(before) - shift;
-      V sums[4] = {}, dot = {}, mass = {};
-      for (int64_t c = 0; c < classes; ++c) {
+      V sums[kSlots] = {}, dot = {}, mass = {};
+      const auto add = [&](int64_t c, int slot) DLKIT_INLINE_LAMBDA {
         const V d = get(staged + c * kPixels, i) - shift;
-        sums[c % 4] += exponential(d);
-        if (!dots) continue;
+        sums[slot] += exponential(d);
+        if (!dots) return;
         const V u = pixel_share(op, probabilities, begin + c, i, width);
         dot = fma(u, d, dot);
         mass += u;
+      };
+      int64_t c = 0;
+      for (; c + kSlots <= classes; c += kSlots) {
+#pragma GCC unroll 4
+        for (int slot = 0; slot < kSlots; ++slot) add(c + slot, slot);
       }
+      for (; c < classes; ++c) add(c, 0);
       V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       if (begin > 0) {
         const V old = get(rows.sum, i), old_mass = get(rows.mass, i);
@@ -455,10 +491,30 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
   using V = Vector<A>;
   alignas(64) A shift[kPixels] = {}, scale[kPixels] = {}, z[kPixels] = {}, share[kPixels] = {}, hit[kPixels] = {};
   alignas(64) typename MathConstants<A>::Bits target[kPixels] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const Slope<A> slope = slope_of<A>(op, first + i, weights);
-    shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
-    target[i] = typename MathConstants<A>::Bits(slope.target);
+  if (op.z_scale != 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Slope<A> slope = slope_of<A>(op, first + i, weights);
+      shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
+      target[i] = typename MathConstants<A>::Bits(slope.target);
+    }
+  } else {  // slope_of() without branches: of few classes it takes as long as all the rest
+    using W = wide_t<A>;
+    const auto of_row = [&](const void* values) { return at<const A>(values, first); };
+    const A *const sum = of_row(op.sum), *const mass = of_row(op.mass);
+    const A* const grad_loss = at<const A>(op.grad_loss, first * op.grad_loss_stride);
+    const W divisor = op.total == nullptr ? W(1) : W(*static_cast<const A*>(op.total));
+    const W part = op.target == nullptr ? W(1) : W(op.label_smoothing) / W(op.classes);
+    const W keep = 1 - W(op.label_smoothing);
+    memcpy(shift, of_row(op.max), size_t(count) * sizeof(A));
+    for (int64_t i = 0; i < count; ++i) {
+      const bool ignored = op.target != nullptr && op.target[first + i] == op.ignore_index;
+      const W g = ignored ? A(0) : A(grad_loss[i * op.grad_loss_stride] / divisor);
+      const W w = op.target == nullptr || ignored ? A(1) : weight_of<A>(op, op.target[first + i]);
+      scale[i] = A(g * (mass == nullptr ? keep * w + part * weights : W(mass[i])) / W(sum[i]));
+      share[i] = A(g * part);
+      hit[i] = A(g * (keep * w + part * w));
+      target[i] = typename MathConstants<A>::Bits(op.target == nullptr || ignored ? -1 : op.target[first + i]);
+    }
   }
   const bool turned = op.inner == 1;
   alignas(64) A staged[kClasses * kPixels] = {};
@@ -468,25 +524,32 @@ void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accum
   T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
+  // Plain: u is the same for all classes, and the logits are taken as they are.
+  const bool plain = op.softcap == 0 && op.z_scale == 0 && probabilities == nullptr &&
+                     (op.weight == nullptr || op.label_smoothing == 0);
   for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
     const int64_t end = min64(begin + kClasses, op.classes);
     if (turned) turn(x + begin, count, op.stride, end - begin, staged);
-    for (int64_t c = begin; c < end; ++c) {
+    const auto write_class = [&](int64_t c, auto is_plain) DLKIT_INLINE_LAMBDA {
       A* const lanes = staged + (c - begin) * kPixels;
       for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         V v = turned ? get(lanes, i) : load(x + c * op.inner + i, width), derivative = broadcast(A(1));
-        if (op.softcap != 0) v = cap(v, derivative);
+        if (!is_plain && op.softcap != 0) v = cap(v, derivative);
         VectorBits<A> wanted;
         memcpy(&wanted, target + i, sizeof(wanted));
-        const V rest = wanted == typename MathConstants<A>::Bits(c)
-                           ? get(hit, i)
-                           : get(share, i) * pixel_share(op, probabilities, c, i, width);
+        const V share_of_class = is_plain ? get(share, i) : get(share, i) * pixel_share(op, probabilities, c, i, width);
+        const V rest = wanted == typename MathConstants<A>::Bits(c) ? get(hit, i) : share_of_class;
         const V e = exponential(v - get(shift, i));
         v = fma(e, get(scale, i), -rest);
-        if (op.z_scale != 0) v = fma(e, get(z, i), v);
-        if (op.softcap != 0) v *= derivative;
+        if (!is_plain && op.z_scale != 0) v = fma(e, get(z, i), v);
+        if (!is_plain && op.softcap != 0) v *= derivative;
         turned ? store(lanes + i, v, All{}) : write(grad + c * op.inner + i, v, width, stream);
       });
+    };
+    if (plain) {
+      for (int64_t c = begin; c < end; ++c) write_class(c, std::true_type());
+    } else {
+      for (int64_t c = begin; c < end; ++c) write_class(c, std::false_type());
     }
     for (int64_t i = 0; turned && i < count; ++i) {
       for (int64_t c = begin; c < end; ++c) {

@@ -442,18 +442,11 @@ __global__ void __launch_bounds__(256, 1) backward_pixels(const Backward op, int
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A grid's blocks loop over what it cannot hold.
-unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Whether 16 bytes go together: `count` adjacent elements, rows at a distance, all addresses.
 bool is_wide(const Problem& op, const void* other, int64_t other_stride) {
   const int64_t width = 16 / size_of(op.dtype), run = op.inner == 1 ? op.classes : op.inner;
   const bool rows = op.inner > 1 || (op.stride % width == 0 && other_stride % width == 0);
-  return run % width == 0 && rows && aligned(op.x) && aligned(other);
+  return run % width == 0 && rows && are_aligned(16, op.x, other);
 }
 
 // Calls f(T(), PackBytes).

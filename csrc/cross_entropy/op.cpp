@@ -2,7 +2,7 @@
 // where a gradient is asked for; backward is an op of its own, so that compilers see both, and once more in place, for
 // logits that may be overwritten by their gradient. Empty input, gradients of targets and class weights, forward-mode
 // derivatives, torch.func transforms and double backward go through torch's formula.
-#include "../common/op.h"
+#include "op.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
@@ -41,12 +41,6 @@ void run(const CpuDevice&, const Forward& op) {
 }
 void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
 #endif
-
-// The options that forward, backward and their node share.
-struct Options {
-  int64_t reduction, ignore_index;
-  double label_smoothing, z_scale, softcap;
-};
 
 bool has_probabilities(const Tensor& input, const Tensor& target) {
   return input.sym_sizes().equals(target.sym_sizes());
@@ -91,6 +85,21 @@ struct Held {
   Tensor target, weight;
 };
 
+// The weight in the accumulation type. torch's conversion takes longer than cross entropy of a few rows.
+Tensor widened(const Tensor& weight, at::ScalarType type) {
+  if (!weight.is_cpu() || type != at::kFloat || c10::elementSize(weight.scalar_type()) != 2 || weight.numel() > 512) {
+    return weight.contiguous().to(type);
+  }
+  const Tensor wide = at::empty({weight.numel()}, weight.options().dtype(type));
+  float* const to = wide.mutable_data_ptr<float>();
+  const auto widen = [&](const auto* from) {
+    for (int64_t i = 0; i < weight.numel(); ++i) to[i] = float(from[i * weight.stride(0)]);
+  };
+  weight.scalar_type() == at::kHalf ? widen(weight.const_data_ptr<at::Half>())
+                                    : widen(weight.const_data_ptr<at::BFloat16>());
+  return wide;
+}
+
 Held describe(Problem& op, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
               const Options& options) {
   Held held{view_of(input), Tensor(), Tensor()};
@@ -107,7 +116,7 @@ Held describe(Problem& op, const Tensor& input, const Tensor& target, const Opti
     held.target = target.contiguous();
     op.target = held.target.const_data_ptr<int64_t>();
   }
-  if (has(weight)) held.weight = weight->contiguous().to(accumulate);
+  if (has(weight)) held.weight = widened(*weight, accumulate);
   op.x = held.view.x.const_data_ptr();
   op.weight = data_or_null(held.weight);
   op.classes = input.size(class_dim(input));
@@ -273,7 +282,7 @@ std::tuple<Tensor, Tensor> formula(const Tensor& input, const Tensor& target, co
 }
 
 const auto& forward_op() {
-  static const auto op = find_op<decltype(forward_meta)>("cross_entropy_forward");
+  static const auto op = find_op<ForwardOp>("cross_entropy_forward");
   return op;
 }
 
@@ -298,7 +307,7 @@ struct CrossEntropyBackward : SavingNode<5> {
                      options.ignore_index, options.label_smoothing, options.z_scale, options.softcap);
     };
     if (in_place && is_plain(input) && is_plain(grads[0])) {
-      static const auto op = find_op<decltype(backward_meta_)>("cross_entropy_backward_");
+      static const auto op = find_op<BackwardInPlaceOp>("cross_entropy_backward_");
       call(op);
       overwritten = true;
       input.unsafeGetTensorImpl()->bump_version();  // others that saved the logits shall notice
@@ -314,11 +323,7 @@ struct CrossEntropyBackward : SavingNode<5> {
   }
 
   void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(options.reduction);
-    args.collect(options.ignore_index);
-    args.collect(options.label_smoothing);
-    args.collect(options.z_scale);
-    args.collect(options.softcap);
+    options.collect(args);
     args.collect(wide);
   }
 };
@@ -412,8 +417,8 @@ std::tuple<Tensor, Tensor> cross_entropy_autocast(const Tensor& input, const Ten
                                                   double label_smoothing, double lse_square_scale, double softcap,
                                                   bool inplace_backward, bool) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
-  return find_op<decltype(cross_entropy)>(name).call(input, target, weight, reduction, ignore_index, label_smoothing,
-                                                     lse_square_scale, softcap, inplace_backward, true);
+  return find_op<PublicOp>(name).call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale,
+                                      softcap, inplace_backward, true);
 }
 
 template <class Device>
@@ -459,9 +464,7 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
   dlkit::implement_kernel<dlkit::cross_entropy::backward_meta>(m, "cross_entropy_backward");
   dlkit::implement_kernel<dlkit::cross_entropy::backward_meta_>(m, "cross_entropy_backward_");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::cross_entropy::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::cross_entropy::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::cross_entropy::implement_all(m); }
+DLKIT_IMPLEMENT_PUBLIC_OPS(dlkit::cross_entropy::implement_all)
 DLKIT_IMPLEMENT_OPS(AutocastCPU, m) {
   m.impl("cross_entropy", dlkit::cross_entropy::cross_entropy_autocast<c10::DispatchKey::AutocastCPU>);
 }

@@ -108,17 +108,11 @@ __global__ void __launch_bounds__(threads) apply(const DropBlock2d op) {
   }
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// Blocks loop over what a grid cannot hold.
-unsigned grid_of(int64_t items) {
-  return unsigned(std::min<int64_t>(std::max<int64_t>((items + threads - 1) / threads, 1), 0x7fffffff));
-}
-
 template <class T, int PackBytes>
 void run(const DropBlock2d& op, void* stream) {
   constexpr int64_t packs = 4, width = PackBytes / sizeof(T);
-  launch("dropblock2d apply", apply<T, PackBytes, packs>, grid_of(numel(op) / (packs * width)), threads, 0, stream, op);
+  const int64_t blocks = std::max<int64_t>(1, divide_up(numel(op) / (packs * width), threads));
+  launch("dropblock2d apply", apply<T, PackBytes, packs>, grid_of(blocks), threads, 0, stream, op);
 }
 
 }  // namespace
@@ -126,11 +120,11 @@ void run(const DropBlock2d& op, void* stream) {
 void dropblock2d_cuda(const DropBlock2d& op, void* stream) {
   if (numel(op) == 0) return;
   const int64_t seeds = op.planes * op.rows * op.columns;
-  launch("dropblock2d mark", mark, grid_of((seeds + kBlockElements - 1) / kBlockElements), threads, 0, stream, op,
+  launch("dropblock2d mark", mark, grid_of(divide_up(seeds, int64_t(kBlockElements) * threads)), threads, 0, stream, op,
          seeds);
   with_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    if (aligned(op.x) && aligned(op.y)) {
+    if (are_aligned(16, op.x, op.y)) {
       run<T, 16>(op, stream);
     } else {
       run<T, sizeof(T)>(op, stream);

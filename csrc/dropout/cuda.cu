@@ -239,15 +239,7 @@ __global__ void __launch_bounds__(threads) drop_turns(const Dropout op, int64_t 
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool aligned(const Dropout& op, uintptr_t bytes) {
-  const auto fits = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
-  return fits(op.x) && fits(op.residual) && fits(op.y);
-}
-
-// Blocks loop over what a grid cannot hold.
-unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
+bool aligned(const Dropout& op, uintptr_t bytes) { return are_aligned(bytes, op.x, op.residual, op.y); }
 
 template <class T, int PackBytes>
 void run(const Dropout& op, void* stream) {

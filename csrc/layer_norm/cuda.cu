@@ -583,27 +583,21 @@ using LongSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32
 template <int Width>
 using BackwardSpreads = std::conditional_t<Width <= 4, LongSpreads, ShortSpreads>;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Blocks loop over what a grid cannot hold.
-unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
-
 // Whether 16 bytes at a time will do.
-bool wide(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 bool wide_rows(const void* tensor, int64_t stride, int64_t element, int64_t rows) {
-  return tensor == nullptr || (wide(tensor) && (rows == 1 || stride * element % 16 == 0));
+  return tensor == nullptr || (are_aligned(16, tensor) && (rows == 1 || stride * element % 16 == 0));
 }
 
 bool wide(const Forward& op, int64_t element) {
   return op.cols * element % 16 == 0 && wide_rows(op.x, op.x_stride, element, op.rows) &&
-         wide_rows(op.residual, op.residual_stride, element, op.rows) && wide(op.weight) && wide(op.bias) &&
-         wide(op.y) && wide(op.sum);
+         wide_rows(op.residual, op.residual_stride, element, op.rows) &&
+         are_aligned(16, op.weight, op.bias, op.y, op.sum);
 }
 bool wide(const Backward& op, int64_t element) {
   return op.cols * element % 16 == 0 && wide_rows(op.x, op.x_stride, element, op.rows) &&
          wide_rows(op.grad_output, op.grad_output_stride, element, op.rows) &&
-         wide_rows(op.grad_sum, op.grad_sum_stride, element, op.rows) && wide(op.weight) && wide(op.grad_input) &&
-         wide(op.grad_dropped);
+         wide_rows(op.grad_sum, op.grad_sum_stride, element, op.rows) &&
+         are_aligned(16, op.weight, op.grad_input, op.grad_dropped);
 }
 
 // Calls f(T(), std::integral_constant<int, PackBytes>()).

@@ -717,10 +717,8 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
   dlkit::implement_kernel<dlkit::layer_norm::dropped_forward_meta>(m, "dropout_layer_norm_forward");
   dlkit::implement_kernel<dlkit::layer_norm::dropped_backward_meta>(m, "dropout_layer_norm_backward");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::layer_norm::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::layer_norm::implement_all(m); }
+DLKIT_IMPLEMENT_PUBLIC_OPS(dlkit::layer_norm::implement_all)
 DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::layer_norm::implement_random(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::layer_norm::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
   m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
   m.impl("add_layer_norm", dlkit::layer_norm::add_layer_norm_autocast);

@@ -4,7 +4,7 @@
 // three matrix products in all, as the unfused layers take. They are sums over O(1) terms in fp32 (fp64 for fp64): a
 // gradient already divided by the number of rows would be lost in fp16. Without a reduction backward runs the chunks
 // again, with the gradient of each row. Double backward, torch.func and forward mode go through the unfused ops.
-#include "../common/op.h"
+#include "../cross_entropy/op.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
@@ -26,15 +26,11 @@ namespace dlkit::linear_cross_entropy {
 namespace {
 
 using at::Tensor;
+using cross_entropy::Options;
 using torch::autograd::variable_list;
 
 constexpr auto name = "linear_cross_entropy";
 constexpr int64_t kLeastRows = 256, kElements = 1 << 23;  // of a chunk: fewer rows make matrix products slow
-
-struct Options {
-  int64_t reduction, ignore_index;
-  double label_smoothing, z_scale, softcap;
-};
 
 struct Problem {
   Tensor input, linear_weight, target;
@@ -101,12 +97,8 @@ void for_chunks(const Problem& problem, const F& f) {
 // times the second of `total`, where that is given).
 std::pair<Tensor, Tensor> run_chunks(const Problem& problem, const OptionalTensor& grad_loss,
                                      const OptionalTensor& total, std::array<bool, 3> mask, Gradients& gradients) {
-  using ForwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                               int64_t, int64_t, double, double, double, bool);
-  using BackwardOp = void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                          const OptionalTensor&, int64_t, int64_t, double, double, double);
-  static const auto forward = find_op<ForwardOp>("cross_entropy_forward");
-  static const auto backward = find_op<BackwardOp>("cross_entropy_backward_");
+  static const auto forward = find_op<cross_entropy::ForwardOp>("cross_entropy_forward");
+  static const auto backward = find_op<cross_entropy::BackwardInPlaceOp>("cross_entropy_backward_");
   check(problem.input, problem.linear_weight, problem.linear_bias);
   const Options& o = problem.options;
   const Tensor x = problem.input.contiguous(), transposed = problem.linear_weight.t();
@@ -229,14 +221,11 @@ BackwardOutputs backward_meta(const Tensor&, const Tensor& input, const Tensor& 
   return empty_gradients(input, linear_weight, output_mask);
 }
 
-using CrossEntropyOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                                  double, double, double, bool, bool);
-
 // The unfused ops.
 std::tuple<Tensor, Tensor> formula(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                                    const OptionalTensor& linear_bias, const OptionalTensor& weight, const Options& o,
                                    bool wide) {
-  static const auto op = find_op<CrossEntropyOp>("cross_entropy");
+  static const auto op = find_op<cross_entropy::PublicOp>("cross_entropy");
   return op.call(at::linear(input, linear_weight, linear_bias), target, weight, o.reduction, o.ignore_index,
                  o.label_smoothing, o.z_scale, o.softcap, false, wide);
 }
@@ -278,11 +267,7 @@ struct LinearCrossEntropyBackward : SavingNode<8> {
   }
 
   void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(options.reduction);
-    args.collect(options.ignore_index);
-    args.collect(options.label_smoothing);
-    args.collect(options.z_scale);
-    args.collect(options.softcap);
+    options.collect(args);
     args.collect(wide);
   }
 
@@ -301,9 +286,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
                                                 double lse_square_scale, double softcap, bool wide) {
   check(input, linear_weight, linear_bias);
   const Options options{reduction, ignore_index, label_smoothing, lse_square_scale, softcap};
-  static const auto kernel = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, double, bool)>(
-      "cross_entropy_forward");
+  static const auto kernel = find_op<cross_entropy::ForwardOp>("cross_entropy_forward");
   const bool classes = target.dim() == 1 && target.scalar_type() == at::kLong;
   const bool probabilities = target.dim() == 2 && target.scalar_type() == input.scalar_type() &&
                              target.sym_size(1) == linear_weight.sym_size(0);
@@ -391,13 +374,11 @@ DLKIT_IMPLEMENT_OPS(Meta, m) {
   dlkit::implement_kernel<dlkit::linear_cross_entropy::forward_meta>(m, "linear_cross_entropy_forward");
   dlkit::implement_kernel<dlkit::linear_cross_entropy::backward_meta>(m, "linear_cross_entropy_backward");
 }
-DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::linear_cross_entropy::implement_all(m); }
+DLKIT_IMPLEMENT_PUBLIC_OPS(dlkit::linear_cross_entropy::implement_all)
 DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
-  dlkit::linear_cross_entropy::implement_all(m);
   dlkit::implement_kernel<dlkit::linear_cross_entropy::forward>(m, "linear_cross_entropy_forward");
   dlkit::implement_kernel<dlkit::linear_cross_entropy::backward>(m, "linear_cross_entropy_backward");
 }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::linear_cross_entropy::implement_all(m); }
 DLKIT_IMPLEMENT_OPS(AutocastCPU, m) {
   m.impl("linear_cross_entropy",
          dlkit::linear_cross_entropy::autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);

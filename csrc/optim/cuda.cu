@@ -93,10 +93,6 @@ class Launcher {
   int64_t blocks_ = 0;
 };
 
-int64_t chunks_of(int64_t numel, int64_t chunk) { return (numel + chunk - 1) / chunk; }
-
-bool is_aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
-
 // The elements a thread handles at once: one access of 16 bytes of the narrowest type, but eight where 8-bit states
 // have a warp share a scale.
 template <class T, class S>
@@ -738,12 +734,12 @@ void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk,
     bool aligned = true;
     for (int slot = 0; slot < kSlots; ++slot) {
       aligned = aligned &&
-                is_aligned(arrays.at[slot], std::min<size_t>(16, std::max<size_t>(1, width * element_bytes[slot])));
+                are_aligned(std::min<size_t>(16, std::max<size_t>(1, width * element_bytes[slot])), arrays.at[slot]);
     }
     const uint32_t bits = uint32_t(records - 1) | (aligned ? kAligned : 0) |
                           (tensor.step_type == DType::F64 ? kDoubleStep : 0) |
                           uint32_t(tensor.grad_dtype) << kGradShift;
-    uint64_t* entry = launcher.add(chunks_of(tensor.numel, chunk), bits);
+    uint64_t* entry = launcher.add(divide_up(tensor.numel, chunk), bits);
     entry[1] = uint64_t(tensor.numel);
     entry[2] = uint64_t(i);
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -921,10 +917,10 @@ void launch_grads(const Gradient* grads, int64_t count, DType dtype, const Head&
   launcher.arguments.head = head;
   int64_t chunks_before = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t chunks = chunks_of(grads[i].numel, chunk);
+    const int64_t chunks = divide_up(grads[i].numel, chunk);
     if (grads[i].dtype == dtype && chunks > 0) {
       if (launcher.is_full()) launcher.flush();
-      uint64_t* entry = launcher.add(chunks, is_aligned(grads[i].data, 16) ? 1 : 0);
+      uint64_t* entry = launcher.add(chunks, are_aligned(16, grads[i].data) ? 1 : 0);
       entry[1] = uint64_t(grads[i].numel);
       entry[2] = reinterpret_cast<uint64_t>(grads[i].data);
       entry[3] = uint64_t(chunks_before);
@@ -965,7 +961,7 @@ void step_cuda(const Step& op, void* stream) {
 
 int64_t norm_partials_cuda(const Norm& op) {
   int64_t chunks = 0;
-  for (int64_t i = 0; i < op.count; ++i) chunks += chunks_of(op.grads[i].numel, kNormChunk);
+  for (int64_t i = 0; i < op.count; ++i) chunks += divide_up(op.grads[i].numel, kNormChunk);
   return chunks;
 }
 

@@ -355,20 +355,21 @@ def compare(
 
 
 def overflows(case: Case) -> bool:
-    """Whether squares are beyond the range of the type they are added up in. torch's LayerNorm and RMSNorm give 0, NaN
-    or what is wrong there, as dlkit's norms do; its BatchNorm adds fp32 up in fp64."""
+    """Whether something on the way is beyond the range of the type it is worked out in. Squares: torch's LayerNorm and
+    RMSNorm give 0, NaN or what is wrong there, as dlkit's norms do; its BatchNorm adds fp32 up in fp64."""
+    options = case["options"]
     values = [case["tensors"].get(name, {}).get("values") for name in ("input", "residual")]
-    kinds = {
-        case["dtype"],
-        case["options"]["other"] if case["options"].get("residual") == "other type" else case["dtype"],
-    }
-    if "eps" not in case["options"] or kinds == {"float16"}:  # whose squares are within fp32
+    wider = options.get("residual") == "other type" and options["other"] != "float16"
+    if "eps" not in options or (case["dtype"] == "float16" and not wider):  # whose squares are within fp32
         return False
-    # A gradient times a weight, before the large eps that makes it small again: torch's LayerNorm has it too.
-    gradients = [spec["values"] for spec in case["grads"].values()]
-    return "huge" in values or (
-        (case["options"]["eps"] or 0) > 1 and "weight" in case["tensors"] and "huge" in gradients
-    )
+    if "huge" in values:
+        return True
+    # A large eps makes what is normalized smaller than any number, and a gradient times a weight is too large before it
+    # makes that small again: torch's LayerNorm has it too. A GPU multiplies gradients by deviations in fp32, torch's
+    # CUDA kernel as well.
+    large_eps = (options["eps"] or 0) > 1
+    huge = any(spec["values"] == "huge" for spec in case["grads"].values())
+    return (large_eps and (huge or "denormal" in values)) or (huge and case["backend"] not in ON_CPU)
 
 
 def group_size(case: Case) -> float:
@@ -402,7 +403,10 @@ def rounds_only(case: Case) -> bool:
 def errors_of(
     case: Case, name: str, ours: Tensor, theirs: Tensor, exact: Pair, exact_theirs: Pair
 ) -> tuple[float, float]:
-    info = torch.finfo(ours.dtype)
+    # The gradient of a number is the sum of elements' gradients, which are of the input's type.
+    of_number = name == "grad_residual" and case["options"].get("residual") == "number"
+    kinds = [ours.dtype, getattr(torch, case["dtype"])] if of_number else [ours.dtype]
+    info = max(map(torch.finfo, kinds), key=lambda info: info.eps)
     x, y = tensors.exact(ours), tensors.exact(theirs)
     e, size, f, size_theirs = (a.reshape(x.shape) for a in (*exact, *exact_theirs))
     floor = 16 * np.longdouble(info.smallest_normal)  # below, intermediate results lose bits
@@ -455,8 +459,9 @@ def compare_wide(
             continue
         e = tensors.exact(right[name])
         # torch's in fp64 is not exact itself, nor has it one formula for all norms.
-        unit = (64 if x.dtype in (torch.bfloat16, torch.float16) else 16) * (
-            1e-7 if x.dtype == torch.float64 else torch.finfo(x.dtype).eps
+        kind = torch.bfloat16 if case["context"] == "autocast" and x.dtype == torch.float32 else x.dtype
+        unit = (64 if kind in (torch.bfloat16, torch.float16) else 16) * (
+            1e-7 if kind == torch.float64 else torch.finfo(kind).eps
         )
         unit *= max(float(np.abs(e).max(initial=0)), 1e-3)  # what cancels leaves noise
         mine, torchs = (np.abs(tensors.exact(t) - e) / unit for t in (x, theirs[name]))

@@ -27,6 +27,8 @@ struct MathConstants<float> {
   static constexpr float kRound = 0x1.8p23f, kLog2E = 1.44269504f, kLn2High = 0.693115234375f, kLn2Low = 3.19461849e-5f,
                          kLowest = -87.3f;
   static constexpr float kExp[] = {0.00139411084f, 0.0083751264f, 0.0416663529f, 0.166664155f, 0.500000005f, 1, 1};
+  static constexpr float kExp2[] = {0.00132647273f, 0.00967151299f, 0.0555073358f,
+                                    0.240222424f,   0.693147004f,   1};  // 2^x
   // log(1 + f) = f - (f^2 / 2 - s (f^2 / 2 + s^2 kLog(s^2))), s = f / (2 + f); tanh(v) = v + v^3 kTanh(v^2).
   static constexpr float kLog[] = {0.181818182f, 0.222222222f, 0.285714286f, 0.4f, 0.666666667f};
   static constexpr float kTanh[] = {0.000590027441f, -0.00145583439f, 0.00359212804f, -0.00886323553f,
@@ -98,15 +100,22 @@ DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
   return x < C::kLowest ? Vector<A>{} : polynomial<A>(C::kExp, rest) * power;
 }
 
-// exp(x) for x of 0 or less, with no correction: on AVX-512 14 instructions instead of 18.
+// exp(x) for x of 0 or less, with no correction: in fp32 as 2^(x * log2(e)), whose rest the fused product has
+// unrounded, within 2e-7; 13 instructions of AVX2 instead of 16. A power of 2^-127 is 0, and so are the results below.
 DLKIT_INLINE VectorF64 exponential(VectorF64 x) { return exp_of_negative<double>(x, broadcast(-0.0)); }
 DLKIT_INLINE VectorF32 exponential(VectorF32 x) {
-#if defined(__AVX512F__)
   using C = MathConstants<float>;
+#if defined(__AVX512F__)
   const VectorF32 n = fma(x, broadcast<float>(C::kLog2E), broadcast<float>(C::kRound)) - C::kRound;
-  const VectorF32 rest = fma(n, broadcast<float>(-C::kLn2Low), fma(n, broadcast<float>(-C::kLn2High), x));
+  const VectorF32 rest = fma(x, broadcast<float>(C::kLog2E), -n);
   const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(C::kLowest), _CMP_NLT_UQ);  // NaN too
-  return (VectorF32)_mm512_maskz_scalef_ps(counts, (__m512)polynomial<float>(C::kExp, rest), (__m512)n);
+  return (VectorF32)_mm512_maskz_scalef_ps(counts, (__m512)polynomial<float>(C::kExp2, rest), (__m512)n);
+#elif defined(__FMA__)
+  const VectorF32 bounded = maximum(broadcast(-88.0f), x);  // NaN stays NaN
+  const VectorF32 shifted = fma(bounded, broadcast<float>(C::kLog2E), broadcast<float>(C::kRound));
+  const VectorF32 rest = fma(bounded, broadcast<float>(C::kLog2E), C::kRound - shifted);
+  const VectorF32 power = (VectorF32)(((VectorBits<float>)shifted << C::kExponent) + 0x3f800000);
+  return polynomial<float>(C::kExp2, rest) * power;
 #else
   return exp_of_negative<float>(x, broadcast(-0.0f));
 #endif

@@ -345,7 +345,7 @@ DLKIT_INLINE VectorF64 maximum(VectorF64 a, VectorF64 b) { return a > b ? a : b;
 // The largest lane, of which none is NaN. By halving, through memory: GCC makes shuffles of it.
 template <class V>
 DLKIT_INLINE auto largest_lane(V v) {
-  using E = decltype(v[0] + 0);
+  using E = std::remove_cvref_t<decltype(v[0])>;
   constexpr int kCount = sizeof(V) / sizeof(E);
   E lanes[kCount];
   memcpy(lanes, &v, sizeof(v));

@@ -9,7 +9,9 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -65,6 +67,17 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   // clang-format on
 #endif
   check(cudaGetLastError(), name);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks loop over what a grid cannot hold.
+inline unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
+
+// Whether so many bytes at a time will do at each address; null is no obstacle.
+template <class... Pointers>
+bool are_aligned(uintptr_t bytes, Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);
 }
 
 struct Device {

@@ -1,0 +1,34 @@
+// What linear + cross entropy shares with cross entropy: the options, and the signatures of the ops that it calls.
+#pragma once
+
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include "../common/op.h"
+
+namespace dlkit::cross_entropy {
+
+struct Options {
+  int64_t reduction, ignore_index;
+  double label_smoothing, z_scale, softcap;
+
+  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+    args.collect(reduction);
+    args.collect(ignore_index);
+    args.collect(label_smoothing);
+    args.collect(z_scale);
+    args.collect(softcap);
+  }
+};
+
+// (input, target, weight, options, inplace_backward, wide) -> (loss, z_loss)
+using PublicOp = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                    int64_t, int64_t, double, double, double, bool, bool);
+// (input, target, weight, options, wide) -> (loss, z_loss, stats, total)
+using ForwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
+                                                                             const OptionalTensor&, int64_t, int64_t,
+                                                                             double, double, double, bool);
+// (grad_loss, input, target, weight, stats, total, options), over the input
+using BackwardInPlaceOp = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                               const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, double);
+
+}  // namespace dlkit::cross_entropy
