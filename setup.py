@@ -4,9 +4,11 @@ DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFL
 DLKIT_VERBOSE=1 prints every command with what the compiler says; DLKIT_CCACHE=0 leaves ccache and sccache aside.
 Every csrc/*/cpu.cpp is compiled once per instruction set, the best is chosen at run time; DLKIT_CPU_KERNELS=baseline
 leaves it at one, for a build that is to be quick. torch is imported only when something is compiled, so that metadata
-and the sdist need none.
+and the sdist need none. The version is dlkit.__version__ and what is built against, as in 0.2.0+torch2.13.cpu, and
+a wheel requires that torch: it does not load with another.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -20,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import setuptools
 from setuptools import Command, Extension, setup
@@ -105,7 +107,8 @@ def nvcc_version(cuda_home: Path) -> str:
     return match.group(1) if match else "unknown"
 
 
-def choose_cuda(torch) -> Path | None:
+@functools.cache  # so that it speaks once
+def choose_cuda(torch_version: str, torch_cuda: str | None) -> Path | None:
     """The CUDA toolkit to build with, or None for a build without CUDA."""
     wanted = os.environ.get("DLKIT_BUILD", "auto")
     if wanted not in ("auto", "cpu", "cuda"):
@@ -113,24 +116,37 @@ def choose_cuda(torch) -> Path | None:
     if wanted == "cpu":
         return None
     home = find_cuda_home()
-    if torch.version.cuda is None:
-        cause = f"DLKIT_BUILD=cuda needs a CUDA build of torch, found {torch.__version__}"
+    if torch_cuda is None:
+        cause = f"DLKIT_BUILD=cuda needs a CUDA build of torch, found {torch_version}"
         remedy = f"install one (https://pytorch.org/get-started) or run: DLKIT_BUILD=cpu {INSTALL}"
     elif home is None:
         cause = "DLKIT_BUILD=cuda needs nvcc, and none is on PATH, in $CUDA_HOME or in /usr/local/cuda"
-        remedy = f"install the CUDA {torch.version.cuda} toolkit or run: DLKIT_BUILD=cpu {INSTALL}"
-    elif nvcc_version(home).split(".")[0] != torch.version.cuda.split(".")[0]:
-        cause = (
-            f"nvcc in {home} is of CUDA {nvcc_version(home)}, torch {torch.__version__} of CUDA {torch.version.cuda}"
-        )
-        remedy = f"run: CUDA_HOME=<CUDA {torch.version.cuda} toolkit> {INSTALL}"
+        remedy = f"install the CUDA {torch_cuda} toolkit or run: DLKIT_BUILD=cpu {INSTALL}"
+    elif nvcc_version(home).split(".")[0] != torch_cuda.split(".")[0]:
+        cause = f"nvcc in {home} is of CUDA {nvcc_version(home)}, torch {torch_version} of CUDA {torch_cuda}"
+        remedy = f"run: CUDA_HOME=<CUDA {torch_cuda} toolkit> {INSTALL}"
     else:
         return home
     if wanted == "cuda":
         stop(cause, remedy)
-    if torch.version.cuda is not None:
+    if torch_cuda is not None:
         print(f"dlkit: building without CUDA kernels (Triton serves GPUs): {cause}; {remedy}", file=sys.stderr)
     return None
+
+
+def metadata() -> dict[str, Any]:
+    """Version and requirement, which name the torch of this environment where something is built with it."""
+    source = Path(__file__).with_name("dlkit") / "__init__.py"
+    version = re.search(r'^__version__ = "(.+)"', source.read_text(), re.MULTILINE).group(1)
+    torch = find_spec("torch")
+    facts = Path(torch.origin).with_name("version.py") if torch and torch.origin else Path()
+    if "sdist" in sys.argv or not facts.is_file():
+        return {"version": version, "install_requires": ["torch>=" + ".".join(map(str, MINIMUM_TORCH))]}
+    found = dict(re.findall(r"^(__version__|cuda)\b.* = '(.+)'", facts.read_text(), re.MULTILINE))
+    release, cuda = found["__version__"].split("+")[0], found.get("cuda")
+    kernels = f"cu{cuda.replace('.', '')}" if cuda and choose_cuda(found["__version__"], cuda) else "cpu"
+    local = f"torch{release.rpartition('.')[0]}.{kernels}"
+    return {"version": f"{version}+{local}", "install_requires": [f"torch=={release}"]}
 
 
 def cuda_architectures() -> list[str]:
@@ -302,7 +318,7 @@ class BuildExtension(build_ext):
         build.libraries.append("torch_python")
         if sys.platform != "darwin" and not build.extra:  # who gives flags of their own may want to debug
             build.link_flags.append("-s")
-        cuda_home = choose_cuda(build.torch)
+        cuda_home = choose_cuda(build.torch.__version__, build.torch.version.cuda)
         definitions = []
         if cuda_home:
             architectures = cuda_architectures()
@@ -390,6 +406,7 @@ def sources() -> list[str]:
 
 check_setuptools()
 setup(
+    **metadata(),
     license="Apache-2.0",  # pyproject.toml has one form for setuptools below 77 and another from there on
     ext_modules=[Extension("dlkit._C", sources())],
     cmdclass={"build_ext": BuildExtension, "build_cuda_on_cpu": BuildCudaOnCpu},

@@ -38,6 +38,7 @@ from ._runner import interleave
 
 MAX_NORM, LR = 1.0, 1e-3
 IMAGE, CLASSES = (28, 28), 10
+SHAPE = lab.Shape(IMAGE, CLASSES)
 BATCHES = 4
 PARITY_STEPS = 4
 # Rounding grows through AdamW, whose first steps are of size lr for any gradient: 4 steps on, native against itself
@@ -101,9 +102,9 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "mlp": Workload(lambda: lab.batch_norm_mlp(IMAGE, CLASSES), 128, 1.7),
+    "mlp": Workload(lambda: lab.mlp(SHAPE, norm=nn.BatchNorm1d, dropout=(0.3, 0.3, 0.2)), 128, 1.7),
     "cnn": Workload(lambda: cnn(IMAGE, CLASSES), 128, 1.4),
-    "transformer": Workload(lambda: lab.RowTransformer(IMAGE, CLASSES), 32, 1.25),
+    "transformer": Workload(lambda: lab.RowTransformer(SHAPE), 32, 1.25),
     "gpt": Workload(Gpt, 4, 1.2),
 }
 

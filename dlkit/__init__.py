@@ -5,6 +5,9 @@ model = dlkit.replace(model)   # every torch.nn layer that has a fused twin beco
 opt = dlkit.optim.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)   # clipping and AdamW in one pass over memory
 """
 
+import importlib
+from types import ModuleType
+
 from dlkit import _backends
 
 _backends.load()
@@ -25,12 +28,20 @@ from dlkit.surgery import Change, replace, restore  # noqa: E402
 
 _registries.register()
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "init":  # loaded when first asked for
+        return importlib.import_module("dlkit.init")
+    raise AttributeError(f"module 'dlkit' has no attribute {name!r}")
+
+
+__version__ = "0.2.0"
 __all__ = [
     "Change",
     "__version__",
     "functional",
     "fuse",
+    "init",
     "nn",
     "optim",
     "override",

@@ -10,7 +10,7 @@ COMMANDS = {
     "info": "versions, what was built in, and which backend serves each op on each device",
     "bench": "measure ops against torch eager, torch.compile and installed peers",
     "report": "which norms and dropouts of a model dlkit's kernels do, which not, and why",
-    "lab": "train on real data with torch's layers and optimizer and with dlkit's",
+    "lab": "experiments on training deep networks, on real data",
 }
 
 

@@ -7,16 +7,44 @@ import pytest
 import torch
 from support import backends
 
+from dlkit import _C
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that take a backend are marked. The longest come first, so that the processes finish together."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true",
+        help="two cases of each test, with this processor's best kernels; none that is slow, aot or distributed",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks what is seen from a test or its file. The longest come first, so that the processes finish together."""
     for item in items:
         if "backend" in item.fixturenames:
             item.add_marker("kernel")
-    items.sort(key=lambda item: "test_triton_aot" not in item.nodeid)
+        if any(getattr(value, "__module__", "") == "support.processes" for value in vars(item.module).values()):
+            item.add_marker("distributed")
+    items.sort(key=lambda item: item.get_closest_marker("aot") is None)
+    if config.getoption("quick"):
+        chosen = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def quick(items):
+    """The last two cases of each test: where sizes or layouts are a parameter, the plainest is the first."""
+    best = f"cpu-{_C.cpu_capability()}"
+    cases = {}
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if any(item.get_closest_marker(name) for name in ("slow", "aot", "distributed")):
+            continue
+        if backend is None or backend.name == best:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {item for some in cases.values() for item in some[-2:]}
 
 
 @pytest.fixture(autouse=True)

@@ -288,6 +288,7 @@ def test_any_parameter_may_be_missing(backend, shape, groups, channels_last, typ
                 assert whole is None or (torch.equal(whole, without) and whole.dtype == without.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's checks")
 def test_no_workspace_is_overrun():
     """glibc's own checks of the heap abort the process: what the kernels take is what was planned."""
@@ -336,6 +337,30 @@ def test_first_values_far_off(backend):
         wanted = exact(x).transpose(1, 0, 2, 3).reshape(3, -1)
         assert np.abs(exact(mean) / wanted.mean(1) - 1).max() < 1e-6
         assert np.abs(exact(var) / wanted.var(1) - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(64, 2), (7, 3, 3), (16, 2, 9, 9), (32, 4, 40, 40)], ids=str)
+@pytest.mark.parametrize("mean", [1e3, 1e7])
+def test_fp64_variance_of_a_large_mean(backend, shape, mean):
+    """Means of runs and parts are rounded; their differences must not be. The CUDA and Triton kernels round as torch's
+    CUDA kernel does."""
+    x = torch.randn(shape, dtype=torch.float64) + mean
+    wanted = exact(x).swapaxes(0, 1).reshape(shape[1], -1).var(1, ddof=1, dtype=np.longdouble)
+    bound = 1e-14 if backend.name.startswith("cpu") else 1e-13 + 2e-16 * mean
+    layouts = (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]
+    for laid_out in (x.contiguous(memory_format=layout).to(backend.device) for layout in layouts):
+        means, variances = (torch.zeros(shape[1], dtype=torch.float64, device=backend.device) for _ in range(2))
+        backend.op("batch_norm_forward")(laid_out, None, None, None, means, variances, None, 0, True, 1.0, EPS, False)
+        assert np.abs(exact(variances) / wanted - 1).max() < bound
+
+
+@pytest.mark.parametrize("space", [5, 49, 257, 5000])
+def test_sums_of_equal_terms(backend, space):
+    """A lane that adds up equal terms errs the same way each time."""
+    x = make((4, 2, 1), torch.float32).expand(4, 2, space).to(backend.device)
+    rstd = backend.op("batch_norm_forward")(x, None, None, None, None, None, None, 0, True, 0.1, EPS, False)[2]
+    wanted = 1 / np.sqrt(exact(x).swapaxes(0, 1).reshape(2, -1).var(1) + EPS)
+    assert np.abs(exact(rstd) / wanted - 1).max() < 4 * torch.finfo(torch.float32).eps
 
 
 def test_cumulative_average(backend):
@@ -730,6 +755,7 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.dlkit, name).default, tuple(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     torch._dynamo.reset()

@@ -84,6 +84,7 @@ def quick_run(tmp_path_factory):
     return finished.stdout, path, folder / "page.html"
 
 
+@pytest.mark.slow
 def test_quick_run_of_all_ops(quick_run):
     output, path, page = quick_run
     report = json.loads(path.read_text())

@@ -131,6 +131,7 @@ def test_profile_names_what_the_step_is_made_of(tmp_path):
     assert json.loads((tmp_path / "mlp.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_processes_apart():
     assert _models.apart(abs, -3) == 3
     with pytest.raises(RuntimeError, match="ended with status 3"):

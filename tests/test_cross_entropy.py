@@ -451,6 +451,7 @@ def test_compiled_and_checked(shape, one_thread):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_opcheck(reduction, probabilities):

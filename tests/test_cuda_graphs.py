@@ -9,7 +9,7 @@ from support.inputs import make
 
 import dlkit.functional as fused
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SEED, DRAWN = 11, 8  # DRAWN: how far a call moves the generator's offset
 

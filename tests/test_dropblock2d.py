@@ -181,6 +181,7 @@ def test_each_sample_of_a_vmap_keeps_its_mean():
             assert sample[sample != 0].unique().numel() == 1 and abs(sample.mean() - 1) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_and_checked():
     def step(x):
         return fused.dropblock2d(x, P, 3).square()

@@ -279,6 +279,7 @@ def test_thread_count_does_not_change_the_mask():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inner", [1, 256])
 def test_streaming_stores_write_what_plain_ones_do(dtype, inner):
@@ -493,6 +494,7 @@ class Block(torch.nn.Module):
         return self.second(torch.sin(self.linear(self.first(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("mode", ["train", "no_grad", "inference"])
 @pytest.mark.parametrize("stream", [False, True])
@@ -519,6 +521,7 @@ def test_compiled_masks_are_eager_s(inplace, mode, stream):
     assert all(torch.equal(a, b) for a, b in zip(results[:half], results[half:], strict=True))
 
 
+@pytest.mark.slow
 def test_inductor_draws_eager_s_masks():
     torch._dynamo.reset()
     block = Block()

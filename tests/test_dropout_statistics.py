@@ -42,6 +42,7 @@ def correlations(a, b, p):
     return centred.double().sum(-1) / (p * (1 - p) * math.sqrt(a.shape[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.5, 2**-20])
 def test_keep_rate_over_1e8_draws(p):
     """2^-20 is dropped by the second 16 bits alone: 96 of 10^8 are expected."""

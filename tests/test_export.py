@@ -146,6 +146,7 @@ def test_strict_export():
     assert names == ["aten.layer_norm.default", "aten.add_.Tensor", "aten.batch_norm.default", "aten.dropout.default"]
 
 
+@pytest.mark.slow
 def test_other_layers_are_exported_in_torch_s_terms():
     model, inputs = Several(OTHER_CASES), [x for case in OTHER_CASES for x in case.inputs()]
     for training in (True, False):
@@ -162,6 +163,7 @@ def test_traced_programs_hold_torch_s_ops(case):
     assert_same(model, traced, inputs)
 
 
+@pytest.mark.slow
 def test_programs_run_where_dlkit_is_not(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.GroupNorm(2, 6), nn.LayerNorm(4))
     model, x = dlkit.fuse(dlkit.replace(model)).eval(), torch.randn(2, 3, 6, 6)

@@ -243,6 +243,7 @@ def test_a_pickle_loads_in_another_process(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], cwd=here, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_compiles_without_breaks():
     model = dlkit.fuse(ResNet())
     twin = copy.deepcopy(model)

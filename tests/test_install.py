@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dlkit
 from dlkit import _backends
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,8 @@ def test_a_second_torch_takes_the_kernels_that_the_first_one_made(tmp_path):
     shutil.copytree(ROOT / "csrc", root / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
+    (root / "dlkit").mkdir()
+    shutil.copy(ROOT / "dlkit" / "__init__.py", root / "dlkit")  # has the version
     compiler.write_text(FAKE_COMPILER)
     compiler.chmod(0o755)
     fake_utils(tmp_path)
@@ -173,6 +176,7 @@ def test_torch_changed_under_the_library(built, found, problem):
     assert problem is None or (problem in message and "run: pip install" in message)
 
 
+@pytest.mark.slow
 def test_import_says_so(tmp_path):
     """The whole package, with build facts of another torch."""
     package = tmp_path / "dlkit"
@@ -203,6 +207,7 @@ def test_info():
         assert any(line.startswith(start) for line in words), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "avx2"])
 def test_instruction_set_can_be_lowered(name):
     done = run_dlkit("info", DLKIT_CPU_CAPABILITY=name)
@@ -237,3 +242,26 @@ def test_pre_commit_and_docs_use_the_tools_of_make_lint():
     found = dict(re.findall(r"repo: \S+/(?:mirrors-)?(\S+?)(?:-pre-commit)?\n\s+rev: v(\S+)", hooks))
     assert found == {name: pinned[name] for name in ("ruff", "clang-format")}
     assert re.search(r"ruff==([\d.]+)", (ROOT / "pyproject.toml").read_text())[1] == pinned["ruff"]
+
+
+def metadata_with(torch_folder, **environment):
+    """Version and requirements that setup.py gives beside the torch in this folder."""
+    code = "import sys, runpy, setuptools; kept = {}; setuptools.setup = kept.update; sys.argv = ['setup.py']"
+    code += "; runpy.run_path('setup.py'); print(kept['version'], *kept['install_requires'])"
+    env = {**os.environ, "PYTHONPATH": str(torch_folder), **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_version_and_requirement_name_the_torch_it_is_built_against(tmp_path):
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    assert metadata_with(tmp_path) == [dlkit.__version__, "torch>=2.10"]  # as where there is no torch
+    facts = "from typing import Optional\n__version__ = '2.12.1+cu130'\ncuda: Optional[str] = '13.0'\n"
+    (folder / "version.py").write_text(facts)
+    nvcc = fake_nvcc(tmp_path / "cuda", "13.1")
+    with_cuda = metadata_with(tmp_path, DLKIT_BUILD="cuda", CUDA_HOME=nvcc)
+    assert with_cuda == [f"{dlkit.__version__}+torch2.12.cu130", "torch==2.12.1"]
+    without = metadata_with(tmp_path, DLKIT_BUILD="cpu")
+    assert without == [f"{dlkit.__version__}+torch2.12.cpu", "torch==2.12.1"]

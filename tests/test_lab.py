@@ -1,304 +1,377 @@
-"""The lab: data files and where they are found, models, the comparison, what it writes. No test uses the network."""
+"""The lab: its commands, what they write, that a killed one goes on, and that dlkit's and torch's runs agree."""
 
 import argparse
-import gzip
-import json
-import struct
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-for package in ("matplotlib", "numpy", "pooch", "sklearn", "tqdm"):
+from dlkit import lab
+
+for package in lab.PACKAGES:
     pytest.importorskip(package, reason="the lab's packages are not installed: pip install 'dlkit[lab]'")
 
-import numpy as np  # noqa: E402  (after the skips above)
+import yaml  # noqa: E402  (after the skips above)
 
-import dlkit  # noqa: E402
-from dlkit import lab  # noqa: E402
-from dlkit.lab import compare, data, fashion_mnist, models  # noqa: E402
-
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data.FILES
+from dlkit.lab import course, experiment, models, training  # noqa: E402
+from dlkit.lab.data import Dataset  # noqa: E402
+from dlkit.lab.experiment import Configuration, Setting  # noqa: E402
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    content = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    """200 images of 8x8 in 4 classes that can be learned, 80 more to validate on."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(280) % 4
+    images = torch.randn(4, 8, 8, generator=generator)[labels] + 0.7 * torch.randn(280, 8, 8, generator=generator)
+    return Dataset("made", "here", images[:200], labels[:200], images[200:], labels[200:])
 
 
-def write_fashion_mnist(folder: Path, train: int = 64, test: int = 20, suffix: str = ".gz") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for count, images, labels in ((train, TRAIN_IMAGES, TRAIN_LABELS), (test, TEST_IMAGES, TEST_LABELS)):
-        write_idx(folder / f"{images}{suffix}", random.integers(0, 256, (count, 28, 28)))
-        write_idx(folder / f"{labels}{suffix}", np.arange(count) % 10)
-    return folder
+def setting(data: Dataset, output: Path, **options) -> Setting:
+    return Setting(data=data, output=output, **options)
 
 
-def refuse_download(folder: Path) -> None:
-    raise OSError("no network in tests")
+SMALL = partial(models.mlp, widths=(16, 12), norm=torch.nn.BatchNorm1d, dropout=0.2)
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """An own, empty cache and Debian folder, no $DLKIT_DATA, and no network."""
-    monkeypatch.delenv("DLKIT_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "debian")
-    monkeypatch.setattr(data, "download", refuse_download)
-    return tmp_path
+def small(**options) -> Configuration:
+    return Configuration("small", **{"model": SMALL, "epochs": 4, "batch_size": 20, **options})
+
+
+def make(setting: Setting, configuration: Configuration, layers: str = "dlkit", seed: int = 0) -> training.Run:
+    return training.Run("some", configuration, setting, layers, seed, ("val_accuracy", "max"))
+
+
+def numbers(run: training.Run) -> list[dict[str, float]]:
+    """The metrics of each epoch but the time that it took."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
 
 
 def arguments(*text: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     lab.add_arguments(parser)
-    return parser.parse_args(["fashion_mnist", *text])
+    return parser.parse_args(list(text))
 
 
-# Data
+def started(*text: str) -> subprocess.Popen:
+    """`python -m dlkit lab ...` on digits with one thread, as a process of its own."""
+    line = [sys.executable, "-m", "dlkit", "lab", *text, "--data", "digits", "--threads", "1"]
+    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ())
 
 
-@pytest.mark.parametrize("suffix", [".gz", ""])
-@pytest.mark.parametrize("shape", [(7,), (3, 5, 4), (0,)])
-def test_idx_round_trip(tmp_path, suffix, shape):
-    array = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
-    write_idx(tmp_path / f"file{suffix}", array)
-    read = data.read_idx(tmp_path / f"file{suffix}")
-    assert read.dtype == np.uint8
-    np.testing.assert_array_equal(read, array)
+def command(*text: str) -> None:
+    """The same in this process."""
+    threads = torch.get_num_threads()
+    try:
+        assert lab.main(arguments(*text, "--data", "digits", "--threads", "1")) == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_images_are_standardized_and_labels_kept(places):
-    folder = write_fashion_mnist(places / "asked")
-    loaded = data.load(str(folder))
-    raw = torch.tensor(data.read_idx(folder / f"{TRAIN_IMAGES}.gz"), dtype=torch.float64)
-    expected = (raw - raw.mean()) / raw.std()
-    torch.testing.assert_close(loaded.train_images.double(), expected, rtol=1e-5, atol=1e-5)
-    assert loaded.train_labels.tolist() == [index % 10 for index in range(64)]
-    assert (loaded.image_size, loaded.classes, len(loaded.test_images)) == ((28, 28), 10, 20)
+def environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def damage_magic(content: bytes) -> bytes:
-    return b"\x00\x00\x0d" + content[3:]
+# One run
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_magic, "not an IDX file"),
-        (lambda content: b"", "not an IDX file"),
-        (lambda content: content[:10], "ends within its header"),
-        (lambda content: content[:-1], "expected 50176 bytes for its shape (64, 28, 28), got 50175"),
-        (lambda content: content + b"\x00", "expected 50176 bytes for its shape (64, 28, 28), got 50177"),
-    ],
-)
-def test_damaged_file_is_named(places, damage, message):
-    path = write_fashion_mnist(places / "debian", suffix="") / TRAIN_IMAGES
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(data.DataError) as error:
-        data.load()
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
+def test_a_run_learns_and_writes_its_folder(data, tmp_path):
+    run = make(setting(data, tmp_path), small())
+    run.advance()
+    assert run.finished and run.value() > 0.5
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "results.json", "tensorboard"}
+    assert list((run.folder / "tensorboard").glob("events.*"))
+    with (run.folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert float(rows[-1]["val_accuracy"]) == run.value()
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert (config["experiment"], config["layers"], config["lr"], config["epochs"]) == ("some", "dlkit", 1e-3, 4)
+    assert "BatchNormReLU1d" not in config["model"] and "BatchNorm1d(16" in config["model"]
 
 
-def cut(content: bytes) -> bytes:
-    return content[: len(content) // 2]
+def test_metrics_are_those_of_the_model(data, tmp_path):
+    run = make(setting(data, tmp_path), small())
+    run.advance()
+    model = run.model()
+    assert any(type(layer).__module__.startswith("dlkit.nn") for layer in model.modules())
+    with torch.no_grad():
+        for images, labels, part in (
+            (data.test_images, data.test_labels, "val"),
+            (data.train_images, data.train_labels, "train"),
+        ):
+            right = (model(images).argmax(1) == labels).double().mean()
+            assert run.value(f"{part}_accuracy") == pytest.approx(float(right), abs=1e-6)
+        loss = torch.nn.functional.cross_entropy(model(data.test_images), data.test_labels)
+    assert run.value("val_loss") == pytest.approx(float(loss), abs=1e-5)
 
 
-def flip(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+def test_the_best_checkpoint_is_of_the_best_epoch(data, tmp_path):
+    run = make(setting(data, tmp_path), small(lr=0.05, epochs=6))
+    run.advance()
+    model = run.model("best")
+    with torch.no_grad():
+        right = (model(data.test_images).argmax(1) == data.test_labels).double().mean()
+    assert float(right) == pytest.approx(run.best(), abs=1e-6)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda content: b"<html>not found</html>"])
-def test_damaged_gzip_is_named(places, damage):
-    path = write_fashion_mnist(places / "debian") / f"{TEST_IMAGES}.gz"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(data.DataError) as error:
-        data.load()
-    assert str(error.value).startswith(f"{path}: cannot be read")
+@pytest.mark.parametrize("layers", ["dlkit", "torch"])
+def test_epoch_by_epoch_is_the_same_as_at_once(data, tmp_path, layers):
+    options = {"schedule": torch.optim.lr_scheduler.CosineAnnealingLR, "patience": 3}
+    whole = make(setting(data, tmp_path / "whole"), small(**options), layers)
+    whole.advance()
+    for _ in range(4):  # each time as a new process would
+        parts = make(setting(data, tmp_path / "parts"), small(**options), layers)
+        parts.advance(1)
+    assert parts.finished
+    assert numbers(parts) == numbers(whole)
+    one, other = (torch.load(run.folder / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_files_that_do_not_fit_together(places):
-    folder = write_fashion_mnist(places / "debian")
-    write_idx(folder / f"{TEST_LABELS}.gz", np.zeros(19))
-    with pytest.raises(data.DataError, match=f"{TEST_LABELS}.gz: expected 20 labels"):
-        data.load()
-    write_idx(folder / f"{TEST_LABELS}.gz", np.zeros(20))
-    write_idx(folder / f"{TEST_IMAGES}.gz", np.zeros((20, 8, 8)))
-    with pytest.raises(data.DataError, match=f"{TEST_IMAGES}.gz: expected images of"):
-        data.load()
+def test_finished_runs_are_not_run_again(data, tmp_path, monkeypatch):
+    some = setting(data, tmp_path)
+    run = make(some, small(epochs=1))
+    run.advance()
+    monkeypatch.setattr(training.Run, "_fit", lambda *_: pytest.fail("trained again"))
+    again = make(some, small(epochs=1))
+    again.advance()
+    assert again.finished and numbers(again) == numbers(run)
 
 
-def test_part_of_the_files_is_an_error(places):
-    (write_fashion_mnist(places / "debian") / f"{TEST_LABELS}.gz").unlink()
-    with pytest.raises(data.DataError, match=TEST_LABELS):
-        data.load()
+def test_early_stopping_ends_a_run_for_good(data, tmp_path):
+    some = setting(data, tmp_path)
+    stopped = small(epochs=50, lr=0.5, patience=2, optimizer="SGD")
+    run = make(some, stopped)
+    run.advance()
+    losses = run.column("val_loss")
+    assert run.finished and len(losses) < 50
+    assert min(losses) == losses[-3]
+    whole = numbers(run)
+    while not (again := make(setting(data, tmp_path / "again"), stopped)).finished:
+        again.advance(1)
+    assert numbers(again) == whole
 
 
-def test_folder_asked_for_must_have_the_files(places):
-    write_fashion_mnist(places / "debian")
-    with pytest.raises(data.DataError, match="has none of Fashion-MNIST's files"):
-        data.load(str(places / "nowhere"))
-
-
-def test_search_order(places, monkeypatch):
-    # Each place has another number of images, so that what was read shows where it was found.
-    asked = write_fashion_mnist(places / "asked", train=11)
-    environment = write_fashion_mnist(places / "environment", train=12, suffix="")
-    cache = write_fashion_mnist(places / "cache", train=13)
-    write_fashion_mnist(places / "debian", train=14)
-    monkeypatch.setenv("DLKIT_DATA", str(environment))
-
-    def images(folder: Path | None = None) -> int:
-        return len(data.load(str(folder) if folder else None).train_images)
-
-    assert images(asked) == 11
-    assert images() == 12
-    monkeypatch.setenv("DLKIT_DATA", str(places / "empty"))
-    assert images() == 13
-    # What an interrupted download leaves in the cache does not count.
-    (cache / f"{TEST_LABELS}.gz").unlink()
-    assert images() == 14
-
-
-def test_download_fills_the_cache(places, monkeypatch):
-    monkeypatch.setattr(data, "download", lambda folder: write_fashion_mnist(folder, train=15))
-    assert len(data.load().train_images) == 15
-    monkeypatch.setattr(data, "download", refuse_download)
-    loaded = data.load()
-    assert len(loaded.train_images) == 15
-    assert loaded.source == str(places / "cache")
-
-
-@pytest.mark.parametrize("failure", [OSError("offline"), ValueError("wrong hash")])
-def test_digits_where_nothing_is_found(monkeypatch, failure):
-    def fail(folder: Path) -> None:
-        raise failure
-
-    monkeypatch.setattr(data, "download", fail)
-    loaded = data.load()
-    assert loaded.name == "digits"
-    assert "download failed" in loaded.source
-    assert (loaded.image_size, loaded.classes) == ((8, 8), 10)
-    assert (len(loaded.train_images), len(loaded.test_images)) == (1437, 360)
-
-
-def test_download_checks_the_hash(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the real download(), fed from a local file
-
-    class FromHere:
-        def __init__(self, **options):
-            pass
-
-        def __call__(self, url, output_file, pooch, check_only=False):
-            Path(output_file).write_bytes(b"a captive portal's page")
-
-    monkeypatch.setattr(data.pooch, "HTTPDownloader", FromHere)
-    with pytest.raises(ValueError, match="hash"):
-        data.download(tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.gz"))
-
-
-# Training
-
-
-@pytest.mark.parametrize("name", models.MODELS)
-@pytest.mark.parametrize("image_size", [(28, 28), (8, 8)])
-def test_two_steps_give_the_same_losses(places, name, image_size):
+def test_probes_look_before_and_after(data, tmp_path):
+    run = make(setting(data, tmp_path), small(probe=first_weight))
+    run.advance()
+    assert set(run.probes) == {"start", "end"} and run.probes["start"] != run.probes["end"]
     torch.manual_seed(0)
-    # fp64: in fp32 a ReLU's input may round to the other side of 0, and AdamW's first step makes 1e-4 of that.
-    images, labels = torch.randn(16, *image_size, dtype=torch.float64), torch.arange(16) % 10
-    some = data.Dataset("some", "here", images, labels, images, labels)
-    model = models.MODELS[name](image_size, 10).double()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # each draws masks of its own
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    schedule = compare.Schedule(images=16, epochs=1, batch_size=8)
-    result = compare.compare(name, model, some, schedule, 0, fashion_mnist.REWRITES[name])
-    assert len(result.torch_losses) == len(result.dlkit_losses) == 2
-    expected = {"mlp": (3, 0), "transformer": (17, 0), "batch_norm_mlp": (6, 3), "residual_cnn": (9, 7)}
-    assert (result.layers, result.fused) == expected[name]
-    assert any(not torch.equal(start[key], value) for key, value in model.state_dict().items())
-    # The second loss comes after an update of all weights, so it compares the gradients too. 1e-13 is 200 roundings of
-    # a loss of 2.3.
-    assert result.largest_loss_difference < 1e-13
-    assert result.torch_losses[0] != result.torch_losses[1]
+    assert run.probes["start"] == first_weight(SMALL(data), data)
+    assert run.probes["end"] == first_weight(run.model(), data)
+    # Killed after the training and before the probe.
+    (run.folder / "results.json").unlink()
+    again = make(setting(data, tmp_path), small(probe=first_weight))
+    again.advance()
+    assert again.probes == run.probes and numbers(again) == numbers(run)
 
 
-def test_contestants_differ_only_in_their_norms(places, monkeypatch):
-    seen: dict[type, list[torch.Tensor]] = {}
-    step = compare.Contestant.step
-
-    def spy(self, images, labels):
-        norm = next(module for module in self.model.modules() if isinstance(module, torch.nn.LayerNorm))
-        seen.setdefault(type(norm), []).append(images)
-        step(self, images, labels)
-
-    monkeypatch.setattr(compare.Contestant, "step", spy)
-    loaded = data.load(str(write_fashion_mnist(places / "asked")))
-    compare.compare("mlp", models.mlp((28, 28), 10), loaded, compare.Schedule(64, 2, 16), seed=0)
-    ours, theirs = seen[dlkit.nn.LayerNorm], seen[torch.nn.LayerNorm]
-    assert len(ours) == len(theirs) == 8
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+def first_weight(model: torch.nn.Module, data: Dataset) -> float:
+    return next(model.parameters()).flatten()[0].item()
 
 
-def test_every_model_has_a_schedule_and_a_twin():
-    assert lab.MODELS == tuple(models.MODELS) == tuple(fashion_mnist.REWRITES)
-    pairs = {(name, model) for name in ("Fashion-MNIST", "digits") for model in lab.MODELS}
-    assert set(fashion_mnist.SCHEDULES) == pairs
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adam", "AdamW"])
+def test_dlkits_run_is_torchs(data, tmp_path, optimizer):
+    model = partial(models.mlp, widths=(16,), norm=torch.nn.LayerNorm, activation=torch.nn.GELU)
+    configuration = small(model=model, optimizer=optimizer, max_norm=0.5, epochs=2)
+    ours, theirs = (make(setting(data, tmp_path), configuration, layers) for layers in ("dlkit", "torch"))
+    training.train([theirs, ours], lambda line: None)
+    for mine, other in zip(numbers(ours), numbers(theirs), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
 
 
-def test_nothing_to_compare_is_an_error():
-    images, labels = torch.randn(4, 8, 8), torch.arange(4)
-    some = data.Dataset("some", "here", images, labels, images, labels)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
-    with pytest.raises(RuntimeError, match="changed no layer"):
-        compare.compare("plain", model, some, compare.Schedule(4, 1, 2), seed=0)
+def test_what_torch_lacks_is_dlkits_too():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4, 6, 6)
+    for layer in (models.DropPath(0.3), models.DropBlock2d(0.3, 3)):
+        twin = training.to_dlkit(torch.nn.Sequential(layer))
+        assert "dlkit" in repr(twin)
+        dropped = (twin(x) == 0).double().mean()
+        assert dropped == pytest.approx(float((layer(x) == 0).double().mean()), abs=0.1) and 0.1 < dropped < 0.5
+        assert torch.equal(twin.eval()(x), x)
+    linear = models.DropConnectLinear(6, 5, 0.3)
+    twin = training.to_dlkit(torch.nn.Sequential(linear))
+    assert "dlkit" in repr(twin)
+    assert not torch.equal(twin(x), twin(x))
+    torch.testing.assert_close(twin.eval()(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+# What is refused, and a full disk
+
+
+def test_a_folder_of_something_else_is_refused(data, tmp_path):
+    some = setting(data, tmp_path)
+    run = make(some, small(epochs=1))
+    run.advance()
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(training.Refused, match=r"another configuration \(lr: 0.001, now 0.1\)"):
+        make(some, small(epochs=1, lr=0.1))
+    with pytest.raises(training.Refused, match="epochs: 1, now 3"):
+        make(some, small(epochs=3))
+    assert before == {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    (run.folder / "config.yaml").write_text("just words")
+    with pytest.raises(training.Refused, match="not the configuration of a run"):
+        make(some, small(epochs=1))
+    (run.folder / "config.yaml").unlink()
+    with pytest.raises(training.Refused, match="not empty and has no config"):
+        make(some, small(epochs=1))
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path):
+    with pytest.raises(training.Refused, match="batches of 20 cannot be divided among --devices 3"):
+        make(setting(data, tmp_path, devices=3), small())
+
+
+def test_a_full_disk_keeps_the_last_epoch(data, tmp_path, monkeypatch):
+    some = setting(data, tmp_path)
+    whole = make(setting(data, tmp_path / "whole"), small())
+    whole.advance()
+    make(some, small()).advance(2)
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "last.ckpt.part":
+            write_bytes(path, content[:100])
+            raise OSError(28, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(SystemExit, match=r"cannot write .*last.ckpt.part: No space left"), course.one_line():
+            make(some, small()).advance()
+    assert not list(tmp_path.rglob("*.part"))
+    run = make(some, small())
+    run.advance()
+    assert numbers(run) == numbers(whole)
 
 
 # The command
 
 
-def test_command_writes_plot_and_figures(places, capsys):
-    folder = write_fashion_mnist(places / "asked")
-    output = places / "results"
-    options = ["--data", str(folder), "--epochs", "1", "--limit", "32", "--batch-size", "16", "--output", str(output)]
-    assert lab.main(arguments(*options)) == 0
-
-    assert (output / "fashion_mnist.png").read_bytes().startswith(b"\x89PNG")
-    figures = json.loads((output / "fashion_mnist.json").read_text())
-    assert [result["model"] for result in figures["results"]] == list(lab.MODELS)
-    for result in figures["results"]:
-        assert (result["training_images"], result["batch_size"], result["steps"]) == (32, 16, 2)
-        assert result["torch"]["median_step_ms"] > 0
-        assert result["speed_up"] == result["torch"]["median_step_ms"] / result["dlkit"]["median_step_ms"]
-    printed = capsys.readouterr().out
-    assert f"Fashion-MNIST from {folder}" in printed
-    assert "32 of 64 training images" in printed
+def test_every_experiment_is_described():
+    assert experiment.names()[0] == "fashion-mnist"
+    orders = [experiment.load(name).ORDER for name in experiment.names()]
+    assert orders == sorted(set(orders))
+    for name in experiment.names():
+        module = experiment.load(name)
+        assert module.SUMMARY and module.LOOK_AT and callable(module.draw)
+        assert sum(hasattr(module, way) for way in ("configurations", "run", "search")) == 1
 
 
-def test_command_on_digits(places, capsys):
-    output = places / "results"
-    assert lab.main(arguments("--model", "mlp", "--epochs", "2", "--output", str(output))) == 0
-    assert capsys.readouterr().out.startswith("digits from scikit-learn's load_digits, as Fashion-MNIST is not on")
-    figures = json.loads((output / "digits.json").read_text())
-    assert figures["results"][0]["dlkit"]["test_accuracy"] > 0.5
-    assert (output / "digits.png").is_file()
+def test_list_and_help_import_nothing_heavy(capsys):
+    code = (
+        "import sys; sys.argv = ['dlkit', 'lab', *sys.argv[1:]]\n"
+        "from dlkit.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'lightning', 'matplotlib', 'sklearn', 'kornia', 'optuna', 'captum', 'pooch'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    for option in ("--help", ""):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *option.split()], capture_output=True, text=True, env=environ()
+        )
+        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+        if not option:
+            assert all(name in done.stdout for name in experiment.names())
 
 
-def test_command_ends_with_one_sentence(places, monkeypatch):
-    with pytest.raises(SystemExit, match="nowhere: has none of"):
-        lab.main(arguments("--data", str(places / "nowhere"), "--output", str(places / "results")))
-    monkeypatch.setitem(lab.PACKAGES, "no_such_module", "no-such-package")
-    with pytest.raises(SystemExit, match="pip install no-such-package"):
-        lab.main(arguments())
+def test_missing_packages_end_with_one_line(monkeypatch):
+    monkeypatch.setattr(lab, "PACKAGES", (*lab.PACKAGES, "no_such_package"))
+    with pytest.raises(SystemExit, match=r"needs no_such_package: run  pip install 'dlkit\[lab\]'"):
+        lab.main(arguments("batchnorm"))
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--limit", "--threads"])
+@pytest.mark.parametrize("option", ["--epochs", "--seeds", "--devices", "--threads"])
 def test_numbers_below_one_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        arguments(option, "0")
+        arguments("batchnorm", option, "0")
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_an_unknown_experiment_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        arguments("batch-norm")
+    assert "invalid choice: 'batch-norm'" in capsys.readouterr().err
+
+
+def test_no_data_ends_with_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="nowhere: has none of Fashion-MNIST's files"):
+        lab.main(arguments("batchnorm", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path)))
+
+
+def test_both_layers_are_compared(tmp_path, capsys):
+    options = ["--data", "digits", "--layers", "both", "--seeds", "2", "--epochs", "2", "--output", str(tmp_path)]
+    assert lab.main(arguments("sgd-adamw", "--quick", *options)) == 0
+    printed = capsys.readouterr().out
+    assert "validation on its 360 test images" in printed
+    folder = tmp_path / "sgd-adamw"
+    assert (folder / "sgd-adamw.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "table.txt").read_text().strip() in printed
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2
+    parity = [line.split() for line in printed.splitlines() if line.startswith("AdamW 3e-4") and " to " in line]
+    difference, low, high = float(parity[0][2]), float(parity[0][3]), float(parity[0][5])
+    assert low <= difference <= high
+
+
+def test_the_interval_is_students():
+    from dlkit.lab.report import interval
+
+    # scipy's t.ppf(0.975, 2) is 4.3027; the deviation of 1, 2, 3 is 1.
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert interval([1.0]) != interval([1.0])
+
+
+def test_interrupted_and_killed_and_gone_on(tmp_path):
+    """Ctrl-C in the first training, SIGKILL in the second; then the same command ends as an unbroken one does."""
+    text = ["dropout", "--epochs", "12"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for name, number in (("without", signal.SIGINT), ("dropout", signal.SIGKILL)):
+        process = started(*text, "--output", str(broken))
+        folder = broken / "dropout" / name / "seed0-dlkit"
+        while not (folder / "last.ckpt").is_file() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert not (folder / "results.json").exists(), "it had ended before the signal came"
+        if number == signal.SIGINT:
+            assert process.returncode == 1
+            assert said.strip().splitlines()[-1].startswith("dlkit lab: interrupted; the same command goes on")
+        else:
+            assert process.returncode == -signal.SIGKILL
+    command(*text, "--output", str(broken))
+    command(*text, "--output", str(whole))
+    for name in ("without", "dropout"):
+        files = [folder / "dropout" / name / "seed0-dlkit" / "metrics.csv" for folder in (whole, broken)]
+        one, other = ([row.rsplit(",", 1)[0] for row in path.read_text().splitlines()] for path in files)
+        assert one == other and len(one) == 1 + 12
+
+
+def test_two_processes_are_one(tmp_path):
+    """The same weights as one process, without BatchNorm and with SyncBatchNorm."""
+    text = ["batchnorm", "--quick", "--epochs", "2"]
+    command(*text, "--output", str(tmp_path / "one"))
+    for strategy in ("ddp", "fsdp"):
+        process = started(*text, "--devices", "2", "--strategy", strategy, "--output", str(tmp_path / strategy))
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+        for name in ("without", "with-batchnorm"):
+            one, two = (
+                torch.load(tmp_path / where / "batchnorm" / name / "seed0-dlkit" / "last.ckpt", weights_only=True)
+                for where in ("one", strategy)
+            )
+            assert one["global_step"] == two["global_step"] == 14
+            assert one["state_dict"].keys() == two["state_dict"].keys()
+            for key, value in one["state_dict"].items():
+                torch.testing.assert_close(two["state_dict"][key], value, rtol=1e-5, atol=1e-6)

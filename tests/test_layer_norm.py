@@ -593,6 +593,7 @@ def test_compiles_without_graph_breaks(name, dynamic, device):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 def test_inductor_runs_a_block_that_uses_it():
     torch._dynamo.reset()
     block = torch.nn.Sequential(torch.nn.Linear(16, 16), dlkit.nn.LayerNorm(16), torch.nn.GELU(), dlkit.nn.RMSNorm(16))

@@ -44,6 +44,7 @@ def run(code, *arguments, **environment):
     return finished
 
 
+@pytest.mark.slow
 def test_page_faults_and_what_a_process_grows_by():
     reused, default = (list(map(int, run(SCRIPT, mode).stdout.split())) for mode in ("reuse", "default"))
     assert default[0] > 12 * 8192
@@ -162,6 +163,7 @@ def test_threads():
     assert not wrong
 
 
+@pytest.mark.slow
 def test_forked_process():
     code = """
 import os, torch, dlkit
@@ -211,6 +213,7 @@ def test_warns_once_and_does_nothing_elsewhere(monkeypatch):
         assert reused.kept_bytes == 0 and "left as it is" in str(reused)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
 def test_preloaded_allocator(tmp_path):
     source = tmp_path / "other.c"

@@ -273,6 +273,7 @@ def test_parameters_that_move_between_groups(move, arguments):
     both(lambda library, params: two_groups(library, params, **arguments), 4, change)
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_alive():
     param = parameter(9)
     ours = dlkit.optim.AdamW([param])
@@ -352,6 +353,7 @@ def test_storage_that_is_shared_later():
     both(lambda library, params: library.SGD(params, lr=0.5, foreach=False), 4, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_parameters_that_overlap_are_stepped_one_after_the_other(threads):
     before = torch.get_num_threads()
@@ -437,6 +439,7 @@ def test_a_rare_rows_second_moment_is_never_0():
     assert param[1::2].abs().max() < 2 * wide[1::2].abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in place", "loaded", "saved"])
 def test_8_bit_states_through_a_change_of_layout(how, tmp_path):
     torch.manual_seed(0)
@@ -534,6 +537,7 @@ def test_masters_of_version_0_1_load():
 # bf16 moments.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
 @pytest.mark.parametrize("how", ["state_dtype", "stochastic_rounding"])
 def test_second_moments_in_bf16_follow_shrinking_gradients(name, how):
@@ -950,6 +954,7 @@ def test_hooks_after_loading_have_the_last_word():
         assert not optimizer.state[param]["exp_avg"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD"])
 def test_torchs_optimizer_takes_8_bit_states_for_no_numbers(name):
     arguments = {"momentum": 0.9} if name != "AdamW" else {}
@@ -1115,6 +1120,7 @@ def test_devices_without_kernels_take_torchs_step():
     dlkit.optim.clip_grad_norm_([param], 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_the_default_device_poisons_nothing(device):
     options = [

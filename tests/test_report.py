@@ -144,6 +144,7 @@ def test_what_is_neither_is_not(function):
     assert dlkit.report(HandWritten(function), X).rows == []
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     (tmp_path / "factories.py").write_text(
         "import torch\nfrom torch import nn\n"

@@ -6,7 +6,10 @@ import os
 import pytest
 from support import triton_aot
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -598,12 +598,15 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
   // torch divides by 0 before it looks at the sign.
   TORCH_CHECK_VALUE(num_groups != 0, name, "(): expected num_groups greater than 0, got 0");
   TORCH_CHECK(num_groups > 0, name, "(): expected num_groups greater than 0, got ", num_groups);
+  // torch asks this first, of a share that it rounds down.
+  c10::SymInt values = input.sym_size(0) * input.sym_size(1) / num_groups;
+  for (int64_t i = 2; i < input.dim(); ++i) values = values * input.sym_size(i);
+  TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(values.sym_ne(1)), name,
+                    "(): expected more than 1 value per group, got input of shape ", input.sym_sizes(),
+                    " and num_groups ", num_groups);
   TORCH_CHECK(input.sym_size(1) % num_groups == 0, name,
               "(): expected channels divisible by num_groups, got input of shape ", input.sym_sizes(),
               " and num_groups ", num_groups);
-  TORCH_CHECK_VALUE(TORCH_GUARD_SIZE_OBLIVIOUS(input.sym_numel().sym_ne(num_groups)), name,
-                    "(): expected more than 1 value per group, got input of shape ", input.sym_sizes(),
-                    " and num_groups ", num_groups);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
   const Options options{num_groups, true, false, eps};

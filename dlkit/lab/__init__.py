@@ -1,18 +1,30 @@
-"""Training recipes on real data: the same model with torch.nn's layers and with dlkit's, side by side.
+"""The classic experiments on training deep networks, each one command, on dlkit's layers and optimizers.
 
-This file is only the command line, and imports nothing heavy, so that `python -m dlkit --help` stays quick.
-A recipe is a module here with `run(args)`; a new one adds a line to RECIPES.
+Without the name of an experiment: what there is, in the order of a course. Lightning trains, TensorBoard logs,
+torchmetrics measures, matplotlib draws.
 """
 
 import argparse
 import importlib
 import importlib.util
 
-RECIPES = ("fashion_mnist",)
-MODELS = ("mlp", "transformer", "batch_norm_mlp", "residual_cnn")  # as in models.py
+from dlkit.lab import experiment
 
-# What the optional extra dlkit[lab] installs: import name -> package name.
-PACKAGES = {"matplotlib": "matplotlib", "numpy": "numpy", "pooch": "pooch", "sklearn": "scikit-learn", "tqdm": "tqdm"}
+# What the optional extra dlkit[lab] installs, as Python imports it.
+PACKAGES = (
+    "captum",
+    "kornia",
+    "lightning",
+    "matplotlib",
+    "numpy",
+    "optuna",
+    "pooch",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "tqdm",
+    "yaml",
+)
 
 
 def _positive(text: str) -> int:
@@ -23,21 +35,31 @@ def _positive(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--data", metavar="DIR", help="folder with the data set's files (default: search, see README)")
-    parser.add_argument("--model", choices=(*MODELS, "all"), default="all")
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="default: set per model to fit in 3 minutes")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="default: set per model")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="training images to use; default: set per model")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and the batches")
+    choices = (*experiment.names(), "all")
+    parser.add_argument("experiment", nargs="?", choices=choices, metavar="EXPERIMENT", help="one of the list, or all")
+    parser.add_argument("--data", metavar="DIR", help="folder with Fashion-MNIST's files, or digits (default: search)")
+    parser.add_argument("--layers", choices=("dlkit", "torch", "both"), default="dlkit", help="both: also compare them")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="trainings of each configuration")
+    parser.add_argument("--epochs", type=_positive, metavar="N", help="of each training (default: the experiment's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp", help="for more devices than one")
+    parser.add_argument(
+        "--devices", type=_positive, default=1, metavar="N", help="processes; each takes part of a batch"
+    )
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
+    parser.add_argument("--output", metavar="DIR", help="default: lab-results, with --quick lab-results-quick")
+    parser.add_argument("--quick", action="store_true", help="a few epochs on part of the data, digits unless --data")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--output", default="lab-results", metavar="DIR", help="for the plot and the figures")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs a recipe and returns the exit status; a user's mistake ends it with one sentence (SystemExit)."""
-    missing = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    """Does an experiment and returns the exit status; a user's mistake ends it with one sentence (SystemExit)."""
+    if args.experiment is None:
+        width = max(map(len, experiment.names()))
+        for name in experiment.names():
+            print(f"{name:<{width}}  {experiment.load(name).SUMMARY}")
+        return 0
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise SystemExit(f"dlkit lab needs {', '.join(missing)}: run  pip install {' '.join(missing)}")
-    importlib.import_module(f"{__name__}.{args.recipe}").run(args)
-    return 0
+        raise SystemExit(f"dlkit lab needs {', '.join(missing)}: run  pip install 'dlkit[lab]'")
+    return importlib.import_module(f"{__name__}.course").run(args)

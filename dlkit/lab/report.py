@@ -1,170 +1,210 @@
-"""What a comparison found: a table for the terminal, a plot of the loss curves, and a JSON file with the figures."""
+"""What the runs of an experiment found: a table for the terminal, results.csv, and what the figures have in common."""
 
-import json
 import math
-import platform
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-import dlkit
-from dlkit.lab.compare import WARM_UP_STEPS, Result
-from dlkit.lab.data import Dataset
+    from dlkit.lab.training import Run
 
+# Told apart by people who see colours differently too (Okabe and Ito), then by the line's style.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31", "#7f7f7f", "#5e3c99")
 TORCH_COLOR, DLKIT_COLOR = "#f0a04b", "#1b3a5c"
 
-# Differences of 0 have no place on a log scale; they are drawn here, a tenth of fp32's resolution.
-LEAST_DIFFERENCE = 1e-8
+
+class Results:
+    """The finished runs of one experiment, in the order of its configurations.
+
+    With --layers both, `names`, `runs` and what the figures draw are of dlkit's; the table has both.
+    """
+
+    def __init__(self, runs: Sequence["Run"]) -> None:
+        self.all = list(runs)
+        self.layers = list(dict.fromkeys(run.layers for run in runs))
+        self.drawn = [run for run in runs if run.layers == self.layers[-1]]
+        self.names = list(dict.fromkeys(run.configuration.name for run in runs))
+
+    def runs(self, name: str, layers: str | None = None) -> list["Run"]:
+        """Those of a configuration, a seed each."""
+        wanted = layers or self.layers[-1]
+        return [run for run in self.all if run.configuration.name == name and run.layers == wanted]
+
+    def first(self, name: str) -> "Run":
+        return self.runs(name)[0]
+
+    def mean(self, name: str, column: str | None = None, layers: str | None = None) -> float:
+        """Of the metric, or another column, after the last epoch, over the seeds."""
+        return statistics.fmean(run.value(column) for run in self.runs(name, layers))
 
 
-def machine() -> dict[str, str | int]:
-    """The facts that a step time depends on."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    return {
-        "cpu": processor,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dlkit": dlkit.__version__,
-    }
+def spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _layers(result: Result) -> str:
-    return f"{result.layers}, {result.fused} fused" if result.fused else str(result.layers)
+def interval(differences: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean of paired differences, by Student's t; NaN of fewer than two."""
+    from scipy.stats import t  # scikit-learn brings it
+
+    if len(differences) < 2:
+        return math.nan
+    return float(t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def table(results: Sequence[Result]) -> str:
-    rows = [("model", "layers", "test accuracy", "step time, ms", "speed-up", "largest loss difference")]
-    for result in results:
-        rows += [
-            (result.model, "torch.nn", f"{result.torch_accuracy:.2%}", f"{1e3 * result.torch_seconds:.2f}", "", ""),
-            (
-                "",
-                f"dlkit ({_layers(result)})",
-                f"{result.dlkit_accuracy:.2%}",
-                f"{1e3 * result.dlkit_seconds:.2f}",
-                f"{result.speed_up:.3f}x",
-                f"{result.largest_loss_difference:.1e}",
-            ),
-        ]
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The first row over a rule; words, which are in the first column, to the left, figures to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    # Words to the left, figures to the right.
     lines = [
-        "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(zipped))
-        for zipped in (list(zip(row, widths, strict=True)) for row in rows)
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs)
+        ).rstrip()
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
     ]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def caption(data: Dataset, results: Sequence[Result]) -> str:
-    """What was trained on and how the step time was taken."""
-    lines = [
-        f"{result.model}: {result.schedule.images:,} of {len(data.train_images):,} training images of {data.name}, "
-        f"{result.schedule.epochs} epochs, batches of {result.schedule.batch_size}, "
-        f"tested on {len(data.test_images):,}."
-        for result in results
-    ]
-    facts = machine()
-    device = facts["gpu"] if data.train_images.is_cuda else f"{facts['cpu']}, CPU threads: {facts['threads']}"
-    lines += [
-        f"fp32, AdamW with clipping, torch's and dlkit's, {device}.",
-        "dlkit (n, m fused): n layers replaced, m of them one with the ReLU behind.",
-        f"Step time: median after {WARM_UP_STEPS} steps; the two take turns on the same batches.",
-    ]
-    if any(result.model in ("transformer", "batch_norm_mlp") for result in results):
-        lines.append(
-            "Dropout draws other masks for each, so the losses of transformer and batch_norm_mlp differ by chance."
+def _with_spread(values: Sequence[float]) -> str:
+    text = f"{statistics.fmean(values):.4f}"
+    return f"{text} ± {spread(values):.4f}" if len(values) > 1 else text
+
+
+def table(results: Results) -> str:
+    """Metric after the last epoch and at its best, training accuracy, seconds an epoch; by configuration."""
+    trained = [name for name in results.names if results.first(name).history]
+    if not trained:
+        return ""
+    metric = results.first(trained[0]).metric[0]
+    train = metric.replace("val_", "train_")
+    rows = [["", "layers", "epochs", metric, "best", train, "train_loss", "val_loss", "s an epoch"]]
+    for name in trained:
+        for layers in results.layers:
+            runs = results.runs(name, layers)
+            rows.append(
+                [
+                    name if layers == results.layers[0] else "",
+                    layers,
+                    f"{statistics.fmean(len(run.history) for run in runs):.0f}",
+                    _with_spread([run.value() for run in runs]),
+                    _with_spread([run.best() for run in runs]),
+                    f"{statistics.fmean(run.value(train) for run in runs):.4f}",
+                    f"{statistics.fmean(run.value('train_loss') for run in runs):.4f}",
+                    f"{statistics.fmean(run.value('val_loss') for run in runs):.4f}",
+                    f"{statistics.median(run.epoch_seconds() for run in runs):.2f}",
+                ]
+            )
+    return aligned(rows)
+
+
+def parity(results: Results) -> str:
+    """dlkit against torch: the difference of the final metric with its 95 % interval, and the time of an epoch."""
+    if len(results.layers) < 2:
+        return ""
+    trained = [name for name in results.names if results.first(name).history]
+    rows = [["dlkit - torch", "difference", "95 % interval", "torch, s", "dlkit, s", "torch / dlkit"]]
+    for name in trained:
+        pairs = list(zip(results.runs(name, "torch"), results.runs(name, "dlkit"), strict=True))
+        differences = [ours.value() - theirs.value() for theirs, ours in pairs]
+        mean, half = statistics.fmean(differences), interval(differences)
+        # Epochs of the two that ran one after the other, as long as both ran.
+        times = [
+            (theirs["seconds"], ours["seconds"])
+            for run, twin in pairs
+            for theirs, ours in list(zip(run.history, twin.history, strict=False))[1:]
+            or [(run.history[0], twin.history[0])]
+        ]
+        ratio = statistics.median(theirs / ours for theirs, ours in times)
+        rows.append(
+            [
+                name,
+                f"{mean:+.4f}",
+                "one seed" if math.isnan(half) else f"{mean - half:+.4f} to {mean + half:+.4f}",
+                f"{statistics.median(theirs for theirs, _ in times):.3f}",
+                f"{statistics.median(ours for _, ours in times):.3f}",
+                f"{ratio:.3f}",
+            ]
         )
-    if any(result.fused for result in results):
-        lines.append("Through BatchNorm a difference of rounding grows from step to step.")
-    return "\n".join(lines)
+    return aligned(rows) + "\nTimes are of the training part of an epoch; the two took turns, epoch by epoch."
 
 
-def write_json(path: Path, data: Dataset, results: Sequence[Result], seed: int) -> None:
-    content = {
-        "data": {"name": data.name, "source": data.source, "image_size": data.image_size},
-        "machine": machine(),
-        "device": data.train_images.device.type,
-        "seed": seed,
-        "results": [
-            {
-                "model": result.model,
-                "layers_replaced": result.layers,
-                "layers_fused": result.fused,
-                "training_images": result.schedule.images,
-                "epochs": result.schedule.epochs,
-                "batch_size": result.schedule.batch_size,
-                "steps": len(result.torch_losses),
-                "torch": {"test_accuracy": result.torch_accuracy, "median_step_ms": 1e3 * result.torch_seconds},
-                "dlkit": {"test_accuracy": result.dlkit_accuracy, "median_step_ms": 1e3 * result.dlkit_seconds},
-                "speed_up": result.speed_up,
-                "largest_loss_difference": result.largest_loss_difference,
-            }
-            for result in results
-        ],
-    }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def results_csv(results: Results) -> str:
+    lines = ["configuration,layers,seed,epochs,metric,last,best,seconds_an_epoch"]
+    for run in results.all:
+        if run.history:
+            facts = [
+                run.layers,
+                run.seed,
+                len(run.history),
+                run.metric[0],
+                run.value(),
+                run.best(),
+                run.epoch_seconds(),
+            ]
+            lines.append(",".join([f'"{run.configuration.name}"', *map(str, facts)]))
+    return "\n".join(lines) + "\n"
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    return np.convolve(values, np.full(window, 1 / window), mode="valid")
+# Drawing
+
+FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
 
-def _draw(loss_axes: Axes, difference_axes: Axes, result: Result) -> None:
-    losses = np.array(result.torch_losses), np.array(result.dlkit_losses)
-    steps = len(losses[0])
-    # Single steps jump by more than the curve falls: 1/40 of the training is enough to see it.
-    window = max(1, steps // 40)
-    at = np.arange(window, steps + 1)
-    labels = (
-        f"torch.nn: {1e3 * result.torch_seconds:.1f} ms a step, accuracy {result.torch_accuracy:.1%}",
-        f"dlkit: {1e3 * result.dlkit_seconds:.1f} ms a step, accuracy {result.dlkit_accuracy:.1%}",
-    )
-    styles: tuple[dict[str, Any], ...] = (
-        {"color": TORCH_COLOR, "linewidth": 4.5},
-        {"color": DLKIT_COLOR, "linewidth": 1.6, "linestyle": (0, (4, 3))},
-    )
-    for values, label, style in zip(losses, labels, styles, strict=True):
-        loss_axes.plot(at, _smooth(values, window), label=label, **style)
-    loss_axes.set_title(f"{result.model}, dlkit's layers: {_layers(result)}", fontsize=13)
-    loss_axes.set_ylabel("training loss, nats" if window == 1 else f"training loss, nats\n(mean of {window} steps)")
-    loss_axes.legend(frameon=False, loc="upper right")
-
-    difference = np.maximum(np.abs(losses[0] - losses[1]), LEAST_DIFFERENCE)
-    difference_axes.semilogy(np.arange(1, steps + 1), difference, ".", color=DLKIT_COLOR, markersize=3, alpha=0.5)
-    difference_axes.axhline(float(np.finfo(np.float32).eps), color="gray", linewidth=1, linestyle=":")
-    note = f"dotted: the resolution of fp32 at 1; equal losses are drawn at {LEAST_DIFFERENCE:.0e}"
-    difference_axes.set_title(note, fontsize=9, color="dimgray", loc="left")
-    difference_axes.set_ylim(LEAST_DIFFERENCE / 2, max(2 * difference.max(), 1e-5))
-    difference_axes.set_ylabel("difference of the\ntwo losses, nats")
-    difference_axes.set_xlabel("training step")
-    loss_axes.sharex(difference_axes)
-    loss_axes.tick_params(labelbottom=False)
-    for axes in (loss_axes, difference_axes):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+def class_names(data: Any) -> Sequence[str]:
+    return FASHION if data.name == "Fashion-MNIST" else [str(label) for label in range(data.classes)]
 
 
-def write_plot(path: Path, data: Dataset, results: Sequence[Result]) -> None:
-    """For each model both loss curves, and below them their difference; two models side by side."""
-    columns = min(len(results), 2)
-    rows = math.ceil(len(results) / columns)
-    # Figure and not pyplot: it draws with Agg and leaves the caller's matplotlib backend alone.
-    figure = Figure(figsize=(1 + 5.5 * columns, 0.4 + 6 * rows), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=(3, 2) * rows)
-    for index, result in enumerate(results):
-        row, column = divmod(index, columns)
-        _draw(axes[2 * row, column], axes[2 * row + 1, column], result)
-    figure.suptitle(f"{data.name}, trained on torch.nn and on dlkit", fontsize=14, fontweight="bold")
-    figure.savefig(path, dpi=130)
+def tidy(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    if x in ("epoch", "step"):
+        axes.locator_params("x", integer=True)
+
+
+def curves(
+    axes: "Axes",
+    results: Results,
+    column: str,
+    names: Iterable[str] | None = None,
+    label: Callable[[str], str] = str,
+    x: Callable[["Run"], Sequence[float]] | None = None,
+    **style: Any,
+) -> None:
+    """A column of the metrics by epoch, a line a configuration: the mean over the seeds, their range shaded."""
+    for name in results.names if names is None else names:
+        runs = [run for run in results.runs(name) if run.history]
+        if not runs:
+            continue
+        length = min(len(run.history) for run in runs)
+        at = list(x(runs[0]) if x else range(1, length + 1))[:length]
+        values = list(zip(*(run.column(column)[:length] for run in runs), strict=True))
+        color = COLORS[results.names.index(name) % len(COLORS)]
+        middle = [statistics.fmean(each) for each in values]
+        marks = {"marker": "."} if length < 20 else {}
+        axes.plot(at, middle, **{"color": color, "label": label(name), "linewidth": 1.8, **marks, **style})
+        if len(runs) > 1:
+            axes.fill_between(
+                at, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.15
+            )
+
+
+def steps(run: "Run") -> list[int]:
+    """For `x` of curves(): the training steps behind each epoch."""
+    each = run.configuration.epoch_steps or len(run.data.train_images) // run.configuration.batch_size
+    return [each * (epoch + 1) for epoch in range(len(run.history))]
+
+
+def loss_and_accuracy(
+    figure: "Figure", results: Results, names: Iterable[str] | None = None, by_step: bool = False
+) -> None:
+    """The usual two pictures: training loss and validation accuracy by epoch."""
+    wanted = list(results.names if names is None else names)
+    left, right = figure.subplots(1, 2)
+    x = steps if by_step else None
+    curves(left, results, "train_loss", wanted, x=x)
+    curves(right, results, "val_accuracy", wanted, x=x)
+    tidy(left, "training loss", "step" if by_step else "epoch", "nats")
+    tidy(right, "validation accuracy", "step" if by_step else "epoch")
+    right.legend(frameon=False, loc="lower right")

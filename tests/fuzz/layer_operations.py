@@ -319,8 +319,10 @@ def norm_operation(
         if relu:
             y, size = results["y"]
             if t.get("residual") is not None:
-                residual = tensors.exact(t["residual"])
-                y, size = y + residual, size + np.abs(residual)
+                residual, kind_of_sum = tensors.exact(t["residual"]), torch.result_type(t["input"], t["residual"])
+                # The norm is rounded to the input's type, the sum to the wider of both.
+                coarser = torch.finfo(t["input"].dtype).eps / torch.finfo(kind_of_sum).eps
+                y, size = y + residual, size * max(1.0, coarser) + np.abs(residual)
             results["y"] = np.where(y < 0, 0, y), size
         if "old_running_mean" in t and o["training"]:
             results |= moved(exact, t, o)
@@ -354,6 +356,7 @@ def norm_operation(
 
 def moved(exact: ExactNorm, t: Named, o: Named) -> dict[str, Pair]:
     count = math.prod(exact.view.shape[i] for i in exact.view.statistics)
+    on_cpu = o["backend"].startswith("cpu-")
     with np.errstate(all="ignore"):
         found = {"running_mean": exact.mean, "running_var": exact.var * np.longdouble(count) / (count - 1)}
     results, f = {}, np.longdouble(o["momentum"])
@@ -364,11 +367,12 @@ def moved(exact: ExactNorm, t: Named, o: Named) -> dict[str, Pair]:
         size = np.abs(new)
         if name == "running_mean":  # of which the terms may cancel
             size = np.abs(exact.x).mean(tuple(i for i in range(exact.x.ndim) if i != 1))
-        elif t["input"].dtype == torch.float64:  # runs of elements are put together by means that are rounded
+        elif t["input"].dtype == torch.float64 and not on_cpu:  # runs are put together by means that are rounded
             size = size + (np.abs(exact.mean) * np.sqrt(exact.var)).reshape(-1, len(old)).mean(0)
-        if name == "running_var":  # deviations from a mean that fp64 rounds
+        if name == "running_var":  # deviations from a mean that is rounded
             unit = np.longdouble(torch.finfo(t[name].dtype).eps)
-            size = size + ((exact.mean * np.longdouble(2) ** -51) ** 2 / unit).reshape(-1, len(old)).mean(0)
+            rounding = np.longdouble(2) ** (-51 if on_cpu or t["input"].dtype == torch.float64 else -22)
+            size = size + ((exact.mean * rounding) ** 2 / unit).reshape(-1, len(old)).mean(0)
         results[name] = (1 - f) * old + f * new, size_of((1 - f) * old, f * size.reshape(old.shape))
     return results
 

@@ -145,6 +145,7 @@ def test_threads_share_modules(reuse):
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(UNDER_ASAN or sys.platform != "linux", reason="ASan takes terabytes of address space")
 @REUSE
 def test_no_memory(reuse):
@@ -193,6 +194,7 @@ print("failed", failed)
     assert failed >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(UNDER_ASAN or sys.platform != "linux", reason="glibc's checks; AddressSanitizer checks more")
 def test_no_call_overruns_its_memory():
     """glibc's own checks of the heap over random calls abort the process."""

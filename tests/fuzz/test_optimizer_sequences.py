@@ -20,6 +20,7 @@ def test_found_sequences(case):
         machine.replay(case["setup"], case["sequence"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "count"), [("plain", 100), ("options", 80), ("coded", 20)])
 def test_sequences_of_the_day(mode, count):
     """Other ones every day: a failure names its seed, and DLKIT_TEST_SEED=n repeats it or draws others."""

@@ -37,19 +37,29 @@ DLKIT_INLINE void for_rows_backwards(int64_t begin, int64_t end, int64_t cols, c
 // Room for one part: double sums and fp32 ones of each channel; the first part's fp32 arrays then serve the unit.
 template <class A>
 struct Scratch {
+  static constexpr bool kHasLow = std::is_same_v<A, double>;
   double *first, *second;     // mean and m2, or sums of g and of g * (x - mean)
+  double* low;                // of fp64 means, as in Moments; what is left of them in fp32 is far below the elements
   A *centre, *sums, *others;  // while a part is reduced
   A *mean, *scale, *bias, *offset, *slope;
-  static int64_t bytes(int64_t pitch) { return pitch * int64_t(2 * sizeof(double) + 5 * sizeof(A)); }
+  static int64_t bytes(int64_t pitch) { return pitch * int64_t((kHasLow ? 3 : 2) * sizeof(double) + 5 * sizeof(A)); }
   Scratch(void* workspace, int64_t part, int64_t pitch) {
     char* const start = static_cast<char*>(workspace) + part * bytes(pitch);
     first = reinterpret_cast<double*>(start);
     second = first + pitch;
-    mean = centre = reinterpret_cast<A*>(second + pitch);
+    low = kHasLow ? second + pitch : nullptr;
+    mean = centre = reinterpret_cast<A*>(second + (kHasLow ? 2 : 1) * pitch);
     scale = sums = centre + pitch;
     bias = others = sums + pitch;
     offset = others + pitch;
     slope = offset + pitch;
+  }
+  double low_of(int64_t i) const { return kHasLow ? low[i] : 0; }
+  Moments moments(int64_t i, double count) const { return {count, first[i], low_of(i), second[i]}; }
+  void keep_moments(int64_t i, const Moments& moments) const {
+    first[i] = moments.mean;
+    second[i] = moments.m2;
+    if (kHasLow) low[i] = moments.low;
   }
   DLKIT_INLINE_MEMBER Channel<Vector<A>> forward_channel(int64_t i) const {
     return {load(mean + i, All{}), load(scale + i, All{}), load(bias + i, All{}), Vector<A>{}, Vector<A>{}};
@@ -117,6 +127,7 @@ struct ForwardChannelsLast {
     const Scratch<A> own = scratch(unit, part, parts);
     if (end - begin == 1) {  // group_norm of [N, C]
       for (int64_t i = 0; i < cols; ++i) own.first[i] = double(widen(x[begin * cols + i])), own.second[i] = 0;
+      if constexpr (own.kHasLow) memset(own.low, 0, size_t(matrix.pitch) * sizeof(double));
       return;
     }
     const int64_t some = min64(end - begin, kFirstRunRows);
@@ -126,7 +137,9 @@ struct ForwardChannelsLast {
       const V centre = total * A(1.0 / double(some));
       store(own.centre + i, centre - centre == 0 ? centre : V{}, All{});
     });
-    for (double* zero : {own.first, own.second}) memset(zero, 0, size_t(matrix.pitch) * sizeof(double));
+    for (double* zero : {own.first, own.second, own.low}) {
+      if (zero != nullptr) memset(zero, 0, size_t(matrix.pitch) * sizeof(double));
+    }
     for (int64_t first = begin, last; first < end; first = last) {
       last = min64(end, first + (first == begin ? kFirstRunRows : min64(kRunRows, 4 * (first - begin))));
       memset(own.sums, 0, size_t(matrix.pitch) * sizeof(A));
@@ -153,6 +166,15 @@ struct ForwardChannelsLast {
   // Each channel's moments of `count` rows and the sums over n more, into the moments of all. The divisions are the
   // same for every channel.
   static void merge(const Scratch<A>& own, int64_t cols, double count, double n) {
+    if constexpr (own.kHasLow) {
+      for (int64_t i = 0; i < cols; ++i) {
+        Moments moments = own.moments(i, count);
+        moments.add(n, own.centre[i], own.sums[i], own.others[i]);
+        own.keep_moments(i, moments);
+        own.centre[i] = finite_or_zero(moments.mean);
+      }
+      return;
+    }
     const double inverse = 1 / n, old_share = count / (count + n), share = n / (count + n), between = old_share * n;
     double *const means = own.first, *const m2s = own.second;
     A *const centres = own.centre, *const sums = own.sums, *const squares = own.others;
@@ -173,10 +195,9 @@ struct ForwardChannelsLast {
       const Scratch<A> some = scratch(unit, part, parts);
       const int64_t begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
       for (int64_t i = 0; i < matrix.cols; ++i) {
-        Moments moments{double(begin), all.first[i], all.second[i]};
-        moments.merge(double(end - begin), some.first[i], some.second[i]);
-        all.first[i] = moments.mean;
-        all.second[i] = moments.m2;
+        Moments moments = all.moments(i, double(begin));
+        moments.merge(some.moments(i, double(end - begin)));
+        all.keep_moments(i, moments);
       }
     }
   }
@@ -197,7 +218,7 @@ struct ForwardChannelsLast {
         for (int64_t i = g * size; i < (g + 1) * size; ++i) mean += own.first[i];
         mean /= double(size);
         for (int64_t i = g * size; i < (g + 1) * size; ++i) {
-          const double delta = own.first[i] - mean;
+          const double delta = own.first[i] - mean + own.low_of(i);
           m2 += own.second[i] + delta * delta * double(matrix.rows);
         }
         own.first[g] = mean;

@@ -61,19 +61,26 @@ struct ForwardContiguous {
     if (group.pitch == group.length) group = {group.base, 1, 0, group.slices * group.length, 0, false};
     const T* const x = static_cast<const T*>(op.x) + group.base;
     Moments found;
-    V sums[kSlots] = {}, squares[kSlots] = {};
+    V sums[kSlots] = {}, squares[kSlots] = {}, run_sums = {}, run_squares = {};
     double centre = 0;
-    const int64_t longest = longest_run(group.length);
-    int64_t pending = 0, run = 0;
-    const auto flush = [&]() DLKIT_INLINE_LAMBDA {
+    const int64_t block = block_of<A>(group.length), longest = longest_run(group.length);
+    int64_t run = 0, pending = 0, taken = 0, room = 0;  // the run; what it has without the block; the block; its rest
+    const auto end_run = [&]() DLKIT_INLINE_LAMBDA {
       if (pending == 0) return;
-      found.add(double(pending), centre, sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])),
-                sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])));
+      found.add(double(pending), centre, sum_lanes(run_sums), sum_lanes(run_squares));
       centre = double(A(finite_or_zero(found.mean)));
       run = min64(longest, 4 * int64_t(found.count));
+      run_sums = run_squares = V{};
+      pending = 0;
+    };
+    const auto end_block = [&]() DLKIT_INLINE_LAMBDA {
+      run_sums += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      run_squares += (squares[0] + squares[1]) + (squares[2] + squares[3]);
 #pragma GCC unroll 4  // as every loop over slots: else they are in memory, where the next step waits for them
       for (int slot = 0; slot < kSlots; ++slot) sums[slot] = squares[slot] = V{};
-      pending = 0;
+      pending += taken - room;
+      if (pending == run) end_run();
+      taken = room = min64(block, run - pending);
     };
     bool started = false;
     for_slices(group, part, parts, false, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
@@ -86,10 +93,11 @@ struct ForwardContiguous {
         });
         centre = double(A(finite_or_zero(total[0] / double(some))));
         run = min64(longest, 4 * some);
+        taken = room = min64(block, run);
         started = true;
       }
       while (begin < end) {
-        const int64_t stop = min64(end, begin + run - pending);
+        const int64_t stop = min64(end, begin + room);
         const V middle = broadcast<A>(A(centre));
         for_columns<A, kSlots>(begin, stop, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
           const V d = keep(load(row + i, width) - middle, width);
@@ -97,12 +105,13 @@ struct ForwardContiguous {
           sums[slot] += d;
           squares[slot] = fma(d, d, squares[slot]);
         });
-        pending += stop - begin;
+        room -= stop - begin;
         begin = stop;
-        if (pending == run) flush();
+        if (room == 0) end_block();
       }
     });
-    flush();
+    end_block();
+    end_run();
     *moments_of(unit, part, parts) = found;
   }
 
@@ -111,7 +120,7 @@ struct ForwardContiguous {
     Moments all;
     for (int64_t part = 0; part < parts; ++part) {
       const Moments& some = *moments_of(unit, part, parts);
-      if (some.count > 0) all.merge(some.count, some.mean, some.m2);
+      if (some.count > 0) all.merge(some);
     }
     const Group group = group_of(op.shape, unit);
     const T* const x = static_cast<const T*>(op.x) + group.base;
@@ -187,14 +196,21 @@ struct BackwardContiguous {
     const Group group = group_of(op.shape, unit);
     Sums* const found = sums + (unit * parts + part) * sums_a_part();
     for (int64_t i = 0; i < sums_a_part(); ++i) found[i] = {};
-    V g_sums[kSlots] = {}, gx_sums[kSlots] = {};
-    const int64_t longest = longest_run(group.length);
-    int64_t pending = 0;
-    const auto flush = [&](Sums& into) DLKIT_INLINE_LAMBDA {
-      into.g += sum_lanes((g_sums[0] + g_sums[1]) + (g_sums[2] + g_sums[3]));
-      into.gx += sum_lanes((gx_sums[0] + gx_sums[1]) + (gx_sums[2] + gx_sums[3]));
+    V g_sums[kSlots] = {}, gx_sums[kSlots] = {}, run_g = {}, run_gx = {};
+    const int64_t block = block_of<A>(group.length), longest = longest_run(group.length);
+    int64_t pending = 0, room = block;  // of the run the elements in whole blocks, of the block those that it lacks
+    const auto end_block = [&]() DLKIT_INLINE_LAMBDA {
+      run_g += (g_sums[0] + g_sums[1]) + (g_sums[2] + g_sums[3]);
+      run_gx += (gx_sums[0] + gx_sums[1]) + (gx_sums[2] + gx_sums[3]);
 #pragma GCC unroll 4
       for (int slot = 0; slot < kSlots; ++slot) g_sums[slot] = gx_sums[slot] = V{};
+      pending += block;
+      room = block;
+    };
+    const auto end_run = [&](Sums& into) DLKIT_INLINE_LAMBDA {
+      into.g += sum_lanes(run_g);
+      into.gx += sum_lanes(run_gx);
+      run_g = run_gx = V{};
       pending = 0;
     };
     const Channel<V> shared = channel_of(unit, group.channel, 0, 0);
@@ -209,7 +225,7 @@ struct BackwardContiguous {
       const T* const written = grad_input != nullptr ? grad_input : grad_residual;
       Sums& into = found[group.own_channels ? slice : 0];
       while (begin < end) {
-        const int64_t stop = min64(end, begin + longest - pending);
+        const int64_t stop = min64(end, begin + room);
         const auto step = [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
           const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
           V centred[count()], g[count()];
@@ -235,13 +251,18 @@ struct BackwardContiguous {
           }
         };
         for_elements(written, stream && written != nullptr, begin, stop, step);
-        pending += stop - begin;
+        room -= stop - begin;
         begin = stop;
-        if (pending == longest) flush(into);
+        if (room > 0) continue;
+        end_block();
+        if (pending >= longest) end_run(into);
       }
-      if (group.own_channels) flush(into);
+      if (!group.own_channels) return;
+      end_block();
+      end_run(into);
     });
-    if (!group.own_channels) flush(found[0]);
+    end_block();
+    end_run(found[0]);
     if (stream) streaming_fence();
   }
 

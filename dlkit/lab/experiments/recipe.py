@@ -1,0 +1,98 @@
+"""The full recipe: a residual network with everything that the course has shown to help."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlkit.lab import augment, models, report
+from dlkit.lab.experiment import QUICK_IMAGES, Configuration, Setting
+
+ORDER = 190
+SUMMARY = (
+    "a residual network with BatchNorm, He, dropout, AdamW, warm-up + cosine, clipping, label smoothing, EMA and flips"
+)
+LOOK_AT = "how the validation accuracy rises to the very end, while the learning rate falls."
+BATCH = 128
+
+
+def warmup_cosine(optimizer: Any, steps: int, part: float = 0.1) -> Any:
+    """Up for the first `part` of the steps, then down to 0 along half a cosine."""
+    warm = max(1, round(part * steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def average(decay: float) -> list[Any]:
+    """EMA of weights and statistics; validation and checkpoints are of the averages."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    return [EMAWeightAveraging(decay=decay)]
+
+
+def ema(setting: Setting, images: int | None = None) -> Any:
+    """An average over about half an epoch, whatever the number of steps in one."""
+    count = min(images or 10**9, len(setting.data.train_images), QUICK_IMAGES if setting.quick else 10**9)
+    return partial(average, round(1 - 2 / max(4, count // BATCH), 4))
+
+
+def decayed(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for what multiplies, not for biases and norms."""
+    matrices = [param for param in model.parameters() if param.dim() > 1]
+    others = [param for param in model.parameters() if param.dim() <= 1]
+    return [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+
+
+def smoothed() -> nn.Module:
+    return nn.CrossEntropyLoss(label_smoothing=0.1)
+
+
+def mirrored(setting: Setting) -> bool:
+    """Clothes are worn both ways round; a mirrored digit is none."""
+    return setting.data.name == "Fashion-MNIST"
+
+
+def recipe(setting: Setting, name: str = "recipe", images: int | None = None, **changes: Any) -> Configuration:
+    """The configuration, with `changes` for what the ablation takes away."""
+    parts: dict[str, Any] = {
+        "model": partial(models.ResidualNet, dropout=0.2),
+        "optimizer": "AdamW",
+        "lr": 3e-3,
+        "parameters": decayed,
+        "schedule": warmup_cosine,
+        "max_norm": 1.0,
+        "loss": smoothed,
+        "augment": augment.flip if mirrored(setting) else None,
+        "callbacks": ema(setting, images),
+        "epochs": 10,
+        "batch_size": BATCH,
+        "images": images,
+    }
+    return Configuration(name, **{**parts, **changes})
+
+
+def configurations(setting: Setting) -> list[Configuration]:
+    return [recipe(setting)]
+
+
+def draw(figure: Any, results: Any, setting: Setting) -> None:
+    run = results.first("recipe")
+    epochs = range(1, len(run.history) + 1)
+    left, middle, right = figure.subplots(1, 3)
+    for column, color in (("train_loss", report.COLORS[1]), ("val_loss", report.COLORS[0])):
+        left.plot(epochs, run.column(column), marker=".", color=color, label=column.replace("_", " "))
+    report.tidy(left, "loss, with label smoothing", "epoch", "nats")
+    left.legend(frameon=False)
+    for column, color in (("train_accuracy", report.COLORS[1]), ("val_accuracy", report.COLORS[0])):
+        middle.plot(epochs, run.column(column), marker=".", color=color, label=column.replace("_", " "))
+    report.tidy(middle, "accuracy of the averaged weights", "epoch")
+    middle.legend(frameon=False)
+    right.plot(epochs, run.column("lr"), marker=".", color="gray")
+    report.tidy(right, "learning rate at the epoch's end", "epoch")
