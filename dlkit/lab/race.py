@@ -84,7 +84,8 @@ class Race(lightning.LightningModule):
             self.seconds[name].append(self._now() - start)
             self.losses[name].append(loss.detach())
         for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.step()  # type: ignore[call-arg]
+            scheduler: Any = config.scheduler
+            scheduler.step()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -191,7 +191,8 @@ class Task(lightning.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
             from torch.distributed.fsdp import fully_shard
 
-            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            meshes: Any = self.device_mesh
+            mesh = meshes["data_parallel"]
             for layer in self.model.children():
                 if list(layer.parameters()):
                     fully_shard(layer, mesh=mesh)
