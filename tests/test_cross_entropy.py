@@ -656,6 +656,35 @@ def test_linear_gradients_of_gradients_and_transforms(name):
     torch.testing.assert_close(torch.vmap(call, (0, None, None))(batch, *leaves[1:]), wanted)
 
 
+SIXTEEN_OR_MORE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("weight_dtype", SIXTEEN_OR_MORE, ids=str)
+@pytest.mark.parametrize("target_dtype", [None, *SIXTEEN_OR_MORE], ids=str)
+@pytest.mark.parametrize("dtype", SIXTEEN_OR_MORE, ids=str)
+def test_autocast_takes_any_types_together(dtype, target_dtype, weight_dtype):
+    x = torch.randn(6, 5).to(dtype).requires_grad_()
+    target = torch.randint(0, 5, (6,)) if target_dtype is None else torch.randn(6, 5).softmax(1).to(target_dtype)
+    weight = (torch.rand(5) + 0.5).to(weight_dtype)
+    results = []
+    for cross_entropy in (native.cross_entropy, fused.cross_entropy):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = cross_entropy(x, target, weight, label_smoothing=0.1)
+        results.append([loss, *torch.autograd.grad(loss, [x])])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("weight_dtype", SIXTEEN_OR_MORE, ids=str)
+def test_linear_under_autocast_takes_any_class_weights(weight_dtype):
+    x, rows, target = torch.randn(6, 8), torch.randn(5, 8), torch.randint(0, 5, (6,))
+    weight = (torch.rand(5) + 0.5).to(weight_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = native.cross_entropy(native.linear(x, rows), target, weight)
+        found = fused.linear_cross_entropy(x, rows, target, weight=weight)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 def test_linear_under_autocast_and_checkpointing():
     leaves, target = linear_problem(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -417,8 +417,12 @@ std::tuple<Tensor, Tensor> cross_entropy_autocast(const Tensor& input, const Ten
                                                   double label_smoothing, double lse_square_scale, double softcap,
                                                   bool inplace_backward, bool) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
-  return find_op<PublicOp>(name).call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale,
-                                      softcap, inplace_backward, true);
+  constexpr auto device = kKey == c10::DispatchKey::AutocastCPU ? c10::DeviceType::CPU : c10::DeviceType::CUDA;
+  const auto wide = [](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
+  const bool mixed = target.is_floating_point() && target.scalar_type() != input.scalar_type();
+  return find_op<PublicOp>(name).call(mixed ? wide(input) : input, mixed ? wide(target) : target, wide(weight),
+                                      reduction, ignore_index, label_smoothing, lse_square_scale, softcap,
+                                      inplace_backward, true);
 }
 
 template <class Device>

@@ -341,8 +341,9 @@ std::tuple<Tensor, Tensor> autocast(const Tensor& input, const Tensor& linear_we
   const at::ScalarType type = at::autocast::get_autocast_dtype(kDevice);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, kDevice); };
   return find_op<decltype(linear_cross_entropy)>(name).call(cast(input), cast(linear_weight), target, cast(linear_bias),
-                                                            weight, reduction, ignore_index, label_smoothing,
-                                                            lse_square_scale, softcap, true);
+                                                            at::autocast::cached_cast(at::kFloat, weight, kDevice),
+                                                            reduction, ignore_index, label_smoothing, lse_square_scale,
+                                                            softcap, true);
 }
 
 void implement_all(torch::Library& m) { implement_public<linear_cross_entropy>(m, name); }

@@ -773,6 +773,48 @@ def cross_entropy() -> Operation:
     return Operation("cross_entropy", (2, 4), draw, shapes, ours, torchs, modules=module)
 
 
+def linear_cross_entropy() -> Operation:
+    """The unfused is the yardstick, which rounds the logits to 16 bits where the fused does not."""
+
+    def draw(rng: random.Random, shape: list[int]) -> Named:
+        return {
+            "classes": rng.choice([1, 2, 5, 17, 40]),
+            "reduction": rng.choice(["mean", "sum", "none"]),
+            "smoothing": rng.choice([0.0, 0.0, 0.1]),
+            "linear_bias": rng.random() < 0.5,
+            "weighted": rng.random() < 0.3,
+            "softcap": rng.choice([None, None, None, 5.0]),
+            "z_scale": rng.choice([0.0, 0.0, 1e-3]),
+        }
+
+    def shapes(case: Case) -> dict[str, list[int]]:
+        o = case["options"]
+        found = {"input": case["shape"], "linear_weight": [o["classes"], case["shape"][1]]}
+        found |= {"linear_bias": [o["classes"]]} if o["linear_bias"] else {}
+        return found | {"weight": [o["classes"]]} if o["weighted"] else found
+
+    def target_of(t: Named, o: Named) -> Tensor:
+        generator = torch.Generator().manual_seed(o["seed"])
+        target = torch.randint(0, o["classes"], t["input"].shape[:1], generator=generator)
+        return torch.where(torch.rand(target.shape, generator=generator) < 0.1, -100, target)
+
+    def ours(t: Named, o: Named) -> Any:
+        loss = fused.linear_cross_entropy(
+            t["input"], t["linear_weight"], target_of(t, o), linear_bias=t.get("linear_bias"), weight=t.get("weight"),
+            reduction=o["reduction"], label_smoothing=o["smoothing"], lse_square_scale=o["z_scale"],
+            softcap=o["softcap"],
+        )  # fmt: skip
+        return {"y": loss}
+
+    def torchs(t: Named, o: Named) -> Any:
+        code = ("none", "mean", "sum").index(o["reduction"])
+        logits = native.linear(t["input"], t["linear_weight"], t.get("linear_bias"))
+        given = logits, target_of(t, o), t.get("weight"), code, -100
+        return {"y": _native.cross_entropy(*given, o["smoothing"], o["z_scale"], o["softcap"] or 0.0)[0]}
+
+    return Operation("linear_cross_entropy", (2, 2), draw, shapes, ours, torchs)
+
+
 ALL = (
     norm_operation(
         "layer_norm", "layer_norm", draw_rows, ours_rows, rank=(1, 5), weight=3,
@@ -821,6 +863,7 @@ ALL = (
     activation_operation("gelu"),
     activation_operation("relu"),
     cross_entropy(),
+    linear_cross_entropy(),
 )  # fmt: skip
 
 OPERATIONS = {operation.name: operation for operation in ALL}
