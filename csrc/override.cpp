@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/alpha_dropout_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/batch_norm_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/cross_entropy_loss_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/dropout_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/feature_alpha_dropout_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/feature_dropout_compositeimplicitautograd_dispatch.h>
@@ -34,9 +35,9 @@ namespace {
 using at::Tensor;
 using OptionalGenerator = std::optional<at::Generator>;
 
-enum Function { LayerNorm, RmsNorm, BatchNorm, GroupNorm, InstanceNorm, Dropout, kFunctions };
-constexpr const char* kNames[kFunctions] = {"layer_norm", "rms_norm",      "batch_norm",
-                                            "group_norm", "instance_norm", "dropout"};
+enum Function { LayerNorm, RmsNorm, BatchNorm, GroupNorm, InstanceNorm, Dropout, CrossEntropy, kFunctions };
+constexpr const char* kNames[kFunctions] = {"layer_norm",    "rms_norm", "batch_norm",   "group_norm",
+                                            "instance_norm", "dropout",  "cross_entropy"};
 std::atomic<int64_t> served[kFunctions], declined[kFunctions];
 
 bool is_plain(const Tensor& input) {
@@ -54,8 +55,9 @@ bool serves(Function function, const char* kernel, const Tensor& input, const Op
           (std::string(DLKIT_STRING(DLKIT_LIBRARY)) + "::" + name).c_str(), "");
     };
     static const c10::OperatorHandle rows = find("layer_norm_forward"), channels = find("batch_norm_forward"),
-                                     masks = find("dropout_forward");
-    good = has_kernel(kernel[0] == 'l' ? rows : kernel[0] == 'b' ? channels : masks, input);
+                                     masks = find("dropout_forward"), logits = find("cross_entropy_forward");
+    const auto& found = kernel[0] == 'l' ? rows : kernel[0] == 'b' ? channels : kernel[0] == 'd' ? masks : logits;
+    good = has_kernel(found, input);
   }
   (good ? served : declined)[function].fetch_add(1, std::memory_order_relaxed);
   return good;
@@ -142,7 +144,27 @@ Tensor& dropout_(Tensor& self, double p, bool train) {
   return self;
 }
 
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     c10::SymInt ignore_index, double label_smoothing) {
+  const auto by_torch = [&] {
+    return at::compositeimplicitautograd::cross_entropy_loss_symint(input, target, weight, reduction, ignore_index,
+                                                                    label_smoothing);
+  };
+  if (!is_plain(target) || !serves(CrossEntropy, "cross_entropy_forward", input, weight)) return by_torch();
+  static const auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double,
+                                         double, double, bool, bool)>("cross_entropy");
+  const TorchItself inside;
+  try {
+    const int64_t ignored = ignore_index.guard_int(__FILE__, __LINE__);
+    return std::get<0>(op.call(input, target, weight, reduction, ignored, label_smoothing, 0, 0, false, false));
+  } catch (const c10::Error&) {
+    return by_torch();  // it raises too, and says it as its users know it
+  }
+}
+
 void implement(torch::Library& m) {
+  m.impl("cross_entropy_loss", TORCH_FN(cross_entropy));
   m.impl("layer_norm", TORCH_FN(layer_norm));
   m.impl("rms_norm", TORCH_FN(rms_norm));
   m.impl("batch_norm", TORCH_FN(batch_norm));

@@ -14,7 +14,7 @@ import torch
 from dlkit import _C
 from dlkit._undo import Undo
 
-FUNCTIONS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout")
+FUNCTIONS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout", "cross_entropy")
 
 _lock = threading.Lock()
 _depth = 0
@@ -42,10 +42,11 @@ def override() -> Override:
 
         dlkit.override()            # or for good; .undo() ends it
 
-    Served are layer_norm, rms_norm, batch_norm, group_norm, instance_norm, dropout and its variants, whoever calls
-    them: a forward() that calls ``F.dropout``, a subclass that calls ``F.layer_norm``, the dropout inside of
-    ``scaled_dot_product_attention`` where torch computes that step by step, as it does on a CPU. Results are torch's
-    to rounding; masks come from torch's generators, and are those of :func:`dlkit.functional.dropout`.
+    Served are layer_norm, rms_norm, batch_norm, group_norm, instance_norm, dropout and its variants, and
+    cross_entropy, whoever calls them: a forward() that calls ``F.dropout``, a subclass that calls ``F.layer_norm``,
+    the dropout inside of ``scaled_dot_product_attention`` where torch computes that step by step, as it does on a CPU.
+    Results are torch's to rounding; masks come from torch's generators, and are those of
+    :func:`dlkit.functional.dropout`. Where dlkit refuses a target, torch answers: with its exception.
 
     Left to torch: tensors for which dlkit has no kernel, subclasses of Tensor, ``torch.func``, forward-mode
     derivatives, and whatever is compiled or exported: a program that ``torch.compile`` made holds torch's ops.
@@ -74,7 +75,8 @@ def _leave() -> None:
 def _switch(on: bool) -> None:
     """Also has torch forget which kernels its Python dispatcher found: a trace after the end would take those."""
     _C.override_torch(on)
-    for name in (*FUNCTIONS, "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+    names = set(FUNCTIONS) - {"cross_entropy"} | {"cross_entropy_loss"}  # as the dispatcher knows it
+    for name in (*names, "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
         for packet in (getattr(torch.ops.aten, name), getattr(torch.ops.aten, f"{name}_", None)):
             for overload in [] if packet is None else packet.overloads():
                 getattr(packet, overload)._dispatch_cache.clear()

@@ -63,6 +63,39 @@ def test_norms_are_served(name, dtype):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_is_served(reduction, soft):
+    x = torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(7, dtype=torch.float64) + 0.5
+    target = torch.randn(5, 7, 3, dtype=torch.float64).softmax(1) if soft else torch.randint(0, 7, (5, 3))
+    layer = nn.CrossEntropyLoss(weight, reduction=reduction, label_smoothing=0.1)
+
+    def derivatives():
+        loss = layer(x, target)
+        (first,) = torch.autograd.grad(loss.sin().sum(), x, create_graph=True)
+        return [loss, first, *torch.autograd.grad(first.square().sum(), x)]
+
+    expected = derivatives()
+    with dlkit.override() as on:
+        found = derivatives()
+    assert on.calls["cross_entropy"] == (1, 1)  # its second derivative is that of torch's own
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_cross_entropy_that_dlkit_refuses_raises_as_torch_s():
+    x = torch.randn(4, 3)
+    for target in (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1]), torch.zeros(4, dtype=torch.int32)):
+        with pytest.raises(Exception) as theirs:
+            F.cross_entropy(x, target)
+        with dlkit.override(), pytest.raises(type(theirs.value)) as ours:
+            F.cross_entropy(x, target)
+        assert str(ours.value) == str(theirs.value)
+    with dlkit.override() as on, torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(x.bfloat16(), torch.tensor([0, 1, 2, -100]))
+    assert loss.dtype == torch.float32 and on.calls["cross_entropy"] == (1, 0)
+
+
 def test_running_statistics():
     results = []
     for on in (False, True):
