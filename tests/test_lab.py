@@ -61,8 +61,11 @@ def arguments(*text: str) -> argparse.Namespace:
 
 
 def started(*text: str) -> subprocess.Popen:
-    """`python -m dlkit lab ...` on digits with one thread, as a process of its own."""
-    line = [sys.executable, "-m", "dlkit", "lab", *text, "--data", "digits", "--threads", "1"]
+    """`python -m dlkit lab ...` on digits with one thread, as a process of its own that Ctrl-C reaches: what a shell
+    starts in the background, tests too, ignores it."""
+    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "runpy.run_module('dlkit', run_name='__main__', alter_sys=True)"
+    line = [sys.executable, "-c", code, "lab", *text, "--data", "digits", "--threads", "1"]
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ())
 
 
