@@ -100,7 +100,10 @@ def run(
     """Checks implementations of one's own against torch's definitions in float64.
 
     Args:
-        BatchNorm, LayerNorm, Dropout, optimizer: the classes to check, as this module's text describes them.
+        BatchNorm: a class to check, as this module's text describes it; None: there is none.
+        LayerNorm: likewise.
+        Dropout: likewise.
+        optimizer: likewise.
         rule: which of :data:`RULES` the optimizer is (default: the one in its name).
         show: is called with the report as text; None: nothing is shown.
 
