@@ -30,7 +30,7 @@ using cross_entropy::Options;
 using torch::autograd::variable_list;
 
 constexpr auto name = "linear_cross_entropy";
-constexpr int64_t kLeastRows = 256, kElements = 1 << 23;  // of a chunk: fewer rows make matrix products slow
+constexpr int64_t kLeastRows = 256, kElements = 1 << 25;  // of a chunk: fewer rows make matrix products slow
 
 struct Problem {
   Tensor input, linear_weight, target;
