@@ -106,8 +106,8 @@ class RowTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x)).flatten(1))
 
 
-class ResidualBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); the shortcut is x itself where its shape allows."""
+class PlainBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x))))))."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -116,6 +116,16 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+
+class ResidualBlock(PlainBlock):
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); the shortcut is x itself where its shape allows."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__(inputs, width, stride)
         self.shortcut = None
         if (inputs, stride) != (width, 1):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
@@ -223,21 +233,6 @@ def deep_mlp(
             if isinstance(layer, nn.Linear):
                 initialize(layer)
     return model
-
-
-class PlainBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x)))))), as ResidualBlock, but nothing goes around it."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 
 
 def deep_cnn(data: Images, depth: int, residual: bool, width: int = 16) -> nn.Sequential:

@@ -163,6 +163,14 @@ def tidy(axes: "Axes", title: str = "", x: str = "", y: str = "") -> None:
         axes.locator_params("x", integer=True)
 
 
+def columns(axes: "Axes", run: "Run", colors: dict[str, int]) -> None:
+    """Columns of a run by epoch, each in COLORS[number], with a legend."""
+    for column, number in colors.items():
+        name = column.replace("_", " ")
+        axes.plot(range(1, len(run.history) + 1), run.column(column), marker=".", color=COLORS[number], label=name)
+    axes.legend(frameon=False)
+
+
 def curves(
     axes: "Axes",
     results: Results,

@@ -57,10 +57,8 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
     run = results.first("cnn")
     loss, rate, matrix = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     epochs = range(1, len(run.history) + 1)
-    for column, color in (("train_loss", report.COLORS[1]), ("val_loss", report.COLORS[0])):
-        loss.plot(epochs, run.column(column), marker=".", color=color, label=column.replace("_", " "))
+    report.columns(loss, run, {"train_loss": 1, "val_loss": 0})
     report.tidy(loss, "loss", "epoch", "nats")
-    loss.legend(frameon=False)
 
     for column, color in (("val_accuracy", report.COLORS[0]), ("val_top5", report.COLORS[2])):
         rate.plot(epochs, run.column(column), marker=".", color=color, label=column.replace("val_", ""))

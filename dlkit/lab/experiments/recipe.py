@@ -86,13 +86,9 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
     run = results.first("recipe")
     epochs = range(1, len(run.history) + 1)
     left, middle, right = figure.subplots(1, 3)
-    for column, color in (("train_loss", report.COLORS[1]), ("val_loss", report.COLORS[0])):
-        left.plot(epochs, run.column(column), marker=".", color=color, label=column.replace("_", " "))
+    report.columns(left, run, {"train_loss": 1, "val_loss": 0})
     report.tidy(left, "loss, with label smoothing", "epoch", "nats")
-    left.legend(frameon=False)
-    for column, color in (("train_accuracy", report.COLORS[1]), ("val_accuracy", report.COLORS[0])):
-        middle.plot(epochs, run.column(column), marker=".", color=color, label=column.replace("_", " "))
+    report.columns(middle, run, {"train_accuracy": 1, "val_accuracy": 0})
     report.tidy(middle, "accuracy of the averaged weights", "epoch")
-    middle.legend(frameon=False)
     right.plot(epochs, run.column("lr"), marker=".", color="gray")
     report.tidy(right, "learning rate at the epoch's end", "epoch")
