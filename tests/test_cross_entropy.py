@@ -107,6 +107,22 @@ def test_errors_stay_below_torch_s(backend, dtype, weight_dtype, option):
         assert yardstick.holds(backend.ulps), yardstick
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_of_few_classes(backend, dtype):
+    """CPU kernels turn blocks of them round: every remainder of rows and classes, adjacent rows and slices."""
+    precision = torch.finfo(dtype).eps
+    for classes, probabilities, sliced in itertools.product((*range(1, 19), 31, 33, 40, 41), *[(False, True)] * 2):
+        rows = int(torch.randint(1, 290, ()))
+        x = make((rows, classes + 3), dtype)[:, 2 : 2 + classes] if sliced else make((rows, classes), dtype)
+        target, grad = targets((rows, classes), dtype, probabilities), make((rows,), dtype)
+        loss, _, grad_input = run(backend, x, target, None, grad, 0, 0.0, 0.0, 0.0)
+        leaf = x.double().requires_grad_()
+        expected = native.cross_entropy(leaf, target.double() if probabilities else target, reduction="none")
+        (expected_grad,) = torch.autograd.grad(expected, leaf, grad.double())
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=2 * precision, atol=8 * precision)
+        torch.testing.assert_close(grad_input.double(), expected_grad, rtol=2 * precision, atol=8 * precision)
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3)])
 @pytest.mark.parametrize("option", ["mean", "none", "smoothed", "weighted", "probabilities"])
 def test_infinities_and_nan_are_torch_s(backend, shape, option):

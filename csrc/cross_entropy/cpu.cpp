@@ -25,8 +25,8 @@ namespace {
 using namespace dlkit::DLKIT_ISA;
 
 constexpr int64_t kRows = 64;  // rows whose losses are worked out together
-constexpr int64_t kPixels = 256, kClasses = 16;
 constexpr int64_t kFew = 40;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
+constexpr int64_t kPixels = 128, kClasses = kFew;
 
 template <class A>
 constexpr int64_t kChunk = sizeof(A) == 8 ? 512 : 2048;  // adjacent classes
@@ -139,13 +139,16 @@ void finish(const Forward& op, int64_t first, int64_t count, Rows<A, kCount>& ro
     store(losses + i, loss, All{});
     store(logs + i, log, All{});
   });
-  for (int64_t i = 0; i < count; ++i) {
-    if (op.z_scale != 0) {
+  if (op.z_scale != 0) {
+    for (int64_t i = 0; i < count; ++i) {
       const wide_t<A> lse = wide_t<A>(rows.max[i]) + logs[i];
-      squares[i] = A(op.z_scale * lse * lse);
+      squares[i] = is_ignored(op, first + i) ? A(0) : A(op.z_scale * lse * lse);
       losses[i] += squares[i];
     }
-    if (is_ignored(op, first + i)) losses[i] = squares[i] = 0;
+  }
+  if (op.target != nullptr) {
+    const int64_t *const target = op.target + first, ignore_index = op.ignore_index;
+    for (int64_t i = 0; i < count; ++i) losses[i] = target[i] == ignore_index ? A(0) : losses[i];
   }
   const auto save = [&](void* to, const A* values) {
     if (to != nullptr) memcpy(static_cast<A*>(to) + first, values, size_t(count) * sizeof(A));
@@ -385,13 +388,17 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
   grad[slope.target] = narrow<T>((fma(e, broadcast(slope.z), v) * derivative)[0]);
 }
 
-// Pixels, and rows of few classes: those of one block are turned round, so that a lane is a row.
+// Pixels, and rows of few classes, which are turned round so that a lane is a row. What a pixel needs once goes through
+// loops over arrays of lanes, without branches: of few classes it takes as long as all the rest.
 
 // Whether rows of adjacent classes go this way.
-bool are_short(const Problem& op) { return op.inner == 1 && op.target != nullptr && op.classes <= kFew; }
+bool are_short(const Problem& op) { return op.inner == 1 && op.classes <= kFew; }
 
 template <class A>
 using Pixels = Rows<A, kPixels>;
+
+template <class A>
+using Target = typename MathConstants<A>::Bits;
 
 // The row's class 0 in a tensor that lies as the logits do; `stride` is that of rows of adjacent classes.
 template <class T, class Pointer>
@@ -400,53 +407,164 @@ T* pixel_at(const Problem& op, Pointer* tensor, int64_t row, int64_t stride) {
   return static_cast<T*>(tensor) + (op.inner == 1 ? row * stride : image * op.inner * op.classes + row % op.inner);
 }
 
-// Rows of adjacent classes as lanes: some classes of `count` rows.
-template <class T, class A>
-void turn(const T* x, int64_t count, int64_t stride, int64_t classes, A* staged) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < classes; ++c) staged[c * kPixels + i] = widen(x[i * stride + c]);
+// Rows of adjacent classes as lanes: logits [count, classes] <-> lanes [classes, kPixels].
+template <class A>
+struct Turned {
+  static constexpr int64_t kStep = kLanes<A>;
+  static constexpr int64_t kNarrow = 3;  // classes up to which single elements are as quick as vectors
+  alignas(64) A lanes[kClasses * kPixels], lines[kClasses * kPixels + kStep];  // `lines` has the rows behind each other
+
+  template <class T>
+  void read(const T* x, int64_t count, int64_t classes, int64_t stride) {
+    const auto widen_row = [&](const T* from, A* to, int64_t size) {
+      for_columns<A, 1>(0, size, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        store(to + i, load(from + i, width), All{});
+      });
+    };
+    if (stride == classes) {
+      widen_row(x, lines, count * classes);
+    } else {
+      for (int64_t i = 0; i < count; ++i) widen_row(x + i * stride, lines + i * classes, classes);
+    }
+    const int64_t end = (count + kStep - 1) / kStep * kStep;  // the lanes past the last row hold zeros
+    memset(lines + count * classes, 0, size_t((end - count) * classes + (end < kPixels ? kStep : 0)) * sizeof(A));
+    if (classes <= kNarrow) {
+      for (int64_t c = 0; c < classes; ++c) {
+        for (int64_t i = 0; i < end; ++i) lanes[c * kPixels + i] = lines[i * classes + c];
+      }
+      return;
+    }
+    for (int64_t i = 0; i < end; i += kStep) {
+      for (int64_t c = 0; c < classes; c += kStep) {
+        Vector<A> rows[kStep];
+        for (int64_t r = 0; r < kStep; ++r) rows[r] = load(lines + (i + r) * classes + c, All{});
+        transpose(rows);
+        for (int64_t r = 0; r < min64(kStep, classes - c); ++r) store(lanes + (c + r) * kPixels + i, rows[r], All{});
+      }
+    }
   }
+
+  template <class T>
+  void write(T* to, int64_t count, int64_t classes, int64_t stride) {
+    if (classes <= kNarrow) {
+      for (int64_t c = 0; c < classes; ++c) {
+        for (int64_t i = 0; i < count; ++i) lines[i * classes + c] = lanes[c * kPixels + i];
+      }
+    } else {
+      // The last vector of a row reaches into the next one, which is written later.
+      for (int64_t i = 0; i < count; i += kStep) {
+        for (int64_t c = (classes - 1) / kStep * kStep; c >= 0; c -= kStep) {
+          Vector<A> rows[kStep];
+          for (int64_t r = 0; r < kStep; ++r) rows[r] = load(lanes + min64(c + r, classes - 1) * kPixels + i, All{});
+          transpose(rows);
+          for (int64_t r = 0; r < min64(kStep, count - i); ++r) store(lines + (i + r) * classes + c, rows[r], All{});
+        }
+      }
+    }
+    const auto narrow_row = [&](const A* from, T* row, int64_t size) {
+      for_columns<A, 1>(0, size, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        store(row + i, load(from + i, width), width);
+      });
+    };
+    if (stride == classes) {
+      narrow_row(lines, to, count * classes);
+    } else {
+      for (int64_t i = 0; i < count; ++i) narrow_row(lines + i * classes, to + i * stride, classes);
+    }
+  }
+};
+
+// Calls f(logits, probabilities or null, distance of two classes, turned or null) of some pixels: as they are, or
+// turned round.
+template <class T, class F>
+void with_lanes(const Problem& op, int64_t first, int64_t count, const F& f) {
+  using A = accumulate_t<T>;
+  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
+  const T* const probabilities =
+      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, op.classes);
+  Turned<A> turned, shares;
+  if (op.inner > 1) return f(x, probabilities, op.inner, static_cast<Turned<A>*>(nullptr));
+  turned.read(x, count, op.classes, op.stride);
+  if (probabilities != nullptr) shares.read(probabilities, count, op.classes, op.classes);
+  const A* const none = nullptr;
+  f(static_cast<const A*>(turned.lanes), probabilities == nullptr ? none : shares.lanes, kPixels, &turned);
+}
+
+// The targets of `count` rows, -1 where there is none or the row is ignored. Returns whether one is out of range.
+template <class A>
+bool read_targets(const Problem& op, int64_t first, int64_t count, Target<A>* targets) {
+  if (op.target == nullptr) {
+    for (int64_t i = 0; i < count; ++i) targets[i] = Target<A>(-1);
+    return false;
+  }
+  const int64_t *const target = op.target + first, ignore_index = op.ignore_index;
+  uint64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool ignored = target[i] == ignore_index;
+    targets[i] = ignored ? Target<A>(-1) : Target<A>(target[i]);
+    wrong |= uint64_t(!ignored) & uint64_t(uint64_t(target[i]) >= uint64_t(op.classes));
+  }
+  return wrong != 0;
 }
 
 // u of one class, without hit and the factor `share`.
-template <class T, class Width>
-DLKIT_INLINE Vector<accumulate_t<T>> pixel_share(const Problem& op, const T* probabilities, int64_t c, int64_t i,
-                                                 Width width) {
-  using A = accumulate_t<T>;
-  const Vector<A> weight = broadcast(op.weight == nullptr ? A(1) : static_cast<const A*>(op.weight)[c]);
+template <class S, class Width>
+DLKIT_INLINE Vector<accumulate_t<S>> pixel_share(const Problem& op, const S* probabilities, int64_t c, Width width) {
+  using A = accumulate_t<S>;
+  const Vector<A> weight = broadcast(weight_of<A>(op, c));
   if (probabilities == nullptr) return weight;
-  return weight * fma(load(probabilities + c * op.inner + i, width), broadcast(A(1 - op.label_smoothing)),
+  return weight * fma(load(probabilities, width), broadcast(A(1 - op.label_smoothing)),
                       broadcast(A(op.label_smoothing / op.classes)));
 }
 
-// Pixels [first, first + count) of one image.
-template <class T>
-void read_pixels(const Forward& op, int64_t first, int64_t count) {
-  using A = accumulate_t<T>;
+// Pixels [first, first + count) of one image; their class c is at x + c * pitch.
+template <class S>
+void read_pixels(const Forward& op, int64_t first, int64_t count, const S* x, const S* probabilities, int64_t pitch) {
+  using A = accumulate_t<S>;
   using V = Vector<A>;
-  const bool turned = op.inner == 1;
-  alignas(64) A staged[kClasses * kPixels] = {};
+  alignas(64) A staged[kClasses * kPixels];
+  alignas(64) Target<A> targets[kPixels];
   Pixels<A> rows = {};
-  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
-  const T* const probabilities =
-      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, 0);
+  const bool wrong = read_targets<A>(op, first, count, targets);
+  if (wrong || op.weight != nullptr) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (read_target(op, first + i, rows, i) < 0) targets[i] = Target<A>(-1);
+    }
+  } else {
+    const A hit = A(1 - op.label_smoothing);
+    for (int64_t i = 0; i < count; ++i) rows.hit[i] = targets[i] == Target<A>(-1) ? A(0) : hit;
+  }
   const bool dots = probabilities != nullptr || op.label_smoothing != 0;
-  const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
   alignas(64) A max[kPixels];
   for_vectors<A>(count, [&](int64_t i) { store(rows.max + i, broadcast(-kInfinity<A>), All{}); });
   for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
     const int64_t classes = min64(kClasses, op.classes - begin);
     memcpy(max, rows.max, sizeof(max));
-    if (turned) turn(x + begin, count, op.stride, classes, staged);
-    for (int64_t c = 0; c < classes; ++c) {
-      for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        V v = turned ? get(staged + c * kPixels, i) : load(x + (begin + c) * op.inner + i, width);
-        if (op.softcap != 0) v = cap(v);
-        store(staged + c * kPixels + i, v, All{});
-        store(max + i, maximum(v, get(max, i)), All{});
+    const auto stage = [&](int64_t c, auto together) DLKIT_INLINE_LAMBDA {
+      for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        V largest = get(max, i);
+        repeat(together, [&](int k) DLKIT_INLINE_LAMBDA {
+          const V v = load(x + (begin + c + k) * pitch + i, width);
+          store(staged + (c + k) * kPixels + i, v, All{});
+          largest = maximum(v, largest);
+        });
+        store(max + i, largest, All{});
       });
+    };
+    int64_t staging = 0;
+    if (op.softcap != 0) {
+      const Cap<A> cap(op.softcap);
+      for (; staging < classes; ++staging) {
+        for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+          const V v = cap(load(x + (begin + staging) * pitch + i, width));
+          store(staged + staging * kPixels + i, v, All{});
+          store(max + i, maximum(v, get(max, i)), All{});
+        });
+      }
     }
+    for (; staging + 4 <= classes; staging += 4) stage(staging, std::integral_constant<int, 4>());
+    for (; staging < classes; ++staging) stage(staging, std::integral_constant<int, 1>());
     for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       const V before = get(rows.max, i), shift = shift_of(get(max, i)), grown = shift_of(before) - shift;
       V sums[kSlots] = {}, dot = {}, mass = {};
@@ -454,7 +572,7 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
         const V d = get(staged + c * kPixels, i) - shift;
         sums[slot] += exponential(d);
         if (!dots) return;
-        const V u = pixel_share(op, probabilities, begin + c, i, width);
+        const V u = pixel_share(op, at<const S>(probabilities, (begin + c) * pitch + i), begin + c, width);
         dot = fma(u, d, dot);
         mass += u;
       };
@@ -476,86 +594,95 @@ void read_pixels(const Forward& op, int64_t first, int64_t count) {
       store(rows.dot + i, dot, All{});
       store(rows.mass + i, mass, All{});
     });
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t target = read_target(op, first + i, rows, i);
-    if (target >= 0) rows.at_target[i] = capped(x[turned ? i * op.stride + target : target * op.inner + i], op.softcap);
+    for (int64_t i = 0; i < count; ++i) {
+      const Target<A> c = targets[i] - Target<A>(begin);
+      const bool here = c < Target<A>(classes);
+      const A found = staged[(here ? c : 0) * kPixels + i];
+      rows.at_target[i] = here ? found : rows.at_target[i];
+    }
   }
   finish(op, first, count, rows);
 }
 
-template <class T>
-void write_pixels(const Backward& op, int64_t first, int64_t count, wide_t<accumulate_t<T>> weights, bool stream) {
-  using A = accumulate_t<T>;
-  using V = Vector<A>;
+// What backward multiplies with in some pixels, and their targets.
+template <class A>
+struct PixelSlopes {
   alignas(64) A shift[kPixels] = {}, scale[kPixels] = {}, z[kPixels] = {}, share[kPixels] = {}, hit[kPixels] = {};
-  alignas(64) typename MathConstants<A>::Bits target[kPixels] = {};
-  if (op.z_scale != 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      const Slope<A> slope = slope_of<A>(op, first + i, weights);
-      shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
-      target[i] = typename MathConstants<A>::Bits(slope.target);
+  alignas(64) Target<A> target[kPixels] = {};
+
+  PixelSlopes(const Backward& op, int64_t first, int64_t count, wide_t<A> weights) {
+    if (op.z_scale != 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Slope<A> slope = slope_of<A>(op, first + i, weights);
+        shift[i] = slope.shift, scale[i] = slope.scale, z[i] = slope.z, share[i] = slope.share, hit[i] = slope.hit;
+        target[i] = Target<A>(slope.target);
+      }
+      return;
     }
-  } else {  // slope_of() without branches: of few classes it takes as long as all the rest
-    using W = wide_t<A>;
+    using W = wide_t<A>;  // slope_of() without z
     const auto of_row = [&](const void* values) { return at<const A>(values, first); };
     const A *const sum = of_row(op.sum), *const mass = of_row(op.mass);
     const A* const grad_loss = at<const A>(op.grad_loss, first * op.grad_loss_stride);
     const W divisor = op.total == nullptr ? W(1) : W(*static_cast<const A*>(op.total));
     const W part = op.target == nullptr ? W(1) : W(op.label_smoothing) / W(op.classes);
     const W keep = 1 - W(op.label_smoothing);
+    read_targets<A>(op, first, count, target);
     memcpy(shift, of_row(op.max), size_t(count) * sizeof(A));
-    for (int64_t i = 0; i < count; ++i) {
-      const bool ignored = op.target != nullptr && op.target[first + i] == op.ignore_index;
-      const W g = ignored ? A(0) : A(grad_loss[i * op.grad_loss_stride] / divisor);
-      const W w = op.target == nullptr || ignored ? A(1) : weight_of<A>(op, op.target[first + i]);
-      scale[i] = A(g * (mass == nullptr ? keep * w + part * weights : W(mass[i])) / W(sum[i]));
-      share[i] = A(g * part);
-      hit[i] = A(g * (keep * w + part * w));
-      target[i] = typename MathConstants<A>::Bits(op.target == nullptr || ignored ? -1 : op.target[first + i]);
+    A weight[kPixels];
+    if (op.weight == nullptr || op.target == nullptr) {
+      for (A& w : weight) w = 1;
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        weight[i] = target[i] == Target<A>(-1) ? A(1) : weight_of<A>(op, int64_t(target[i]));
+      }
     }
+    A grad[kPixels];
+    if (op.grad_loss_stride == 0) {
+      for (A& g : grad) g = A(*grad_loss / divisor);
+    } else {
+      for (int64_t i = 0; i < count; ++i) grad[i] = A(grad_loss[i] / divisor);
+    }
+    if (op.target != nullptr) {
+      for (int64_t i = 0; i < count; ++i) grad[i] = target[i] == Target<A>(-1) ? A(0) : grad[i];
+    }
+    if (mass == nullptr) {
+      for (int64_t i = 0; i < count; ++i) scale[i] = A(W(grad[i]) * (keep * weight[i] + part * weights) / W(sum[i]));
+    } else {
+      for (int64_t i = 0; i < count; ++i) scale[i] = A(W(grad[i]) * W(mass[i]) / W(sum[i]));
+    }
+    for (int64_t i = 0; i < count; ++i) share[i] = A(W(grad[i]) * part);
+    for (int64_t i = 0; i < count; ++i) hit[i] = A(W(grad[i]) * (keep * weight[i] + part * weight[i]));
   }
-  const bool turned = op.inner == 1;
-  alignas(64) A staged[kClasses * kPixels] = {};
-  const T* const x = pixel_at<const T>(op, op.x, first, op.stride);
-  const T* const probabilities =
-      op.probabilities == nullptr ? nullptr : pixel_at<const T>(op, op.probabilities, first, 0);
-  T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
+};
+
+// The same pixels' gradient, to grad + c * pitch; grad may be x.
+template <class S>
+void write_pixels(const Backward& op, const PixelSlopes<accumulate_t<S>>& slopes, int64_t count, const S* x,
+                  const S* probabilities, S* grad, int64_t pitch, bool stream) {
+  using A = accumulate_t<S>;
+  using V = Vector<A>;
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
+  const auto write_class = [&](int64_t c, auto is_plain) DLKIT_INLINE_LAMBDA {
+    for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      V v = load(x + c * pitch + i, width), derivative = broadcast(A(1));
+      if (!is_plain && op.softcap != 0) v = cap(v, derivative);
+      VectorBits<A> wanted;
+      memcpy(&wanted, slopes.target + i, sizeof(wanted));
+      V share = get(slopes.share, i);
+      if (!is_plain) share *= pixel_share(op, at<const S>(probabilities, c * pitch + i), c, width);
+      const V rest = wanted == Target<A>(c) ? get(slopes.hit, i) : share;
+      const V e = exponential(v - get(slopes.shift, i));
+      v = fma(e, get(slopes.scale, i), -rest);
+      if (!is_plain && op.z_scale != 0) v = fma(e, get(slopes.z, i), v);
+      if (!is_plain && op.softcap != 0) v *= derivative;
+      write(grad + c * pitch + i, v, width, stream);
+    });
+  };
   // Plain: u is the same for all classes, and the logits are taken as they are.
   const bool plain = op.softcap == 0 && op.z_scale == 0 && probabilities == nullptr &&
                      (op.weight == nullptr || op.label_smoothing == 0);
-  for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
-    const int64_t end = min64(begin + kClasses, op.classes);
-    if (turned) turn(x + begin, count, op.stride, end - begin, staged);
-    const auto write_class = [&](int64_t c, auto is_plain) DLKIT_INLINE_LAMBDA {
-      A* const lanes = staged + (c - begin) * kPixels;
-      for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-        V v = turned ? get(lanes, i) : load(x + c * op.inner + i, width), derivative = broadcast(A(1));
-        if (!is_plain && op.softcap != 0) v = cap(v, derivative);
-        VectorBits<A> wanted;
-        memcpy(&wanted, target + i, sizeof(wanted));
-        const V share_of_class = is_plain ? get(share, i) : get(share, i) * pixel_share(op, probabilities, c, i, width);
-        const V rest = wanted == typename MathConstants<A>::Bits(c) ? get(hit, i) : share_of_class;
-        const V e = exponential(v - get(shift, i));
-        v = fma(e, get(scale, i), -rest);
-        if (!is_plain && op.z_scale != 0) v = fma(e, get(z, i), v);
-        if (!is_plain && op.softcap != 0) v *= derivative;
-        turned ? store(lanes + i, v, All{}) : write(grad + c * op.inner + i, v, width, stream);
-      });
-    };
-    if (plain) {
-      for (int64_t c = begin; c < end; ++c) write_class(c, std::true_type());
-    } else {
-      for (int64_t c = begin; c < end; ++c) write_class(c, std::false_type());
-    }
-    for (int64_t i = 0; turned && i < count; ++i) {
-      for (int64_t c = begin; c < end; ++c) {
-        grad[i * op.grad_stride + c] = narrow<T>(staged[(c - begin) * kPixels + i]);
-      }
-    }
-  }
+  for (int64_t c = 0; c < op.classes; ++c) plain ? write_class(c, std::true_type()) : write_class(c, std::false_type());
 }
 
 // Calls f(first, count) for blocks of pixels, none of which lies in two images.
@@ -581,20 +708,33 @@ double sum_rows(const void* values, int64_t rows) {
   return totals[0];
 }
 
+int64_t rows_that_count(const Problem& op) {
+  int64_t count = 0;
+  for (int64_t row = 0; row < op.rows; ++row) count += op.target[row] != op.ignore_index;
+  return count;
+}
+
+template <class A>
+wide_t<A> sum_of_target_weights(const Problem& op) {
+  wide_t<A> sums[kSlots] = {};
+  for (int64_t first = 0; first < op.rows; first += kSlots) {
+#pragma GCC unroll 4
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int64_t row = min64(first + slot, op.rows - 1);
+      const bool counts = first + slot < op.rows && !is_ignored(op, row);
+      const A weight = weight_of<A>(op, counts ? op.target[row] : 0);
+      sums[slot] += counts ? weight : A(0);
+    }
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 template <class A>
 void reduce(const Forward& op) {
   double loss = sum_rows<A>(op.losses, op.rows), z = op.z == nullptr ? 0 : sum_rows<A>(op.z, op.rows);
   if (op.reduction == Reduction::Mean) {
-    wide_t<A> weights = 0, count = 0;
-    if (op.target == nullptr) {
-      weights = count = wide_t<A>(op.rows);
-    } else {
-      for (int64_t row = 0; row < op.rows; ++row) {
-        if (is_ignored(op, row)) continue;
-        weights += weight_of<A>(op, op.target[row]);
-        count += 1;
-      }
-    }
+    const wide_t<A> count = wide_t<A>(op.target == nullptr ? op.rows : rows_that_count(op));
+    const wide_t<A> weights = op.target == nullptr || op.weight == nullptr ? count : sum_of_target_weights<A>(op);
     static_cast<A*>(op.total)[0] = A(weights);
     static_cast<A*>(op.total)[1] = A(count);
     loss = double((loss - z) / weights + (op.z == nullptr ? 0 : z / count));
@@ -618,7 +758,11 @@ void forward(const Forward& op) {
     if (op.inner == 1 && !are_short(op)) {
       parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) { forward_rows<T>(op, begin, end); });
     } else {
-      for_pixels(op, [&](int64_t first, int64_t count) { read_pixels<T>(op, first, count); });
+      for_pixels(op, [&](int64_t first, int64_t count) {
+        with_lanes<T>(op, first, count, [&](const auto* x, const auto* probabilities, int64_t pitch, auto*) {
+          read_pixels(op, first, count, x, probabilities, pitch);
+        });
+      });
     }
   });
   if (*op.bad_row >= 0 || op.loss == nullptr) return;
@@ -640,7 +784,14 @@ void backward(const Backward& op) {
       });
     } else {
       for_pixels(op, [&](int64_t first, int64_t count) {
-        write_pixels<T>(op, first, count, weights, stream);
+        const PixelSlopes<accumulate_t<T>> slopes(op, first, count, weights);
+        T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
+        const auto write = [&]<class S>(const S* x, const S* probabilities, int64_t pitch, auto* turned) {
+          void* const to = turned == nullptr ? static_cast<void*>(grad) : turned->lanes;
+          write_pixels(op, slopes, count, x, probabilities, static_cast<S*>(to), pitch, stream && turned == nullptr);
+          if (turned != nullptr) turned->write(grad, count, op.classes, op.grad_stride);
+        };
+        with_lanes<T>(op, first, count, write);
         if (stream) streaming_fence();
       });
     }

@@ -58,6 +58,9 @@ c10::SymDimVector row_sizes(const Tensor& input) {
   return sizes;
 }
 
+// The classes last, where they lie side by side.
+Tensor with_classes_last(const Tensor& t) { return t.dim() <= 2 ? t : at::movedim(t, 1, -1); }
+
 // Logits as the kernels take them.
 struct View {
   Tensor x;
@@ -66,7 +69,7 @@ struct View {
 
 View view_of(const Tensor& input) {
   if (input.dim() <= 2 || classes_last(input)) {
-    const Rows rows = as_rows(at::movedim(input, class_dim(input), -1), 1);
+    const Rows rows = as_rows(with_classes_last(input), 1);
     return {rows.tensor, 1, rows.stride};
   }
   const int64_t inner = c10::multiply_integers(input.sizes().slice(2));
@@ -85,18 +88,21 @@ struct Held {
   Tensor target, weight;
 };
 
-// The weight in the accumulation type. torch's conversion takes longer than cross entropy of a few rows.
+// The weight in the accumulation type. torch's conversion takes longer than cross entropy of a row.
 Tensor widened(const Tensor& weight, at::ScalarType type) {
-  if (!weight.is_cpu() || type != at::kFloat || c10::elementSize(weight.scalar_type()) != 2 || weight.numel() > 512) {
+  if (weight.scalar_type() == type) return weight.contiguous();
+  if (!weight.is_cpu() || weight.scalar_type() != at::kBFloat16 || type != at::kFloat || !weight.is_contiguous()) {
     return weight.contiguous().to(type);
   }
   const Tensor wide = at::empty({weight.numel()}, weight.options().dtype(type));
   float* const to = wide.mutable_data_ptr<float>();
-  const auto widen = [&](const auto* from) {
-    for (int64_t i = 0; i < weight.numel(); ++i) to[i] = float(from[i * weight.stride(0)]);
-  };
-  weight.scalar_type() == at::kHalf ? widen(weight.const_data_ptr<at::Half>())
-                                    : widen(weight.const_data_ptr<at::BFloat16>());
+  const auto* const from = weight.const_data_ptr<at::BFloat16>();
+  constexpr int64_t kTogether = 16;  // a constant count, so that -O2 makes vectors of the loop
+  int64_t i = 0;
+  for (; i + kTogether <= weight.numel(); i += kTogether) {
+    for (int64_t j = 0; j < kTogether; ++j) to[i + j] = from[i + j];
+  }
+  for (; i < weight.numel(); ++i) to[i] = from[i];
   return wide;
 }
 
@@ -108,7 +114,7 @@ Held describe(Problem& op, const Tensor& input, const Tensor& target, const Opti
     TORCH_CHECK(target.scalar_type() == input.scalar_type(), name, "(): expected target of ", input.scalar_type(),
                 " (the type of input) for probabilities, got ", target.scalar_type());
     const bool moved = input.dim() <= 2 || classes_last(input);
-    held.target = (moved ? at::movedim(target, class_dim(input), -1) : target).contiguous();
+    held.target = (moved ? with_classes_last(target) : target).contiguous();
     op.probabilities = held.target.const_data_ptr();
   } else {
     TORCH_CHECK(target.scalar_type() == at::kLong, name, "(): expected target of Long for classes, got ",
@@ -171,13 +177,17 @@ ForwardOutputs forward(const Tensor& input, const Tensor& target, const Optional
   Forward op{};
   const Held held = describe(op, input, target, weight, options);
   set_stats(op, stats, total);
-  // Without a reduction the kernel's losses are the result, rounded once more for 16 bits.
+  // Without a reduction the kernel's losses are the result, rounded once more for 16 bits. Those of a few rows need no
+  // tensor, which takes as long as their logits.
   const bool direct = reduction == 0 && loss.scalar_type() == stats.scalar_type();
+  constexpr int64_t kFew = 16;
+  double few[kFew];
+  const bool in_few = std::is_same_v<Device, CpuDevice> && reduction != 0 && op.rows <= kFew;
   const auto per_row = [&](const Tensor& result) {
     return !result.defined() ? Tensor() : direct ? result : at::empty({op.rows}, stats.options());
   };
-  const Tensor losses = per_row(loss), z = per_row(z_loss);
-  op.losses = losses.mutable_data_ptr();
+  const Tensor losses = in_few ? Tensor() : per_row(loss), z = per_row(z_loss);
+  op.losses = in_few ? few : losses.mutable_data_ptr();
   op.z = mutable_data_or_null(z);
   if (reduction != 0) {
     op.loss = loss.mutable_data_ptr();

@@ -49,11 +49,14 @@ def _place(row, classes, inner, stride, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _shares(probabilities, weight, base, column, step, inside, keep, smooth, ACC: tl.constexpr):
+def _shares(
+    probabilities, weight, row, classes, inner, column, inside, keep, smooth, PIXELS: tl.constexpr, ACC: tl.constexpr
+):
     """u_c of kernel.h without the part of the target; for classes without its factor either."""
     if probabilities is None:
         u = tl.where(inside, 1.0, 0.0).to(ACC)
     else:
+        base, step = _place(row, classes, inner, classes, PIXELS)
         u = (
             tl.load(probabilities + base[:, None] + column[None, :] * step, mask=inside, other=0).to(ACC) * keep
             + smooth
@@ -99,7 +102,7 @@ def _losses(
         d = v - shift[:, None]
         total = tl.where(total > 0, total * tl.exp(grown), total) + tl.sum(tl.exp(d), 1)
         if DOTS:
-            u = _shares(probabilities, weight, base, column, step, inside, keep, smooth, ACC)
+            u = _shares(probabilities, weight, row, classes, inner, column, inside, keep, smooth, PIXELS, ACC)
             dot = tl.where(mass != 0, dot + mass * grown, dot) + tl.sum(tl.where(inside, u * d, 0.0), 1)
             mass += tl.sum(u, 1)
     log = tl.log(total)
@@ -178,9 +181,7 @@ def _backward(
         v, derivative = _capped(v, cap)
     rest = share
     if SHARES:
-        # Where classes lie side by side, probabilities have no distance between the rows.
-        soft = base if PIXELS else row * classes
-        rest = share * _shares(probabilities, weight, soft, column, step, inside, keep, smooth, ACC)
+        rest = share * _shares(probabilities, weight, row, classes, inner, column, inside, keep, smooth, PIXELS, ACC)
     rest = tl.where(column[None, :] == t[:, None], hit, rest)
     e = tl.exp(v - largest[:, None])
     result = e * scale - rest

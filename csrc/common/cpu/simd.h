@@ -380,18 +380,75 @@ DLKIT_INLINE double sum_lanes(VectorF32 v) {
   return sum_lanes(__builtin_convertvector(halves[0], VectorF64) + __builtin_convertvector(halves[1], VectorF64));
 }
 
+// The lanes I of two vectors that lie behind each other.
+template <int... I, class V>
+DLKIT_INLINE V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Mask = decltype(a < b);
+  return __builtin_shuffle(a, b, Mask{I...});
+#endif
+}
+
 // [a0 + a1, a2 + a3, ..., b0 + b1, b2 + b3, ...]
 template <class V>
 DLKIT_INLINE V add_pairs(V a, V b) {
   constexpr int kCount = sizeof(V) / sizeof(a[0]);
   return [&]<int... I>(std::integer_sequence<int, I...>) DLKIT_INLINE_LAMBDA {
-#if __has_builtin(__builtin_shufflevector)
-    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-#else
-    using Mask = decltype(a < b);
-    return __builtin_shuffle(a, b, Mask{(2 * I)...}) + __builtin_shuffle(a, b, Mask{(2 * I + 1)...});
-#endif
+    return shuffle<(2 * I)...>(a, b) + shuffle<(2 * I + 1)...>(a, b);
   }(std::make_integer_sequence<int, kCount>());
+}
+
+// Swaps the squares of kStep x kStep lanes that lie above the diagonal with those below it.
+template <int kStep, class V, int kCount>
+DLKIT_INLINE void swap_squares(V (&rows)[kCount]) {
+  [&]<int... I>(std::integer_sequence<int, I...>) DLKIT_INLINE_LAMBDA {
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r) {
+      if (r & kStep) continue;
+      const V a = rows[r], b = rows[r + kStep];
+      rows[r] = shuffle<(I & kStep ? kCount + I - kStep : I)...>(a, b);
+      rows[r + kStep] = shuffle<(I & kStep ? kCount + I : I + kStep)...>(a, b);
+    }
+  }(std::make_integer_sequence<int, kCount>());
+}
+
+// The first two steps for lanes of 4 bytes: swap_squares<1> and <2> in 2 instructions a vector instead of 3.
+template <class V, int kCount>
+DLKIT_INLINE void swap_in_fours(V (&rows)[kCount]) {
+  [&]<int... I>(std::integer_sequence<int, I...>) DLKIT_INLINE_LAMBDA {
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; r += 4) {
+      V pairs[4];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const V a = rows[r + 2 * i], b = rows[r + 2 * i + 1];
+        pairs[i] = shuffle<(I & ~3) + (I & 2) / 2 + (I & 1) * kCount...>(a, b);
+        pairs[2 + i] = shuffle<(I & ~3) + (I & 2) / 2 + 2 + (I & 1) * kCount...>(a, b);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const V a = pairs[2 * i], b = pairs[2 * i + 1];
+        rows[r + 2 * i] = shuffle<(I & ~3) + (I & 1) + (I & 2) / 2 * kCount...>(a, b);
+        rows[r + 2 * i + 1] = shuffle<(I & ~3) + (I & 1) + 2 + (I & 2) / 2 * kCount...>(a, b);
+      }
+    }
+  }(std::make_integer_sequence<int, kCount>());
+}
+
+// Turns round as many vectors as one has lanes: lane i of vector r becomes lane r of vector i.
+template <class V, int kCount>
+DLKIT_INLINE void transpose(V (&rows)[kCount]) {
+  static_assert(kCount * sizeof(rows[0][0]) == sizeof(V), "one vector a lane");
+  if constexpr (sizeof(rows[0][0]) == 4) {
+    swap_in_fours(rows);
+  } else {
+    swap_squares<1>(rows);
+    if constexpr (kCount >= 4) swap_squares<2>(rows);
+  }
+  if constexpr (kCount >= 8) swap_squares<4>(rows);
+  if constexpr (kCount >= 16) swap_squares<8>(rows);
 }
 
 // Lane r of the result is the sum of all lanes of vectors[r], by pairs of adjacent ones: a fixed order, the same for
