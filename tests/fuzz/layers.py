@@ -495,7 +495,8 @@ def find(case: Case) -> Difference | None:
             return None
         worst = {name: list(errors[name]) for name in suspects}
         again = {name: [0.0, errors[name][1]] for name in suspects}
-        for seed in range(32):
+        # Of few elements an error hangs on how far their terms cancel: seldom, and then by much.
+        for seed in range(32 if math.prod(case["shape"]) > 1_000 else 256):
             found = check({**case, "seed": case["seed"] + 7919 * (seed + 1), "threads": 1})
             for name in suspects:
                 if name in found:
