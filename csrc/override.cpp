@@ -36,8 +36,14 @@ using at::Tensor;
 using OptionalGenerator = std::optional<at::Generator>;
 
 enum Function { LayerNorm, RmsNorm, BatchNorm, GroupNorm, InstanceNorm, Dropout, CrossEntropy, kFunctions };
-constexpr const char* kNames[kFunctions] = {"layer_norm",    "rms_norm", "batch_norm",   "group_norm",
-                                            "instance_norm", "dropout",  "cross_entropy"};
+constexpr struct {
+  const char *name, *kernel;  // of torch's function; the op that must have a kernel for the input
+} kServed[kFunctions] = {
+    {"layer_norm", "layer_norm_forward"},       {"rms_norm", "layer_norm_forward"},
+    {"batch_norm", "batch_norm_forward"},       {"group_norm", "batch_norm_forward"},
+    {"instance_norm", "batch_norm_forward"},    {"dropout", "dropout_forward"},
+    {"cross_entropy", "cross_entropy_forward"},
+};
 std::atomic<int64_t> served[kFunctions], declined[kFunctions];
 
 bool is_plain(const Tensor& input) {
@@ -46,18 +52,19 @@ bool is_plain(const Tensor& input) {
 }
 
 template <class... Optionals>
-bool serves(Function function, const char* kernel, const Tensor& input, const Optionals&... others) {
+bool serves(Function function, const Tensor& input, const Optionals&... others) {
   [[maybe_unused]] const auto has_odd = [](const OptionalTensor& t) { return has(t) && !is_plain(*t); };
   bool good = calls_of_torch_itself == 0 && is_plain(input) && !(has_odd(others) || ...);
   if (good) {
-    static const auto find = [](const char* name) {
-      return c10::Dispatcher::singleton().findSchemaOrThrow(
-          (std::string(DLKIT_STRING(DLKIT_LIBRARY)) + "::" + name).c_str(), "");
-    };
-    static const c10::OperatorHandle rows = find("layer_norm_forward"), channels = find("batch_norm_forward"),
-                                     masks = find("dropout_forward"), logits = find("cross_entropy_forward");
-    const auto& found = kernel[0] == 'l' ? rows : kernel[0] == 'b' ? channels : kernel[0] == 'd' ? masks : logits;
-    good = has_kernel(found, input);
+    static const std::vector<c10::OperatorHandle> kernels = [] {
+      std::vector<c10::OperatorHandle> found;
+      for (const auto& each : kServed) {
+        const std::string op = std::string(DLKIT_STRING(DLKIT_LIBRARY)) + "::" + each.kernel;
+        found.push_back(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), ""));
+      }
+      return found;
+    }();
+    good = has_kernel(kernels[function], input);
   }
   (good ? served : declined)[function].fetch_add(1, std::memory_order_relaxed);
   return good;
@@ -65,7 +72,7 @@ bool serves(Function function, const char* kernel, const Tensor& input, const Op
 
 Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, bool cudnn) {
-  if (!serves(LayerNorm, "layer_norm_forward", input, weight, bias))
+  if (!serves(LayerNorm, input, weight, bias))
     return at::compositeimplicitautograd::layer_norm_symint(input, shape, weight, bias, eps, cudnn);
   static const auto op =
       find_op<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, const OptionalTensor&, double)>(
@@ -76,8 +83,7 @@ Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef shape, const Optional
 
 Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
                 std::optional<double> eps) {
-  if (!serves(RmsNorm, "layer_norm_forward", input, weight))
-    return at::compositeimplicitautograd::rms_norm_symint(input, shape, weight, eps);
+  if (!serves(RmsNorm, input, weight)) return at::compositeimplicitautograd::rms_norm_symint(input, shape, weight, eps);
   static const auto op =
       find_op<Tensor(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&, std::optional<double>)>("rms_norm");
   const TorchItself inside;
@@ -87,7 +93,7 @@ Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef shape, const OptionalTe
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double momentum,
                   double eps, bool cudnn) {
-  if (!serves(BatchNorm, "batch_norm_forward", input, weight, bias, running_mean, running_var))
+  if (!serves(BatchNorm, input, weight, bias, running_mean, running_var))
     return at::compositeimplicitautograd::batch_norm(input, weight, bias, running_mean, running_var, training, momentum,
                                                      eps, cudnn);
   static const auto op = find_op<Tensor(
@@ -99,7 +105,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
 
 Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps, bool cudnn) {
-  if (!serves(GroupNorm, "batch_norm_forward", input, weight, bias))
+  if (!serves(GroupNorm, input, weight, bias))
     return at::compositeimplicitautograd::group_norm(input, groups, weight, bias, eps, cudnn);
   static const auto op =
       find_op<Tensor(const Tensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&, double)>("group_norm");
@@ -110,7 +116,7 @@ Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& wei
 Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var, bool use_input_stats,
                      double momentum, double eps, bool cudnn) {
-  if (!serves(InstanceNorm, "batch_norm_forward", input, weight, bias, running_mean, running_var))
+  if (!serves(InstanceNorm, input, weight, bias, running_mean, running_var))
     return at::compositeimplicitautograd::instance_norm(input, weight, bias, running_mean, running_var, use_input_stats,
                                                         momentum, eps, cudnn);
   static const auto op =
@@ -120,9 +126,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const Op
   return op.call(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps);
 }
 
-bool drops(const Tensor& input, double p, bool train) {
-  return train && p > 0 && p <= 1 && serves(Dropout, "dropout_forward", input);
-}
+bool drops(const Tensor& input, double p, bool train) { return train && p > 0 && p <= 1 && serves(Dropout, input); }
 
 // kChannels: the mask is for the first two dimensions.
 template <bool kChannels, bool kAlpha, Tensor (*kTorch)(const Tensor&, double, bool)>
@@ -150,7 +154,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     return at::compositeimplicitautograd::cross_entropy_loss_symint(input, target, weight, reduction, ignore_index,
                                                                     label_smoothing);
   };
-  if (!is_plain(target) || !serves(CrossEntropy, "cross_entropy_forward", input, weight)) return by_torch();
+  if (!is_plain(target) || !serves(CrossEntropy, input, weight)) return by_torch();
   static const auto op =
       find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double,
                                          double, double, bool, bool)>("cross_entropy");
@@ -211,7 +215,7 @@ PyObject* override_calls(PyObject*, PyObject*) {
   PyObject* result = PyDict_New();
   for (int i = 0; result != nullptr && i < kFunctions; ++i) {
     PyObject* counts = Py_BuildValue("LL", static_cast<long long>(served[i]), static_cast<long long>(declined[i]));
-    if (counts == nullptr || PyDict_SetItemString(result, kNames[i], counts) < 0) Py_CLEAR(result);
+    if (counts == nullptr || PyDict_SetItemString(result, kServed[i].name, counts) < 0) Py_CLEAR(result);
     Py_XDECREF(counts);
   }
   return result;

@@ -1,6 +1,5 @@
 """The full recipe: a residual network with everything that the course has shown to help."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from dlkit.lab import augment, models, report
 from dlkit.lab.experiment import QUICK_IMAGES, Configuration, Setting
+from dlkit.lab.experiments.schedules import warm_up_cosine
 
 ORDER = 190
 SUMMARY = (
@@ -16,18 +16,6 @@ SUMMARY = (
 )
 LOOK_AT = "how the validation accuracy rises to the very end, while the learning rate falls."
 BATCH = 128
-
-
-def warmup_cosine(optimizer: Any, steps: int, part: float = 0.1) -> Any:
-    """Up for the first `part` of the steps, then down to 0 along half a cosine."""
-    warm = max(1, round(part * steps))
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def average(decay: float) -> list[Any]:
@@ -66,7 +54,7 @@ def recipe(setting: Setting, name: str = "recipe", images: int | None = None, **
         "optimizer": "AdamW",
         "lr": 3e-3,
         "parameters": decayed,
-        "schedule": warmup_cosine,
+        "schedule": warm_up_cosine,
         "max_norm": 1.0,
         "loss": smoothed,
         "augment": augment.flip if mirrored(setting) else None,
