@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from dlkit.lab import augment, models, report
