@@ -9,10 +9,18 @@ from pathlib import Path
 
 from . import BadInput
 
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+
 
 def add_common(parser: argparse.ArgumentParser, budget: str) -> None:
-    """Threads, the time to sample `budget`, and where the result goes."""
+    """Threads, instruction set, the time to sample `budget`, and where the result goes."""
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, default: torch's")
+    parser.add_argument(
+        "--capability",
+        metavar="|".join(CAPABILITIES),
+        help="the instruction set of dlkit's CPU kernels, default: the best that is here. torch's is set by the "
+        "environment variable ATEN_CPU_CAPABILITY",
+    )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"time to sample {budget}")
     add_json(parser)
 
@@ -28,6 +36,19 @@ def check_common(args: argparse.Namespace) -> None:
         raise BadInput(f"expected --threads from 1 to {cores}; got {args.threads}")
     if args.budget is not None and not args.budget > 0:
         raise BadInput(f"expected --budget above 0; got {args.budget}")
+    if args.capability is not None:
+        _choose(args.capability)
+
+
+def _choose(capability: str) -> None:
+    from dlkit import _C
+
+    best = _C.cpu_capability()
+    if capability not in CAPABILITIES[: CAPABILITIES.index(best) + 1]:
+        can = ", ".join(CAPABILITIES[: CAPABILITIES.index(best) + 1])
+        raise BadInput(f"expected --capability {can}, which this processor has; got {capability!r}")
+    _C.set_cpu_capability(capability)
+    os.environ["DLKIT_CPU_CAPABILITY"] = capability  # for processes that this one starts
 
 
 def checked(what: str, given: Sequence[str], valid: Sequence[str]) -> list[str]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dlkit import _C
+
 
 def _first_match(path: str, pattern: str) -> str | None:
     try:
@@ -66,6 +68,7 @@ def facts(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "simd": torch.backends.cpu.get_cpu_capability(),
+        "dlkit_simd": _C.cpu_capability(),
         "caches": _caches(),
         "transparent_hugepages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
         "system": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}".strip(),
@@ -98,6 +101,7 @@ def header(device: str) -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A short name for file names: the GPU, or the CPU with its thread count."""
-    name = machine.get("gpu") or f"{machine['cpu']} {machine['threads']} threads"
+    """A short name for file names: the GPU, or the CPU with its thread count and an instruction set that was chosen."""
+    chosen = os.environ.get("DLKIT_CPU_CAPABILITY", "")
+    name = machine.get("gpu") or f"{machine['cpu']} {machine['threads']} threads {chosen}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -119,7 +119,11 @@ def line(cells: Sequence[str], width: int) -> str:
 
 def where(machine: dict[str, Any]) -> str:
     """The processor that the figures are of, in a few words."""
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}"
+    if "gpu" in machine:
+        return str(machine["gpu"])
+    ours = machine.get("dlkit_simd", "")
+    with_ours = f" (dlkit: {ours})" if ours and ours.split("_")[0] != machine["simd"].lower() else ""
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}{with_ours}"
 
 
 def busy(machine: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dlkit.bench import (
+    _arguments,
     _compare,
     _machine,
     _models,
@@ -32,7 +33,7 @@ from dlkit.bench import (
 )
 from dlkit.bench._runner import Case, Inputs, Settings
 
-from dlkit import bench
+from dlkit import _C, bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Settings(mode="quick", budget_s=0.0, min_rounds=2, sample_s=0.0, warm_up_s=0.0)
@@ -438,6 +439,7 @@ def test_compare_names_what_cannot_be_compared(tmp_path):
         (["--against", "jax"], f"expected --against {', '.join(_ops.CONTESTANTS)}; got 'jax'"),
         (["--allocator", "arena"], "expected --allocator reuse, default; got 'arena'"),
         (["--threads", "0"], f"expected --threads from 1 to {os.cpu_count()}; got 0"),
+        (["--capability", "sse9"], "expected --capability default"),
         (["--budget", "nan"], "expected --budget above 0; got nan"),
         (["--against", ""], f"expected --against {', '.join(_ops.CONTESTANTS)}; got ''"),
         (["models", "--models", "mlp,resnet"], "expected --models mlp, cnn, transformer, gpt; got 'resnet'"),
@@ -686,7 +688,21 @@ def test_no_gradient_where_rounding_decides_the_mask(variant):
     assert (grad_output[y > 0.1] != 0).float().mean() > 0.99
 
 
-def test_slug_and_settings_are_plain():
+def test_an_instruction_set_can_be_chosen(monkeypatch):
+    before = _C.cpu_capability()
+    monkeypatch.setenv("DLKIT_CPU_CAPABILITY", before)
+    try:
+        _arguments.check_common(parsed("layer_norm", "--capability", "default"))
+        machine = _machine.facts("cpu")
+        assert _C.cpu_capability() == machine["dlkit_simd"] == "default"
+        assert _machine.slug(machine).endswith("-threads-default")
+        assert machine["simd"] == "DEFAULT" or "(dlkit: default)" in _report.where(machine)
+    finally:
+        _C.set_cpu_capability(before)
+
+
+def test_slug_and_settings_are_plain(monkeypatch):
+    monkeypatch.delenv("DLKIT_CPU_CAPABILITY", raising=False)
     assert _machine.slug({"cpu": "AMD EPYC(TM) 9B14", "threads": 2}) == "amd-epyc-tm-9b14-2-threads"
     assert _machine.slug({"cpu": "any", "gpu": "NVIDIA H200", "threads": 2}) == "nvidia-h200"
     json.dumps({field.name: getattr(QUICK, field.name) for field in fields(QUICK)})
