@@ -17,6 +17,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 import dlkit
 from dlkit import _native
 from dlkit import functional as F
+from dlkit._ops import op
 from dlkit.surgery import TWINS
 
 PLAIN = {twin: original for original, twin in TWINS.items()}
@@ -212,7 +213,7 @@ def test_batch_norm_in_torch_s_terms():
     x, residual, weight, bias = torch.randn(4, 6, 5), torch.randn(4, 6, 5), torch.randn(6), torch.randn(6)
     for training, momentum in ((True, 0.3), (True, None), (False, 0.3)):
         results = []
-        for function in (_native.batch_norm, F._batch_norm):
+        for function in (_native.batch_norm, op("batch_norm")):
             mean, var, count = torch.zeros(6), torch.ones(6), torch.tensor(2)
             for _ in range(2):
                 y = function(x, mean, var, weight, bias, residual, count, training, momentum, 1e-3, True)
@@ -232,7 +233,7 @@ DROPOUTS = {
 @pytest.mark.parametrize(("mask_ndim", "alpha", "shape"), DROPOUTS.values(), ids=DROPOUTS)
 def test_dropout_in_torch_s_terms(mask_ndim, alpha, shape):
     """The same values, alike in each channel or sample, and as many."""
-    ours = F._dropout(torch.ones(shape), 0.3, mask_ndim, alpha, None, None)
+    ours = op("dropout")(torch.ones(shape), 0.3, mask_ndim, alpha, None, None)
     torchs = _native.dropout(torch.ones(shape), 0.3, mask_ndim, alpha, generator=None, stream=None)
     torch.testing.assert_close(torchs.unique(), ours.unique())
     rows = torchs.flatten(mask_ndim) if mask_ndim > 0 else torchs.flatten()[:, None]

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
-from dlkit import functional as F
+from dlkit._ops import op
+from dlkit.functional._batch_norm import refuse_batch_norm
 from dlkit.nn._layer import Layer
 
+_batch_norm = op("batch_norm")
 _TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
@@ -31,7 +33,7 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
     use_batch = training or (running_mean is None and running_var is None)
     eps = layer.__dict__["eps"]  # past what guards it from others
     try:
-        return F._batch_norm(
+        return _batch_norm(
             input,
             running_mean,
             running_var,
@@ -45,7 +47,7 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
             relu,
         )
     except (RuntimeError, ValueError) as error:
-        F.refuse_batch_norm(
+        refuse_batch_norm(
             type(layer).__name__,
             error,
             input,

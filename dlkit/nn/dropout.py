@@ -8,6 +8,7 @@ from torch.fx import Proxy
 from torch.nn.modules.dropout import _DropoutNd
 
 from dlkit import functional as F
+from dlkit.functional._arguments import check_probability
 from dlkit.nn._layer import Layer
 
 
@@ -34,7 +35,7 @@ class DropoutAdd(Layer, torch.nn.Module):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        F.check_probability("DropoutAdd", p)
+        check_probability("DropoutAdd", p)
         self.p = p
 
     def extra_repr(self) -> str:
@@ -76,7 +77,7 @@ class DropoutAddLayerNorm(Layer, torch.nn.LayerNorm):
         prenorm: bool = False,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        F.check_probability("DropoutAddLayerNorm", p)
+        check_probability("DropoutAddLayerNorm", p)
         self.p, self.prenorm = p, prenorm
 
     def extra_repr(self) -> str:
@@ -126,7 +127,7 @@ class DropoutAddRMSNorm(Layer, torch.nn.RMSNorm):
         prenorm: bool = False,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
-        F.check_probability("DropoutAddRMSNorm", p)
+        check_probability("DropoutAddRMSNorm", p)
         self.p, self.prenorm = p, prenorm
 
     def extra_repr(self) -> str:
@@ -269,7 +270,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        F.check_probability("DropConnectLinear", p)
+        check_probability("DropConnectLinear", p)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.p = p
 
