@@ -25,8 +25,9 @@ namespace {
 using namespace dlkit::DLKIT_ISA;
 
 constexpr int64_t kRows = 64;  // rows whose losses are worked out together
-constexpr int64_t kFew = 40;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
-constexpr int64_t kPixels = 128, kClasses = kFew;
+constexpr int64_t kFew =
+    104;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
+constexpr int64_t kPixels = 128, kClasses = 40;
 
 template <class A>
 constexpr int64_t kChunk = sizeof(A) == 8 ? 512 : 2048;  // adjacent classes
@@ -391,8 +392,12 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
 // Pixels, and rows of few classes, which are turned round so that a lane is a row. What a pixel needs once goes through
 // loops over arrays of lanes, without branches: of few classes it takes as long as all the rest.
 
-// Whether rows of adjacent classes go this way.
-bool are_short(const Problem& op) { return op.inner == 1 && op.classes <= kFew; }
+// Whether rows of adjacent classes go this way: 10 classes take a quarter of the time so, 64 of 16 bits 0.9 of it;
+// beyond 40 of 32 bits what is turned round no longer fits the first-level cache.
+bool are_short(const Problem& op) {
+  const bool narrow = op.dtype == DType::BF16 || op.dtype == DType::F16;
+  return op.inner == 1 && op.classes <= (narrow ? kFew : 40);
+}
 
 template <class A>
 using Pixels = Rows<A, kPixels>;
@@ -412,7 +417,7 @@ template <class A>
 struct Turned {
   static constexpr int64_t kStep = kLanes<A>;
   static constexpr int64_t kNarrow = 3;  // classes up to which single elements are as quick as vectors
-  alignas(64) A lanes[kClasses * kPixels], lines[kClasses * kPixels + kStep];  // `lines` has the rows behind each other
+  alignas(64) A lanes[kFew * kPixels], lines[kFew * kPixels + kStep];  // `lines` has the rows behind each other
 
   template <class T>
   void read(const T* x, int64_t count, int64_t classes, int64_t stride) {
@@ -655,6 +660,10 @@ struct PixelSlopes {
   }
 };
 
+// What the gradients of a pixel's classes are made of: one u for all but the target, one for each class, and softcap
+// and z-loss too.
+enum class Slopes { Equal, Each, All };
+
 // The same pixels' gradient, to grad + c * pitch; grad may be x.
 template <class S>
 void write_pixels(const Backward& op, const PixelSlopes<accumulate_t<S>>& slopes, int64_t count, const S* x,
@@ -663,39 +672,51 @@ void write_pixels(const Backward& op, const PixelSlopes<accumulate_t<S>>& slopes
   using V = Vector<A>;
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
   const auto get = [](const A* values, int64_t i) DLKIT_INLINE_LAMBDA { return load(values + i, All{}); };
-  const auto write_class = [&](int64_t c, auto is_plain) DLKIT_INLINE_LAMBDA {
+  const auto write_class = [&](int64_t c, auto kind) DLKIT_INLINE_LAMBDA {
     for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       V v = load(x + c * pitch + i, width), derivative = broadcast(A(1));
-      if (!is_plain && op.softcap != 0) v = cap(v, derivative);
+      if (kind == Slopes::All && op.softcap != 0) v = cap(v, derivative);
       VectorBits<A> wanted;
       memcpy(&wanted, slopes.target + i, sizeof(wanted));
       V share = get(slopes.share, i);
-      if (!is_plain) share *= pixel_share(op, at<const S>(probabilities, c * pitch + i), c, width);
+      if (kind != Slopes::Equal) share *= pixel_share(op, at<const S>(probabilities, c * pitch + i), c, width);
       const V rest = wanted == Target<A>(c) ? get(slopes.hit, i) : share;
       const V e = exponential(v - get(slopes.shift, i));
       v = fma(e, get(slopes.scale, i), -rest);
-      if (!is_plain && op.z_scale != 0) v = fma(e, get(slopes.z, i), v);
-      if (!is_plain && op.softcap != 0) v *= derivative;
+      if (kind == Slopes::All) {
+        if (op.z_scale != 0) v = fma(e, get(slopes.z, i), v);
+        if (op.softcap != 0) v *= derivative;
+      }
       write(grad + c * pitch + i, v, width, stream);
     });
   };
-  // Plain: u is the same for all classes, and the logits are taken as they are.
-  const bool plain = op.softcap == 0 && op.z_scale == 0 && probabilities == nullptr &&
-                     (op.weight == nullptr || op.label_smoothing == 0);
-  for (int64_t c = 0; c < op.classes; ++c) plain ? write_class(c, std::true_type()) : write_class(c, std::false_type());
+  const auto write_all_classes = [&](auto kind) {
+    for (int64_t c = 0; c < op.classes; ++c) write_class(c, kind);
+  };
+  if (op.softcap != 0 || op.z_scale != 0) {
+    write_all_classes(std::integral_constant<Slopes, Slopes::All>());
+  } else if (probabilities != nullptr || (op.weight != nullptr && op.label_smoothing != 0)) {
+    write_all_classes(std::integral_constant<Slopes, Slopes::Each>());
+  } else {
+    write_all_classes(std::integral_constant<Slopes, Slopes::Equal>());
+  }
 }
+
+// Elements a task. Those of fp64 take four times as long.
+int64_t grain_of(const Problem& op) { return op.dtype == DType::F64 ? kGrain / 4 : kGrain; }
 
 // Calls f(first, count) for blocks of pixels, none of which lies in two images.
 template <class F>
 void for_pixels(const Problem& op, const F& f) {
   if (op.rows == 0) return;
   const int64_t length = op.inner == 1 ? op.rows : op.inner, blocks = (length + kPixels - 1) / kPixels;
-  parallel_for(op.rows / length * blocks, max64(1, kGrain / (kPixels * op.classes)), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block % blocks * kPixels;
-      f(block / blocks * length + first, min64(kPixels, length - first));
-    }
-  });
+  parallel_for(op.rows / length * blocks, max64(1, grain_of(op) / (kPixels * op.classes)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t block = begin; block < end; ++block) {
+                   const int64_t first = block % blocks * kPixels;
+                   f(block / blocks * length + first, min64(kPixels, length - first));
+                 }
+               });
 }
 
 // The sum or mean of rows, in their order.
@@ -747,7 +768,7 @@ void reduce(const Forward& op) {
   });
 }
 
-int64_t row_grain(const Problem& op) { return max64(1, kGrain / op.classes); }
+int64_t row_grain(const Problem& op) { return max64(1, grain_of(op) / op.classes); }
 
 }  // namespace
 
