@@ -99,7 +99,9 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
     else:
         sizes = (rows,) if _is_linear(case) else (case.shape[0], *case.shape[2:])
         target = torch.randint(0, classes, sizes, generator=generator, device=device)
-    return Inputs((*(t.requires_grad_() for t in logits), target), (normal(1)[0],))
+    # fp16 gradients of a mean would be too small for it: there the loss is scaled, as by a GradScaler.
+    grad_output = normal(1, scale=1024.0 if case.dtype == "fp16" else 1.0)[0]
+    return Inputs((*(t.requires_grad_() for t in logits), target), (grad_output,))
 
 
 def _unfused(cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
