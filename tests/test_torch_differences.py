@@ -184,6 +184,16 @@ def test_clipping_of_a_norm_beyond_fp16():
     assert torch.equal(grad, torch.full_like(grad, 1 / 64))
 
 
+def mean_of_fp16_losses(functional):
+    x, target = torch.randn(20_000, 100).half(), torch.randint(0, 100, (20_000,))
+    return functional.cross_entropy(x, target), native.cross_entropy(x.double(), target)
+
+
+def test_mean_of_many_fp16_losses():
+    loss, exact = mean_of_fp16_losses(fused)
+    assert loss.dtype == torch.float16 and relative_error(loss, exact) < torch.finfo(torch.float16).eps
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("call", ["layer_norm", "rms_norm", "group_norm"])
@@ -210,6 +220,7 @@ def main():
                     print(f"{name}: {call}, {layout}: strides of output and gradient {real}, when traced {fake}")
         print(f"{name}: batch_norm, gradient permuted: error {weight_gradient_error(functional, False):.1e}")
         print(f"{name}: fp16 gradients of gradients: error {second_derivative_error(functional):.1e}")
+        print(f"{name}: cross_entropy of 20,000 rows in fp16", *map(float, mean_of_fp16_losses(functional)))
         print(f"{name}: dropout of infinity", dropout_of_infinity(functional)[0][:6].tolist())
         for cols, mean in LARGE_MEANS:
             print(f"{name}: layer_norm, {cols} columns, mean {mean:g}: {layer_norm_error(functional, cols, mean):.1e}")
