@@ -167,3 +167,27 @@ def test_one_parameter(optimizer):
         for begin in range(0, ROWS, CHUNK // 1024):
             some = parameter.detach()[begin : begin + CHUNK // 1024]
             torch.testing.assert_close(some, rows.detach()[:1].expand_as(some), rtol=2 * EPS, atol=2e-3)
+
+
+CLASSES = {
+    "rows": (1, 4096), "few classes": (1, 8), "pixels": (1, 8, 512, 512), "pixels, channels_last": (1, 8, 512, 512)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_cross_entropy(case):
+    block = torch.randn(CLASSES[case]).bfloat16()
+    if "channels_last" in case:
+        block = block.to(memory_format=torch.channels_last)
+    target = torch.randint(0, block.shape[1], (1, *block.shape[2:]))
+
+    def run(times):
+        x = repeated(block, times).requires_grad_()
+        losses = fused.cross_entropy(x, target.expand(times, *target.shape[1:]), reduction="none")
+        return losses.detach(), *torch.autograd.grad(losses, x, torch.ones_like(losses))
+
+    loss, grad = run(1)
+    losses, grads = run((1 << 31) // block.numel() + 3)
+    assert grads.numel() > 1 << 31
+    assert_repeats(losses, loss, EPS)
+    assert_repeats(grads, grad, EPS)
