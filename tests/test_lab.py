@@ -288,6 +288,17 @@ def test_list_and_help_import_nothing_heavy(capsys):
             assert all(name in done.stdout for name in experiment.names())
 
 
+def test_a_package_for_another_torch_ends_with_one_line(monkeypatch):
+    def fail(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    given = arguments("batchnorm")
+    monkeypatch.setattr(lab.importlib, "import_module", fail)
+    with pytest.raises(SystemExit, match=r"torchvision::nms.*uninstall it") as raised:
+        lab.main(given)
+    assert "\n" not in str(raised.value)
+
+
 def test_missing_packages_end_with_one_line(monkeypatch):
     monkeypatch.setattr(lab, "PACKAGES", (*lab.PACKAGES, "no_such_package"))
     with pytest.raises(SystemExit, match=r"needs no_such_package: run  pip install 'dlkit\[lab\]'"):

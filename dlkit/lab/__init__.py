@@ -62,4 +62,13 @@ def main(args: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"dlkit lab needs {', '.join(missing)}: run  pip install 'dlkit[lab]'")
-    return importlib.import_module(f"{__name__}.course").run(args)
+    try:
+        course = importlib.import_module(f"{__name__}.course")
+    except (ImportError, RuntimeError) as error:
+        # torchmetrics imports torchvision where there is one, and one built for another torch raises.
+        raise SystemExit(
+            f"dlkit lab: a package cannot be imported ({error}). If it was built for another torch, as torchvision "
+            "often is, install one for this torch or uninstall it"
+        ) from error
+    status: int = course.run(args)
+    return status
