@@ -391,7 +391,9 @@ def rounds_only(case: Case) -> bool:
     specs = [*case["tensors"].values(), *case["grads"].values()]
     expanded = [name for name, spec in case["tensors"].items() if spec["layout"] == "expanded"]
     of_several, twice = OPERATIONS[case["op"]].forward is None, case["context"] == "create_graph"
-    if (of_several and expanded) or (twice and "input" in expanded):
+    if twice:
+        expanded += [name for name, spec in case["grads"].items() if spec["layout"] == "expanded"]
+    if (of_several and expanded) or (twice and {"input", "y"} & set(expanded)):
         return False  # equal terms that cancel, a variance of 0: all is noise
     if twice and case["tensors"]["input"]["values"] == "shifted":
         return False  # each formula loses other digits of a large mean
