@@ -252,9 +252,10 @@ def test_kernels_serve(make, shape, form, monkeypatch):
     layer = make()
     twin, _ = replaced(layer)
     calls = []
-    for name in ("layer_norm", "rms_norm", "group_norm", "_batch_norm"):
-        own = getattr(dlkit.functional, name)
-        monkeypatch.setattr(dlkit.functional, name, lambda *args, own=own: calls.append(1) or own(*args))
+    places = [(dlkit.functional, name) for name in ("layer_norm", "rms_norm", "group_norm")]
+    for module, name in (*places, (dlkit.nn.batch_norm, "_batch_norm")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=own: calls.append(1) or own(*args))
     for dtype in (torch.float32, torch.bfloat16):
         twin.to(dtype)(*inputs_of(layer, shape, dtype))
     assert len(calls) == 2

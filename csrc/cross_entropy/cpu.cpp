@@ -28,6 +28,7 @@ constexpr int64_t kRows = 64;  // rows whose losses are worked out together
 constexpr int64_t kFew =
     104;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
 constexpr int64_t kPixels = 128, kClasses = 40;
+constexpr int64_t kWritten = 512;  // pixels that backward takes together, where it copies none: longer runs of memory
 
 template <class A>
 constexpr int64_t kChunk = sizeof(A) == 8 ? 512 : 2048;  // adjacent classes
@@ -612,10 +613,13 @@ void read_pixels(const Forward& op, int64_t first, int64_t count, const S* x, co
 // What backward multiplies with in some pixels, and their targets.
 template <class A>
 struct PixelSlopes {
-  alignas(64) A shift[kPixels] = {}, scale[kPixels] = {}, z[kPixels] = {}, share[kPixels] = {}, hit[kPixels] = {};
-  alignas(64) Target<A> target[kPixels] = {};
+  alignas(64) A shift[kWritten], scale[kWritten], z[kWritten], share[kWritten], hit[kWritten];
+  alignas(64) Target<A> target[kWritten];
 
   PixelSlopes(const Backward& op, int64_t first, int64_t count, wide_t<A> weights) {
+    const size_t past = size_t((count + kLanes<A> - 1) / kLanes<A> * kLanes<A> - count);  // lanes of the last vector
+    for (A* const lanes : {shift, scale, z, share, hit}) memset(lanes + count, 0, past * sizeof(A));
+    memset(target + count, 0, past * sizeof(A));
     if (op.z_scale != 0) {
       for (int64_t i = 0; i < count; ++i) {
         const Slope<A> slope = slope_of<A>(op, first + i, weights);
@@ -633,17 +637,17 @@ struct PixelSlopes {
     const W keep = 1 - W(op.label_smoothing);
     read_targets<A>(op, first, count, target);
     memcpy(shift, of_row(op.max), size_t(count) * sizeof(A));
-    A weight[kPixels];
+    A weight[kWritten];
     if (op.weight == nullptr || op.target == nullptr) {
-      for (A& w : weight) w = 1;
+      for (int64_t i = 0; i < count; ++i) weight[i] = 1;
     } else {
       for (int64_t i = 0; i < count; ++i) {
         weight[i] = target[i] == Target<A>(-1) ? A(1) : weight_of<A>(op, int64_t(target[i]));
       }
     }
-    A grad[kPixels];
+    A grad[kWritten];
     if (op.grad_loss_stride == 0) {
-      for (A& g : grad) g = A(*grad_loss / divisor);
+      for (int64_t i = 0; i < count; ++i) grad[i] = A(*grad_loss / divisor);
     } else {
       for (int64_t i = 0; i < count; ++i) grad[i] = A(grad_loss[i] / divisor);
     }
@@ -707,14 +711,14 @@ int64_t grain_of(const Problem& op) { return op.dtype == DType::F64 ? kGrain / 4
 
 // Calls f(first, count) for blocks of pixels, none of which lies in two images.
 template <class F>
-void for_pixels(const Problem& op, const F& f) {
+void for_pixels(const Problem& op, int64_t size, const F& f) {
   if (op.rows == 0) return;
-  const int64_t length = op.inner == 1 ? op.rows : op.inner, blocks = (length + kPixels - 1) / kPixels;
-  parallel_for(op.rows / length * blocks, max64(1, grain_of(op) / (kPixels * op.classes)),
+  const int64_t length = op.inner == 1 ? op.rows : op.inner, blocks = (length + size - 1) / size;
+  parallel_for(op.rows / length * blocks, max64(1, grain_of(op) / (size * op.classes)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t block = begin; block < end; ++block) {
-                   const int64_t first = block % blocks * kPixels;
-                   f(block / blocks * length + first, min64(kPixels, length - first));
+                   const int64_t first = block % blocks * size;
+                   f(block / blocks * length + first, min64(size, length - first));
                  }
                });
 }
@@ -779,7 +783,7 @@ void forward(const Forward& op) {
     if (op.inner == 1 && !are_short(op)) {
       parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) { forward_rows<T>(op, begin, end); });
     } else {
-      for_pixels(op, [&](int64_t first, int64_t count) {
+      for_pixels(op, kPixels, [&](int64_t first, int64_t count) {
         with_lanes<T>(op, first, count, [&](const auto* x, const auto* probabilities, int64_t pitch, auto*) {
           read_pixels(op, first, count, x, probabilities, pitch);
         });
@@ -804,7 +808,7 @@ void backward(const Backward& op) {
         if (stream) streaming_fence();
       });
     } else {
-      for_pixels(op, [&](int64_t first, int64_t count) {
+      for_pixels(op, op.inner == 1 ? kPixels : kWritten, [&](int64_t first, int64_t count) {
         const PixelSlopes<accumulate_t<T>> slopes(op, first, count, weights);
         T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
         const auto write = [&]<class S>(const S* x, const S* probabilities, int64_t pitch, auto* turned) {
