@@ -252,7 +252,7 @@ def test_kernels_serve(make, shape, form, monkeypatch):
     layer = make()
     twin, _ = replaced(layer)
     calls = []
-    places = [(dlkit.functional, name) for name in ("layer_norm", "rms_norm", "group_norm")]
+    places = [(dlkit.functional, name) for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm")]
     for module, name in (*places, (dlkit.nn.batch_norm, "_batch_norm")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, own=own: calls.append(1) or own(*args))
