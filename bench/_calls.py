@@ -18,233 +18,29 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import importlib
 import statistics
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import dlkit
-from dlkit._ops import op as dlkit_op
-
-from . import BadInput, _arguments, _machine, _report
+from . import BadInput, _arguments, _machine, _report, specs
+from ._levels import Call, Levels, P
 from ._runner import Sample, Settings, calibrated, interleave
 
 SIZES = (1, 16, 256, 4096)
 HOPS = ("module", "functional", "autograd", "dispatch", "kernel", "backward")
-P, EPS = 0.5, 1e-5
-
-batch_norm, group_norm, instance_norm = map(dlkit_op, ("batch_norm", "group_norm", "instance_norm"))
-
-Call = Callable[[], Any]
 
 
-class Levels(NamedTuple):
-    """The same computation at every hop; None where there is no such one. `leaves` are what gradients are taken of."""
-
-    leaves: list[Tensor]
-    native: Call
-    module: Call | None
-    functional: Call | None
-    op: Call | None
-
-
-def _leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape).requires_grad_()
-
-
-def _levels(inputs: tuple[Tensor, ...], native: Callable[..., Any], module: Any, functional: Any, op: Any) -> Levels:
-    calls = [None if call is None else functools.partial(call, *inputs) for call in (module, functional, op)]
-    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
-    return Levels([*inputs, *parameters], functools.partial(native, *inputs), *calls)
-
-
-def _twin(native: nn.Module) -> nn.Module:
-    """dlkit's layer with the very parameters of torch's."""
-    twin: nn.Module = getattr(dlkit.nn, type(native).__name__).__new__(getattr(dlkit.nn, type(native).__name__))
-    twin.__dict__ = dict(native.__dict__)
-    return twin
-
-
-def _rows(n: int) -> tuple[int, int]:
-    return max(1, n // 64), min(n, 64)
-
-
-def _row_norm(n: int, cls: type[nn.Module], add: bool, drop: bool) -> Levels:
-    x, shape = _leaf(*_rows(n)), (min(n, 64),)
-    norm = cls(shape, eps=EPS)
-    is_layer = cls is nn.LayerNorm
-    parameters = (norm.weight, norm.bias) if is_layer else (norm.weight,)
-    base = "layer_norm" if is_layer else "rms_norm"
-    if not add:
-        function, op = getattr(dlkit.functional, base), dlkit_op(base)
-        return _levels(
-            (x,),
-            norm,
-            _twin(norm),
-            lambda x: function(x, shape, *parameters, EPS),
-            lambda x: op(x, shape, *parameters, EPS),
-        )
-    residual = torch.randn(x.shape).requires_grad_()
-    name = f"dropout_add_{base}" if drop else f"add_{base}"
-    function, op = getattr(dlkit.functional, name), dlkit_op(name)
-    middle = "DropoutAdd" if drop else "Add"
-    module_class = getattr(dlkit.nn, middle + cls.__name__)
-    module = module_class(shape, P, eps=EPS, prenorm=True) if drop else module_class(shape, eps=EPS)
-    for key, parameter in norm.named_parameters():
-        setattr(module, key, parameter)
-
-    def native(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = (F.dropout(x, P) if drop else x) + residual
-        return norm(total), total
-
-    if drop:
-        return _levels(
-            (x, residual),
-            native,
-            module,
-            lambda x, residual: function(x, residual, shape, *parameters, P, EPS, prenorm=True),
-            lambda x, residual: op(x, residual, shape, P, *parameters, EPS, None, None),
-        )
-    return _levels(
-        (x, residual),
-        native,
-        module,
-        lambda x, residual: function(x, residual, shape, *parameters, EPS),
-        lambda x, residual: op(x, residual, shape, *parameters, EPS),
-    )
-
-
-def _batch_norm(n: int, relu: bool) -> Levels:
-    channels = max(1, min(n // 2, 64))
-    x = _leaf(max(2, n // channels), channels)  # one value a channel is no batch
-    norm = nn.BatchNorm1d(channels)
-    twin: Any = _twin(norm)
-    if relu:
-        twin.__class__ = dlkit.nn.BatchNormReLU1d
-    state = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    function = dlkit.functional.batch_norm_relu if relu else dlkit.functional.batch_norm
-    counted = norm.num_batches_tracked
-    return _levels(
-        (x,),
-        (lambda x: torch.relu(norm(x))) if relu else norm,
-        twin,
-        lambda x: function(x, *state, True, 0.1, EPS),
-        lambda x: batch_norm(x, *state, None, counted, True, 0.1, EPS, relu),
-    )
-
-
-def _group_norm(n: int) -> Levels:
-    channels = max(2, min(n // 2, 32))
-    x, groups = _leaf(1, channels, max(1, n // channels)), max(1, channels // 2)
-    norm = nn.GroupNorm(groups, channels)
-    parameters = (norm.weight, norm.bias)
-    return _levels(
-        (x,),
-        norm,
-        _twin(norm),
-        lambda x: dlkit.functional.group_norm(x, groups, *parameters, EPS),
-        lambda x: group_norm(x, groups, *parameters, EPS),
-    )
-
-
-def _instance_norm(n: int) -> Levels:
-    channels = max(1, min(n // 2, 32))
-    x = _leaf(1, channels, max(2, n // channels))
-    norm = nn.InstanceNorm1d(channels, affine=True)
-    parameters = (norm.weight, norm.bias)
-    return _levels(
-        (x,),
-        norm,
-        _twin(norm),
-        lambda x: dlkit.functional.instance_norm(x, None, None, *parameters),
-        lambda x: instance_norm(x, None, None, *parameters, True, 0.1, EPS),
-    )
-
-
-def _dropout(n: int, cls: type[nn.Module], name: str, mask_ndim: int, alpha: bool) -> Levels:
-    x = _leaf(*_rows(n)) if mask_ndim == -1 else _leaf(1, *_rows(n))
-    native, function = cls(P), getattr(dlkit.functional, name)
-    op = dlkit_op("dropout")
-    return _levels(
-        (x,),
-        native,
-        _twin(native),
-        lambda x: function(x, P, True),
-        lambda x: op(x, P, mask_ndim, alpha, None, None),
-    )
-
-
-def _dropout_add(n: int) -> Levels:
-    x, residual = _leaf(*_rows(n)), _leaf(*_rows(n))
-    op = dlkit_op("dropout_add")
-    return _levels(
-        (x, residual),
-        lambda x, residual: F.dropout(x, P) + residual,
-        dlkit.nn.DropoutAdd(P),
-        lambda x, residual: dlkit.functional.dropout_add(x, residual, P),
-        lambda x, residual: op(x, residual, P, None, None),
-    )
-
-
-def _cross_entropy(n: int) -> Levels:
-    x = _leaf(*_rows(n))
-    target, op = torch.randint(0, x.shape[1], x.shape[:1]), dlkit_op("cross_entropy")
-    native = nn.CrossEntropyLoss()
-    twin = _twin(native)
-    return _levels(
-        (x,),
-        lambda x: native(x, target),
-        lambda x: twin(x, target),
-        lambda x: dlkit.functional.cross_entropy(x, target),
-        lambda x: op(x, target, None, 1, -100, 0.0, 0.0, 0.0, False)[0],
-    )
-
-
-def _optimizer(n: int, name: str, options: dict[str, Any]) -> Levels:
-    steps = []
-    for library in (torch.optim, dlkit.optim):
-        parameter = nn.Parameter(torch.randn(n))
-        parameter.grad = torch.randn(n)
-        steps.append(getattr(library, name)([parameter], lr=1e-5, **options).step)
-    native, mine = steps
-    return Levels([], native, mine, None, None)
-
-
-def _clip(n: int) -> Levels:
-    parameter = nn.Parameter(torch.randn(n))
-    parameter.grad = torch.randn(n)
-    native, mine = (
-        functools.partial(function, [parameter], 1e3)
-        for function in (nn.utils.clip_grad_norm_, dlkit.optim.clip_grad_norm_)
-    )
-    return Levels([], native, None, mine, None)
-
-
-CASES: dict[str, Callable[[int], Levels]] = {
-    "LayerNorm": functools.partial(_row_norm, cls=nn.LayerNorm, add=False, drop=False),
-    "RMSNorm": functools.partial(_row_norm, cls=nn.RMSNorm, add=False, drop=False),
-    "AddLayerNorm": functools.partial(_row_norm, cls=nn.LayerNorm, add=True, drop=False),
-    "AddRMSNorm": functools.partial(_row_norm, cls=nn.RMSNorm, add=True, drop=False),
-    "DropoutAddLayerNorm": functools.partial(_row_norm, cls=nn.LayerNorm, add=True, drop=True),
-    "DropoutAddRMSNorm": functools.partial(_row_norm, cls=nn.RMSNorm, add=True, drop=True),
-    "BatchNorm1d": functools.partial(_batch_norm, relu=False),
-    "BatchNormReLU1d": functools.partial(_batch_norm, relu=True),
-    "GroupNorm": _group_norm,
-    "InstanceNorm1d": _instance_norm,
-    "Dropout": functools.partial(_dropout, cls=nn.Dropout, name="dropout", mask_ndim=-1, alpha=False),
-    "Dropout1d": functools.partial(_dropout, cls=nn.Dropout1d, name="dropout1d", mask_ndim=2, alpha=False),
-    "AlphaDropout": functools.partial(_dropout, cls=nn.AlphaDropout, name="alpha_dropout", mask_ndim=-1, alpha=True),
-    "DropoutAdd": _dropout_add,
-    "CrossEntropyLoss": _cross_entropy,
-    "SGD": functools.partial(_optimizer, name="SGD", options={"momentum": 0.9}),
-    "Adam": functools.partial(_optimizer, name="Adam", options={}),
-    "AdamW": functools.partial(_optimizer, name="AdamW", options={}),
-    "RMSprop": functools.partial(_optimizer, name="RMSprop", options={}),
-    "clip_grad_norm_": _clip,
-}
+@functools.cache
+def cases() -> dict[str, Callable[[int], Levels]]:
+    """Those of every spec that has CALLS."""
+    found: dict[str, Callable[[int], Levels]] = {}
+    for name in specs():
+        found |= getattr(importlib.import_module(f"{__package__}.{name}"), "CALLS", {})
+    return found
 
 
 def _backward(call: Call, leaves: list[Tensor]) -> Call:
@@ -270,7 +66,7 @@ def _without_grad(sampler: Callable[[], Sample]) -> Callable[[], Sample]:
 
 def measure(name: str, n: int, settings: Settings) -> dict[str, Any]:
     """Microseconds a call: native and dlkit, forward (with gradients asked for) and with backward; dlkit's levels."""
-    levels, smallest = CASES[name](n), CASES[name](min(SIZES))
+    levels, smallest = cases()[name](n), cases()[name](min(SIZES))
     mine = levels.module or levels.functional
     assert mine is not None
     calls: dict[str, Call] = {"native": levels.native, "dlkit": mine}
@@ -390,9 +186,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    names = [name for name in CASES if args.filter in name]
+    names = [name for name in cases() if args.filter in name]
     if not names:
-        raise BadInput(f"expected --filter to be part of one of {', '.join(CASES)}; got {args.filter!r}")
+        raise BadInput(f"expected --filter to be part of one of {', '.join(cases())}; got {args.filter!r}")
     _arguments.check_common(args)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -12,12 +12,17 @@ cache (and grad_output in backward); the floor does not count that, and there 2/
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import dlkit
+from dlkit._ops import op as dlkit_op
+
+from ._levels import Levels, leaf, levels_of, twin_of
 from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
 
 EPS = 1e-5
@@ -237,3 +242,29 @@ def minimal_bytes(case: Case) -> int:
     statistics = 2 * channel  # written for backward
     both = forward + statistics + backward
     return {"forward": forward, "backward": backward, "forward_backward": both}[case.direction]
+
+
+def _batch_norm(n: int, relu: bool) -> Levels:
+    channels = max(1, min(n // 2, 64))
+    x = leaf(max(2, n // channels), channels)  # one value a channel is no batch
+    norm = nn.BatchNorm1d(channels)
+    twin: Any = twin_of(norm)
+    if relu:
+        twin.__class__ = dlkit.nn.BatchNormReLU1d
+    state = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    function = dlkit.functional.batch_norm_relu if relu else dlkit.functional.batch_norm
+    counted = norm.num_batches_tracked
+    return levels_of(
+        (x,),
+        (lambda x: torch.relu(norm(x))) if relu else norm,
+        twin,
+        lambda x: function(x, *state, True, 0.1, EPS),
+        lambda x: dlkit_op("batch_norm")(x, *state, None, counted, True, 0.1, EPS, relu),
+    )
+
+
+# For `bench calls`.
+CALLS = {
+    "BatchNorm1d": functools.partial(_batch_norm, relu=False),
+    "BatchNormReLU1d": functools.partial(_batch_norm, relu=True),
+}

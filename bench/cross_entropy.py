@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dlkit
+from dlkit._ops import op as dlkit_op
+
+from ._levels import Levels, leaf, levels_of, rows_of, twin_of
 from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs, peer
 
 SMOOTHING = 0.1
@@ -167,3 +171,23 @@ def minimal_bytes(case: Case) -> int:
     forward = case.numel * case.itemsize + targets
     backward = 2 * case.numel * case.itemsize + targets
     return {"forward": forward, "backward": backward, "forward_backward": forward + backward}[case.direction]
+
+
+def _cross_entropy(n: int) -> Levels:
+    x = leaf(*rows_of(n))
+    target, op = torch.randint(0, x.shape[1], x.shape[:1]), dlkit_op("cross_entropy")
+    native = nn.CrossEntropyLoss()
+    twin = twin_of(native)
+    return levels_of(
+        (x,),
+        lambda x: native(x, target),
+        lambda x: twin(x, target),
+        lambda x: dlkit.functional.cross_entropy(x, target),
+        lambda x: op(x, target, None, 1, -100, 0.0, 0.0, 0.0, False)[0],
+    )
+
+
+# For `bench calls`.
+CALLS = {
+    "CrossEntropyLoss": _cross_entropy,
+}

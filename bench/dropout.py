@@ -11,13 +11,20 @@ the sum, write two); behind an activation 2N forward and 3N backward.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dlkit
+from dlkit._ops import op as dlkit_op
+
+from ._levels import Levels, leaf, levels_of, rows_of, twin_of
+from ._levels import P as CALL_P
 from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
 
 P, EPS = 0.3, 1e-5
@@ -227,3 +234,37 @@ def minimal_bytes(case: Case) -> int:
         forward, backward = (4, 5) if case.variant in NORMS else (3, 2)
     tensors = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[case.direction]
     return tensors * case.numel * case.itemsize
+
+
+def _dropout(n: int, cls: type[nn.Module], name: str, mask_ndim: int, alpha: bool) -> Levels:
+    x = leaf(*rows_of(n)) if mask_ndim == -1 else leaf(1, *rows_of(n))
+    native, function = cls(CALL_P), getattr(dlkit.functional, name)
+    op = dlkit_op("dropout")
+    return levels_of(
+        (x,),
+        native,
+        twin_of(native),
+        lambda x: function(x, CALL_P, True),
+        lambda x: op(x, CALL_P, mask_ndim, alpha, None, None),
+    )
+
+
+def _dropout_add(n: int) -> Levels:
+    x, residual = leaf(*rows_of(n)), leaf(*rows_of(n))
+    op = dlkit_op("dropout_add")
+    return levels_of(
+        (x, residual),
+        lambda x, residual: F.dropout(x, CALL_P) + residual,
+        dlkit.nn.DropoutAdd(CALL_P),
+        lambda x, residual: dlkit.functional.dropout_add(x, residual, CALL_P),
+        lambda x, residual: op(x, residual, CALL_P, None, None),
+    )
+
+
+# For `bench calls`.
+CALLS = {
+    "Dropout": functools.partial(_dropout, cls=nn.Dropout, name="dropout", mask_ndim=-1, alpha=False),
+    "Dropout1d": functools.partial(_dropout, cls=nn.Dropout1d, name="dropout1d", mask_ndim=2, alpha=False),
+    "AlphaDropout": functools.partial(_dropout, cls=nn.AlphaDropout, name="alpha_dropout", mask_ndim=-1, alpha=True),
+    "DropoutAdd": _dropout_add,
+}

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dlkit
+from dlkit._ops import op as dlkit_op
+
+from ._levels import Levels, leaf, levels_of, twin_of
 from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs, peer
 from .batch_norm import cases_of, quick_cases
 
@@ -160,3 +164,38 @@ def minimal_bytes(case: Case) -> int:
     backward = 3 * tensor + 3 * parameter + statistics
     both = forward + statistics + backward
     return {"forward": forward, "backward": backward, "forward_backward": both}[case.direction]
+
+
+def _group_norm(n: int) -> Levels:
+    channels = max(2, min(n // 2, 32))
+    x, groups = leaf(1, channels, max(1, n // channels)), max(1, channels // 2)
+    norm = nn.GroupNorm(groups, channels)
+    parameters = (norm.weight, norm.bias)
+    return levels_of(
+        (x,),
+        norm,
+        twin_of(norm),
+        lambda x: dlkit.functional.group_norm(x, groups, *parameters, EPS),
+        lambda x: dlkit_op("group_norm")(x, groups, *parameters, EPS),
+    )
+
+
+def _instance_norm(n: int) -> Levels:
+    channels = max(1, min(n // 2, 32))
+    x = leaf(1, channels, max(2, n // channels))
+    norm = nn.InstanceNorm1d(channels, affine=True)
+    parameters = (norm.weight, norm.bias)
+    return levels_of(
+        (x,),
+        norm,
+        twin_of(norm),
+        lambda x: dlkit.functional.instance_norm(x, None, None, *parameters),
+        lambda x: dlkit_op("instance_norm")(x, None, None, *parameters, True, 0.1, EPS),
+    )
+
+
+# For `bench calls`.
+CALLS = {
+    "GroupNorm": _group_norm,
+    "InstanceNorm1d": _instance_norm,
+}

@@ -6,12 +6,18 @@ residual 4N each way (forward reads two and writes two; backward also reads the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dlkit
+from dlkit._ops import op as dlkit_op
+
+from ._levels import Levels, P, leaf, levels_of, rows_of, twin_of
 from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs, peer
 
 EPS = 1e-5
@@ -218,3 +224,59 @@ def minimal_bytes(case: Case) -> int:
     backward += cols * case.itemsize + parameters + statistics
     both = forward + statistics + backward
     return {"forward": forward, "backward": backward, "forward_backward": both}[case.direction]
+
+
+def _row_norm(n: int, cls: type[nn.Module], add: bool, drop: bool) -> Levels:
+    x, shape = leaf(*rows_of(n)), (min(n, 64),)
+    norm = cls(shape, eps=EPS)
+    is_layer = cls is nn.LayerNorm
+    parameters = (norm.weight, norm.bias) if is_layer else (norm.weight,)
+    base = "layer_norm" if is_layer else "rms_norm"
+    if not add:
+        function, op = getattr(dlkit.functional, base), dlkit_op(base)
+        return levels_of(
+            (x,),
+            norm,
+            twin_of(norm),
+            lambda x: function(x, shape, *parameters, EPS),
+            lambda x: op(x, shape, *parameters, EPS),
+        )
+    residual = torch.randn(x.shape).requires_grad_()
+    name = f"dropout_add_{base}" if drop else f"add_{base}"
+    function, op = getattr(dlkit.functional, name), dlkit_op(name)
+    middle = "DropoutAdd" if drop else "Add"
+    module_class = getattr(dlkit.nn, middle + cls.__name__)
+    module = module_class(shape, P, eps=EPS, prenorm=True) if drop else module_class(shape, eps=EPS)
+    for key, parameter in norm.named_parameters():
+        setattr(module, key, parameter)
+
+    def native(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = (F.dropout(x, P) if drop else x) + residual
+        return norm(total), total
+
+    if drop:
+        return levels_of(
+            (x, residual),
+            native,
+            module,
+            lambda x, residual: function(x, residual, shape, *parameters, P, EPS, prenorm=True),
+            lambda x, residual: op(x, residual, shape, P, *parameters, EPS, None, None),
+        )
+    return levels_of(
+        (x, residual),
+        native,
+        module,
+        lambda x, residual: function(x, residual, shape, *parameters, EPS),
+        lambda x, residual: op(x, residual, shape, *parameters, EPS),
+    )
+
+
+# For `bench calls`.
+CALLS = {
+    "LayerNorm": functools.partial(_row_norm, cls=nn.LayerNorm, add=False, drop=False),
+    "RMSNorm": functools.partial(_row_norm, cls=nn.RMSNorm, add=False, drop=False),
+    "AddLayerNorm": functools.partial(_row_norm, cls=nn.LayerNorm, add=True, drop=False),
+    "AddRMSNorm": functools.partial(_row_norm, cls=nn.RMSNorm, add=True, drop=False),
+    "DropoutAddLayerNorm": functools.partial(_row_norm, cls=nn.LayerNorm, add=True, drop=True),
+    "DropoutAddRMSNorm": functools.partial(_row_norm, cls=nn.RMSNorm, add=True, drop=True),
+}

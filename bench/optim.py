@@ -7,13 +7,17 @@ reads 2 and writes 1, momentum and RMSprop's average add one each way, and the n
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import dlkit
+
+from ._levels import Levels
 from ._runner import DTYPES, Case, Contestant, Inputs
 
 MAX_NORM = 1.0
@@ -163,3 +167,33 @@ def tolerances(case: Case) -> Sequence[float]:
 
 def minimal_bytes(case: Case) -> int:
     return WORDS[case.variant] * elements(case) * case.itemsize
+
+
+def _optimizer(n: int, name: str, options: dict[str, Any]) -> Levels:
+    steps = []
+    for library in (torch.optim, dlkit.optim):
+        parameter = nn.Parameter(torch.randn(n))
+        parameter.grad = torch.randn(n)
+        steps.append(getattr(library, name)([parameter], lr=1e-5, **options).step)
+    native, mine = steps
+    return Levels([], native, mine, None, None)
+
+
+def _clip(n: int) -> Levels:
+    parameter = nn.Parameter(torch.randn(n))
+    parameter.grad = torch.randn(n)
+    native, mine = (
+        functools.partial(function, [parameter], 1e3)
+        for function in (nn.utils.clip_grad_norm_, dlkit.optim.clip_grad_norm_)
+    )
+    return Levels([], native, None, mine, None)
+
+
+# For `bench calls`.
+CALLS = {
+    "SGD": functools.partial(_optimizer, name="SGD", options={"momentum": 0.9}),
+    "Adam": functools.partial(_optimizer, name="Adam", options={}),
+    "AdamW": functools.partial(_optimizer, name="AdamW", options={}),
+    "RMSprop": functools.partial(_optimizer, name="RMSprop", options={}),
+    "clip_grad_norm_": _clip,
+}

@@ -144,7 +144,7 @@ def _exit(status):
 
 def test_calls_of_every_op_agree_with_native_hop_by_hop():
     """What is timed as one computation is one; dropout draws otherwise, so only its shape is compared."""
-    for name, make in _calls.CASES.items():
+    for name, make in _calls.cases().items():
         for n in (1, 4096):
             levels = make(n)
             calls = [call for call in (levels.native, levels.module, levels.functional, levels.op) if call]
