@@ -155,6 +155,16 @@ def test_inputs_and_the_state_are_all_that_is_kept():
     assert [t.nbytes for t in saved] == [4000, 100, 16]
 
 
+@pytest.mark.parametrize("cols", [3, 40])
+def test_the_sum_of_many_equal_gradients(backend, cols):
+    """To add up all rows of a block in one fp32 number would be off by 1e-4."""
+    rows = 200_000 if backend.name.startswith("cpu") else 2_000
+    x, bias, grad = torch.ones(rows, cols), torch.ones(cols), torch.full((rows, cols), 0.1)
+    arguments = (t.to(backend.device) for t in (grad, x, bias, torch.tensor([SEED, OFFSET])))
+    _, grad_bias = backend.op("bias_act_dropout_backward")(*arguments, ACTIVATIONS.index("relu"), 0.0, True)
+    torch.testing.assert_close(grad_bias.cpu(), grad[0] * rows, rtol=1e-5, atol=0)
+
+
 def test_threads_and_streaming_stores_change_nothing():
     x, bias, grad = torch.randn(4096, 2304), torch.randn(2304), torch.randn(4096, 2304)
     assert x.nbytes > 2**25  # beyond half of common last-level caches, so written past them
