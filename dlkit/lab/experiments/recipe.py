@@ -11,7 +11,8 @@ from dlkit.lab.experiments.schedules import warm_up_cosine
 
 ORDER = 190
 SUMMARY = (
-    "a residual network with BatchNorm, He, dropout, AdamW, warm-up + cosine, clipping, label smoothing, EMA and flips"
+    "a residual network with BatchNorm, He, dropout, AdamW, warm-up + cosine, clipping, label smoothing, EMA, flips "
+    "and shifts"
 )
 LOOK_AT = "how the validation accuracy rises to the very end, while the learning rate falls."
 BATCH = 128
@@ -56,7 +57,7 @@ def recipe(setting: Setting, name: str = "recipe", images: int | None = None, **
         "schedule": warm_up_cosine,
         "max_norm": 1.0,
         "loss": smoothed,
-        "augment": augment.flip if mirrored(setting) else None,
+        "augment": augment.flip_and_shift if mirrored(setting) else None,
         "callbacks": ema(setting, images),
         "epochs": 10,
         "batch_size": BATCH,
@@ -77,5 +78,8 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
     report.tidy(left, "loss, with label smoothing", "epoch", "nats")
     report.columns(middle, run, {"train_accuracy": 1, "val_accuracy": 0})
     report.tidy(middle, "accuracy of the averaged weights", "epoch")
+    known = [value for name in ("train_accuracy", "val_accuracy") for value in run.column(name)[1:]]
+    if known:  # the average of the first epoch is mostly of the start
+        middle.set_ylim(min(known) - 0.01, max(known) + 0.01)
     right.plot(epochs, run.column("lr"), marker=".", color="gray")
     report.tidy(right, "learning rate at the epoch's end", "epoch")
