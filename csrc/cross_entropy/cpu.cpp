@@ -4,9 +4,10 @@
 // there is; torch moves 7. A row is taken in chunks that stay in the first-level cache: their maximum first, then
 // exp(x - max) and its sum, while what was summed before is rescaled where the maximum grew. That is one exp an element
 // each way, 10 instructions a vector (12 on AVX2); bf16 has loops of its own (cpu/bf16.h). Where classes do not lie
-// side by side ([N, C, H, W]), a lane is a pixel: blocks of pixels are copied class by class, because classes at a
-// distance of 2^k bytes would push each other out of the cache. Rows of few classes are turned round and go the same
-// way. All of a row is computed by one thread in one order; the losses of rows are added up in the order of the rows.
+// side by side ([N, C, H, W]), a lane is a pixel (cpu/pixels.h): forward copies blocks of pixels class by class,
+// because classes at a distance of 2^k bytes would push each other out of the cache. Rows of few classes are turned
+// round and go the same way. All of a row is computed by one thread in one order; the losses of rows are added up in
+// the order of the rows.
 #include "../common/cpu/cache.h"
 #include "../common/dispatch.h"
 #include "cpu/pixels.h"

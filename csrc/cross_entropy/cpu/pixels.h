@@ -1,5 +1,6 @@
-// Pixels, and rows of few classes, which are turned round so that a lane is a row. What a pixel needs once goes through
-// loops over arrays of lanes, without branches: of few classes it takes as long as all the rest.
+// Pixels, and rows of few classes, which are turned round: a lane is a pixel or a row. A pixel's target, factors and
+// loss are worked out in loops over arrays of lanes, without branches: with few classes they take as long as the
+// exponentials.
 #pragma once
 
 #include "shared.h"
@@ -7,16 +8,16 @@
 namespace dlkit::cross_entropy::DLKIT_ISA {
 namespace {
 
-constexpr int64_t kFew =
-    104;  // adjacent classes up to which a lane is a row: 10 classes took 4 times as long otherwise
-constexpr int64_t kPixels = 128, kClasses = 40;
-constexpr int64_t kWritten = 512;  // pixels that backward takes together, where it copies none: longer runs of memory
+constexpr int64_t kPixels = 128;   // rows or pixels a block
+constexpr int64_t kClasses = 40;   // classes of a block that forward copies at a time: 20 KB of fp32
+constexpr int64_t kWritten = 512;  // pixels a block in backward, which copies none: longer runs of memory
+constexpr int64_t kFew = 104;      // the most adjacent classes that are turned round
 
-// Whether rows of adjacent classes go this way: 10 classes take a quarter of the time so, 64 of 16 bits 0.9 of it;
-// beyond 40 of 32 bits what is turned round no longer fits the first-level cache.
+// Whether rows of adjacent classes go this way. 10 classes take a quarter of the time, 64 of 16 bits 0.9 of it. Beyond
+// 40 classes of 32 bits a turned block no longer fits the first-level cache.
 bool are_short(const Problem& op) {
   const bool narrow = op.dtype == DType::BF16 || op.dtype == DType::F16;
-  return op.inner == 1 && op.classes <= (narrow ? kFew : 40);
+  return op.inner == 1 && op.classes <= (narrow ? kFew : kClasses);
 }
 
 template <class A>
@@ -32,12 +33,12 @@ T* pixel_at(const Problem& op, Pointer* tensor, int64_t row, int64_t stride) {
   return static_cast<T*>(tensor) + (op.inner == 1 ? row * stride : image * op.inner * op.classes + row % op.inner);
 }
 
-// Rows of adjacent classes as lanes: logits [count, classes] <-> lanes [classes, kPixels].
+// Rows of adjacent classes and their lanes: logits [count, classes] <-> lanes [classes, kPixels].
 template <class A>
 struct Turned {
   static constexpr int64_t kStep = kLanes<A>;
   static constexpr int64_t kNarrow = 3;  // classes up to which single elements are as quick as vectors
-  alignas(64) A lanes[kFew * kPixels], lines[kFew * kPixels + kStep];  // `lines` has the rows behind each other
+  alignas(64) A lanes[kFew * kPixels], lines[kFew * kPixels + kStep];  // `lines`: the rows in the accumulation type
 
   template <class T>
   void read(const T* x, int64_t count, int64_t classes, int64_t stride) {
@@ -229,7 +230,7 @@ void read_pixels(const Forward& op, int64_t first, int64_t count, const S* x, co
   finish(op, first, count, rows);
 }
 
-// What backward multiplies with in some pixels, and their targets.
+// The factors of slope_of() for some pixels, and their targets.
 template <class A>
 struct PixelSlopes {
   alignas(64) A shift[kWritten], scale[kWritten], z[kWritten], share[kWritten], hit[kWritten];
@@ -283,8 +284,7 @@ struct PixelSlopes {
   }
 };
 
-// What the gradients of a pixel's classes are made of: one u for all but the target, one for each class, and softcap
-// and z-loss too.
+// Equal: u is the same for all classes but the target. Each: every class has its own. All: softcap or z-loss as well.
 enum class Slopes { Equal, Each, All };
 
 // The same pixels' gradient, to grad + c * pitch; grad may be x.
