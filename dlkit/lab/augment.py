@@ -28,10 +28,9 @@ def _on_background(images: Tensor, *layers: Any) -> Tensor:
     return changed.squeeze(1) + dark
 
 
-def flip_and_shift(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Every second image left to right, each moved by up to 2 pixels."""
-    shift = _layer("RandomCrop", size=tuple(images.shape[1:]), padding=2, p=1.0)
-    return _on_background(images, _layer("RandomHorizontalFlip", p=0.5), shift), labels
+def flip(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Left to right, every second image."""
+    return _on_background(images, _layer("RandomHorizontalFlip", p=0.5)), labels
 
 
 def shake(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def configurations(setting: Setting) -> list[Configuration]:
         run("without clipping", max_norm=None),
         run("without smoothing", loss=nn.CrossEntropyLoss),
         run("without EMA", callbacks=None),
-        *([run("without flips and shifts", augment=None)] if mirrored(setting) else []),
+        *([run("without flips", augment=None)] if mirrored(setting) else []),
     ]
 
 

@@ -11,8 +11,7 @@ from dlkit.lab.experiments.schedules import warm_up_cosine
 
 ORDER = 190
 SUMMARY = (
-    "a residual network with BatchNorm, He, dropout, AdamW, warm-up + cosine, clipping, label smoothing, EMA, flips "
-    "and shifts"
+    "a residual network with BatchNorm, He, dropout, AdamW, warm-up + cosine, clipping, label smoothing, EMA and flips"
 )
 LOOK_AT = "how the validation accuracy rises to the very end, while the learning rate falls."
 BATCH = 128
@@ -57,9 +56,9 @@ def recipe(setting: Setting, name: str = "recipe", images: int | None = None, **
         "schedule": warm_up_cosine,
         "max_norm": 1.0,
         "loss": smoothed,
-        "augment": augment.flip_and_shift if mirrored(setting) else None,
+        "augment": augment.flip if mirrored(setting) else None,
         "callbacks": ema(setting, images),
-        "epochs": 10,
+        "epochs": 12,
         "batch_size": BATCH,
         "images": images,
     }
