@@ -446,7 +446,7 @@ def test_compare_names_what_cannot_be_compared(tmp_path):
         (["models", "--against", "liger"], f"expected --against {', '.join(_models.CONTESTANTS)}; got 'liger'"),
         (["models", "--threads", "99999"], f"expected --threads from 1 to {os.cpu_count()}; got 99999"),
         (["calls", "--budget", "0"], "expected --budget above 0; got 0.0"),
-        (["calls", "--filter", "Linear"], "expected --filter to be part of one of LayerNorm, "),
+        (["calls", "--filter", "Linear"], "expected --filter to be part of one of BatchNorm1d, "),
         (["optim", "--device", "cpu", "--allocator", "default", "--filter", "none"], "no case has "),
         (["table", "absent.json"], "cannot read absent.json: No such file or directory"),
         (["table", __file__], f"cannot read {__file__}: expected a result file of bench"),
