@@ -167,30 +167,24 @@ void read_pixels(const Forward& op, int64_t first, int64_t count, const S* x, co
   for (int64_t begin = 0; begin < op.classes; begin += kClasses) {
     const int64_t classes = min64(kClasses, op.classes - begin);
     memcpy(max, rows.max, sizeof(max));
-    const auto stage = [&](int64_t c, auto together) DLKIT_INLINE_LAMBDA {
+    const auto stage = [&](int64_t c, auto together, const auto& logit) DLKIT_INLINE_LAMBDA {
       for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         V largest = get(max, i);
         repeat(together, [&](int k) DLKIT_INLINE_LAMBDA {
-          const V v = load(x + (begin + c + k) * pitch + i, width);
+          const V v = logit(load(x + (begin + c + k) * pitch + i, width));
           store(staged + (c + k) * kPixels + i, v, All{});
           largest = maximum(v, largest);
         });
         store(max + i, largest, All{});
       });
     };
-    int64_t staging = 0;
+    int64_t c = 0;
     if (op.softcap != 0) {
-      const Cap<A> cap(op.softcap);
-      for (; staging < classes; ++staging) {
-        for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-          const V v = cap(load(x + (begin + staging) * pitch + i, width));
-          store(staged + staging * kPixels + i, v, All{});
-          store(max + i, maximum(v, get(max, i)), All{});
-        });
-      }
+      for (const Cap<A> cap(op.softcap); c < classes; ++c) stage(c, std::integral_constant<int, 1>(), cap);
     }
-    for (; staging + 4 <= classes; staging += 4) stage(staging, std::integral_constant<int, 4>());
-    for (; staging < classes; ++staging) stage(staging, std::integral_constant<int, 1>());
+    const auto plain = [](V v) DLKIT_INLINE_LAMBDA { return v; };
+    for (; c + 4 <= classes; c += 4) stage(c, std::integral_constant<int, 4>(), plain);
+    for (; c < classes; ++c) stage(c, std::integral_constant<int, 1>(), plain);
     for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       const V before = get(rows.max, i), shift = shift_of(get(max, i)), grown = shift_of(before) - shift;
       V sums[kSlots] = {}, dot = {}, mass = {};
