@@ -1,5 +1,5 @@
-# make demo | test | test-quick | test-big | test-integration | fuzz | lint | format | docs | wheel | check-cuda | sanitize | gpu
-# make clean
+# make demo | test | test-quick | test-big | test-integration | fuzz | lint | format | docs | wheel | clean
+# make bench-check | check-cuda | check-neon | sanitize | gpu
 # make gpu-build | gpu-test | gpu-bench | gpu-sanitize: the parts of gpu
 #
 # TORCH   the torch that the virtual environment gets, as pip names it: make demo TORCH='torch==2.11.0'
@@ -21,8 +21,8 @@ endif
 INSTALL = -m pip install --quiet --disable-pip-version-check
 TOOLS := setuptools>=70.1
 
-.PHONY: install demo test test-quick test-big test-integration fuzz lint format docs wheel check-cuda sanitize clean \
-  gpu gpu-build gpu-test gpu-bench gpu-sanitize
+.PHONY: install demo test test-quick test-big test-integration bench-check fuzz lint format docs wheel check-cuda \
+  check-neon sanitize clean gpu gpu-build gpu-test gpu-bench gpu-sanitize
 
 $(VENV)/ready-%:
 	$(SYSTEM_PYTHON) -m venv $(VENV)
@@ -57,6 +57,14 @@ test-integration: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
 	$(PYTHON) -m pytest -q tests/integration tests/test_examples.py
+
+# Which of the quick cases are slower than in BASELINE, a result file of this kind of machine, in each of three runs:
+# four minutes, with nothing else running. Before a change: python -m dlkit bench --quick --json BASELINE.
+BASELINE ?= bench/results/amd-epyc-2-threads-quick.json
+bench-check: install
+	for run in 1 2 3; do \
+	  $(PYTHON) -m dlkit bench --quick --against native --json build/bench-check/$$run.json || exit 1; done
+	$(PYTHON) -m dlkit bench --compare $(BASELINE) build/bench-check/[123].json
 
 # Random calls of the ops and layers, then random sequences of what users do on the optimizers, for SECONDS in all, from
 # SEED on (else from the time of day).
@@ -118,6 +126,10 @@ check-cuda: $(CUDA_VENV)/ready-$(CUDA_TORCH)
 	$(CUDA_PYTHON) tests/support/check_sass.py build/check-cuda/dlkit/_C*.so --quiet \
 	  --arch $$(echo '$(CUDA_ARCHS)' | sed 's/+PTX//; s/[.]//g; s/;/\n/g' | sed 's/^/sm_/') \
 	  --ptx $$(echo '$(CUDA_ARCHS)' | tr ';' '\n' | sed -n 's/[.]//; s/+PTX//p')
+
+# The kernels of aarch64, NEON among them, on an x86-64 machine: see the script for what it needs.
+check-neon:
+	tests/support/check_neon.sh $(NEON_TESTS)
 
 # The CPU kernels and the CUDA kernels' source, both under AddressSanitizer and UndefinedBehaviorSanitizer.
 # Rows of a million on fibers would take an hour there; shorter long rows take the same path.

@@ -75,10 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None =
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with plots, needs no network; wants plotly")
     parser.add_argument(
         "--compare",
-        nargs=2,
+        nargs="+",
         type=Path,
         metavar=("OLD.json", "NEW.json"),
-        help="measure nothing: what became slower between two result files; exit status 1 if anything did",
+        help="measure nothing: what became slower between two result files, or, with several new ones, is slower in "
+        "each of them; exit status 1 if anything is",
     )
 
 

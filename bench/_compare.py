@@ -1,4 +1,5 @@
-"""`bench --compare OLD NEW`: which cases of dlkit became slower or faster between two result files.
+"""`bench --compare OLD NEW...`: which cases of dlkit became slower or faster between two result files. Of several new
+ones, all have to say so.
 
 Three times a case must have changed by more than 5% beyond twice the spread, the middle half of the samples about the
 median: its time; its time over native's; its time over the floor's. Native and the floor, a copy of as many bytes, were
@@ -13,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import _report
+from . import BadInput, _report
 
 SPREADS, MARGIN = 2, 1.05
 
@@ -52,9 +53,10 @@ def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
     return found.pop() or "" if len(found) == 1 else ""
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, bool]:
-    """The comparison as text, and whether anything became slower."""
+def compare(old: dict[str, Any], *all_new: dict[str, Any]) -> tuple[str, bool]:
+    """The comparison as text, and whether anything became slower in all of the new files. Times are the last one's."""
     lines = []
+    new = all_new[-1]
     facts = {
         "machine": lambda report: _report.where(report["machine"]),
         "torch": lambda report: report["machine"]["torch"],
@@ -64,21 +66,25 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, bool]:
         before, after = show(old), show(new)
         if before != after:
             lines.append(f"warning: another {what}: {before} before, {after} now")
-    entries = [{(entry["op"], entry["id"]): entry for entry in report["cases"]} for report in (old, new)]
-    both = [key for key in entries[0] if key in entries[1]]
-    verdicts = {key: verdict(*(side[key] for side in entries)) for key in both}
+    entries = [{(entry["op"], entry["id"]): entry for entry in report["cases"]} for report in (old, *all_new)]
+    both = [key for key in entries[0] if all(key in side for side in entries)]
+    verdicts = {}
+    for key in both:
+        found = {verdict(entries[0][key], side[key]) for side in entries[1:]}
+        verdicts[key] = found.pop() if len(found) == 1 else ""
     width = max((len(key[1]) for key in both), default=0)
     for wanted in ("slower", "faster"):
         for key in both:
             if verdicts[key] == wanted:
-                lines.append(f"{wanted}  {key[1].ljust(width)}  {_change(*(side[key] for side in entries))}")
-    for side, other, which in ((entries[0], entries[1], "old"), (entries[1], entries[0], "new")):
+                lines.append(f"{wanted}  {key[1].ljust(width)}  {_change(entries[0][key], entries[-1][key])}")
+    for side, other, which in ((entries[0], entries[-1], "old"), (entries[-1], entries[0], "new")):
         only = [key[1] for key in side if key not in other]
         if only:
             lines.append(f"only in the {which} file: {', '.join(only)}")
     counts = [list(verdicts.values()).count(wanted) for wanted in ("slower", "faster")]
+    files = "both" if len(entries) == 2 else "all"
     lines.append(
-        f"{len(both)} cases in both files; slower: {counts[0]}, faster: {counts[1]}, "
+        f"{len(both)} cases in {files} files; slower: {counts[0]}, faster: {counts[1]}, "
         f"by more than {MARGIN - 1:.0%} beyond twice the spread of both."
     )
     return "\n".join(lines), counts[0] > 0
@@ -91,7 +97,9 @@ def _change(old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"{times[0]} -> {times[1]}; vs native {ratios[0]} -> {ratios[1]}"
 
 
-def main(old: Path, new: Path) -> int:
-    text, slower = compare(_report.load(old), _report.load(new))
+def main(old: Path, *new: Path) -> int:
+    if not new:
+        raise BadInput(f"expected --compare OLD.json NEW.json, got {old} only")
+    text, slower = compare(*map(_report.load, (old, *new)))
     print(text)
     return int(slower)

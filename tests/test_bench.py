@@ -411,6 +411,17 @@ def test_compare_wants_more_than_the_spread(tmp_path, capsys, changes, wanted):
         assert lines[0].startswith(f"{wanted}  layer_norm/forward/2x8/fp32") and "10.0 us -> " in lines[0]
 
 
+@pytest.mark.parametrize("times_of_three, wanted", [((17.0, 17.0, 17.0), True), ((17.0, 10.0, 17.0), False)])
+def test_compare_believes_several_files_that_agree(tmp_path, capsys, times_of_three, wanted):
+    report = _report.load(result_file(tmp_path))
+    paths = []
+    for index, time in enumerate((10.0, *times_of_three)):
+        paths.append(tmp_path / f"{index}.json")
+        paths[-1].write_text(json.dumps(changed(report, dlkit=time)))
+    assert bench.main(parsed("--compare", *map(str, paths))) == wanted
+    assert f"in all files; slower: {int(wanted)}, faster: 0" in capsys.readouterr().out
+
+
 def test_compare_names_what_cannot_be_compared(tmp_path):
     old = _report.load(result_file(tmp_path))
     new = changed(old)
@@ -450,6 +461,7 @@ def test_compare_names_what_cannot_be_compared(tmp_path):
         (["optim", "--device", "cpu", "--allocator", "default", "--filter", "none"], "no case has "),
         (["table", "absent.json"], "cannot read absent.json: No such file or directory"),
         (["table", __file__], f"cannot read {__file__}: expected a result file of bench"),
+        (["--compare", "old.json"], "expected --compare OLD.json NEW.json, got old.json only"),
         (["--compare", "absent.json", "absent.json"], "cannot read absent.json: No such file or directory"),
         (["plot", "absent.json", "--output", "x.svg"], "expected --output to end in .png or .html; got x.svg"),
     ],

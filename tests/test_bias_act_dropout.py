@@ -147,12 +147,33 @@ def test_gradients(name):
     assert batched.shape == x.shape
 
 
-def test_inputs_and_the_state_are_all_that_is_kept():
+def test_inputs_state_and_bits_are_all_that_is_kept():
     saved = []
     x, bias = torch.randn(40, 25, requires_grad=True), torch.randn(25, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused.bias_gelu_dropout(x, bias, 0.1)
-    assert [t.nbytes for t in saved] == [4000, 100, 16]
+    bits = 1024 // 8 + 8  # of 1000 elements, in whole steps, and a word behind them
+    assert [t.nbytes for t in saved] == [4000, 100, 16 + bits]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, activation):
+    if not backend.instruction_set:
+        pytest.skip("bits are kept on the CPU only")
+    forward, backward = (backend.op(f"bias_act_dropout_{name}") for name in ("forward", "backward"))
+    code = ACTIVATIONS.index(activation)
+    for shape in ((3, 5), (129, 33), (1, 5000)):
+        x, grad, bias = (torch.randn(size, dtype=dtype) for size in (shape, shape, shape[1:]))
+        torch.manual_seed(3)
+        y, state = forward(x, bias, None, code, P, None, True)
+        torch.manual_seed(3)
+        again, plain = forward(x, bias, None, code, P)
+        assert plain.numel() == 2 < state.numel()
+        assert torch.equal(plain, state[:2])
+        assert torch.equal(y, again)
+        found, wanted = (backward(grad, x, bias, known, code, P, True) for known in (state, plain))
+        assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("cols", [3, 40])

@@ -382,12 +382,59 @@ def test_gradients(inplace):
     assert torch.allclose(grad, 8 * x * kept(y) / 0.36)
 
 
-def test_nothing_but_the_state_is_kept():
+def bytes_kept(call):
     saved = []
-    x = torch.randn(1000, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused.dropout(x)
-    assert [t.nbytes for t in saved] == [16]
+        call()
+    return [t.nbytes for t in saved]
+
+
+def test_what_is_kept():
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    few = 16 + x.numel() // 8 + 8  # seed and offset, a bit an element, room at the end
+    assert bytes_kept(lambda: fused.dropout(x)) == [few]
+    assert bytes_kept(lambda: fused.dropout(x * 1, inplace=True)) == [few]
+    assert bytes_kept(lambda: fused.dropout_add(x, x, 0.5)) == [few]
+    assert bytes_kept(lambda: fused.dropout2d(x)) == [16]
+    assert bytes_kept(lambda: fused.dropout(x.to(memory_format=torch.channels_last))) == [16]
+    assert bytes_kept(lambda: fused.dropout(x, p=1.0)) == [16]
+
+
+KEEPING = {  # dropout by a call that keeps its bits, and the factor of its gradient
+    "dropout": (lambda x, p: fused.dropout(x, p), lambda p: 1 / (1 - p)),
+    "in place": (lambda x, p: fused.dropout(x * 1, p, inplace=True), lambda p: 1 / (1 - p)),
+    "add": (lambda x, p: fused.dropout_add(x, torch.ones_like(x), p), lambda p: 1 / (1 - p)),
+    "alpha": (
+        lambda x, p: fused.alpha_dropout(x, p, True),
+        lambda p: ((1.7580993408473766**2 * p + 1) * (1 - p)) ** -0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 7, 64, 255, 4099])
+def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name):
+    if not backend.instruction_set:
+        pytest.skip("bits are kept on the CPU only")
+    p, (call, factor) = 0.3, KEEPING[name]
+    x, states = torch.randn(count, 6, dtype=dtype, requires_grad=True), []
+    torch.manual_seed(count)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: states.append(t) or t, lambda t: t):
+        y = call(x, p)
+    torch.manual_seed(count)
+    with torch.no_grad():
+        assert torch.equal(y, call(x, p))  # without a graph nothing is kept
+    (state,) = states
+    assert state.numel() > 2
+    kept = mask_of(backend, x.numel(), *state[:2].tolist(), p)
+    # A gradient in the order of memory, and one that is not, for which the mask is drawn.
+    for grad in (torch.randn(count, 6, dtype=dtype), torch.randn(6, count, dtype=dtype).t()):
+        (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wanted = (grad.to(wide) * factor(p)).to(dtype) * torch.from_numpy(kept).view(count, 6)
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal(found != 0, wanted != 0)
 
 
 def test_function_transforms_have_the_same_mask():

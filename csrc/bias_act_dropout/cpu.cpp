@@ -1,7 +1,6 @@
 // dropout(act(x + bias)) on the CPU. Chunks of kChunk elements: their keep bits first, then row by row what lies in
 // them. Bytes moved: x and y, each once; backward x, grad_output and grad_input, each once, and one partial row of
 // grad_bias a block of rows, summed in a fixed order.
-#include "../common/cpu/cache.h"
 #include "../common/cpu/math.h"
 #include "../common/cpu/parallel.h"
 #include "../common/cpu/partials.h"
@@ -54,14 +53,17 @@ struct Act {
 
 // Calls f(element, column, width, the element's keep bits) for each vector of elements [begin, end).
 template <class A, class F>
-DLKIT_INLINE void for_elements(const FusedDropout& dropout, int64_t cols, int64_t begin, int64_t end, const F& f) {
-  alignas(64) uint8_t bits[kChunk / kBlockElements + 8];
+DLKIT_INLINE void for_elements(const FusedDropout& dropout, const KeptBits& kept, int64_t cols, int64_t begin,
+                               int64_t end, const F& f) {
+  alignas(64) uint8_t of_chunk[kChunk / kBlockElements + 8];
   const PhiloxState state = dropout.active ? read(dropout.source) : PhiloxState{};
   const PhiloxKeys keys(state);
-  if (!dropout.active) memset(bits, 0xff, sizeof(bits));
+  const bool draws = dropout.active && !kept.drawn;
+  if (!dropout.active) memset(of_chunk, 0xff, sizeof(of_chunk));
   for (int64_t i = begin; i < end;) {
     const int64_t first = i / kStepElements * kStepElements, last = min64(end, first + kChunk);
-    for (int64_t step = first; dropout.active && step < last; step += kStepElements) {
+    uint8_t* const bits = kept.data == nullptr ? of_chunk : kept.data + first / kBlockElements;
+    for (int64_t step = first; draws && step < last; step += kStepElements) {
       keep_step(keys, dropout.threshold, uint64_t(step / kBlockElements), bits + (step - first) / kBlockElements);
     }
     while (i < last) {
@@ -81,11 +83,11 @@ DLKIT_INLINE Vector<A> biased(const T* x, int64_t i, const A* bias, int64_t colu
 }
 
 template <class T, Activation kActivation>
-void forward_elements(const Forward& op, int64_t begin, int64_t end, bool stream) {
+void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
-  for_elements<A>(op.dropout, op.cols, begin, end,
+  for_elements<A>(op.dropout, op.bits, op.cols, begin, end,
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     write(static_cast<T*>(op.y) + i,
@@ -96,12 +98,12 @@ void forward_elements(const Forward& op, int64_t begin, int64_t end, bool stream
 
 // `sums`: of the gradient over the rows, or null.
 template <class T, Activation kActivation>
-void backward_elements(const Backward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool stream) {
+void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool stream) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
   if (sums != nullptr) memset(sums, 0, size_t(op.cols) * sizeof(A));
-  for_elements<A>(op.dropout, op.cols, begin, end,
+  for_elements<A>(op.dropout, op.bits, op.cols, begin, end,
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     const Vector<A> g = load(static_cast<const T*>(op.grad_output) + i, width) * scale;
@@ -113,9 +115,10 @@ void backward_elements(const Backward& op, int64_t begin, int64_t end, accumulat
 }
 
 // Past the caches where the output is larger than them, in whole aligned vectors.
-bool should_stream(const void* output, int64_t rows, int64_t cols, int64_t element) {
-  return rows * cols * element >= streaming_threshold_bytes() && uintptr_t(output) % 64 == 0 &&
-         (rows == 1 || cols * element % 64 == 0);
+template <class T>
+bool should_stream(const void* output, int64_t rows, int64_t cols) {
+  return is_beyond_caches<T>(rows * cols) && uintptr_t(output) % 64 == 0 &&
+         (rows == 1 || cols * int64_t(sizeof(T)) % 64 == 0);
 }
 
 // Into how many blocks of rows the sums of grad_bias are cut: a function of the shape alone.
@@ -133,7 +136,7 @@ bool has_runs(const Backward& op, int64_t blocks) { return op.rows > run_of(op) 
 // The gradient of rows [first, last), and its sums over them. `run_sums` has room for those of a run, or is null where
 // all rows are one.
 template <class T, Activation kActivation>
-void backward_rows(const Backward& op, int64_t first, int64_t last, accumulate_t<T>* sums, accumulate_t<T>* run_sums,
+void backward_rows(const CpuBackward& op, int64_t first, int64_t last, accumulate_t<T>* sums, accumulate_t<T>* run_sums,
                    bool stream) {
   using A = accumulate_t<T>;
   const int64_t run = run_sums == nullptr ? last - first : run_of(op);
@@ -155,11 +158,11 @@ void for_chunks(int64_t numel, const F& f) {
 
 }  // namespace
 
-void forward(const Forward& op) {
+void forward(const CpuForward& op) {
   write_state(read(op.dropout.source), op.dropout.state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool stream = should_stream(op.y, op.rows, op.cols, sizeof(T));
+    const bool stream = should_stream<T>(op.y, op.rows, op.cols);
     with_activation(op.activation, [&](auto activation) {
       for_chunks(op.rows * op.cols,
                  [&](int64_t begin, int64_t end) { forward_elements<T, activation>(op, begin, end, stream); });
@@ -167,11 +170,11 @@ void forward(const Forward& op) {
   });
 }
 
-void backward(const Backward& op) {
+void backward(const CpuBackward& op) {
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const bool stream = should_stream(op.grad_input, op.rows, op.cols, sizeof(T));
+    const bool stream = should_stream<T>(op.grad_input, op.rows, op.cols);
     with_activation(op.activation, [&](auto activation) {
       if (op.grad_bias == nullptr) {
         return for_chunks(op.rows * op.cols, [&](int64_t begin, int64_t end) {
@@ -201,8 +204,8 @@ int64_t partials_bytes(const Backward& op) {
 
 }  // namespace DLKIT_ISA
 
-DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
-DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
+DLKIT_CPU_ENTRY(forward_cpu, forward, CpuForward)
+DLKIT_CPU_ENTRY(backward_cpu, backward, CpuBackward)
 #if defined(DLKIT_ISA_IS_BASELINE)
 int64_t backward_partials_cpu(const Backward& op) { return baseline::partials_bytes(op); }
 #endif

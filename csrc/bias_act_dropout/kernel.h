@@ -7,7 +7,7 @@
 // (fp64 where dtype is F64, else fp32), which is that of all arithmetic. Everything is rounded once. bias may be null:
 // then rows is 1 and cols all there are. i is the logical index of an element, keep() the stream of common/philox.h; an
 // inactive dropout keeps all. What is dropped is 0 whatever it was. Backward works mask and activation out again from
-// x.
+// x; on the CPU it reads the mask where forward kept its bits.
 #pragma once
 
 #include <type_traits>
@@ -54,8 +54,15 @@ struct Backward {
   DType dtype;
 };
 
-void forward_cpu(const Forward& op);
-void backward_cpu(const Backward& op);
+struct CpuForward : Forward {
+  KeptBits bits;
+};
+struct CpuBackward : Backward {
+  KeptBits bits;
+};
+
+void forward_cpu(const CpuForward& op);
+void backward_cpu(const CpuBackward& op);
 int64_t backward_partials_cpu(const Backward& op);
 
 // `stream` is a cudaStream_t of the current device. Throw std::runtime_error when a launch fails.

@@ -21,13 +21,13 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 #if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
-void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
+void run(const CudaDevice& device, const Forward& op, const KeptBits&) { forward_cuda(op, device.stream()); }
+void run(const CudaDevice& device, const Backward& op, const KeptBits&) { backward_cuda(op, device.stream()); }
 int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
 #endif
 #if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
-void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
+void run(const CpuDevice&, const Forward& op, const KeptBits& bits) { forward_cpu({op, bits}); }
+void run(const CpuDevice&, const Backward& op, const KeptBits& bits) { backward_cpu({op, bits}); }
 int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
 #endif
 
@@ -50,13 +50,15 @@ Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t act
 // Nothing is drawn for nothing: an empty input, p = 0, or p = 1.
 template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bias, const OptionalTensor& state,
-                                   int64_t activation, double p, const OptionalGenerator& generator) {
+                                   int64_t activation, double p, const OptionalGenerator& generator, bool keep_bits) {
   const Device device(input);
+  TORCH_CHECK(!keep_bits || input.is_cpu(), "bias_act_dropout: expected keep_bits on cpu, got input on ",
+              input.device());
   Tensor y = at::empty(input.sizes(), input.options());
   const bool draws = p > 0 && p < 1 && input.numel() > 0;
   Tensor drawn = has(state) ? state->clone()
-                 : draws    ? empty_state(input)
-                            : at::zeros({2}, empty_state(input).options());
+                 : draws    ? empty_state(input, keep_bits)
+                            : empty_state(input, keep_bits).zero_();
   if (input.numel() == 0) return {std::move(y), std::move(drawn)};
   const Tensor x = input.contiguous();
   Forward op{};
@@ -68,7 +70,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bi
     op.dropout.source = draw(device, input, generator);
     op.dropout.state = drawn.mutable_data_ptr<int64_t>();
   }
-  run(device, op);
+  run(device, op, bits_in(drawn, input.numel(), has(state)));
   return {std::move(y), std::move(drawn)};
 }
 
@@ -95,13 +97,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
     op.partials = partials.mutable_data_ptr();
   }
   if (p > 0) op.dropout.source = source_of(state, input);
-  run(device, op);
+  run(device, op, bits_in(state, input.numel(), true));
   return {std::move(grad_input), needs_bias ? sum.to(bias->scalar_type()) : Tensor()};
 }
 
-std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, int64_t,
-                                        double, const OptionalGenerator&) {
-  return {at::empty_symint(input.sym_sizes(), input.options()), empty_state(input)};
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor& state,
+                                        int64_t, double, const OptionalGenerator&, bool keep_bits) {
+  return {at::empty_symint(input.sym_sizes(), input.options()),
+          has(state) ? at::empty_like(*state) : empty_state(input, keep_bits)};
 }
 
 std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& input, const OptionalTensor& bias, const Tensor&,
@@ -180,14 +183,14 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   static const auto op = find_op<decltype(forward_meta)>("bias_act_dropout_forward");
   if (needs_native(op, input, bias)) return formula(input, bias, activation, p, generator, stream);
   const OptionalTensor drawn = p > 0 ? draw_for(input, p, stream) : std::nullopt;
-  const auto call = [&] {
+  const auto call = [&](bool keep_bits = false) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op.call(input, bias, drawn, activation, p, generator);
+    return op.call(input, bias, drawn, activation, p, generator, keep_bits);
   };
   if (!any_requires_grad(input, bias)) return std::get<0>(call());
   const auto node = make_node<BiasActDropoutBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
-  auto [y, state] = call();
+  auto [y, state] = call(!has(drawn) && should_keep_bits(input, p));
   torch::autograd::set_history(y, node);
   node->save(BiasActDropoutBackward::Input, input);
   node->save(BiasActDropoutBackward::Bias, or_undefined(bias));
@@ -215,7 +218,7 @@ DLKIT_DEFINE_OPS(m) {
       random);
   m.def(
       "bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? state, int activation, float p,"
-      " Generator? generator=None) -> (Tensor y, Tensor state)",
+      " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor state)",
       random);
   m.def(
       "bias_act_dropout_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor state, int activation,"

@@ -57,6 +57,13 @@ struct FusedDropout {
   bool active = false;
 };
 
+// On the CPU, the keep bits of a call in element order, for a backward that would take longer to draw them again than
+// to read them: one bit an element. Written where they are not drawn yet. `data` is null where they are not kept.
+struct KeptBits {
+  uint8_t* data = nullptr;
+  bool drawn = false;
+};
+
 struct PhiloxBlock {
   uint32_t words[4];
 };

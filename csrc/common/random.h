@@ -115,8 +115,28 @@ inline PhiloxSource source_of(const at::Tensor& state, const at::Tensor& input) 
   return {nullptr, nullptr, uint64_t(data[0]), uint64_t(data[1])};
 }
 
-inline at::Tensor empty_state(const at::Tensor& input) {
-  return at::empty({2}, at::TensorOptions().device(input.device()).dtype(at::kLong));
+// Words that the keep bits of so many elements take behind seed and offset, with room for the vectors at their end.
+template <class Int>
+Int keep_words(const Int& numel) {
+  return (numel + 255) / 256 * 4 + 1;
+}
+
+inline at::Tensor empty_state(const at::Tensor& input, bool keep_bits = false) {
+  const auto options = at::TensorOptions().device(input.device()).dtype(at::kLong);
+  return keep_bits ? at::empty_symint({keep_words(input.sym_numel()) + 2}, options) : at::empty({2}, options);
+}
+
+// Whether a call that is differentiated keeps its bits, for a 32nd of the bytes of fp32 input. Where something traces
+// it, it does not: states have one size there.
+inline bool should_keep_bits(const at::Tensor& input, double p) {
+  return p > 0 && p < 1 && input.is_cpu() && !input.unsafeGetTensorImpl()->is_python_dispatch() &&
+         input.is_contiguous();
+}
+
+// The bits in a state, if it has any for so many elements.
+inline KeptBits bits_in(const at::Tensor& state, int64_t numel, bool drawn) {
+  if (!state.is_cpu() || state.numel() != keep_words(numel) + 2) return {};
+  return {reinterpret_cast<uint8_t*>(const_cast<int64_t*>(state.const_data_ptr<int64_t>()) + 2), drawn};
 }
 
 // torch's checks of a call.

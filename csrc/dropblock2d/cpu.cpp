@@ -3,7 +3,6 @@
 #include <atomic>
 #include <memory>
 
-#include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
 #include "../common/cpu/philox.h"
 #include "../common/dispatch.h"
@@ -95,8 +94,9 @@ void apply(const DropBlock2d& op, double scale_by, int64_t unit, bool stream) {
   if (stream) streaming_fence();
 }
 
-bool should_stream(const DropBlock2d& op, int64_t element) {
-  return numel(op) * element >= streaming_threshold_bytes() && uintptr_t(op.y) % 64 == 0;
+template <class T>
+bool should_stream(const DropBlock2d& op) {
+  return is_beyond_caches<T>(numel(op)) && uintptr_t(op.y) % 64 == 0;
 }
 
 }  // namespace
@@ -119,7 +119,7 @@ void drop_blocks(const DropBlock2d& op) {
   const double scale = scale_of(op);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool stream = should_stream(op, sizeof(T));
+    const bool stream = should_stream<T>(op);
     parallel_for(units(op), grain, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) apply<T>(op, scale, unit, stream);
     });

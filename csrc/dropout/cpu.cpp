@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "../common/cpu/bits.h"
-#include "../common/cpu/cache.h"
 #include "../common/cpu/parallel.h"
 #include "../common/cpu/philox.h"
 #include "../common/dispatch.h"
@@ -43,18 +42,40 @@ struct Constants {
   }
 };
 
-#if defined(__AVX512BF16__)
-// x * scale of 32 elements, 0 where a bit is not set: half the instructions of two loads that widen, as even and odd
-// elements are widened in place and the shuffle that brings them together again also drops.
-DLKIT_INLINE __m512i scale_bf16(__m512i x, VectorF32 scale, uint32_t keep) {
+// The keep bits of two vectors.
+constexpr int64_t kPair = 2 * kLanes<float>;
+using PairBits = std::conditional_t<kPair == 32, uint32_t, std::conditional_t<kPair == 16, uint16_t, uint8_t>>;
+
+// x * scale of kPair elements, 0 where a bit is not set: half the instructions of two loads that widen, as even and odd
+// elements are widened in place.
+DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
+#if defined(__AVX512BF16__)  // the shuffle that brings them together again also drops
   const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i high_halves = _mm512_set1_epi32(int(0xffff0000));
-  const __m512 even = _mm512_mul_ps((__m512)_mm512_slli_epi32(x, 16), (__m512)scale);
-  const __m512 odd = _mm512_mul_ps((__m512)_mm512_and_si512(x, high_halves), (__m512)scale);
-  return _mm512_maskz_permutexvar_epi16(keep, in_order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
+  const VectorF32 even = (VectorF32)(x << 16) * scale, odd = (VectorF32)(x & 0xffff0000) * scale;
+  return (VectorU32)_mm512_maskz_permutexvar_epi16(keep, in_order,
+                                                   (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
+  const VectorU32 scaled = join_upper_halves(round_to_bf16((VectorF32)(x << 16) * scale),
+                                             round_to_bf16((VectorF32)(x & 0xffff0000) * scale));
+#if defined(__AVX512F__)
+  return (VectorU32)_mm512_maskz_mov_epi16(keep, (__m512i)scaled);
+#else
+  using Halves = uint16_t __attribute__((vector_size(kVectorBytes)));
+  Halves lane;
+  for (int i = 0; i < kPair; ++i) lane[i] = uint16_t(1 << i);  // a constant
+  return scaled & (VectorU32)(((Halves{} + keep) & lane) != 0);
 #endif
+#endif
+}
+
+// The same for a step of them, to y, by bits from `bits` on.
+DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scale, const uint8_t* bits) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kStepElements; i += kPair) {
+    store_raw(y + i, scale_bf16(load_raw<VectorU32>(x + i), scale, load_raw<PairBits>(bits + i / 8)));
+  }
+}
 
 // The bits from one element to the end of its vector, which begins at a multiple of kLanes<A>. Reads no byte beside
 // them: what different stores wrote cannot be loaded at once before it has reached the cache.
@@ -90,24 +111,18 @@ DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, 
   };
   if (count < kStepElements) {
     for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, stream, width); });
-#if defined(__AVX512BF16__)
-  } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16>) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kStepElements; i += 32) {
-      const __m512i scaled =
-          scale_bf16(load_raw<__m512i>(x + i), constants.scale, load_raw<uint32_t>(bits + (lane + i) / 8));
-      memcpy(y + i, &scaled, sizeof(scaled));
-    }
-#endif
+  } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16> && kLanes<A> % 8 == 0) {  // whole bytes of bits
+    scale_step_bf16(x, y, constants.scale, bits + lane / 8);
   } else {
     apply_step<A>(stream, apply);
   }
 }
 
-// Every element has a bit of its own, memory is in logical order. begin is a multiple of kStepElements.
-// The loop is select_range's, as one function with its Philox: through that one alpha dropout takes a tenth longer.
+// Every element has a bit of its own, memory is in logical order. The bits are kept where op.bits has room for them.
+// begin is a multiple of kStepElements. The loop is select_range's, as one function with its Philox: through that one
+// alpha dropout takes a tenth longer.
 template <class T, Form kForm>
-void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
+void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -115,9 +130,10 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
   T* y = static_cast<T*>(op.y);
   const PhiloxKeys keys(state);
   const uint64_t threshold = op.threshold;
-  alignas(64) uint8_t bits[kKeepStep + kSlack];
+  alignas(64) uint8_t of_step[kKeepStep + kSlack];
   for (int64_t first = begin; first < end; first += kStepElements) {
-    keep_step(keys, threshold, uint64_t(first / kBlockElements), bits);
+    uint8_t* const bits = op.bits.data == nullptr ? of_step : op.bits.data + first / kBlockElements;
+    if (!op.bits.drawn) keep_step(keys, threshold, uint64_t(first / kBlockElements), bits);
     const auto apply = [&](int64_t i, bool past_caches, auto width) DLKIT_INLINE_LAMBDA {
       const Vector<A> v = load(x + first + i, width);
       Vector<A> kept, dropped = {};
@@ -133,15 +149,8 @@ void drop_elements(const Dropout& op, const PhiloxState& state, int64_t begin, i
     if (first + kStepElements > end) {
       for_columns<A, 1>(0, end - first,
                         [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, stream, width); });
-#if defined(__AVX512BF16__)
     } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16>) {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < kStepElements; i += 32) {
-        const __m512i scaled = scale_bf16(load_raw<__m512i>(x + first + i), constants.scale,
-                                          load_raw<uint32_t>(bits + i / kBlockElements));
-        memcpy(y + first + i, &scaled, sizeof(scaled));
-      }
-#endif
+      scale_step_bf16(x + first, y + first, constants.scale, bits);
     } else {
       apply_step<A>(stream, apply);
     }
@@ -308,20 +317,22 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
 // four bytes an element on (fp32 6.5 ms against 7.5 with plain stores), with AVX2 from eight. Else plain stores wait in
 // the cache while the next bits are drawn: 8192 x 4096 in fp32 takes 7.4 ms with AVX2 against 9.4, 14.5 against 16.8
 // with SSE2. They need aligned vectors at the start of every chunk of the loop, and of every period.
-bool should_stream(const Dropout& op, int64_t element) {
+template <class T>
+bool should_stream(const Dropout& op) {
+  constexpr int64_t element = sizeof(T);
   const bool elementwise = op.inner == 1 || op.apart;
-  return op.numel * element >= streaming_threshold_bytes() && uintptr_t(op.y) % 64 == 0 &&
+  return is_beyond_caches<T>(op.numel) && uintptr_t(op.y) % 64 == 0 &&
          (elementwise ? element * kVectorBytes >= 256 : op.period == 1 || op.period * element % 64 == 0);
 }
 
 }  // namespace
 
-void drop(const Dropout& op) {
+void drop(const CpuDropout& op) {
   const PhiloxState state = read(op.source);
   write_state(state, op.state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool stream = should_stream(op, sizeof(T));
+    const bool stream = should_stream<T>(op);
     const auto run = [&](auto form) {
       if constexpr (form != kResidual) {
         if (op.apart) {
@@ -351,6 +362,6 @@ void drop(const Dropout& op) {
 
 }  // namespace DLKIT_ISA
 
-DLKIT_CPU_ENTRY(dropout_cpu, drop, Dropout)
+DLKIT_CPU_ENTRY(dropout_cpu, drop, CpuDropout)
 
 }  // namespace dlkit::dropout

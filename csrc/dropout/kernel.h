@@ -15,7 +15,8 @@
 // keep() is the stream of common/philox.h. Dropout: scale 1 / (1 - p), shift and dropped 0; alpha dropout: shift and
 // dropped such that mean and variance stay. What is dropped is never multiplied: NaN and infinity do not pass. Linear
 // in x, so backward is the same function of grad_output, with shift and dropped 0 and the state that forward drew,
-// which is all that is kept. Bytes moved: x and y, each once.
+// which is all that is kept; on the CPU the keep bits as well, where each element has one. Bytes moved: x and y, each
+// once.
 //
 // x, residual and y are dense, in the same order, of any alignment that the element type has; y may be x. numel may be
 // 0. Arithmetic is fp32 (fp64 where dtype is F64).
@@ -40,7 +41,11 @@ struct Dropout {
   int64_t period = 1;  // divides inner
 };
 
-void dropout_cpu(const Dropout& op);
+struct CpuDropout : Dropout {
+  KeptBits bits;  // only where inner is 1
+};
+
+void dropout_cpu(const CpuDropout& op);
 
 // `stream` is a cudaStream_t of the current device. Throws std::runtime_error when a launch fails.
 void dropout_cuda(const Dropout& op, void* stream);

@@ -35,10 +35,10 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 #if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Dropout& op) { dropout_cuda(op, device.stream()); }
+void run(const CudaDevice& device, const Dropout& op, const KeptBits&) { dropout_cuda(op, device.stream()); }
 #endif
 #if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Dropout& op) { dropout_cpu(op); }
+void run(const CpuDevice&, const Dropout& op, const KeptBits& bits) { dropout_cpu({op, bits}); }
 #endif
 
 // What an op does with the mask: y = keep ? x * scale + shift : dropped, a bit for every `inner` adjacent elements.
@@ -88,11 +88,13 @@ Layout layout_of(const Tensor& x, int64_t inner) {
   return other;
 }
 
-// Other layouts go through contiguous memory, in which the logical order is that of addresses.
+// Other layouts go through contiguous memory, in which the logical order is that of addresses, and so do those whose
+// bits are to be kept. Bits that are at hand serve where memory is in that order.
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
-         const PhiloxSource& source, int64_t* state) {
-  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1, 1} : layout_of(input, form.inner);
+         const PhiloxSource& source, int64_t* state, const KeptBits& bits) {
+  const bool in_order = residual.defined() || (bits.data != nullptr && !bits.drawn);
+  const Layout layout = in_order ? Layout{input.is_contiguous(), 1, 1, 1} : layout_of(input, form.inner);
   const bool fits = layout.direct && output.strides() == input.strides();
   const Tensor x = layout.direct ? input : input.contiguous();
   const Tensor added = residual.defined() ? residual.contiguous() : residual;
@@ -111,20 +113,24 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
              dtype_of(input.scalar_type())};
   op.period = layout.period;
   op.apart = layout.spatial > 1;
-  run(device, op);
+  run(device, op, layout.inner == 1 ? bits : KeptBits{});
   if (!y.is_same(output)) output.copy_(y);
 }
 
 // Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
 template <class Device>
 Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
-                    const OptionalGenerator& generator) {
+                    const OptionalGenerator& generator, bool keep_bits) {
   const Device device(input);
-  Tensor state = empty_state(input);
+  TORCH_CHECK(!keep_bits || (input.is_cpu() && form.inner == 1),
+              "dropout: expected keep_bits on cpu, where each element has a bit of its own; got input on ",
+              input.device(), ", one bit for ", form.inner, " elements");
+  Tensor state = empty_state(input, keep_bits);
   const bool draws = form.p < 1 && input.numel() > 0;
   const PhiloxSource source = draws ? draw(device, input, generator) : PhiloxSource{};
   if (input.numel() > 0) {
-    run(device, input, residual, output, form, source, state.mutable_data_ptr<int64_t>());
+    run(device, input, residual, output, form, source, state.mutable_data_ptr<int64_t>(),
+        keep_bits ? bits_in(state, input.numel(), false) : KeptBits{});
   } else {
     state.zero_();
   }
@@ -133,9 +139,9 @@ Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output,
 
 template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, double p, int64_t inner, double scale, double shift,
-                                   double dropped, const OptionalGenerator& generator) {
+                                   double dropped, const OptionalGenerator& generator, bool keep_bits) {
   Tensor y = at::empty_like(input);
-  Tensor state = forward_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, generator);
+  Tensor state = forward_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, generator, keep_bits);
   return {std::move(y), std::move(state)};
 }
 
@@ -144,51 +150,59 @@ Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t inner, 
              double dropped) {
   Tensor y = at::empty_like(input);
   if (input.numel() == 0) return y;
-  run(Device(input), input, Tensor(), y, {p, inner, scale, shift, dropped}, source_of(state, input), nullptr);
+  run(Device(input), input, Tensor(), y, {p, inner, scale, shift, dropped}, source_of(state, input), nullptr,
+      bits_in(state, input.numel(), true));
   return y;
 }
 
 template <class Device>
 Tensor forward_(Tensor& input, const OptionalTensor& state, double p, int64_t inner, double scale, double shift,
-                double dropped, const OptionalGenerator& generator) {
+                double dropped, const OptionalGenerator& generator, bool keep_bits) {
   at::assert_no_internal_overlap(input);
   const Form<int64_t> form{p, inner, scale, shift, dropped};
-  if (!has(state)) return forward_into<Device>(input, Tensor(), input, form, generator);
-  if (input.numel() > 0) run(Device(input), input, Tensor(), input, form, source_of(*state, input), nullptr);
+  if (!has(state)) return forward_into<Device>(input, Tensor(), input, form, generator, keep_bits);
+  if (input.numel() > 0) {
+    run(Device(input), input, Tensor(), input, form, source_of(*state, input), nullptr,
+        bits_in(*state, input.numel(), true));
+  }
   return state->clone();
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
-                                       double p, const OptionalGenerator& generator) {
+                                       double p, const OptionalGenerator& generator, bool keep_bits) {
   Tensor y = at::empty(input.sizes(), input.options());
   const Form<int64_t> form{p, 1, dropout_scale(p), 0, 0};
   if (!has(state)) {
-    Tensor drawn = forward_into<Device>(input, residual, y, form, generator);
+    Tensor drawn = forward_into<Device>(input, residual, y, form, generator, keep_bits);
     return {std::move(y), std::move(drawn)};
   }
-  if (input.numel() > 0) run(Device(input), input, residual, y, form, source_of(*state, input), nullptr);
+  if (input.numel() > 0) {
+    run(Device(input), input, residual, y, form, source_of(*state, input), nullptr,
+        bits_in(*state, input.numel(), true));
+  }
   return {std::move(y), state->clone()};
 }
 
-// Shapes and dtypes of the above, for tracing.
-std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor&, double,
-                                            const OptionalGenerator&) {
-  return {at::empty_symint(input.sym_sizes(), input.options()), empty_state(input)};
+// Shapes and dtypes of the above, for tracing. A state that was given is returned as it is.
+std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor& state, double,
+                                            const OptionalGenerator&, bool keep_bits) {
+  return {at::empty_symint(input.sym_sizes(), input.options()),
+          has(state) ? at::empty_like(*state) : empty_state(input, keep_bits)};
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, double, c10::SymInt, double, double, double,
-                                        const OptionalGenerator&) {
-  return {at::empty_like(input), empty_state(input)};
+                                        const OptionalGenerator&, bool keep_bits) {
+  return {at::empty_like(input), empty_state(input, keep_bits)};
 }
 
 Tensor apply_meta(const Tensor& input, const Tensor&, double, c10::SymInt, double, double, double) {
   return at::empty_like(input);
 }
 
-Tensor forward_meta_(Tensor& input, const OptionalTensor&, double, c10::SymInt, double, double, double,
-                     const OptionalGenerator&) {
-  return empty_state(input);
+Tensor forward_meta_(Tensor& input, const OptionalTensor& state, double, c10::SymInt, double, double, double,
+                     const OptionalGenerator&, bool keep_bits) {
+  return has(state) ? at::empty_like(*state) : empty_state(input, keep_bits);
 }
 
 // (seed, offset) of this call from a dlkit.random.Philox, which moves on.
@@ -224,20 +238,26 @@ Tensor call_apply(const Tensor& input, const Tensor& state, const Form<c10::SymI
 }
 
 Tensor call_forward_(Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
-                     const OptionalGenerator& generator) {
+                     const OptionalGenerator& generator, bool keep_bits) {
   static const auto op = find_op<decltype(forward_meta_)>("dropout_forward_");
-  return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped, generator);
+  return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped, generator, keep_bits);
 }
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
-                                        const OptionalGenerator& generator) {
+                                        const OptionalGenerator& generator, bool keep_bits = false) {
   if (has(state)) return {call_apply(input, *state, form), *state};
-  return forward_op().call(input, form.p, form.inner, form.scale, form.shift, form.dropped, generator);
+  return forward_op().call(input, form.p, form.inner, form.scale, form.shift, form.dropped, generator, keep_bits);
 }
 
 Form<c10::SymInt> linear_part(Form<c10::SymInt> form) {
   form.shift = form.dropped = 0;
   return form;
+}
+
+// Whether each element has a bit of its own, and backward had better read it.
+bool keeps_bits(const Tensor& input, const Form<c10::SymInt>& form) {
+  const auto inner = form.inner.maybe_as_int();
+  return inner.has_value() && *inner == 1 && should_keep_bits(input, form.p);
 }
 
 struct DropoutBackward : SavingNode<1> {  // the state
@@ -395,7 +415,7 @@ Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, con
   std::tuple<Tensor, Tensor> result;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = call_forward(input, drawn, form, generator);
+    result = call_forward(input, drawn, form, generator, graph && keeps_bits(input, form));
   }
   auto& [y, state] = result;
   if (graph) {
@@ -432,7 +452,7 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
   std::tuple<Tensor, Tensor> result;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = add_op().call(input, residual, drawn, p, generator);
+    result = add_op().call(input, residual, drawn, p, generator, graph && !has(drawn) && should_keep_bits(input, p));
   }
   auto& [y, state] = result;
   if (graph) {
@@ -457,7 +477,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   Tensor state;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    state = call_forward_(input, drawn, form, generator);
+    state = call_forward_(input, drawn, form, generator, graph && !has(drawn) && keeps_bits(input, form));
   }
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (graph) {
@@ -498,11 +518,11 @@ DLKIT_DEFINE_OPS(m) {
       random);
   m.def(
       "dropout_forward(Tensor input, float p, SymInt inner, float scale, float shift, float dropped,"
-      " Generator? generator=None) -> (Tensor y, Tensor state)",
+      " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor state)",
       random);
   m.def(
       "dropout_forward_(Tensor(a!) input, Tensor? state, float p, SymInt inner, float scale, float shift,"
-      " float dropped, Generator? generator=None) -> Tensor",
+      " float dropped, Generator? generator=None, bool keep_bits=False) -> Tensor",
       random);
   m.def(
       "dropout_apply(Tensor input, Tensor state, float p, SymInt inner, float scale, float shift, float dropped)"
@@ -513,8 +533,8 @@ DLKIT_DEFINE_OPS(m) {
       " -> Tensor",
       random);
   m.def(
-      "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None)"
-      " -> (Tensor y, Tensor state)",
+      "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None,"
+      " bool keep_bits=False) -> (Tensor y, Tensor state)",
       random);
   m.def("dropout_mask(Tensor input, float p, *, Generator? generator=None, Tensor(a!)? stream=None) -> Tensor", random);
   m.def("philox_draw(Tensor(a!) stream) -> Tensor", tags);

@@ -142,9 +142,10 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
         return true;
       });
   if (!fused) {
-    static const auto add = find_op<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const OptionalTensor&, double, const OptionalGenerator&)>("dropout_add_forward");
-    const auto [sum, own_state] = add.call(input, residual, state, p, generator);
+    static const auto add =
+        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double,
+                                           const OptionalGenerator&, bool)>("dropout_add_forward");
+    const auto [sum, own_state] = add.call(input, residual, state, p, generator, false);
     ForwardOutputs plain = forward<Device>(sum, std::nullopt, normalized_ndim, weight, bias, eps, rms, stats);
     std::get<1>(plain) = sum;
     outputs = std::move(plain);

@@ -15,6 +15,12 @@ struct Matrix {
       : rows(shape.groups > 0 ? shape.space : shape.batch * shape.space),
         cols(shape.channels),
         pitch((shape.channels + 15) / 16 * 16) {}
+
+  // Whether every row of an output, which may be absent, is whole aligned cache lines.
+  template <class T>
+  bool has_whole_lines(const void* output) const {
+    return cols * int64_t(sizeof(T)) % 64 == 0 && uintptr_t(output) % 64 == 0;
+  }
 };
 
 // Calls f(row, count) for groups of up to kRowsTogether rows; count is a constant.
@@ -232,19 +238,22 @@ struct ForwardChannelsLast {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    const bool whole = matrix.cols % kLanes<A> == 0 && uintptr_t(op.y) % 64 == 0;
-    const bool relu = op.relu, stream = whole && should_stream<T>(op.shape, matrix.rows * matrix.cols);
+    const bool relu = op.relu,
+               stream = matrix.has_whole_lines<T>(op.y) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const residual = rows_of(op.residual, unit);
     T* const y = const_cast<T*>(rows_of(op.y, unit));
     for_rows_backwards<T>(begin, end, cols, [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
+      RowsInTurns<T, together()> outputs;
       for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         const Channel<V> c = own.forward_channel(i);
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         if (residual != nullptr) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
-        forward_values<together()>(x, residual, relu, y, stream, width, c,
-                                   [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; });
+        const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
+        forward_values<together()>(x, residual, relu, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+          outputs.write(z, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
+        });
       });
     });
     if (stream) streaming_fence();
@@ -268,8 +277,8 @@ struct BackwardChannelsLast {
   }
 
   bool streams() const {
-    const uintptr_t outputs = uintptr_t(op.grad_input) | uintptr_t(op.grad_residual);
-    return matrix.cols % kLanes<A> == 0 && outputs % 64 == 0 && should_stream<T>(op.shape, matrix.rows * matrix.cols);
+    return matrix.has_whole_lines<T>(op.grad_input) && matrix.has_whole_lines<T>(op.grad_residual) &&
+           should_stream<T>(op.shape, matrix.rows * matrix.cols);
   }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
@@ -287,6 +296,7 @@ struct BackwardChannelsLast {
     for (A* sums : {g_sums, gx_sums}) memset(sums, 0, size_t(matrix.pitch) * sizeof(A));
     for (int64_t first = begin; first < end; first += kRunRows) {
       for_rows(first, min64(end, first + kRunRows), [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
+        RowsInTurns<T, together()> residuals, inputs;
         for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
           const Channel<V> c = own.forward_channel(i);
           fetch_rows_ahead<together()>(x + row * cols, i, cols);
@@ -302,11 +312,11 @@ struct BackwardChannelsLast {
             gx_sum = fma(g[r], centred[r], gx_sum);
           });
           if (grad_residual != nullptr) {
-            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
+            residuals.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
           }
           if (grad_input != nullptr) {
             repeat(together, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
-            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
+            inputs.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
           }
           store(g_sums + i, load(g_sums + i, All{}) + g_sum, All{});
           store(gx_sums + i, load(gx_sums + i, All{}) + gx_sum, All{});
@@ -372,13 +382,21 @@ struct BackwardChannelsLast {
     T* const grad_input = rows_of(op.grad_input, unit);
     T* const grad_residual = op.sums_given ? rows_of(op.grad_residual, unit) : nullptr;
     for_rows_backwards<T>(begin, end, cols, [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
+      RowsInTurns<T, together()> residuals, inputs;
       for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
         const Channel<V> c = own.channel(i);
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
         if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
-        backward_values<together()>(mask, x, grad_output, y, grad_input, grad_residual, stream, width, c,
-                                    [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; });
+        const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
+        const auto write_to = [&](auto& rows, T* output) DLKIT_INLINE_LAMBDA {
+          return [&, output](const auto& g) DLKIT_INLINE_LAMBDA {
+            if (output == nullptr) return;
+            rows.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
+          };
+        };
+        backward_values<together()>(mask, x, grad_output, y, width, c, index, write_to(residuals, grad_residual),
+                                    write_to(inputs, grad_input));
       });
     });
     if (stream) streaming_fence();

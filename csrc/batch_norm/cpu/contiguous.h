@@ -152,8 +152,10 @@ struct ForwardContiguous {
     T* const y = static_cast<T*>(op.y) + base;
     const bool relu = op.relu;
     for_elements(y, stream, begin, end, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
-      forward_values<count()>(x, residual, relu, y, stream, width, c,
-                              [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; });
+      const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
+      forward_values<count()>(x, residual, relu, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+        write_all(z, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
+      });
     });
   }
 
@@ -180,7 +182,13 @@ struct BackwardContiguous {
   const Backward& op;
   Sums* sums;  // [units, parts, slices] with group_norm, else [units, parts]
 
-  bool streams() const { return are_aligned_alike(op) && should_stream<T>(op.shape, op.shape.space); }
+  // A pass with two outputs turns from one to the other after a few vectors. Past the caches it goes only where these
+  // are whole lines: where a vector is one, and both outputs are aligned alike.
+  bool streams() const {
+    const bool two = op.grad_residual != nullptr && op.grad_input != nullptr && (op.statistics_given || op.sums_given);
+    const bool are_lines = kLineVectors<T> == 1 && (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
+    return (!two || are_lines) && should_stream<T>(op.shape, op.shape.space);
+  }
   int64_t sums_a_part() const { return op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1; }
 
   Channel<V> channel_of(int64_t unit, int64_t channel, A offset, A slope) const {
@@ -317,8 +325,15 @@ struct BackwardContiguous {
           T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
           for_elements(grad_input != nullptr ? grad_input : grad_residual, stream, begin, end,
                        [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
-                         backward_values<count()>(mask, x, grad_output, y, grad_input, grad_residual, stream, width, c,
-                                                  [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; });
+                         const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
+                         const auto write_to = [&](T* output) DLKIT_INLINE_LAMBDA {
+                           return [&, output](const auto& g) DLKIT_INLINE_LAMBDA {
+                             if (output == nullptr) return;
+                             write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
+                           };
+                         };
+                         backward_values<count()>(mask, x, grad_output, y, width, c, index, write_to(grad_residual),
+                                                  write_to(grad_input));
                        });
         });
     if (stream) streaming_fence();

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <limits>
 
-#include "../../common/cpu/cache.h"
 #include "../../common/cpu/parallel.h"
 #include "../../common/cpu/simd.h"
 #include "../../common/dispatch.h"
@@ -212,12 +211,12 @@ struct Channel {
   V mean, scale, bias, offset, slope;
 };
 
-// Forward's results for several vectors of a channel each, the r-th at index(r); `residual` may be null. Flags that are
-// the same for a whole pass are branches here, in forward and backward, one for all of these vectors: a loop for each
-// combination of them was half of the library.
-template <int kCount, class T, class Width, class Index>
-DLKIT_INLINE void forward_values(const T* x, const T* residual, bool relu, T* y, bool stream, Width width,
-                                 const Channel<Vector<accumulate_t<T>>>& c, const Index& index) {
+// Forward's results for several vectors of a channel each, the r-th at index(r), go to write(); `residual` may be null.
+// Flags that are the same for a whole pass are branches here, in forward and backward, one for all of these vectors: a
+// loop for each combination of them was half of the library.
+template <int kCount, class T, class Width, class Index, class Write>
+DLKIT_INLINE void forward_values(const T* x, const T* residual, bool relu, Width width,
+                                 const Channel<Vector<accumulate_t<T>>>& c, const Index& index, const Write& write) {
   using V = Vector<accumulate_t<T>>;
   constexpr std::integral_constant<int, kCount> kAll;
   V z[kCount];
@@ -226,7 +225,7 @@ DLKIT_INLINE void forward_values(const T* x, const T* residual, bool relu, T* y,
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(residual + index(r), width); });
   }
   if (relu) repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
-  write_all(z, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
+  write(z);
 }
 
 // Where the ReLU's mask comes from.
@@ -248,21 +247,19 @@ DLKIT_INLINE void masked_gradients(Mask mask, const T* grad_output, const T* y, 
   }
 }
 
-// What backward's apply writes, of vectors as in forward_values; either output may be null.
-template <int kCount, class T, class Width, class Index>
-DLKIT_INLINE void backward_values(Mask mask, const T* x, const T* grad_output, const T* y, T* grad_input,
-                                  T* grad_residual, bool stream, Width width, const Channel<Vector<accumulate_t<T>>>& c,
-                                  const Index& index) {
+// Backward's apply of vectors as in forward_values: the gradients that pass the ReLU go to write_residual(), then those
+// of the input to write_input().
+template <int kCount, class T, class Width, class Index, class WriteResidual, class WriteInput>
+DLKIT_INLINE void backward_values(Mask mask, const T* x, const T* grad_output, const T* y, Width width,
+                                  const Channel<Vector<accumulate_t<T>>>& c, const Index& index,
+                                  const WriteResidual& write_residual, const WriteInput& write_input) {
   constexpr std::integral_constant<int, kCount> kAll;
   Vector<accumulate_t<T>> centred[kCount], g[kCount];
   repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { centred[r] = load(x + index(r), width) - c.mean; });
   masked_gradients(mask, grad_output, y, width, centred, c, g, index);
-  if (grad_residual != nullptr) {
-    write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
-  }
-  if (grad_input == nullptr) return;
+  write_residual(g);
   repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = fma(centred[r], -c.slope, fma(g[r], c.scale, -c.offset)); });
-  write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
+  write_input(g);
 }
 
 // Whether reduce left the masked gradient where the residual's goes, for apply to read.
@@ -275,14 +272,7 @@ Mask applied_mask(const Backward& op) { return is_masked(op) ? Mask::None : mask
 // Whether outputs go past the caches: larger than these, and written in runs of `run` elements at a time.
 template <class T>
 bool should_stream(const Shape& shape, int64_t run) {
-  const int64_t bytes = shape.batch * shape.channels * shape.space * int64_t(sizeof(T));
-  return bytes >= streaming_threshold_bytes() && run * int64_t(sizeof(T)) >= 1024;
-}
-
-// The two outputs of backward are streamed together or not at all: where one is aligned, so is the other.
-bool are_aligned_alike(const Backward& op) {
-  return op.grad_input == nullptr || op.grad_residual == nullptr ||
-         (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
+  return is_beyond_caches<T>(shape.batch * shape.channels * shape.space) && run * int64_t(sizeof(T)) >= 1024;
 }
 
 // Calls f(i, count, width) over [begin, end), where `stream` with the vectors of `output` at aligned addresses.

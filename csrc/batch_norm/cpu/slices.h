@@ -109,8 +109,7 @@ void forward_slices(const Forward& op) {
   const SliceValues<A> values(op);
   const int64_t space = op.shape.space, size = op.shape.channels / op.shape.groups, elements = size * space;
   A *const means = static_cast<A*>(op.mean), *const rstds = static_cast<A*>(op.rstd);
-  const bool past_caches =
-      op.shape.batch * op.shape.channels * space * int64_t(sizeof(T)) >= streaming_threshold_bytes();
+  const bool past_caches = is_beyond_caches<T>(op.shape.batch * op.shape.channels * space);
   for_tiles(op.shape, [&](int64_t first_group, int64_t groups) {
     const int64_t first = first_group * elements;
     const T* const x = static_cast<const T*>(op.x) + first;

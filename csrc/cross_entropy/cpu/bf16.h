@@ -45,14 +45,7 @@ DLKIT_INLINE Pair load_pair(const BFloat16* p) {
 
 // The upper halves.
 DLKIT_INLINE void write_pair(BFloat16* p, Pair v, bool past_caches) {
-  const VectorU32 even = (VectorU32)v.even >> 16, odd = (VectorU32)v.odd;
-#if defined(__AVX512F__)
-  const VectorU32 joined = (VectorU32)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, (__m512i)odd);
-#elif defined(__AVX2__)
-  const VectorU32 joined = (VectorU32)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
-#else
-  const VectorU32 joined = even | (odd & 0xffff0000);
-#endif
+  const VectorU32 joined = join_upper_halves((VectorU32)v.even, (VectorU32)v.odd);
   past_caches ? stream(p, joined) : store_raw(p, joined);
 }
 
