@@ -34,7 +34,7 @@ SHAPES = [
     (4, 16, 7, 9),
     (2, 3, 33, 31),
 ]
-SHAPES += [(2, 130, 5, 4), (1, 2, 70, 70), (2, 5, 2, 3, 4), (1, 24, 200)]
+SHAPES += [(2, 130, 5, 4), (1, 2, 70, 70), (2, 5, 2, 3, 4), (1, 24, 200), (4, 3, 32, 24), (2, 12, 16, 33)]
 EPS = 1e-5
 
 
@@ -234,7 +234,7 @@ def test_batch_norm(backend, shape, types, case, channels_last):
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((3, 6), 2), ((2, 20, 7), 5), ((3, 32, 5, 5), 32), ((2, 64, 4, 6), 1), ((3, 12, 3, 3), 4), ((2, 4, 2, 3, 4), 2)]
-    + [((2, 2, 61, 67), 1), ((20, 3, 6), 3)],
+    + [((2, 2, 61, 67), 1), ((20, 3, 6), 3), ((2, 6, 32, 33), 3)],
 )
 def test_group_norm(backend, shape, groups, types, channels_last):
     if channels_last and len(shape) < 4:

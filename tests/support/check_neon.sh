@@ -31,8 +31,7 @@ if [ ! -e "$site/ready" ]; then
 fi
 
 emulated=(env PYTHONPATH="$folder/lib:$site" OMP_NUM_THREADS=2 qemu-aarch64 -L "$root" "$root/usr/bin/$python" -W ignore)
-CXX=aarch64-linux-gnu-g++ DLKIT_BUILD=cpu DLKIT_CCACHE=0 \
-  CXXFLAGS="-isystem$root/usr/include/$python -isystem$root/usr/include/aarch64-linux-gnu/$python" \
+CXX=aarch64-linux-gnu-g++ DLKIT_BUILD=cpu CXXFLAGS="-isystem$root/usr/include" \
   "${emulated[@]}" setup.py -q build --build-base "$folder/build" --build-lib "$folder/lib"
 cd "$folder"
 "${emulated[@]}" -c 'import dlkit, platform; print(platform.machine(), dlkit._C.__file__)'

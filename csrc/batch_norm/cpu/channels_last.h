@@ -8,13 +8,26 @@
 namespace dlkit::batch_norm::DLKIT_ISA {
 namespace {
 
+// Few channels leave most of a vector empty. So `fold` rows of them are taken as one row of as many times their number,
+// where they divide: 32 pixels of 3 channels as 96 columns. What belongs to a channel is then in `fold` places.
 struct Matrix {
+  int64_t channels, fold;
   int64_t rows, cols;
-  int64_t pitch;  // of arrays with one value a channel: whole vectors of any type
-  explicit Matrix(const Shape& shape)
-      : rows(shape.groups > 0 ? shape.space : shape.batch * shape.space),
-        cols(shape.channels),
-        pitch((shape.channels + 15) / 16 * 16) {}
+  int64_t pitch;  // of arrays with one value a column: whole vectors of any type
+  explicit Matrix(const Shape& shape) : channels(shape.channels), fold(1) {
+    const int64_t all_rows = shape.groups > 0 ? shape.space : shape.batch * shape.space;
+    while (channels < 16 && channels * fold % 32 != 0 && all_rows % (2 * fold) == 0 && all_rows >= 1024) fold *= 2;
+    rows = all_rows / fold;
+    cols = channels * fold;
+    pitch = (cols + 15) / 16 * 16;
+  }
+  double count() const { return double(rows * fold); }  // of a channel's elements
+
+  // Copies what was found for each channel to all of its places.
+  template <class A>
+  void unfold(A* values) const {
+    for (int64_t i = channels; i < cols; ++i) values[i] = values[i - channels];
+  }
 
   // Whether every row of an output, which may be absent, is whole aligned cache lines.
   template <class T>
@@ -76,9 +89,9 @@ struct Scratch {
   }
 };
 
-// Mean, scale and bias of each channel of a unit.
+// Mean, scale and bias of each column of a unit.
 template <class Op, class A>
-void spread_statistics(const Op& op, const Scratch<A>& own, int64_t unit) {
+void spread_statistics(const Op& op, const Scratch<A>& own, const Matrix& matrix, int64_t unit) {
   const Shape& shape = op.shape;
   const int64_t statistics = shape.groups > 0 ? shape.groups : shape.channels, size = shape.channels / statistics;
   const A* const mean = static_cast<const A*>(op.mean) + unit * shape.groups;
@@ -91,6 +104,7 @@ void spread_statistics(const Op& op, const Scratch<A>& own, int64_t unit) {
       own.scale[i] *= rstd[g];
     }
   }
+  for (A* values : {own.mean, own.scale, own.bias}) matrix.unfold(values);
 }
 
 // Asks for the same columns of the next rows, each cache line once. Several rows at a time are more than the
@@ -215,9 +229,16 @@ struct ForwardChannelsLast {
     if (op.statistics == Statistics::Compute) {
       merge_parts(unit, parts);
       const T* const x = rows_of(op.x, unit);
-      for (int64_t channel = 0; channel < matrix.cols; ++channel) {
-        add_large_in_double<A>(double(matrix.rows), own.first[channel], own.second[channel],
-                               [&](int64_t row) { return double(widen(x[row * matrix.cols + channel])); });
+      for (int64_t column = 0; column < matrix.cols; ++column) {
+        add_large_in_double<A>(double(matrix.rows), own.first[column], own.second[column],
+                               [&](int64_t row) { return double(widen(x[row * matrix.cols + column])); });
+      }
+      for (int64_t i = 0; i < matrix.channels && matrix.fold > 1; ++i) {
+        Moments moments = own.moments(i, double(matrix.rows));
+        for (int64_t column = i + matrix.channels; column < matrix.cols; column += matrix.channels) {
+          moments.merge(own.moments(column, double(matrix.rows)));
+        }
+        own.keep_moments(i, moments);
       }
       for (int64_t g = 0; g < statistics && size > 1; ++g) {
         double mean = 0, m2 = 0;
@@ -225,16 +246,16 @@ struct ForwardChannelsLast {
         mean /= double(size);
         for (int64_t i = g * size; i < (g + 1) * size; ++i) {
           const double delta = own.first[i] - mean + own.low_of(i);
-          m2 += own.second[i] + delta * delta * double(matrix.rows);
+          m2 += own.second[i] + delta * delta * matrix.count();
         }
         own.first[g] = mean;
         own.second[g] = m2;
       }
-      finish_groups<A>(op, unit * statistics, statistics, own.first, own.second, double(matrix.rows * size), factor);
+      finish_groups<A>(op, unit * statistics, statistics, own.first, own.second, matrix.count() * double(size), factor);
     } else {
       finish_given_groups<A>(op, 0, statistics);
     }
-    spread_statistics(op, own, unit);
+    spread_statistics(op, own, matrix, unit);
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
@@ -291,7 +312,7 @@ struct BackwardChannelsLast {
     T* const grad_residual = rows_of(op.grad_residual, unit);
     const Scratch<A> own = scratch(unit, part, parts);
     A *const g_sums = own.offset, *const gx_sums = own.slope;  // not yet what they are named for
-    spread_statistics(op, own, unit);
+    spread_statistics(op, own, matrix, unit);
     for (double* sums : {own.first, own.second}) memset(sums, 0, size_t(matrix.pitch) * sizeof(double));
     for (A* sums : {g_sums, gx_sums}) memset(sums, 0, size_t(matrix.pitch) * sizeof(A));
     for (int64_t first = begin; first < end; first += kRunRows) {
@@ -330,21 +351,26 @@ struct BackwardChannelsLast {
 
   void finish(int64_t unit, int64_t parts) const {
     const Shape& shape = op.shape;
+    const int64_t channels = matrix.channels;
     const Scratch<A> all = scratch(unit, 0, parts);
     if (op.sums_given) {
       const A* const given = static_cast<const A*>(op.sums);
-      for (int64_t i = 0; i < matrix.cols; ++i) all.first[i] = given[i], all.second[i] = given[matrix.cols + i];
+      for (int64_t i = 0; i < channels; ++i) all.first[i] = given[i], all.second[i] = given[channels + i];
     } else {
       for (int64_t part = 1; part < parts; ++part) {
         const Scratch<A> some = scratch(unit, part, parts);
         for (int64_t i = 0; i < matrix.cols; ++i) all.first[i] += some.first[i], all.second[i] += some.second[i];
       }
+      for (int64_t column = channels; column < matrix.cols; ++column) {
+        all.first[column % channels] += all.first[column];
+        all.second[column % channels] += all.second[column];
+      }
     }
-    spread_statistics(op, all, unit);
+    spread_statistics(op, all, matrix, unit);
     const int64_t size = shape.groups > 0 ? shape.channels / shape.groups : 1;
     const A* const rstd = static_cast<const A*>(op.rstd) + unit * shape.groups;
-    read_all(op.weight, op.parameter_dtype, A(1), matrix.cols, all.offset);  // the weight until the offset is known
-    for (int64_t first = 0; first < matrix.cols; first += size) {
+    read_all(op.weight, op.parameter_dtype, A(1), channels, all.offset);  // the weight until the offset is known
+    for (int64_t first = 0; first < channels; first += size) {
       double g = 0, gx = 0;
       for (int64_t i = first; i < first + size; ++i) {
         g += double(all.offset[i]) * all.first[i];
@@ -353,22 +379,24 @@ struct BackwardChannelsLast {
       const auto [offset, slope] = GroupGradient<A>(op, rstd[first / size], g, gx);
       for (int64_t i = first; i < first + size; ++i) all.offset[i] = offset, all.slope[i] = slope;
     }
+    matrix.unfold(all.offset);
+    matrix.unfold(all.slope);
     if (shape.groups > 0 || op.sums_given) return;
-    for (int64_t i = 0; i < matrix.cols; ++i) check_range<A>(op, all.first[i]), check_range<A>(op, all.second[i]);
+    for (int64_t i = 0; i < channels; ++i) check_range<A>(op, all.first[i]), check_range<A>(op, all.second[i]);
     with_type(op.parameter_dtype, [&](auto t) {
       using P = decltype(t);
       P *const grad_weight = static_cast<P*>(op.grad_weight), *const grad_bias = static_cast<P*>(op.grad_bias);
-      for (int64_t i = 0; grad_weight != nullptr && i < matrix.cols; ++i) {
+      for (int64_t i = 0; grad_weight != nullptr && i < channels; ++i) {
         grad_weight[i] = narrow<P>(accumulate_t<P>(all.second[i] * double(rstd[i])));
       }
-      for (int64_t i = 0; grad_bias != nullptr && i < matrix.cols; ++i) {
+      for (int64_t i = 0; grad_bias != nullptr && i < channels; ++i) {
         grad_bias[i] = narrow<P>(accumulate_t<P>(all.first[i]));
       }
     });
     A* const sums = static_cast<A*>(op.sums);
-    for (int64_t i = 0; sums != nullptr && i < matrix.cols; ++i) {
+    for (int64_t i = 0; sums != nullptr && i < channels; ++i) {
       sums[i] = A(all.first[i]);
-      sums[matrix.cols + i] = A(all.second[i]);
+      sums[channels + i] = A(all.second[i]);
     }
   }
 
