@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds dlkit for aarch64 and runs tests of its kernels there, under qemu: check_neon.sh [arguments of pytest]
+# Builds dlkit for aarch64 and runs the tests of its CPU kernels there, under qemu, for more than an hour of one core:
+# check_neon.sh [arguments of pytest]
 # Needs Debian on x86-64 with g++-aarch64-linux-gnu, qemu-user and, for apt-get download, dpkg --add-architecture arm64.
 # Python comes from Debian's arm64 packages, torch from PyPI: 2.10 is the last whose wheel for aarch64 needs no CUDA.
 # The compiler is the host's: qemu leaves an x86-64 program that an emulated one starts to the host.
@@ -35,4 +36,5 @@ CXX=aarch64-linux-gnu-g++ DLKIT_BUILD=cpu CXXFLAGS="-isystem$root/usr/include" \
   "${emulated[@]}" setup.py -q build --build-base "$folder/build" --build-lib "$folder/lib"
 cd "$folder"
 "${emulated[@]}" -c 'import dlkit, platform; print(platform.machine(), dlkit._C.__file__)'
-"${emulated[@]}" -m pytest -q -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider "$@"
+"${emulated[@]}" -m pytest -q -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider \
+  ../../tests --ignore ../../tests/integration -m kernel -k cpu-default "$@"

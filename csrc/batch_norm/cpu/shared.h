@@ -94,7 +94,15 @@ void read_all(const void* array, DType type, A otherwise, int64_t count, A* outp
     return;
   }
   with_type(type, [&](auto t) {
-    for (int64_t i = 0; i < count; ++i) output[i] = A(widen(static_cast<const decltype(t)*>(array)[i]));
+    using P = decltype(t);
+    const P* const values = static_cast<const P*>(array);
+    if constexpr (std::is_same_v<accumulate_t<P>, A>) {
+      for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        store(output + i, load(values + i, width), width);
+      });
+    } else {
+      for (int64_t i = 0; i < count; ++i) output[i] = A(widen(values[i]));
+    }
   });
 }
 template <class A>

@@ -38,7 +38,10 @@ DLKIT_INLINE void sum_slices(int64_t slices, int64_t space, A* const (&outputs)[
       for_columns<A, 1>(0, space, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { add(i, width, terms); });
       for (int k = 0; k < kTotals; ++k) sums[k][r] = terms[k];
     }
-    for (int k = 0; k < kTotals; ++k) store(outputs[k] + first, sums_of_lanes(sums[k]), First{count});
+    for (int k = 0; k < kTotals; ++k) {
+      const Vector<A> found = sums_of_lanes(sums[k]);
+      count == kCount ? store(outputs[k] + first, found, All{}) : store(outputs[k] + first, found, First{count});
+    }
   }
 }
 

@@ -241,6 +241,34 @@ DLKIT_INLINE __m256i first_lanes(int64_t count) {
 }
 #endif
 
+// The first `bytes` of 16 at most, an even number, in words: memcpy of a size that is known at run time is a call, and
+// takes as long as ten vectors.
+using Words = uint64_t __attribute__((vector_size(16)));
+DLKIT_INLINE uint64_t load_word(const char* p, int64_t bytes) {
+  uint64_t word = 0;
+  if (bytes & 4) word = load_raw<uint32_t>(p);
+  if (bytes & 2) word |= uint64_t(load_raw<uint16_t>(p + (bytes & 4))) << 8 * (bytes & 4);
+  return word;
+}
+DLKIT_INLINE void store_word(char* p, uint64_t word, int64_t bytes) {
+  if (bytes & 4) store_raw(p, uint32_t(word));
+  if (bytes & 2) store_raw(p + (bytes & 4), uint16_t(word >> 8 * (bytes & 4)));
+}
+DLKIT_INLINE Words load_words(const void* from, int64_t bytes) {
+  const char* const p = static_cast<const char*>(from);
+  if (bytes & 8) return Words{load_raw<uint64_t>(p), load_word(p + 8, bytes)};
+  return Words{load_word(p, bytes), 0};
+}
+DLKIT_INLINE void store_words(void* to, Words words, int64_t bytes) {
+  char* const p = static_cast<char*>(to);
+  if (bytes & 8) {
+    store_raw(p, uint64_t(words[0]));
+    store_word(p + 8, words[1], bytes);
+  } else {
+    store_word(p, words[0], bytes);
+  }
+}
+
 // Lanes past the count read as zero.
 template <class T>
 DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
@@ -250,12 +278,13 @@ DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
   if constexpr (sizeof(T) == 4) return (VectorF32)_mm512_maskz_loadu_ps(__mmask16(mask), p);
   if constexpr (sizeof(T) == 2) return unpack((VectorU16)_mm256_maskz_loadu_epi16(__mmask16(mask), p), T());
 #else
-#if defined(__AVX2__)  // a call of memcpy takes as long as ten vectors
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) return (VectorF32)_mm256_maskload_ps((const float*)p, first_lanes<4>(width.count));
   if constexpr (sizeof(T) == 8) return (VectorF64)_mm256_maskload_pd((const double*)p, first_lanes<8>(width.count));
 #endif
-  Packed<T> packed = {};
-  memcpy(&packed, p, size_t(width.count) * sizeof(T));
+  Packed<T> packed;
+  const Words words = load_words(p, width.count * int64_t(sizeof(T)));
+  memcpy(&packed, &words, sizeof(packed) < sizeof(words) ? sizeof(packed) : sizeof(words));
   return unpack(packed, T());
 #endif
 }
@@ -269,11 +298,16 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)packed);
   if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)packed);
 #else
-#if defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps((float*)p, first_lanes<4>(width.count), (__m256)packed);
-  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd((double*)p, first_lanes<8>(width.count), (__m256d)packed);
-#endif
-  memcpy(p, &packed, size_t(width.count) * sizeof(T));
+  int64_t bytes = width.count * int64_t(sizeof(T));
+  char* to = reinterpret_cast<char*>(p);
+  Words halves[sizeof(packed) > 16 ? 2 : 1] = {};  // a masked store takes AMD's processors some 20 instructions
+  memcpy(halves, &packed, sizeof(packed));
+  if (sizeof(packed) > 16 && bytes & 16) {
+    store_raw(to, halves[0]);
+    halves[0] = halves[sizeof(packed) > 16];
+    to += 16;
+  }
+  store_words(to, halves[0], bytes);
 #endif
 }
 

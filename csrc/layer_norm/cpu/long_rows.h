@@ -36,8 +36,9 @@ void for_pieces(int64_t rows, int64_t cols, const F& f) {
 template <class T, class Op>
 Widened<T> parameter_piece(const Op& op, const void* parameter, int64_t row, int64_t begin, int64_t end) {
   const int64_t first = row % op.period * op.cols + begin;
-  const void* const piece = op.parameter_dtype == DType::F32 ? static_cast<const void*>(at<const float>(parameter, first))
-                                                             : at<const T>(parameter, first);
+  const void* const piece = op.parameter_dtype == DType::F32
+                                ? static_cast<const void*>(at<const float>(parameter, first))
+                                : at<const T>(parameter, first);
   return {piece, op.parameter_dtype, end - begin};
 }
 

@@ -26,7 +26,7 @@ bool should_stream(const void* output, int64_t rows, int64_t cols) {
   return is_beyond_caches<T>(rows * cols) && cols * int64_t(sizeof(T)) % 64 == 0 && uintptr_t(output) % 64 == 0;
 }
 
-constexpr int kGroup = 4;  // rows taken together
+constexpr int kGroup = 4;            // rows taken together
 constexpr int64_t kScratch = 16384;  // columns up to which a row, or a parameter, is kept widened on the stack
 
 // Not inlined into every kernel: it is long.
