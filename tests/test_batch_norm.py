@@ -242,6 +242,14 @@ def test_group_norm(backend, shape, groups, types, channels_last):
     check(backend, shape, types, Case(groups=groups, affine=sum(shape) % 2 == 0), channels_last)
 
 
+def test_few_long_groups(backend):
+    """Groups of one element a channel are rows of LayerNorm's kernel, which cuts long ones into pieces."""
+    if not backend.instruction_set:
+        pytest.skip("the other kernels have no path of their own for them")
+    for types in (TYPES[0], TYPES[3]):
+        check(backend, (1, 131_074), types, Case(groups=2), False)
+
+
 @pytest.mark.parametrize("types", TYPES, ids=[f"{str(a)[6:]}-{str(b)[6:]}" for a, b in TYPES])
 @pytest.mark.parametrize(
     ("shape", "groups", "channels_last"),
