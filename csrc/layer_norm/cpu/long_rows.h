@@ -47,7 +47,7 @@ void forward_long_rows(const Forward& op) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
   const int64_t cols = op.cols, pieces = (cols + kPiece - 1) / kPiece;
-  const auto normalised = [&](int64_t row) {  // what is: in pieces, by whoever reads it after it was written
+  const auto normalised = [&](int64_t row) {  // a row of what is normalised: the sum, once its pieces are written, or x
     return kAdds ? static_cast<const T*>(op.sum) + row * cols : static_cast<const T*>(op.x) + row * op.x_stride;
   };
   std::vector<double> means(size_t(op.rows * pieces)), m2s(means);  // of each piece
