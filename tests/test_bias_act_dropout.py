@@ -147,13 +147,12 @@ def test_gradients(name):
     assert batched.shape == x.shape
 
 
-def test_inputs_state_and_bits_are_all_that_is_kept():
+def test_inputs_and_the_state_are_all_that_is_kept():
     saved = []
     x, bias = torch.randn(40, 25, requires_grad=True), torch.randn(25, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused.bias_gelu_dropout(x, bias, 0.1)
-    bits = 1024 // 8 + 8  # of 1000 elements, in whole steps, and a word behind them
-    assert [t.nbytes for t in saved] == [4000, 100, 16 + bits]
+    assert [t.nbytes for t in saved] == [4000, 100, 16]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

@@ -126,11 +126,12 @@ inline at::Tensor empty_state(const at::Tensor& input, bool keep_bits = false) {
   return keep_bits ? at::empty_symint({keep_words(input.sym_numel()) + 2}, options) : at::empty({2}, options);
 }
 
-// Whether a call that is differentiated keeps its bits, for a 32nd of the bytes of fp32 input. Where something traces
-// it, it does not: states have one size there.
+// Whether a call that is differentiated keeps its bits, for a 32nd of the bytes of fp32 input. Not where something
+// traces it, nor where saved tensors pass through hooks: a checkpoint compares the sizes of what is saved, and
+// offloading wants them small.
 inline bool should_keep_bits(const at::Tensor& input, double p) {
   return p > 0 && p < 1 && input.is_cpu() && !input.unsafeGetTensorImpl()->is_python_dispatch() &&
-         input.is_contiguous();
+         input.is_contiguous() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 // The bits in a state, if it has any for so many elements.

@@ -109,9 +109,9 @@ def _launch(
 
 def bias_act_dropout_forward(
     input: Tensor, bias: Tensor | None, state: Tensor | None, activation: int, p: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``dropout(act(input + bias))`` with the mask of ``state`` or a new one. Returns (y, state)."""
+    """``dropout(act(input + bias))`` with the mask of ``state`` or a new one. Returns (y, state). Keeps no bits."""
     if state is not None:
         return _launch(None, input, bias, activation, p, *given_state(input, state)), state.clone()
     if p == 0 or input.numel() == 0:

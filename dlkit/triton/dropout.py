@@ -281,11 +281,12 @@ def _apply_into(
 
 def dropout_forward(
     input: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draws and applies a mask that has a bit for every ``inner`` elements: ``y = keep ? x * scale + shift : dropped``.
 
     Returns y, in the input's dtype and memory format, and the state that was drawn, int64 [2]: seed and offset.
+    ``keep_bits`` is for the CPU's own kernels: here and in the functions below no mask is ever kept.
     """
     y = torch.empty_like(input)
     return y, _forward_into(input, y, p, inner, scale, shift, dropped, generator)
@@ -293,7 +294,7 @@ def dropout_forward(
 
 def dropout_forward_(
     input: Tensor, state: Tensor | None, p: float, inner: int, scale: float, shift: float, dropped: float,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> Tensor:  # fmt: skip
     """:func:`dropout_forward` in place, with the mask of ``state`` where that is given. Returns the state."""
     if state is None:
@@ -316,8 +317,9 @@ def _scale(p: float) -> float:
 
 
 def dropout_add_forward(
-    input: Tensor, residual: Tensor, state: Tensor | None, p: float, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+    input: Tensor, residual: Tensor, state: Tensor | None, p: float, generator: torch.Generator | None = None,
+    keep_bits: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``dropout(input) + residual``, rounded once, with the mask of ``state`` or a new one. Returns (sum, state)."""
     y = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if state is None:
