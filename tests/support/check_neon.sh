@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds dlkit for aarch64 and runs the tests of its CPU kernels there, under qemu, for more than an hour of one core:
-# check_neon.sh [arguments of pytest]
+# Builds dlkit for aarch64 and runs the tests of its CPU kernels there, under qemu, for more than an hour of one core;
+# with --quick two cases of each, for ten minutes: check_neon.sh [arguments of pytest]
 # Needs Debian on x86-64 with g++-aarch64-linux-gnu, qemu-user and, for apt-get download, dpkg --add-architecture arm64.
 # Python comes from Debian's arm64 packages, torch from PyPI: 2.10 is the last whose wheel for aarch64 needs no CUDA.
 # The compiler is the host's: qemu leaves an x86-64 program that an emulated one starts to the host.
