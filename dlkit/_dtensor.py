@@ -229,15 +229,7 @@ def _dropout_apply(
 
 @_rule("dropout_forward")
 def _dropout_forward(
-    op: Any,
-    input: DTensor,
-    p: float,
-    inner: int,
-    scale: float,
-    shift: float,
-    dropped: float,
-    generator: Any = None,
-    keep_bits: bool = False,
+    op: Any, input: DTensor, p: float, inner: int, scale: float, shift: float, dropped: float, generator: Any = None
 ) -> tuple[DTensor, Tensor]:
     state = _state_for(input, p, generator)
     return _dropout_apply(op, input, state, p, inner, scale, shift, dropped), state
@@ -254,7 +246,6 @@ def _dropout_forward_(
     shift: float,
     dropped: float,
     generator: Any = None,
-    keep_bits: bool = False,
 ) -> Tensor:
     _check_written(op, input)
     state = _state_for(input, p, generator) if state is None else state.clone()
@@ -273,13 +264,7 @@ def _check_written(op: Any, input: DTensor) -> None:
 
 @_rule("dropout_add_forward")
 def _dropout_add_forward(
-    op: Any,
-    input: DTensor,
-    residual: DTensor,
-    state: Tensor | None,
-    p: float,
-    generator: Any = None,
-    keep_bits: bool = False,
+    op: Any, input: DTensor, residual: DTensor, state: Tensor | None, p: float, generator: Any = None
 ) -> tuple[DTensor, Tensor]:
     x, added = _cut(input, residual)
     state = _state_for(x, p, generator) if state is None else state.clone()
@@ -349,7 +334,6 @@ def _(
     activation: int,
     p: float,
     generator: Any = None,
-    keep_bits: bool = False,
 ) -> Any:
     if p == 0:
         return NotImplemented

@@ -190,7 +190,7 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   if (!any_requires_grad(input, bias)) return std::get<0>(call());
   const auto node = make_node<BiasActDropoutBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
-  auto [y, state] = call(!has(drawn) && should_keep_bits(input, p));
+  auto [y, state] = call(should_keep_bits(input, p));
   torch::autograd::set_history(y, node);
   node->save(BiasActDropoutBackward::Input, input);
   node->save(BiasActDropoutBackward::Bias, or_undefined(bias));

@@ -130,11 +130,20 @@ Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output,
   const PhiloxSource source = draws ? draw(device, input, generator) : PhiloxSource{};
   if (input.numel() > 0) {
     run(device, input, residual, output, form, source, state.mutable_data_ptr<int64_t>(),
-        keep_bits ? bits_in(state, input.numel(), false) : KeptBits{});
+        bits_in(state, input.numel(), false));
   } else {
     state.zero_();
   }
   return state;
+}
+
+// The same with the mask of a state.
+template <class Device>
+void apply_into(const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
+                const Tensor& state) {
+  if (input.numel() == 0) return;
+  run(Device(input), input, residual, output, form, source_of(state, input), nullptr,
+      bits_in(state, input.numel(), true));
 }
 
 template <class Device>
@@ -149,9 +158,7 @@ template <class Device>
 Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t inner, double scale, double shift,
              double dropped) {
   Tensor y = at::empty_like(input);
-  if (input.numel() == 0) return y;
-  run(Device(input), input, Tensor(), y, {p, inner, scale, shift, dropped}, source_of(state, input), nullptr,
-      bits_in(state, input.numel(), true));
+  apply_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, state);
   return y;
 }
 
@@ -161,10 +168,7 @@ Tensor forward_(Tensor& input, const OptionalTensor& state, double p, int64_t in
   at::assert_no_internal_overlap(input);
   const Form<int64_t> form{p, inner, scale, shift, dropped};
   if (!has(state)) return forward_into<Device>(input, Tensor(), input, form, generator, keep_bits);
-  if (input.numel() > 0) {
-    run(Device(input), input, Tensor(), input, form, source_of(*state, input), nullptr,
-        bits_in(*state, input.numel(), true));
-  }
+  apply_into<Device>(input, Tensor(), input, form, *state);
   return state->clone();
 }
 
@@ -177,10 +181,7 @@ std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residu
     Tensor drawn = forward_into<Device>(input, residual, y, form, generator, keep_bits);
     return {std::move(y), std::move(drawn)};
   }
-  if (input.numel() > 0) {
-    run(Device(input), input, residual, y, form, source_of(*state, input), nullptr,
-        bits_in(*state, input.numel(), true));
-  }
+  apply_into<Device>(input, residual, y, form, *state);
   return {std::move(y), state->clone()};
 }
 
@@ -452,7 +453,7 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
   std::tuple<Tensor, Tensor> result;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = add_op().call(input, residual, drawn, p, generator, graph && !has(drawn) && should_keep_bits(input, p));
+    result = add_op().call(input, residual, drawn, p, generator, graph && should_keep_bits(input, p));
   }
   auto& [y, state] = result;
   if (graph) {
@@ -477,7 +478,7 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   Tensor state;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    state = call_forward_(input, drawn, form, generator, graph && !has(drawn) && keeps_bits(input, form));
+    state = call_forward_(input, drawn, form, generator, graph && keeps_bits(input, form));
   }
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (graph) {
