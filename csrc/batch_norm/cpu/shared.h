@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../../common/cpu/moments.h"
 #include "../../common/cpu/parallel.h"
 #include "../../common/cpu/simd.h"
 #include "../../common/dispatch.h"
@@ -110,45 +111,6 @@ A read_or(const void* array, DType type, int64_t i, double otherwise) {
   if (array == nullptr) return A(otherwise);
   return type == kDType<A> ? static_cast<const A*>(array)[i] : A(read(array, type, i));
 }
-
-bool is_finite(double value) { return value - value == 0; }
-double finite_or_zero(double value) { return is_finite(value) ? value : 0; }
-
-// What the rounding of sum = a + b left out.
-DLKIT_INLINE double rounding_error(double a, double b, double sum) {
-  const double added = sum - a;
-  return (a - (sum - added)) + (b - added);
-}
-
-// Mean and sum of squared deviations of what was added so far. The mean is mean + low: the difference of two means that
-// are rounded to a double errs by 1e-10 of the variance where the mean of fp64 elements is 1e7 standard deviations.
-struct Moments {
-  double count = 0, mean = 0, low = 0, m2 = 0;
-  // n elements whose deviations from `centre` add up to `sum`, their squares to `squares`.
-  void add(double n, double centre, double sum, double squares) {
-    const double above = sum / n, other = centre + above;
-    merge({n, other, finite_or_zero(rounding_error(centre, above, other)), squares - sum * sum / n});
-  }
-  void merge(const Moments& other) {
-    const double other_m2 = other.m2 < 0 ? 0 : other.m2;  // what rounding can leave; a NaN stays
-    const double total = count + other.count, delta = (other.mean - mean) + (other.low - low);
-    if (count == 0) {
-      *this = other;
-      m2 = other_m2;
-      return;
-    }
-    m2 += other_m2 + delta * delta * (count * other.count / total);
-    const double step = delta * (other.count / total), before = mean;
-    if (is_finite(delta)) {
-      mean = before + step;
-      low += rounding_error(before, step, mean);
-    } else {  // not by delta: an infinity is to stay one
-      mean = (mean * count + other.mean * other.count) / total;
-      low = 0;
-    }
-    count = total;
-  }
-};
 
 // The moments of a group whose squares are too large to be added up in fp32, from about 1e19 on; others are kept.
 // element(i) gives the group's elements as doubles.

@@ -36,6 +36,12 @@ template <class A>
 struct RowGradients {
   static constexpr int64_t kRows = kLanes<A> > kGroup ? kLanes<A> : kGroup;
   A mean_wdy[kRows], slope[kRows];  // slope: rstd^2 * mean(wdy * (x - mean))
+
+  // Row r, from the sums of wdy and of wdy * (x - mean).
+  DLKIT_INLINE_MEMBER void set(const Backward& op, int64_t r, double sum, double product, double rstd) {
+    mean_wdy[r] = op.rms ? A(0) : A(sum / double(op.cols));
+    slope[r] = A(product * rstd * rstd / double(op.cols));
+  }
 };
 
 // Of up to a vector of short rows, each in a lane of its own as in forward_short_rows.
@@ -110,8 +116,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
         terms[0] += wdy;
         terms[1] = fma(wdy, load(x + i, width) - mean, terms[1]);
       });
-      own.mean_wdy[r] = op.rms ? A(0) : A(totals[0] / double(cols));
-      own.slope[r] = A(totals[1] * rstd * rstd / double(cols));
+      own.set(op, r, totals[0], totals[1], rstd);
     }
     found = &own;
     place = 0;

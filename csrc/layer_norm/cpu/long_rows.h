@@ -3,10 +3,10 @@
 // from memory or from the last-level cache. The cut hangs on the shape alone.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "../../common/cpu/moments.h"
 #include "backward.h"
 
 namespace dlkit::layer_norm::DLKIT_ISA {
@@ -50,7 +50,7 @@ void forward_long_rows(const Forward& op) {
   const auto normalised = [&](int64_t row) {  // a row of what is normalised: the sum, once its pieces are written, or x
     return kAdds ? static_cast<const T*>(op.sum) + row * cols : static_cast<const T*>(op.x) + row * op.x_stride;
   };
-  std::vector<double> means(size_t(op.rows * pieces)), m2s(means);  // of each piece
+  std::vector<Moments> found(size_t(op.rows * pieces));  // of each piece
   for_pieces(op.rows, cols, [&](int64_t i, int64_t row, int64_t begin, int64_t end) {
     if constexpr (kAdds) {
       const T* const x = static_cast<const T*>(op.x) + row * op.x_stride;
@@ -75,23 +75,20 @@ void forward_long_rows(const Forward& op) {
       terms[0] += d;
       terms[1] = fma(d, d, terms[1]);
     });
-    means[i] = op.rms ? 0 : centre + totals[0] / count;
-    m2s[i] = op.rms ? totals[1] : std::max(totals[1] - totals[0] * totals[0] / count, 0.0);
+    if (op.rms) {
+      found[i] = {count, 0, 0, totals[1]};
+    } else {
+      found[i].add(count, centre, totals[0], totals[1]);
+    }
   });
 
   A mean[4] = {}, rest[4] = {}, rstd[4];  // rest: what rounding took from the mean
   for (int64_t row = 0; row < op.rows; ++row) {
-    double count = 0, average = 0, m2 = 0;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const double n = double(min64(cols - piece * kPiece, kPiece)), share = n / (count + n);
-      const double delta = means[row * pieces + piece] - average;
-      m2 += m2s[row * pieces + piece] + delta * delta * count * share;
-      average += delta * share;
-      count += n;
-    }
-    mean[row] = A(average);
-    if constexpr (std::is_same_v<A, T>) rest[row] = A(average - double(mean[row]));
-    rstd[row] = A(1 / std::sqrt(m2 / count + op.eps));
+    Moments all;
+    for (int64_t piece = row * pieces; piece < (row + 1) * pieces; ++piece) all.merge(found[piece]);
+    mean[row] = A(all.mean);
+    if constexpr (std::is_same_v<A, T>) rest[row] = A(all.mean - double(mean[row]) + all.low);
+    rstd[row] = A(1 / std::sqrt(all.m2 / all.count + op.eps));
     if (op.mean != nullptr) static_cast<A*>(op.mean)[row] = mean[row];
     if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd[row];
   }
@@ -142,9 +139,7 @@ void backward_long_rows(const Backward& op) {
         sum += sums[piece];
         product += products[piece];
       }
-      const double rstd = double(static_cast<const A*>(op.rstd)[row]);
-      found.mean_wdy[row] = op.rms ? A(0) : A(sum / double(cols));
-      found.slope[row] = A(product * rstd * rstd / double(cols));
+      found.set(op, row, sum, product, double(static_cast<const A*>(op.rstd)[row]));
     }
   }
 
