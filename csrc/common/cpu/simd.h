@@ -198,11 +198,11 @@ constexpr int kLineVectors = 64 / int(sizeof(Packed<T>));
 // Whether so many elements of T are to be written past the caches: where the instruction set can, and where they would
 // push everything else out of the last one.
 template <class T>
-DLKIT_INLINE bool is_beyond_caches(int64_t elements) {
+DLKIT_INLINE bool is_beyond_caches([[maybe_unused]] int64_t elements) {
 #if defined(__x86_64__)
   return sizeof(Packed<T>) >= 16 && elements * int64_t(sizeof(T)) >= streaming_threshold_bytes();
 #else
-  return elements < 0;
+  return false;
 #endif
 }
 
