@@ -2,12 +2,15 @@
 // parameter for AdamW in fp32, the least there is. Clipping adds the 4 bytes of the norm's pass; the coefficient, the
 // loss scale, found_inf and step counters are read where they lie, so nothing waits for the device.
 //
-// One launch serves many tensors: their addresses travel in its arguments (32 KB from CUDA 12.1 on: some 550 tensors of
-// AdamW; 4 KB before), never through a copy to the device. A launch holds tensors of one dtype and state type; step
-// counters on the device, which every block reads, go up in a launch of their own. A block takes one chunk of one
-// tensor, which it finds by binary search in the arguments: 2 K to 16 K elements, so that there are some eight chunks
-// a multiprocessor even of a small model, and the setup (search, hyperparameters in fp64, one barrier: about a
-// microsecond) stays small against the 50 us of 16 K elements' traffic.
+// One launch serves many tensors: their addresses travel in its arguments, never through a copy to the device. From
+// CUDA 12.1 on they may be 32 KB, some 550 tensors of AdamW. The driver copies all that a kernel declares, at every
+// launch, which takes 5 to 8 us by others' measurements: some 40 tensors or fewer get a kernel that declares 4 KB. A
+// launch holds tensors of one dtype and state type; step counters on the device, which every block reads, go up in a
+// launch of their own. A block takes one chunk of one tensor, which it finds by binary search in the arguments: 2 K to
+// 16 K elements, so that there are some eight chunks a multiprocessor even of a small model, and the setup (search,
+// hyperparameters in fp64, one barrier: about a microsecond) stays small against the 50 us of 16 K elements' traffic. A
+// thread's first elements are on their way before that barrier: a step of few tensors, a chunk or two a block, is that
+// much shorter.
 //
 // A thread holds one pack of 16 bytes of the narrowest array, and as many elements of the others: AdamW in fp32 has 64
 // bytes a thread on their way at once. At 4.8 TB/s and some 0.8 us of latency an H200 wants 29 KB for each of its 132
@@ -35,9 +38,9 @@ constexpr int kChunksPerMultiprocessor = 8;
 
 // A launch's arguments: what all its tensors share, and an entry of `stride` words for each of them. The low half of an
 // entry's first word is the first chunk of the tensor.
-template <class Head>
+template <class Head, int Bytes = kArgumentBytes>
 struct Arguments {
-  static constexpr int words_that_fit = (kArgumentBytes - int(sizeof(Head)) - 16) / 8;
+  static constexpr int words_that_fit = (Bytes - int(sizeof(Head)) - 16) / 8;
   Head head;
   int32_t count, stride;
   int64_t chunk;  // elements
@@ -45,8 +48,8 @@ struct Arguments {
 };
 
 // Where in `words` the entry of the tensor that has this chunk begins.
-template <class Head>
-__device__ __forceinline__ int find_entry(const Arguments<Head>& arguments, uint32_t chunk) {
+template <class Head, int Bytes>
+__device__ __forceinline__ int find_entry(const Arguments<Head, Bytes>& arguments, uint32_t chunk) {
   int low = 0, high = arguments.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -63,14 +66,21 @@ __device__ __forceinline__ int find_entry(const Arguments<Head>& arguments, uint
 template <class Head>
 class Launcher {
  public:
-  using Run = void (*)(const Arguments<Head>&, unsigned blocks, void* stream);
+  using Many = Arguments<Head>;
+  using Few = Arguments<Head, kFewArgumentBytes>;
+  // The same kernel for many arguments and for few.
+  struct Kernels {
+    const char* name;
+    void (*many)(Many);
+    void (*few)(Few);
+  };
 
-  Launcher(int stride, int64_t chunk, Run run, void* stream) : run_(run), stream_(stream) {
+  Launcher(int stride, int64_t chunk, const Kernels& kernels, void* stream) : kernels_(kernels), stream_(stream) {
     arguments.stride = stride;
     arguments.chunk = chunk;
   }
   bool is_full() const {
-    return (arguments.count + 1) * arguments.stride > Arguments<Head>::words_that_fit || blocks_ > (1u << 30);
+    return (arguments.count + 1) * arguments.stride > Many::words_that_fit || blocks_ > (1u << 30);
   }
   // The next entry, for a tensor of that many chunks; its first word's upper half is `bits`.
   uint64_t* add(int64_t chunks, uint32_t bits) {
@@ -80,15 +90,28 @@ class Launcher {
     return entry;
   }
   void flush() {
-    if (blocks_ > 0) run_(arguments, unsigned(blocks_), stream_);
+    const int words = arguments.count * arguments.stride;
+    if (words > 0 && words <= Few::words_that_fit) {
+      Few few;
+      few.head = arguments.head;
+      few.count = arguments.count;
+      few.stride = arguments.stride;
+      few.chunk = arguments.chunk;
+      std::copy_n(arguments.words, words, few.words);
+      launch(kernels_.name, kernels_.few, grid(), kThreads, 0, stream_, few);
+    } else if (words > 0) {
+      launch(kernels_.name, kernels_.many, grid(), kThreads, 0, stream_, arguments);
+    }
     arguments.count = 0;
     blocks_ = 0;
   }
 
-  Arguments<Head> arguments{};
+  Many arguments{};
 
  private:
-  Run run_;
+  dim3 grid() const { return dim3(unsigned(std::max<int64_t>(blocks_, 1))); }  // counters take no blocks of their own
+
+  Kernels kernels_;
   void* stream_;
   int64_t blocks_ = 0;
 };
@@ -230,7 +253,6 @@ struct StepHead {
   int8_t slot[kSlots];  // the word of an entry that holds this array, or -1: no tensor of the launch has it
   Record records[records_that_fit];
 };
-using StepArguments = Arguments<StepHead>;
 constexpr int kFixedWords = 3;  // before the arrays: first chunk and bits, numel, index of the tensor in the step
 // Of the bits; below them the record's index, from kGradShift on the gradient's DType.
 constexpr uint32_t kAligned = 1u << 16, kDoubleStep = 1u << 17;
@@ -309,6 +331,7 @@ struct Tile {
   __device__ __forceinline__ static bool has(const Span<T, S>& span, int state) {
     return state < required || (state < used && span.states[state] != nullptr);
   }
+  // All but the gradient, for which load_grad waits.
   template <bool Full>
   __device__ __forceinline__ void load_from(const Span<T, S>& span, int at, int count) {
     param.template load_from<Full>(span.param + at, count);
@@ -320,6 +343,9 @@ struct Tile {
       if (span.remainder != nullptr) remainder.template load_from<Full>(span.remainder + at, count);
     }
     if (span.ema != nullptr) ema.template load_from<Full>(span.ema + at, count);
+  }
+  template <bool Full>
+  __device__ __forceinline__ void load_grad(const Span<T, S>& span, int at, int count) {
     grad.template load_from<Full>(span.grad, span.grad_dtype, at, count);
   }
   template <bool Full>
@@ -555,9 +581,9 @@ constexpr int resident_blocks =
         ? 2
         : 0;
 
-template <class T, int PackBytes, class S, Algorithm Which>
+template <class T, int PackBytes, class S, Algorithm Which, int ArgumentBytes>
 __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
-    step_tensors(const __grid_constant__ StepArguments arguments) {
+    step_tensors(const __grid_constant__ Arguments<StepHead, ArgumentBytes> arguments) {
   using A = accumulate_t<T>;
   constexpr int width = width_of<T, S>, warp_width = 32 * width;
   constexpr bool coded = sizeof(S) == 1;
@@ -605,7 +631,7 @@ __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
   }
   span.step = uint32_t(t);
 
-  if (threadIdx.x == 0) {
+  const auto set_scalars = [&] {
     const Record& record = head.records[bits & 0xffff];
     double factor = 1;
     if (head.grad_scale != nullptr) factor /= double(*head.grad_scale);
@@ -619,23 +645,30 @@ __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
       }
     }
     scalars_of_tensor = scalars<A>(Which, record.group, lr, bias_correction1, root_bias_correction2, factor);
-  }
-  __syncthreads();
+  };
 
   // A warp's elements are adjacent: with 8-bit states, one block of them.
   const bool aligned = (bits & kAligned) != 0;
-  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int start = threadIdx.x / 32 * warp_width; start < numel; start += kThreads / 32 * warp_width) {
-    const int at = start + lane * width;
+  for (int base = 0; base < numel; base += kThreads / 32 * warp_width) {
+    const int start = base + warp * warp_width, at = start + lane * width;
     const int count = numel - at;  // may be more than `width`, or below 0
-    const bool full = aligned && start + warp_width <= numel;
+    const bool any = start < numel, full = aligned && start + warp_width <= numel;
     Tile<T, S, Which> tile;
     if (full) {
       tile.template load_from<true>(span, at, count);
-    } else {
+    } else if (any) {
       tile.template load_from<false>(span, at, count);
     }
+    if (base == 0 && threadIdx.x == 0) set_scalars();
+    if (full) {
+      tile.template load_grad<true>(span, at, count);
+    } else if (any) {
+      tile.template load_grad<false>(span, at, count);
+    }
+    if (base == 0) __syncthreads();
+    if (!any) continue;
     update(head, scalars_of_tensor, maps, span, tile, at, count);
     if (full) {
       tile.template store_to<true>(span, at, count, head.write_grads);
@@ -650,7 +683,9 @@ struct CounterHead {
 };
 
 // An entry is the counter's address, the lowest bit set where it is fp64.
-__global__ void __launch_bounds__(kThreads) advance_steps(const __grid_constant__ Arguments<CounterHead> arguments) {
+template <int ArgumentBytes>
+__global__ void __launch_bounds__(kThreads)
+    advance_steps(const __grid_constant__ Arguments<CounterHead, ArgumentBytes> arguments) {
   if (arguments.head.found_inf != nullptr && *arguments.head.found_inf != 0) return;
   for (int i = threadIdx.x; i < arguments.count; i += kThreads) {
     const uint64_t word = arguments.words[i];
@@ -660,11 +695,6 @@ __global__ void __launch_bounds__(kThreads) advance_steps(const __grid_constant_
       *reinterpret_cast<float*>(word) += 1;
     }
   }
-}
-
-template <class T, class S, Algorithm Which>
-void run_step(const StepArguments& arguments, unsigned blocks, void* stream) {
-  launch("optim_step_", step_tensors<T, 16, S, Which>, dim3(blocks), dim3(kThreads), 0, stream, arguments);
 }
 
 struct Arrays {
@@ -700,7 +730,10 @@ void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk,
   head.norm_type = op.norm_type;
   head.write_grads = op.write_grads;
 
-  Launcher<StepHead> launcher(stride, chunk, run_step<T, S, Which>, stream);
+  Launcher<StepHead> launcher(
+      stride, chunk,
+      {"optim_step_", step_tensors<T, 16, S, Which, kArgumentBytes>, step_tensors<T, 16, S, Which, kFewArgumentBytes>},
+      stream);
   launcher.arguments.head = head;
   int records = 0;
   const Tensor* last = nullptr;  // whose record is the last one
@@ -766,18 +799,15 @@ void step_all(const Step& op, int64_t chunk, void* stream) {
   }
 }
 
-void run_counters(const Arguments<CounterHead>& arguments, unsigned, void* stream) {
-  launch("optim_step_", advance_steps, dim3(1), dim3(kThreads), 0, stream, arguments);
-}
-
 void advance_counters(const Step& op, void* stream) {
-  Launcher<CounterHead> launcher(1, 1, run_counters, stream);
+  Launcher<CounterHead> launcher(1, 1, {"optim_step_", advance_steps<kArgumentBytes>, advance_steps<kFewArgumentBytes>},
+                                 stream);
   launcher.arguments.head = {op.found_inf};
   for (int64_t i = 0; i < op.tensor_count; ++i) {
     const Tensor& tensor = op.tensors[i];
     if (tensor.step == nullptr) continue;
     if (launcher.is_full()) launcher.flush();
-    *launcher.add(1, 0) = reinterpret_cast<uint64_t>(tensor.step) | (tensor.step_type == DType::F64 ? 1 : 0);
+    *launcher.add(0, 0) = reinterpret_cast<uint64_t>(tensor.step) | (tensor.step_type == DType::F64 ? 1 : 0);
   }
   launcher.flush();
 }
@@ -791,8 +821,9 @@ struct NormHead {
   double* partials;
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_squares(const __grid_constant__ Arguments<NormHead> arguments) {
+template <int ArgumentBytes, class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_squares(const __grid_constant__ Arguments<NormHead, ArgumentBytes> arguments) {
   using A = accumulate_t<T>;
   constexpr int width = 16 / sizeof(T), batch = 4;
   __shared__ double exchange[kThreads / 32][1];
@@ -848,19 +879,15 @@ __global__ void __launch_bounds__(1024) finish_norm(const double* partials, int6
   }
 }
 
-template <class T>
-void run_sum_squares(const Arguments<NormHead>& arguments, unsigned blocks, void* stream) {
-  launch("optim_grad_norm", sum_squares<T>, dim3(blocks), dim3(kThreads), 0, stream, arguments);
-}
-
 struct ClipHead {
   const void* norm;
   DType norm_type;
   double max_norm;
 };
 
-template <class T, int PackBytes>
-__global__ void __launch_bounds__(kThreads) scale_grads(const __grid_constant__ Arguments<ClipHead> arguments) {
+template <class T, int PackBytes, int ArgumentBytes>
+__global__ void __launch_bounds__(kThreads)
+    scale_grads(const __grid_constant__ Arguments<ClipHead, ArgumentBytes> arguments) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), batch = 4;
   const ClipHead& head = arguments.head;
@@ -903,17 +930,12 @@ __global__ void __launch_bounds__(kThreads) scale_grads(const __grid_constant__ 
   }
 }
 
-template <class T>
-void run_scale_grads(const Arguments<ClipHead>& arguments, unsigned blocks, void* stream) {
-  launch("optim_clip_grads_", scale_grads<T, 16>, dim3(blocks), dim3(kThreads), 0, stream, arguments);
-}
-
 // The gradients of T through a launcher: entries of first chunk and alignment, numel, address, and the number of chunks
 // that all gradients before it have.
 template <class T, class Head>
 void launch_grads(const Gradient* grads, int64_t count, DType dtype, const Head& head, int64_t chunk,
-                  typename Launcher<Head>::Run run, void* stream) {
-  Launcher<Head> launcher(4, chunk, run, stream);
+                  const typename Launcher<Head>::Kernels& kernels, void* stream) {
+  Launcher<Head> launcher(4, chunk, kernels, stream);
   launcher.arguments.head = head;
   int64_t chunks_before = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -969,7 +991,8 @@ void norm_cuda(const Norm& op, void* stream) {
   for (const DType dtype : kDTypes) {
     with_type(dtype, [&](auto type) {
       using T = decltype(type);
-      launch_grads<T>(op.grads, op.count, dtype, NormHead{op.partials}, kNormChunk, run_sum_squares<T>, stream);
+      launch_grads<T>(op.grads, op.count, dtype, NormHead{op.partials}, kNormChunk,
+                      {"optim_grad_norm", sum_squares<kArgumentBytes, T>, sum_squares<kFewArgumentBytes, T>}, stream);
     });
   }
   launch("optim_grad_norm", finish_norm, dim3(1), dim3(1024), 0, stream, op.partials, norm_partials_cuda(op), op.norm,
@@ -982,7 +1005,8 @@ void clip_cuda(const Clip& op, void* stream) {
     with_type(dtype, [&](auto type) {
       using T = decltype(type);
       launch_grads<T>(op.grads, op.count, dtype, ClipHead{op.norm, op.norm_type, op.max_norm}, chunk,
-                      run_scale_grads<T>, stream);
+                      {"optim_clip_grads_", scale_grads<T, 16, kArgumentBytes>, scale_grads<T, 16, kFewArgumentBytes>},
+                      stream);
     });
   }
 }

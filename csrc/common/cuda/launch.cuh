@@ -26,11 +26,15 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("dlkit: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
-// What a kernel may take as arguments. 4 KB on the CPU as well, where every fiber gets a copy of them.
-#if !defined(DLKIT_CUDA_ON_CPU) && CUDART_VERSION >= 12010
+// What a kernel may take as arguments: 4 KB on every device, more from CUDA 12.1 on. On the CPU, where every fiber gets
+// a copy of them, a little more.
+constexpr int kFewArgumentBytes = 4096;
+#if defined(DLKIT_CUDA_ON_CPU)
+constexpr int kArgumentBytes = 6144;
+#elif CUDART_VERSION >= 12010
 constexpr int kArgumentBytes = 32764;
 #else
-constexpr int kArgumentBytes = 4096;
+constexpr int kArgumentBytes = kFewArgumentBytes;
 #endif
 
 // A launch gets 48 KB of shared memory without asking, less what the kernel has statically. So a kernel with dynamic
