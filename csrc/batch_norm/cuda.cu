@@ -139,35 +139,6 @@ __device__ __forceinline__ void load_batch(const void* tensor, const int64_t (&o
   }
 }
 
-// Merges states over lanes `first` to `last` (powers of two) of each warp, then over `warps` warps, every warp_stride.
-template <class State, class A>
-__device__ __forceinline__ void merge_threads(State& state, int first, int last, int warp_stride, int warps,
-                                              A* exchange) {
-  for (int offset = first; offset < last; offset *= 2) {
-    State other;
-#pragma unroll
-    for (int i = 0; i < State::size; ++i) other.at[i] = __shfl_xor_sync(full_warp, state.at[i], offset);
-    state.merge(other);
-  }
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = warp / warp_stride % warps;
-  for (int half = warps / 2; half > 0; half /= 2) {
-    A* to = exchange + (warp - half * warp_stride) * State::size * 32 + lane;
-    if (place >= half && place < 2 * half) {
-#pragma unroll
-      for (int i = 0; i < State::size; ++i) to[i * 32] = state.at[i];
-    }
-    __syncthreads();
-    if (place < half) {
-      const A* from = exchange + warp * State::size * 32 + lane;
-      State other;
-#pragma unroll
-      for (int i = 0; i < State::size; ++i) other.at[i] = from[i * 32];
-      state.merge(other);
-    }
-    __syncthreads();
-  }
-}
-
 // Where values are as fine as sums, a mean's own rounding would show in small deviations from a large mean. So their
 // moments are of what differs from a pivot: the median of a column's first, middle and last value.
 template <class A>

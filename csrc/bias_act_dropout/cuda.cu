@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../common/cuda/launch.cuh"
+#include "../common/cuda/partials.cuh"
 #include "../common/cuda/philox.cuh"
 #include "../common/cuda/vec.cuh"
 #include "../common/dispatch.h"
@@ -182,16 +183,6 @@ __global__ void __launch_bounds__(threads, 2) backward_columns(const Backward op
   }
 }
 
-template <class A>
-__global__ void __launch_bounds__(threads) sum_partials(const A* partials, A* grad_bias, int64_t blocks, int64_t cols) {
-  for (int64_t i = int64_t(blockIdx.x) * threads + threadIdx.x; i < cols; i += int64_t(gridDim.x) * threads) {
-    A total = 0;
-#pragma unroll 4
-    for (int64_t block = 0; block < blocks; ++block) total += partials[block * cols + i];
-    grad_bias[i] = total;
-  }
-}
-
 // Calls f with the elements a thread takes together: 8 where rows and addresses allow.
 template <class F>
 void with_count(bool whole, const F& f) {
@@ -235,8 +226,8 @@ void backward_cuda(const Backward& op, void* stream) {
     const Cut parts = cut<count.value>(op);
     launch("bias_act_dropout backward", backward_columns<T, pack_bytes<T, count.value>, activation.value>,
            unsigned(parts.blocks * parts.tiles), threads, 0, stream, op, parts.blocks, parts.tiles);
-    launch("bias_act_dropout sum_partials", sum_partials<A>, grid_of(divide_up(op.cols, threads)), threads, 0, stream,
-           static_cast<const A*>(op.partials), static_cast<A*>(op.grad_bias), parts.blocks, op.cols);
+    launch_add_partials<A>("bias_act_dropout add_partials", op.partials, parts.blocks, op.cols,
+                           static_cast<A*>(op.grad_bias), static_cast<A*>(nullptr), stream);
   });
 }
 

@@ -40,6 +40,7 @@ struct Forward {
   bool rms;
   FusedDropout dropout;  // only with a residual, and where can_drop_*() says yes
   int64_t period = 1;
+  void* partials = nullptr;  // CUDA: forward_partials_cuda() bytes, 64-byte aligned; null where that is 0
 };
 
 struct Backward {
@@ -75,6 +76,7 @@ int64_t backward_partials_cpu(const Backward& op);
 
 // `stream` is a cudaStream_t of the current device. Throw std::runtime_error when a launch fails.
 void forward_cuda(const Forward& op, void* stream);
+int64_t forward_partials_cuda(const Forward& op);
 void backward_cuda(const Backward& op, void* stream);
 int64_t backward_partials_cuda(const Backward& op);
 

@@ -41,6 +41,7 @@ auto statistics_sizes(const Sizes& sizes, int64_t normalized_ndim) {
 #if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
 void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
 void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
+int64_t partials_bytes(const CudaDevice&, const Forward& op) { return forward_partials_cuda(op); }
 int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
 template <class Op>
 bool can_drop(const CudaDevice&, const Op& op) {
@@ -50,12 +51,20 @@ bool can_drop(const CudaDevice&, const Op& op) {
 #if !defined(DLKIT_CUDA_ON_CPU)
 void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
 void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
+int64_t partials_bytes(const CpuDevice&, const Forward&) { return 0; }
 int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
 template <class Op>
 bool can_drop(const CpuDevice&, const Op& op) {
   return can_drop_cpu(op);
 }
 #endif
+
+// Room for partial sums, undefined where the op needs none.
+template <class Device, class Op>
+Tensor partials_of(const Device& device, const Op& op, const Tensor& input) {
+  const int64_t bytes = partials_bytes(device, op);
+  return bytes > 0 ? at::empty({bytes}, input.options().dtype(at::kByte)) : Tensor();
+}
 
 struct Shape {
   int64_t rows, cols;
@@ -109,7 +118,10 @@ bool forward(const Device& device, ForwardOutputs& outputs, const Tensor& input,
              rms,
              {}};
   if (!dropout(op)) return false;
-  if (rows > 0) run(device, op);
+  if (rows == 0) return true;
+  const Tensor partials = partials_of(device, op, input);
+  op.partials = mutable_data_or_null(partials);
+  run(device, op);
   return true;
 }
 
@@ -169,7 +181,7 @@ DroppedBackwardOutputs backward(const Tensor& grad_output, const OptionalTensor&
   const Rows x = as_rows(input, normalized_ndim);
   const Tensor w = contiguous_or_undefined(weight);
   const Device device(input);
-  Tensor grad_input, grad_dropped, grad_weight, grad_bias, partials;
+  Tensor grad_input, grad_dropped, grad_weight, grad_bias;
   const auto row_sizes = input.sizes().slice(input.dim() - normalized_ndim);
   const at::ScalarType parameter = parameter_type(input, weight, bias);
   const auto [rows, cols] = shape_of(input, normalized_ndim);
@@ -203,8 +215,7 @@ DroppedBackwardOutputs backward(const Tensor& grad_output, const OptionalTensor&
     op.grad_dropped = grad_dropped.mutable_data_ptr();
   }
   if (cols > 0) {
-    const int64_t bytes = partials_bytes(device, op);
-    if (bytes > 0) partials = at::empty({bytes}, input.options().dtype(at::kByte));
+    const Tensor partials = partials_of(device, op, input);
     op.partials = mutable_data_or_null(partials);
     run(device, op);
   }

@@ -80,6 +80,15 @@ __device__ __forceinline__ void store_once(void* address, Pack<Bytes> pack) {
 #endif
 }
 
+// Fetches the line of an address into L1, without a register that waits for it.
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(DLKIT_CUDA_ON_CPU)
+  (void)address;
+#else
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
+#endif
+}
+
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   if constexpr (Bytes < 4) {
@@ -200,6 +209,14 @@ __device__ __forceinline__ void load_parameter(const void* parameter, DType dtyp
     load_values(static_cast<const float*>(parameter) + first, values);
   } else {
     load_values(static_cast<const T*>(parameter) + first, values);
+  }
+}
+
+// So that load_parameter finds it in L1.
+template <class T>
+__device__ __forceinline__ void prefetch_parameter(const void* parameter, DType dtype, int64_t first) {
+  if (parameter != nullptr) {
+    prefetch(static_cast<const char*>(parameter) + first * (dtype == DType::F32 ? sizeof(float) : sizeof(T)));
   }
 }
 
