@@ -1,7 +1,10 @@
 """Triton's kernels compiled for GPUs that need not be there: no spills, wide accesses where addresses allow them."""
 
+import importlib
 import importlib.util
 import os
+import pkgutil
+import types
 
 import pytest
 from support import triton_aot
@@ -10,6 +13,20 @@ pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
+
+
+def test_no_kernel_is_compiled_anew_for_another_eps():
+    import dlkit.triton
+
+    kernels = set()
+    for name in [module.name for module in pkgutil.iter_modules(dlkit.triton.__path__)]:
+        for kernel in vars(importlib.import_module(f"dlkit.triton.{name}")).values():
+            function = getattr(kernel, "fn", None)
+            annotations = function.__annotations__ if isinstance(function, types.FunctionType) else {}
+            for parameter in annotations.keys() & {"eps", "EPS"}:
+                kernels.add(function.__name__)
+                assert "constexpr" not in str(annotations[parameter]), function.__name__
+    assert len(kernels) >= 4
 
 
 @pytest.mark.parametrize("capability", [80, 90])

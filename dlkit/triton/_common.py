@@ -20,6 +20,12 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @triton.jit
+def scalar(value, TYPE: tl.constexpr):
+    """A float argument as a value of TYPE: as a tl.float64, which keeps its 53 bits, it would make fp64 of a tile."""
+    return tl.full([], value, TYPE)
+
+
+@triton.jit
 def multiply(a, b):
     """a * b, which no sum that follows is fused to: where kernels are to give the same bits."""
     return tl.fma(a, tl.broadcast_to(b, a.shape), tl.zeros(a.shape, a.dtype))

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ._common import TRITON_TYPE, accumulate_type, dense, inverse_root
+from ._common import TRITON_TYPE, accumulate_type, dense, inverse_root, scalar
 
 # The innermost extent (columns, or channels where there is one column) reaches the kernels in units of VEC elements:
 # that tells the compiler which vector loads are safe.
@@ -169,7 +169,7 @@ def _entries(start, outer, group, entries, groups, group_channels, ENTRIES: tl.c
 def _merge_statistics(
     means, squares, mean, rstd, var, running_mean, running_var, num_batches_tracked, momentum: tl.float64,
     rows, columns, column_blocks, piece_rows, entries, groups, group_channels, group_blocks,
-    EPS: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, GROUPS: tl.constexpr,
+    eps: tl.float64, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     outer, group, statistic = _group_block(groups, group_blocks, GROUPS)
     rows = rows.to(tl.int64)
@@ -198,7 +198,7 @@ def _merge_statistics(
     valid = group < groups
     _store(mean + statistic, center, valid)
     if rstd is not None:
-        _store(rstd + statistic, inverse_root(variance + EPS), valid)
+        _store(rstd + statistic, inverse_root(variance + scalar(eps, tl.float64)), valid)
     if var is not None:
         _store(var + statistic, variance, valid)
     if CUMULATIVE:
@@ -217,7 +217,7 @@ def _merge_statistics(
 def _apply(
     x, residual, weight, bias, y, mean, rstd, running_mean, running_var, num_batches_tracked,
     rows, channels, columns, channel_blocks, column_blocks, row_pieces, piece_rows, groups, group_channels,
-    EPS: tl.constexpr, RELU: tl.constexpr,
+    eps: tl.float64, RELU: tl.constexpr,
     ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +231,7 @@ def _apply(
     statistic = outer * groups + channel // group_channels
     if running_mean is not None:
         center = tl.load(running_mean + statistic, mask=valid, other=0.0).to(ACC)
-        scale = inverse_root(tl.load(running_var + statistic, mask=valid, other=0.0).to(ACC) + EPS)
+        scale = inverse_root(tl.load(running_var + statistic, mask=valid, other=0.0).to(ACC) + scalar(eps, ACC))
         tl.store(mean + statistic, center, mask=valid & (line == 0))
         tl.store(rstd + statistic, scale, mask=valid & (line == 0))
     else:
@@ -472,7 +472,7 @@ def _statistics(
     view.launch_merge(
         _merge_statistics, means, squares, mean, rstd, var, *running, momentum,
         view.rows, view.columns, view.column_blocks, view.piece_rows,
-        EPS=eps, CUMULATIVE=momentum < 0, BLOCK=view.tile_columns,
+        eps=eps, CUMULATIVE=momentum < 0, BLOCK=view.tile_columns,
     )  # fmt: skip
 
 
@@ -486,7 +486,7 @@ def _normalise(
         residual = _like(input, residual)
     view.launch(
         _apply, input, residual, weight, bias, y, mean, rstd, *running, piece_rows=view.tile_rows,
-        groups=view.groups, group_channels=view.group_channels, EPS=eps, RELU=relu,
+        groups=view.groups, group_channels=view.group_channels, eps=eps, RELU=relu,
     )  # fmt: skip
     return y
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_TYPE, accumulate_type, dense, divide, inverse_root
+from ._common import TRITON_TYPE, accumulate_type, dense, divide, inverse_root, scalar
 
 # Widths and strides reach the kernels in units of VEC elements. That tells the compiler which vector loads are safe
 # (Triton itself looks for multiples of 16 only; 1000 columns allow 16-byte loads too), and one binary serves all sizes.
@@ -49,7 +49,7 @@ def _row_sums(a, b):
 @_jit
 def _forward_rows(
     x, residual, weight, bias, y, sum, mean, rstd, rows, groups, x_stride, residual_stride,
-    EPS: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    eps: tl.float64, RMS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
     cols = groups * VEC
@@ -79,7 +79,7 @@ def _forward_rows(
         value = tl.where(inside, value - rest, 0.0)
     else:
         variance = divide(tl.sum(value * value, 1, keep_dims=True), count)
-    scale = inverse_root(variance + EPS)
+    scale = inverse_root(variance + scalar(eps, ACC))
     if rstd is not None:
         tl.store(rstd + row, scale, mask=row < rows)
 
@@ -94,7 +94,7 @@ def _forward_rows(
 @_jit
 def _forward_long_rows(
     x, residual, weight, bias, y, sum, mean, rstd, groups, x_stride, residual_stride,
-    EPS: tl.constexpr, RMS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    eps: tl.float64, RMS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = groups.to(tl.int64) * VEC
@@ -134,7 +134,7 @@ def _forward_long_rows(
         variance = divide(tl.sum(deviation + shift * shift * lane_count, 0), count)
         if mean is not None:
             tl.store(mean + row, row_average)
-    scale = inverse_root(variance + EPS)
+    scale = inverse_root(variance + scalar(eps, ACC))
     if rstd is not None:
         tl.store(rstd + row, scale)
 
@@ -435,7 +435,7 @@ def layer_norm_forward(
     vec = _vector(input.dtype, cols, x_stride, residual_stride)
     tensors = (input, residual, dense(weight), dense(bias), y, sum, mean, rstd)
     sizes = (cols // vec, x_stride // vec, residual_stride // vec)
-    constants: dict[str, Any] = {"EPS": eps, "RMS": rms, "ACC": TRITON_TYPE[accumulate], "VEC": vec}
+    constants: dict[str, Any] = {"eps": eps, "RMS": rms, "ACC": TRITON_TYPE[accumulate], "VEC": vec}
     block = triton.next_power_of_2(cols)
     row_bytes = block * accumulate.itemsize
     with torch.cuda.device_of(input):
