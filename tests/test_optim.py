@@ -11,7 +11,7 @@ from support.tolerance import Yardstick
 
 import dlkit
 from dlkit.optim import _int8
-from dlkit.optim._optimizer import OPTIONS
+from dlkit.optim._options import OPTIONS
 
 CLASSES = ("Adam", "AdamW", "SGD", "RMSprop")
 ALGORITHMS = {"Adam": "adam", "AdamW": "adam", "SGD": "sgd", "RMSprop": "rmsprop"}

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlkit.optim._state import StatefulOptimizer
+from dlkit.optim._checkpoint import CheckpointedOptimizer
 from dlkit.optim._tensors import local
 
 
-class AveragingOptimizer(StatefulOptimizer):
+class AveragingOptimizer(CheckpointedOptimizer):
     """The part of OnePass that keeps and hands out averages."""
-
-    _versions: Any
 
     def _ema_steps(self) -> int:
         """How often averages have moved. A group that came later, or took parameters of another, counts on."""
@@ -187,9 +185,6 @@ class AveragingOptimizer(StatefulOptimizer):
             if _is_averaged(group):
                 group["ema_steps"] = 0
                 self._averages_become_weights(group)
-
-    def _trust_params(self, params: list[Tensor]) -> None:
-        raise NotImplementedError
 
 
 def _same_bits(param: Tensor, average: Tensor) -> bool:

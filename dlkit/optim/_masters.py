@@ -1,13 +1,20 @@
-"""fp32 masters of 16-bit parameters in torch's ops: join and split of csrc/optim/math.h, for checkpoints and averages.
+"""fp32 masters of 16-bit parameters: join and split of csrc/optim/math.h in torch's ops, for checkpoints and averages.
 
 A master is two halves. The parameter itself is one. The other, 16 bits, is `state["remainder"]`: the bits of an int16,
-viewed in the parameter's dtype, since tools that move checkpoints about do not all know int16.
+viewed in the parameter's dtype, since tools that move checkpoints about do not all know int16. The user may write to
+the parameter: what was written is found before the halves are joined.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from dlkit.optim._state import StatefulOptimizer
+from dlkit.optim._tensors import SIXTEEN_BITS, like, local
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -48,3 +55,59 @@ def _unit(wide: Tensor) -> Tensor:
     """What 1 of an fp16 remainder stands for: 2^-16 of the last place of the parameter."""
     _, exponent = torch.frexp(torch.where(wide.isfinite(), wide, 1.0).double().abs().clamp(min=2.0**-14))
     return torch.ldexp(torch.ones_like(wide, dtype=torch.float64), exponent - 27)
+
+
+class MasterOptimizer(StatefulOptimizer):
+    """The part of OnePass that keeps masters, half of which the user may write to."""
+
+    _versions: Any  # torch.classes.dlkit.OptimVersions: which parameters were written since a step
+
+    def _has_master(self, param: Tensor) -> bool:
+        """A parameter that was cast to fp32 in the meantime has none, whatever its state still holds."""
+        return param.dtype in SIXTEEN_BITS and param in self.state and "remainder" in self.state[param]
+
+    def _exact(self, param: Tensor) -> Tensor:
+        if self._has_master(param):
+            return like(param, join(local(param), local(self.state[param]["remainder"])))
+        whole = param.detach()
+        return whole.float() if param.dtype in SIXTEEN_BITS else whole.clone()
+
+    def master_parameters(self) -> Iterator[Tensor]:
+        """The parameters at full precision, in the order of the groups: fp32 masters where there are any.
+
+        Yields:
+            Copies of the parameters' shapes: fp32 for 16-bit parameters, else in the parameter's dtype.
+
+        Raises:
+            RuntimeError: averaged weights are swapped in.
+        """
+        self._refuse_if_swapped("master_parameters")
+        self._restart_written_masters()
+        return (self._exact(param) for _, param in self._params())
+
+    def _restart_remainder(self, param: Tensor, written: bool) -> bool:
+        """A remainder starts again at 0 where its parameter was written. True if the state got a copy to compare."""
+        state = self.state[param]
+        remainder, copy = bits(local(state["remainder"])), state.get("param_copy")
+        if copy is not None:
+            remainder.masked_fill_(bits(local(param.detach())) != bits(local(copy)), 0)
+        elif written:  # what was written and what was not cannot be told apart yet
+            remainder.zero_()
+            state["param_copy"] = param.detach().clone()
+            return True
+        return False
+
+    @torch.no_grad()
+    def _restart_written_masters(self) -> None:
+        """Remainders of what was written since the last step start again at 0."""
+        params = [param for _, param in self._params() if self._has_master(param)]
+        if not params:
+            return
+        for param, changed in zip(params, self._versions.changed([*map(local, params)]), strict=True):
+            self._restart_remainder(param, changed)
+            if "param_copy" in self.state[param]:
+                self.state[param]["param_copy"].copy_(param)
+
+    def _trust_params(self, params: list[Tensor]) -> None:
+        """What was written to them is what the last step left."""
+        self._versions.trust([local(param) for param in params if self._has_master(param)])

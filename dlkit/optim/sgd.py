@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dlkit.optim._optimizer import OnePass, Options, host_rate, stands_still
+from dlkit.optim._optimizer import OnePass
+from dlkit.optim._options import Options, host_rate, stands_still
 
 
 class SGD(OnePass, torch.optim.SGD):
