@@ -10,6 +10,7 @@ from support.reference import exact, optimizer_step
 from support.tolerance import Yardstick
 
 import dlkit
+from dlkit._dynamic_map import dynamic_map
 from dlkit.optim import _int8
 from dlkit.optim._options import OPTIONS
 
@@ -424,7 +425,7 @@ def test_8_bit_states(backend, dtype):
 def test_8_bit_codes_are_the_nearest(backend, variant):
     """States at the midpoints between the values of the map, and a step of fp32 to either side."""
     signed = variant[0] == "SGD"
-    table = _int8._values(signed)
+    table = dynamic_map(signed)
     middle = (table[1:] + table[:-1]) / 2
     near = torch.cat([middle, middle.nextafter(torch.tensor(9.0)), middle.nextafter(torch.tensor(-9.0)), table, -table])
     near = near if signed else near.clamp(min=0).sqrt()
@@ -496,7 +497,7 @@ def test_8_bit_conversions_know_neither_layout_nor_default_device():
     values = torch.randn(24, 40)
     with torch.device("meta"):
         codes, scale = _int8.encode(values, True)
-    assert codes.device.type == "cpu" and codes.is_contiguous() and _int8._values(True).device.type == "cpu"
+    assert codes.device.type == "cpu" and codes.is_contiguous() and dynamic_map(True).device.type == "cpu"
     turned_codes, turned_scale = _int8.encode(laid_out(values, "transposed"), True)
     assert torch.equal(codes, turned_codes) and torch.equal(scale, turned_scale) and turned_codes.is_contiguous()
     decoded = _int8.decode(codes, scale, True)

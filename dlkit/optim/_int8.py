@@ -1,32 +1,11 @@
-"""8-bit states in torch's ops: what csrc/optim/dynamic_map.h defines, for converting checkpoints and for tests."""
+"""8-bit states in torch's ops, for converting checkpoints and for tests."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 
-BLOCK = 256
-
-
-@functools.cache
-def _numbers(signed: bool) -> list[float]:
-    positive = [
-        10.0 ** (decade - 6) * (0.1 + 0.9 * (i + 0.5) / count)
-        for decade in range(7)
-        for count in [(1 if signed else 2) << decade]
-        for i in range(count)
-    ]
-    values = [0.0, *positive, 1.0]
-    if signed:
-        values = [-value for value in reversed(positive)] + values
-    return values
-
-
-def _values(signed: bool) -> Tensor:
-    # Made anew each time: under a default device or a mode a tensor that is kept would be of that.
-    return torch.tensor(_numbers(signed), dtype=torch.float64, device="cpu").float()
+from dlkit._dynamic_map import BLOCK, dynamic_map
 
 
 def zero(signed: bool) -> int:
@@ -40,7 +19,7 @@ def scales(param: Tensor) -> Tensor:
 
 
 def _decode_flat(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    return _values(signed).to(codes.device)[codes.long()] * scale.repeat_interleave(BLOCK)[: codes.numel()]
+    return dynamic_map(signed).to(codes.device)[codes.long()] * scale.repeat_interleave(BLOCK)[: codes.numel()]
 
 
 def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
@@ -75,7 +54,7 @@ def _nearest(blocks: Tensor, scale: Tensor, table: Tensor, signed: bool) -> Tens
 
 def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """(contiguous codes, scales)."""
-    blocks, table = _blocks(values), _values(signed).to(values.device)
+    blocks, table = _blocks(values), dynamic_map(signed).to(values.device)
     scale = blocks.abs().amax(1)
     codes = _nearest(blocks, scale, table, signed)
     return codes.view(-1)[: values.numel()].to(torch.uint8).view(values.shape), scale
@@ -86,7 +65,7 @@ def encode_decoded(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
     The map ends at 1 and at -0.993, so a block whose largest magnitude is negative has a scale above it.
     """
-    blocks, table = _blocks(values), _values(signed).to(values.device)
+    blocks, table = _blocks(values), dynamic_map(signed).to(values.device)
     largest = blocks.abs().amax(1)
     above = largest / -table[0] if signed else largest
     infinity = torch.full_like(above, float("inf"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -58,14 +57,12 @@ def compile_all(capability: int, timeout: float = 7200) -> list[Result]:
 
 
 def _load(name: str) -> ModuleType:
-    """A module of dlkit.triton, which is loaded by its path: the extension around it need not be built."""
-    package = "dlkit_triton"
+    """A module of dlkit.triton in a package of another name: dlkit's extension need not be built."""
+    package = "dlkit_unbuilt"
     if package not in sys.modules:
-        spec = importlib.util.spec_from_file_location(package, ROOT / "dlkit" / "triton" / "__init__.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[package])
-    return importlib.import_module(f"{package}.{name}")
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(ROOT / "dlkit")]
+    return importlib.import_module(f"{package}.triton.{name}")
 
 
 def _layer_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
