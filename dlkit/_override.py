@@ -14,7 +14,7 @@ import torch
 from dlkit import _C
 from dlkit._undo import Undo
 
-FUNCTIONS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout", "cross_entropy")
+FUNCTIONS = tuple(_C.override_calls())  # kServed in csrc/override.cpp names them
 
 _lock = threading.Lock()
 _depth = 0
