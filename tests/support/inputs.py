@@ -16,3 +16,11 @@ TYPES = [  # (input, parameters)
 def make(shape, dtype: torch.dtype, device="cpu", *, scale=1.0, shift=0.0) -> Tensor:
     """Normal values, drawn in fp64 on the CPU and rounded once."""
     return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(dtype).to(device)
+
+
+def lay_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The same values in the wanted layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.dim(), torch.contiguous_format) if channels_last else torch.contiguous_format
+    laid_out = torch.empty_like(tensor, memory_format=wanted)
+    return laid_out.copy_(tensor)
