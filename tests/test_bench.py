@@ -101,6 +101,7 @@ def test_quick_run_of_all_ops(quick_run):
     assert all(row["copy_"] > 0 and row["in_place"] > 0 for row in report["copy_bandwidth"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bench.specs())
 def test_quick_run_of_an_op(quick_run, name):
     output, path, _ = quick_run
@@ -145,6 +146,7 @@ def browsed(page, folder, *arguments):
     return finished.stdout, console, folder / "page.png"
 
 
+@pytest.mark.slow
 def test_page_in_a_browser(quick_run, tmp_path):
     numpy, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
     _, _, page = quick_run

@@ -64,6 +64,7 @@ def program(tmp_path_factory):
     return folder / "program"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "most"), [("80", 163), ("90", 227), ("100", 227), ("120", 99)])
 def test_limits(program, arch, most):
     environment = {"DLKIT_CUDA_ON_CPU_ARCH": arch}

@@ -391,6 +391,7 @@ def test_rewritten_weights(rewrite):
     assert len(done) >= 6
 
 
+@pytest.mark.slow
 def test_compiled_autograd_gives_the_same_gradients():
     """Kept graphs must not take one p, eps or draw of numbers for another."""
     made = (dlkit.nn.Dropout, partial(dlkit.nn.DropoutAddLayerNorm, 8), partial(dlkit.nn.BatchNorm1d, 8))

@@ -197,6 +197,7 @@ def test_copies_and_pickles_are_models_of_their_own(case):
         clone.train()(x).sum().backward()
 
 
+@pytest.mark.slow
 def test_a_pickle_loads_in_another_process(tmp_path):
     model = dlkit.fuse(ResNet().eval())
     x = torch.randn(2, 3, 8, 8)

@@ -311,6 +311,7 @@ def test_bias_that_no_scaling_can_undo_is_named():
         dlkit.init.lsuv_(model, torch.randn(20, 4), orthogonal=False, max_iterations=4)
 
 
+@pytest.mark.slow
 def test_init_is_loaded_when_asked_for():
     program = (
         "import sys, dlkit; print('dlkit.init' in sys.modules); dlkit.init.lsuv_; print('dlkit.init' in sys.modules)"

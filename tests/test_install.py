@@ -115,6 +115,7 @@ def test_cuda_asked_for_without_nvcc(tmp_path):
     assert_one_sentence(output, "needs nvcc", "install the CUDA 13.0 toolkit")
 
 
+@pytest.mark.slow
 def test_unknown_build_kind_and_architecture(tmp_path):
     status, output = build(tmp_path, DLKIT_BUILD="gpu")
     assert status != 0
@@ -132,6 +133,7 @@ done
 """
 
 
+@pytest.mark.slow
 def test_a_second_torch_takes_the_kernels_that_the_first_one_made(tmp_path):
     root, compiler = tmp_path / "tree", tmp_path / "compiler"
     shutil.copytree(ROOT / "csrc", root / "csrc")
@@ -199,6 +201,7 @@ def run_dlkit(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_info():
     done = run_dlkit("info")
     assert done.returncode == 0, done.stderr
@@ -214,6 +217,7 @@ def test_instruction_set_can_be_lowered(name):
     assert f"CPU kernels   {name} in use" in done.stdout
 
 
+@pytest.mark.slow
 def test_native_backend_leaves_everything_to_torch():
     code = (
         "import torch, dlkit; x = torch.randn(3, 5, requires_grad=True)\n"
@@ -228,6 +232,7 @@ def test_native_backend_leaves_everything_to_torch():
     assert "DLKIT_BACKEND=native" in run_dlkit("info", DLKIT_BACKEND="native").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cuda", "nonsense"])
 def test_backend_that_cannot_be(name):
     if name == "cuda" and _backends.cuda_architectures():

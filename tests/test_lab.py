@@ -270,6 +270,7 @@ def test_every_experiment_is_described():
         assert sum(hasattr(module, way) for way in ("configurations", "run", "search")) == 1
 
 
+@pytest.mark.slow
 def test_list_and_help_import_nothing_heavy(capsys):
     code = (
         "import sys; sys.argv = ['dlkit', 'lab', *sys.argv[1:]]\n"
@@ -323,6 +324,7 @@ def test_no_data_ends_with_one_line(tmp_path):
         lab.main(arguments("batchnorm", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_both_layers_are_compared(tmp_path, capsys):
     options = ["--data", "digits", "--layers", "both", "--seeds", "2", "--epochs", "2", "--output", str(tmp_path)]
     assert lab.main(arguments("sgd-adamw", "--quick", *options)) == 0
@@ -347,6 +349,7 @@ def test_the_interval_is_students():
     assert interval([1.0]) != interval([1.0])
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_and_gone_on(tmp_path):
     """Ctrl-C in the first training, SIGKILL in the second; then the same command ends as an unbroken one does."""
     text = ["dropout", "--epochs", "12"]
@@ -372,6 +375,7 @@ def test_interrupted_and_killed_and_gone_on(tmp_path):
         assert one == other and len(one) == 1 + 12
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """The same weights as one process, without BatchNorm and with SyncBatchNorm."""
     text = ["batchnorm", "--quick", "--epochs", "2"]

@@ -292,6 +292,7 @@ def test_each_ablation_takes_one_thing_away(data, options):
     assert dlkit.fuse(dlkit.replace(model))(images).shape == (8, 10)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_killed(data, tmp_path, monkeypatch):
     from dlkit.lab.experiments import search
 

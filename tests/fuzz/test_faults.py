@@ -55,6 +55,7 @@ def prepare(reuse: bool) -> str:
     return "dlkit.memory.reuse_cpu_memory()\n" if reuse else ""
 
 
+@pytest.mark.slow
 @REUSE
 def test_interrupted(reuse):
     """SIGINT during an op: KeyboardInterrupt once it is done, and right results afterwards."""
@@ -94,6 +95,7 @@ class _Noise(torch.utils.data.Dataset):
             return self.norm(x), fused.dropout(x, 0.5, generator=Philox(i))
 
 
+@pytest.mark.slow
 @REUSE
 def test_forked_workers(reuse):
     """DataLoader's workers are forked from a process whose threads have run."""
