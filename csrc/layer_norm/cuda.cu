@@ -14,10 +14,11 @@
 // Full packs give forward 32 to 64 KB (512 to 1024 resident threads with 32 to 128 bytes each) and backward 32 to 128
 // KB (512 or 1024 threads with 64 to 256 bytes of the next row). Predicted from that: 0.88 and 0.80 of a copy.
 //
-// Rows of odd width or address are read an element at a time in forward, 16 of them a thread (fp32: 48 KB in flight, 16
-// bits: 24 KB); with 4 it was 12 KB and 6. Backward copies whole 16 bytes. Issue slots, not bytes, are short then:
-// about 25 instructions an element in forward, where 5 elements a clock of 16 bits fill a multiprocessor's four.
-// Predicted: 0.8 of a copy in fp32, 0.65 in 16 bits. weight and bias are fetched into L1 while x is on its way.
+// Rows of odd width or address come into shared memory by whole 16 bytes (cp.async), from where threads take them an
+// element at a time: 64 KB in flight, where single elements had 16 (fp32) and 8 (16 bits). Issue slots, not bytes, are
+// short then: about 25 instructions an element in forward, and 5 elements a clock in 16 bits would fill a
+// multiprocessor's four. Predicted: 0.8 of a copy in fp32, 0.65 in 16 bits. weight and bias are fetched into L1 while x
+// is on its way.
 //
 // Not yet run on a GPU.
 #include "../common/cuda/partials.cuh"
@@ -42,19 +43,13 @@ bool with_spread(int64_t packs, Spreads<Each...>, const F& f) {
   return ((packs <= Each::lanes * Each::packs && (f(Each()), true)) || ...);
 }
 
-template <int PackBytes>
-using ForwardSpreads =
-    std::conditional_t<PackBytes == 16,
-                       Spreads<Spread<2, 2>, Spread<4, 2>, Spread<4, 4>, Spread<8, 4>, Spread<16, 4>, Spread<32, 4>,
-                               Spread<32, 8>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>,
-                       Spreads<Spread<2, 4>, Spread<4, 8>, Spread<4, 16>, Spread<8, 16>, Spread<16, 16>, Spread<32, 16>,
-                               Spread<64, 16>, Spread<128, 16>, Spread<256, 16>, Spread<512, 16>>>;
+using ForwardSpreads = Spreads<Spread<2, 2>, Spread<4, 2>, Spread<4, 4>, Spread<8, 4>, Spread<16, 4>, Spread<32, 4>,
+                               Spread<32, 8>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
+// Of elements of odd rows.
+using OddSpreads = Spreads<Spread<8, 8>, Spread<32, 16>, Spread<128, 16>, Spread<512, 1 << 16>>;
 // With a dropout, whose residual packs and random bits take registers of their own.
-template <int PackBytes>
-using DropSpreads = std::conditional_t<
-    PackBytes == 16,
-    Spreads<Spread<4, 4>, Spread<16, 4>, Spread<32, 4>, Spread<64, 4>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>,
-    Spreads<Spread<4, 8>, Spread<16, 8>, Spread<32, 8>, Spread<64, 8>, Spread<128, 8>, Spread<256, 8>>>;
+using DropSpreads =
+    Spreads<Spread<4, 4>, Spread<16, 4>, Spread<32, 4>, Spread<64, 4>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
 using ShortSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32, 2>, Spread<32, 4>, Spread<64, 4>,
                              Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
 using LongSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32, 2>, Spread<32, 4>, Spread<64, 4>,
@@ -93,33 +88,62 @@ void with_types(const Op& op, const F& f) {
   });
 }
 
-template <class T>
-bool fits_shared(const Forward& op) {
-  return op.cols * int64_t(sizeof(T)) <= current_device().shared_per_block - 1024;  // less the static exchange
+// How forward runs where there is no dropout.
+struct ForwardPlan {
+  bool in_registers;
+  int64_t shared_bytes;  // of a block; 0: in registers, or in pieces
+  Pieces pieces;
+};
+
+template <class T, int PackBytes>
+ForwardPlan plan(const Forward& op) {
+  ForwardPlan result{};
+  const int64_t packs = op.cols * int64_t(sizeof(T)) / PackBytes, row_bytes = op.cols * int64_t(sizeof(T));
+  const int64_t most = current_device().shared_per_block - 1024;  // less what kernels have statically
+  if (PackBytes == 16) {
+    result.in_registers = with_spread(packs, ForwardSpreads(), [](auto) {});
+    if (!result.in_registers && row_bytes <= most) result.shared_bytes = row_bytes;
+  } else if (row_bytes <= most) {
+    with_spread(packs, OddSpreads(), [&](auto spread) {
+      const int64_t rows = threads_of<spread.lanes> / spread.lanes * (op.residual != nullptr ? 2 : 1);
+      const int64_t bytes = rows * slot_bytes<PackBytes>(int(row_bytes));
+      if (bytes <= most) result.shared_bytes = bytes;
+    });
+  }
+  if (!result.in_registers && result.shared_bytes == 0) result.pieces = pieces_of<T, PackBytes>(packs);
+  return result;
 }
 
 template <class T, int PackBytes>
 void forward(const Forward& op, void* stream) {
   const int64_t packs = op.cols * int64_t(sizeof(T)) / PackBytes;
-  const auto rows = [&](auto spread, auto drop) {
+  const auto rows = [&](const char* name, auto* kernel, auto spread, int64_t shared_bytes) {
     constexpr int threads = threads_of<spread.lanes>;
-    launch("layer_norm forward_rows", forward_rows<T, PackBytes, spread.lanes, spread.packs, drop>,
-           grid_of(divide_up(op.rows, threads / spread.lanes)), threads, 0, stream, op);
+    launch(name, kernel, grid_of(divide_up(op.rows, threads / spread.lanes)), threads, shared_bytes, stream, op);
   };
   if (op.dropout.active) {
-    with_spread(packs, DropSpreads<PackBytes>(), [&](auto spread) { rows(spread, std::true_type()); });
+    with_spread(packs, DropSpreads(), [&](auto spread) {
+      rows("layer_norm forward_rows", forward_rows<T, PackBytes, spread.lanes, spread.packs, true>, spread, 0);
+    });
     return;
   }
-  if (with_spread(packs, ForwardSpreads<PackBytes>(), [&](auto spread) { rows(spread, std::false_type()); })) return;
-  if (fits_shared<T>(op)) {
-    launch("layer_norm forward_shared", forward_shared<T, PackBytes>, grid_of(op.rows), long_threads,
-           op.cols * int64_t(sizeof(T)), stream, op);
-    return;
+  const ForwardPlan how = plan<T, PackBytes>(op);
+  if (how.pieces.count > 0) {
+    const unsigned grid = grid_of(op.rows * how.pieces.count);
+    launch("layer_norm forward_moments", forward_moments<T, PackBytes>, grid, long_threads, 0, stream, op, how.pieces);
+    launch("layer_norm forward_apply", forward_apply<T, PackBytes>, grid, long_threads, 0, stream, op, how.pieces);
+  } else if constexpr (PackBytes < 16) {
+    with_spread(packs, OddSpreads(), [&](auto spread) {
+      rows("layer_norm forward_odd", forward_odd<T, spread.lanes>, spread, how.shared_bytes);
+    });
+  } else if (how.in_registers) {
+    with_spread(packs, ForwardSpreads(), [&](auto spread) {
+      rows("layer_norm forward_rows", forward_rows<T, PackBytes, spread.lanes, spread.packs, false>, spread, 0);
+    });
+  } else {
+    launch("layer_norm forward_shared", forward_shared<T, PackBytes>, grid_of(op.rows), long_threads, how.shared_bytes,
+           stream, op);
   }
-  const Pieces pieces = pieces_of<PackBytes>(packs);
-  const unsigned grid = grid_of(op.rows * pieces.count);
-  launch("layer_norm forward_moments", forward_moments<T, PackBytes>, grid, long_threads, 0, stream, op, pieces);
-  launch("layer_norm forward_apply", forward_apply<T, PackBytes>, grid, long_threads, 0, stream, op, pieces);
 }
 
 // How backward runs: a pure function of the op and the device, because the caller allocates the partial sums by it.
@@ -160,7 +184,7 @@ BackwardPlan plan(const Backward& op) {
     const int64_t chunks =
         std::min(divide_up(int64_t(device.multiprocessors) * 8, tiles), divide_up(op.rows, parameters > 0 ? 16 : 1));
     result.blocks = int(std::min<int64_t>(chunks, 65535));
-    result.pieces = pieces_of<PackBytes>(op.cols / width);
+    result.pieces = pieces_of<T, PackBytes>(op.cols / width);
     if (result.blocks > 1) result.partial = parameters * result.blocks * op.cols;
     if (op.grad_input != nullptr) result.row_sums = 2 * op.rows * result.pieces.count;
   }
@@ -218,7 +242,7 @@ void backward_cuda(const Backward& op, void* stream) {
 bool can_drop_cuda(const Forward& op) {
   bool found = false;
   with_types(op, [&](auto type, auto pack_bytes) {
-    found = with_spread(op.cols * int64_t(sizeof(type)) / pack_bytes, DropSpreads<pack_bytes>(), [](auto) {});
+    found = with_spread(op.cols * int64_t(sizeof(type)) / pack_bytes, DropSpreads(), [](auto) {});
   });
   return found;
 }
@@ -232,12 +256,10 @@ bool can_drop_cuda(const Backward& op) {
 int64_t forward_partials_cuda(const Forward& op) {
   int64_t bytes = 0;
   with_types(op, [&](auto type, auto pack_bytes) {
-    using T = decltype(type);
-    const int64_t packs = op.cols * int64_t(sizeof(T)) / pack_bytes;
-    if (with_spread(packs, ForwardSpreads<pack_bytes>(), [](auto) {}) || fits_shared<T>(op)) return;
-    bytes = 3 * op.rows * pieces_of<pack_bytes>(packs).count * int64_t(sizeof(accumulate_t<T>));
+    const ForwardPlan how = plan<decltype(type), pack_bytes>(op);
+    bytes = 3 * op.rows * how.pieces.count * int64_t(sizeof(accumulate_t<decltype(type)>));
   });
-  return bytes;
+  return op.dropout.active ? 0 : bytes;
 }
 
 int64_t backward_partials_cuda(const Backward& op) {

@@ -12,36 +12,6 @@ using namespace dlkit::cuda;
 template <class T, int PackBytes, int Packs>
 constexpr int backward_resident = Packs * PackBytes <= 8 * int(sizeof(T)) && Packs <= 4 && sizeof(T) <= 4 ? 1024 : 512;
 
-// A row of odd width or address begins anywhere in a line. Element by element it would be on its way in accesses of 2
-// or 4 bytes, and 2 are too few for cp.async. So its lanes fetch whole 16 bytes, but for its ends, and keep its place
-// in them: the row lies in shared memory as many bytes behind a multiple of 16 as in global memory. What a thread owns
-// and adds up is the same, wherever the row begins.
-template <int Lanes, int Turns>
-__device__ __forceinline__ void copy_row_async(unsigned char* slot, const void* row, int row_bytes, int element,
-                                               int lane) {
-  const int phase = int(reinterpret_cast<uintptr_t>(row) % 16), end = phase + row_bytes;
-  const char* from = static_cast<const char*>(row) - phase;
-#pragma unroll
-  for (int i = 0; i < Turns; ++i) {
-    const int at = (lane + i * Lanes) * 16;
-    if (at >= phase && at + 16 <= end) {
-      copy_async<16>(slot + at, from + at);
-    } else {
-      for (int k = at < phase ? phase : at; k < end && k < at + 16; k += element) {
-        if (element == 2) *reinterpret_cast<uint16_t*>(slot + k) = *reinterpret_cast<const uint16_t*>(from + k);
-        if (element == 4) *reinterpret_cast<uint32_t*>(slot + k) = *reinterpret_cast<const uint32_t*>(from + k);
-        if (element == 8) *reinterpret_cast<uint64_t*>(slot + k) = *reinterpret_cast<const uint64_t*>(from + k);
-      }
-    }
-  }
-}
-
-// Bytes of shared memory for a row.
-template <int PackBytes>
-__host__ __device__ constexpr int slot_bytes(int row_bytes) {
-  return PackBytes == 16 ? row_bytes : (row_bytes + 16 - PackBytes + 15) / 16 * 16;
-}
-
 template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
 __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBytes, Packs> / threads_of<Lanes>)
     backward_rows(const Backward op) {
@@ -57,31 +27,33 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
   constexpr bool whole_packs = PackBytes == 16;
   const int row_bytes = row_packs * PackBytes, tensor_bytes = rows_per_block * slot_bytes<PackBytes>(row_bytes);
   const int stage_bytes = (op.grad_sum != nullptr ? 3 : 2) * tensor_bytes;
-  unsigned char* slots = dynamic_shared() + group * slot_bytes<PackBytes>(row_bytes);
+  unsigned char* slots = dynamic_shared() + (whole_packs ? (group * row_packs + lane) * PackBytes
+                                                         : group * slot_bytes<PackBytes>(row_bytes));
   const auto prefetch = [&](int64_t row, int stage) {
-    const auto copy = [&](int tensor, const void* from, int64_t stride) {
-      unsigned char* to = slots + stage * stage_bytes + tensor * tensor_bytes;
-      if constexpr (whole_packs) {
+    unsigned char* to = slots + stage * stage_bytes;
+    if constexpr (whole_packs) {
 #pragma unroll
-        for (int i = 0; i < Packs; ++i) {
-          const int at = lane + i * Lanes;
-          if (at < row_packs) copy_async<PackBytes>(to + at * PackBytes, row_of<T>(from, row, stride) + at * width);
+      for (int i = 0; i < Packs; ++i) {
+        const int at = lane + i * Lanes;
+        if (row >= op.rows || at >= row_packs) continue;
+        unsigned char* slot = to + i * Lanes * PackBytes;
+        copy_async<PackBytes>(slot, row_of<T>(op.x, row, op.x_stride) + at * width);
+        copy_async<PackBytes>(slot + tensor_bytes, row_of<T>(op.grad_output, row, op.grad_output_stride) + at * width);
+        if (op.grad_sum != nullptr) {
+          copy_async<PackBytes>(slot + 2 * tensor_bytes, row_of<T>(op.grad_sum, row, op.grad_sum_stride) + at * width);
         }
-      } else {
-        copy_row_async<Lanes, (Packs * PackBytes + 15) / 16 + 1>(to, row_of<T>(from, row, stride), row_bytes, sizeof(T),
-                                                                 lane);
       }
-    };
-    if (row < op.rows) {
-      copy(0, op.x, op.x_stride);
-      copy(1, op.grad_output, op.grad_output_stride);
-      if (op.grad_sum != nullptr) copy(2, op.grad_sum, op.grad_sum_stride);
+    } else if (row < op.rows) {
+      copy_row_async<Lanes>(to, row_of<T>(op.x, row, op.x_stride), row_bytes, lane);
+      copy_row_async<Lanes>(to + tensor_bytes, row_of<T>(op.grad_output, row, op.grad_output_stride), row_bytes, lane);
+      if (op.grad_sum != nullptr) {
+        copy_row_async<Lanes>(to + 2 * tensor_bytes, row_of<T>(op.grad_sum, row, op.grad_sum_stride), row_bytes, lane);
+      }
     }
     copy_async_commit();
   };
-  // Where in its slot a row begins.
   const auto phase = [&](const void* tensor, int64_t row, int64_t stride) {
-    return whole_packs ? 0 : int(reinterpret_cast<uintptr_t>(row_of<T>(tensor, row, stride)) % 16);
+    return whole_packs ? 0 : phase_of(row_of<T>(tensor, row, stride));
   };
 
   A grad_weight[Packs * width] = {}, grad_bias[Packs * width] = {};
@@ -100,23 +72,21 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
     const int64_t row = first + group;
     const int packs = row < op.rows ? row_packs : 0;
     const A mean = next_mean, rstd = next_rstd;
-    if constexpr (whole_packs) {
-      prefetch(row + step, stage ^ 1);
-      copy_async_wait<1>();
-    } else {
+    if constexpr (!whole_packs) {
       copy_async_wait<0>();
-      // This row is there for all of its lanes, and all have done with the one that the next takes the place of.
-      Lanes > 32 ? __syncthreads() : __syncwarp();
-      prefetch(row + step, stage ^ 1);
+      group_barrier<Lanes>();  // this row is there, and all have done with the one that the next takes the place of
     }
+    prefetch(row + step, stage ^ 1);
     prefetch_statistics(row + step);
+    if constexpr (whole_packs) copy_async_wait<1>();
 
-    const unsigned char* from = slots + stage * stage_bytes + lane * PackBytes;
-    const unsigned char* from_x = from + phase(op.x, row, op.x_stride);
-    const unsigned char* from_grad_output = from + tensor_bytes + phase(op.grad_output, row, op.grad_output_stride);
+    const unsigned char* from = slots + stage * stage_bytes + (whole_packs ? 0 : lane * PackBytes);
+    const int x_phase = phase(op.x, row, op.x_stride);
+    const int grad_output_phase = phase(op.grad_output, row, op.grad_output_stride);
     const auto gradients = [&](int i) {
-      return Gradients<T, PackBytes>(op, load<PackBytes>(from_x + i * Lanes * PackBytes),
-                                     load<PackBytes>(from_grad_output + i * Lanes * PackBytes),
+      const unsigned char* slot = from + i * Lanes * PackBytes;
+      return Gradients<T, PackBytes>(op, load<PackBytes>(slot + x_phase),
+                                     load<PackBytes>(slot + tensor_bytes + grad_output_phase),
                                      (lane + i * Lanes) * width, mean);
     };
     A sums[2] = {0, 0};
@@ -136,8 +106,8 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
       if (at >= packs) continue;
       A grad_sum[width] = {};
       if (op.grad_sum != nullptr) {
-        const unsigned char* from_grad_sum = from + 2 * tensor_bytes + phase(op.grad_sum, row, op.grad_sum_stride);
-        widen<T, PackBytes>(load<PackBytes>(from_grad_sum + i * Lanes * PackBytes), grad_sum);
+        const unsigned char* slot = from + i * Lanes * PackBytes + phase(op.grad_sum, row, op.grad_sum_stride);
+        widen<T, PackBytes>(load<PackBytes>(slot + 2 * tensor_bytes), grad_sum);
       }
       const Pack<PackBytes> grad_input = gradients(i).input(means, rstd, grad_sum);
       store<PackBytes>(static_cast<T*>(op.grad_input) + row * op.cols + at * width, grad_input);

@@ -13,9 +13,9 @@ using namespace dlkit::cuda;
 template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
 constexpr int forward_resident() {
   constexpr int threads = threads_of<Lanes>, bytes = Packs * PackBytes, words = 16 * int(sizeof(T));
-  if ((PackBytes == 16 && Packs > 4) || sizeof(T) > 4) return (512 + threads - 1) / threads;
+  if (Packs > 4 || sizeof(T) > 4) return (512 + threads - 1) / threads;
   if (Drop && Packs == 4 && PackBytes == 16) return threads > 256 ? 1 : 768 / threads;
-  return ((bytes > words || PackBytes < 16 ? 768 : 1024) + threads - 1) / threads;
+  return ((bytes > words ? 768 : 1024) + threads - 1) / threads;
 }
 
 template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
@@ -34,8 +34,10 @@ __global__ void __launch_bounds__(threads_of<Lanes>, forward_resident<T, PackByt
 #pragma unroll
     for (int i = 0; i < Packs; ++i) {
       const int at = lane + i * Lanes;
-      if (at >= packs) continue;
-      values[i] = load_once<PackBytes>(row_of<T>(op.x, row, op.x_stride) + at * width);
+      if (at < packs) values[i] = load_once<PackBytes>(row_of<T>(op.x, row, op.x_stride) + at * width);
+    }
+#pragma unroll 1
+    for (int at = lane; at < packs; at += Lanes) {
       prefetch_parameter<T>(op.weight, op.parameter_dtype, at * width);
       prefetch_parameter<T>(op.bias, op.parameter_dtype, at * width);
     }
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, forward_resident<T, PackByt
 template <class T, int PackBytes>
 __global__ void __launch_bounds__(long_threads, 2) forward_shared(const Forward op) {
   using A = accumulate_t<T>;
-  constexpr int width = PackBytes / sizeof(T), batch = PackBytes == 16 ? 4 : 16;
+  constexpr int width = PackBytes / sizeof(T), batch = 4;
   constexpr int run = 32;  // packs that a thread sums by themselves: with all in one sum the error grows with the row
   __shared__ A exchange[long_threads / 32][1], deviation_exchange[long_threads / 32][deviation_sums<T>];
   unsigned char* cache = dynamic_shared();
@@ -158,6 +160,81 @@ __global__ void __launch_bounds__(long_threads, 2) forward_shared(const Forward 
                        normalize<T, PackBytes>(op, again(at), at * width, statistics));
     }
     __syncthreads();  // before the next row's exchange
+  }
+}
+
+// Rows of odd width or address, kept in shared memory: [2, rows_per_block] slots, the second half for residuals. A
+// thread takes every Lanes-th element, in each pass the same ones.
+template <class T, int Lanes>
+__global__ void __launch_bounds__(threads_of<Lanes>, (sizeof(T) > 4 ? 1024 : 1536) / threads_of<Lanes>)
+    forward_odd(const Forward op) {
+  using A = accumulate_t<T>;
+  constexpr int pack_bytes = sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
+  constexpr int run = 32;  // elements that a thread sums by themselves
+  __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
+  const int lane = threadIdx.x % Lanes, group = threadIdx.x / Lanes;
+  const int row_bytes = int(op.cols * sizeof(T)), slot = slot_bytes<pack_bytes>(row_bytes);
+  unsigned char* const slots = dynamic_shared() + group * slot;
+  for (int64_t first = int64_t(blockIdx.x) * rows_per_block; first < op.rows;
+       first += int64_t(gridDim.x) * rows_per_block) {
+    const int64_t row = first + group;
+    const int cols = row < op.rows ? int(op.cols) : 0;
+    const T* x_row = row_of<T>(op.x, row, op.x_stride);
+    const T* residual_row = row_of<T>(op.residual, row, op.residual_stride);
+    if (cols > 0) {
+      copy_row_async<Lanes>(slots, x_row, row_bytes, lane);
+      if (op.residual != nullptr) {
+        copy_row_async<Lanes>(slots + rows_per_block * slot, residual_row, row_bytes, lane);
+      }
+    }
+    copy_async_commit();
+#pragma unroll 1
+    for (int at = lane; at < cols; at += Lanes) {
+      prefetch_parameter<T>(op.weight, op.parameter_dtype, at);
+      prefetch_parameter<T>(op.bias, op.parameter_dtype, at);
+    }
+    copy_async_wait<0>();
+    group_barrier<Lanes>();
+    T* const x = reinterpret_cast<T*>(slots + phase_of(x_row));
+    const auto each_run = [&](auto& sums, const auto& add) {
+      for (int start = lane; start < cols; start += run * Lanes) {
+        std::remove_reference_t<decltype(sums)> part = {};
+#pragma unroll 4
+        for (int at = start; at < cols && at < start + run * Lanes; at += Lanes)
+          add(load<pack_bytes>(x + at), at, part);
+#pragma unroll
+        for (int i = 0; i < int(sizeof(sums) / sizeof(A)); ++i) sums[i] += part[i];
+      }
+    };
+    A sum[1] = {0};
+    const T* const residual = reinterpret_cast<const T*>(slots + rows_per_block * slot +
+                                                         (op.residual != nullptr ? phase_of(residual_row) : 0));
+    each_run(sum, [&](Pack<pack_bytes> pack, int at, A(&part)[1]) {
+      if (op.residual != nullptr) {
+        pack = add<T, pack_bytes>(pack, load<pack_bytes>(residual + at));
+        store<pack_bytes>(x + at, pack);
+        store<pack_bytes>(static_cast<T*>(op.sum) + row * op.cols + at, pack);
+      }
+      part[0] += pack_sum<T, pack_bytes>(pack);
+    });
+    A mean = 0;
+    if (!op.rms) {
+      group_sum<Lanes>(sum, exchange);
+      mean = sum[0] / A(op.cols);
+    }
+    A deviations[deviation_sums<T>] = {};
+    each_run(deviations, [&](Pack<pack_bytes> pack, int, A(&part)[deviation_sums<T>]) {
+      add_deviations<T, pack_bytes>(pack, mean, part);
+    });
+    group_sum<Lanes>(deviations, deviation_exchange);
+    const Statistics<A> statistics = statistics_of(op, mean, deviations);
+    if (lane == 0 && cols > 0) store_statistics(op, row, mean, statistics.rstd);
+#pragma unroll 4
+    for (int at = lane; at < cols; at += Lanes) {
+      store<pack_bytes>(static_cast<T*>(op.y) + row * op.cols + at,
+                        normalize<T, pack_bytes>(op, load<pack_bytes>(x + at), at, statistics));
+    }
+    group_barrier<Lanes>();  // before the next row takes this one's place
   }
 }
 

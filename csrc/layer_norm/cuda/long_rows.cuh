@@ -17,9 +17,14 @@ namespace {
 
 using namespace dlkit::cuda;
 
-// A unit is what a block holds in registers: 32 KB of a row, or 8 K elements of one with an odd width or address.
-template <int PackBytes>
-constexpr int unit_packs = PackBytes == 16 ? 4 : 16;  // of a thread
+// A unit is what a block holds in registers: 32 KB of a row, or 8 K elements of one with an odd width or address (fp64:
+// 4 K).
+template <class T, int PackBytes>
+constexpr int unit_packs = PackBytes == 16 ? 4
+                           : sizeof(T) > 4 ? 8
+                                           : 16;  // of a thread
+template <class T, int PackBytes>
+constexpr int long_resident = PackBytes == 16 && sizeof(T) <= 4 ? 2 : 1;  // blocks: others need 64 to 128 registers
 
 // Pieces are a unit, and more units where a row would have more than 1024: every block of a row reads all their
 // moments.
@@ -27,9 +32,9 @@ struct Pieces {
   int64_t packs, count;  // of a piece; pieces of a row
 };
 
-template <int PackBytes>
+template <class T, int PackBytes>
 Pieces pieces_of(int64_t row_packs) {
-  constexpr int64_t unit = long_threads * unit_packs<PackBytes>;
+  constexpr int64_t unit = long_threads * unit_packs<T, PackBytes>;
   const int64_t packs = unit * divide_up(row_packs, unit * 1024);
   return {packs, divide_up(row_packs, packs)};
 }
@@ -46,10 +51,10 @@ struct Piece {
 };
 
 // Calls f(i, at) for each pack of a unit from `first` on that is this thread's.
-template <int PackBytes, class F>
+template <class T, int PackBytes, class F>
 __device__ __forceinline__ void each_pack(int64_t first, int64_t end, const F& f) {
 #pragma unroll
-  for (int i = 0; i < unit_packs<PackBytes>; ++i) {
+  for (int i = 0; i < unit_packs<T, PackBytes>; ++i) {
     const int64_t at = first + threadIdx.x + i * long_threads;
     if (at < end) f(i, at);
   }
@@ -80,10 +85,11 @@ struct RowMoments {
 
 // Partial results are [3, rows * pieces]: mean, and the two sums.
 template <class T, int PackBytes>
-__global__ void __launch_bounds__(long_threads, 2) forward_moments(const Forward op, const Pieces pieces) {
+__global__ void __launch_bounds__(long_threads, (long_resident<T, PackBytes>))
+    forward_moments(const Forward op, const Pieces pieces) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
-  constexpr int64_t unit = long_threads * unit_packs<PackBytes>;
+  constexpr int64_t unit = long_threads * unit_packs<T, PackBytes>;
   __shared__ A exchange[long_threads / 32][1], deviation_exchange[2][long_threads / 32][deviation_sums<T>];
   const int64_t blocks = op.rows * pieces.count;
   int turn = 0;
@@ -91,12 +97,12 @@ __global__ void __launch_bounds__(long_threads, 2) forward_moments(const Forward
     const Piece piece(pieces, block, op.cols / width);
     RowMoments<A> moments{};
     for (int64_t first = piece.begin; first < piece.end; first += unit, turn ^= 1) {
-      Pack<PackBytes> values[unit_packs<PackBytes>];
-      each_pack<PackBytes>(first, piece.end, [&](int i, int64_t at) {
+      Pack<PackBytes> values[unit_packs<T, PackBytes>];
+      each_pack<T, PackBytes>(first, piece.end, [&](int i, int64_t at) {
         values[i] = load_once<PackBytes>(row_of<T>(op.x, piece.row, op.x_stride) + at * width);
       });
       if (op.residual != nullptr) {
-        each_pack<PackBytes>(first, piece.end, [&](int i, int64_t at) {
+        each_pack<T, PackBytes>(first, piece.end, [&](int i, int64_t at) {
           const T* residual = row_of<T>(op.residual, piece.row, op.residual_stride) + at * width;
           values[i] = add<T, PackBytes>(values[i], load_once<PackBytes>(residual));
           store<PackBytes>(static_cast<T*>(op.sum) + piece.row * op.cols + at * width, values[i]);
@@ -106,13 +112,13 @@ __global__ void __launch_bounds__(long_threads, 2) forward_moments(const Forward
       A mean = 0;
       if (!op.rms) {
         A sum[1] = {0};
-        each_pack<PackBytes>(first, piece.end, [&](int i, int64_t) { sum[0] += pack_sum<T, PackBytes>(values[i]); });
+        each_pack<T, PackBytes>(first, piece.end, [&](int i, int64_t) { sum[0] += pack_sum<T, PackBytes>(values[i]); });
         group_sum<long_threads>(sum, exchange);
         mean = sum[0] / count;
       }
       A deviations[deviation_sums<T>] = {0};
-      each_pack<PackBytes>(first, piece.end,
-                           [&](int i, int64_t) { add_deviations<T, PackBytes>(values[i], mean, deviations); });
+      each_pack<T, PackBytes>(first, piece.end,
+                              [&](int i, int64_t) { add_deviations<T, PackBytes>(values[i], mean, deviations); });
       group_sum<long_threads>(deviations, deviation_exchange[turn]);
       A rest = 0;
       if constexpr (deviation_sums<T> == 2) rest = op.rms ? A(0) : deviations[1];
@@ -127,10 +133,11 @@ __global__ void __launch_bounds__(long_threads, 2) forward_moments(const Forward
 }
 
 template <class T, int PackBytes>
-__global__ void __launch_bounds__(long_threads, 2) forward_apply(const Forward op, const Pieces pieces) {
+__global__ void __launch_bounds__(long_threads, (long_resident<T, PackBytes>))
+    forward_apply(const Forward op, const Pieces pieces) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
-  constexpr int64_t unit = long_threads * unit_packs<PackBytes>;
+  constexpr int64_t unit = long_threads * unit_packs<T, PackBytes>;
   __shared__ A exchange[long_threads / 2 * RowMoments<A>::size];
   __shared__ Statistics<A> of_row;
   const int64_t blocks = op.rows * pieces.count, row_packs = op.cols / width;
@@ -138,10 +145,10 @@ __global__ void __launch_bounds__(long_threads, 2) forward_apply(const Forward o
     const Piece piece(pieces, block, row_packs);
     const T* const source =
         op.residual != nullptr ? row_of<T>(op.sum, piece.row, op.cols) : row_of<T>(op.x, piece.row, op.x_stride);
-    Pack<PackBytes> values[unit_packs<PackBytes>];
+    Pack<PackBytes> values[unit_packs<T, PackBytes>];
     const auto fetch = [&](int64_t first) {
-      each_pack<PackBytes>(first, piece.end,
-                           [&](int i, int64_t at) { values[i] = load<PackBytes>(source + at * width); });
+      each_pack<T, PackBytes>(first, piece.end,
+                              [&](int i, int64_t at) { values[i] = load<PackBytes>(source + at * width); });
     };
     fetch(piece.begin);  // on its way while the moments are merged
 
@@ -163,7 +170,7 @@ __global__ void __launch_bounds__(long_threads, 2) forward_apply(const Forward o
     const Statistics<A> statistics = of_row;
     for (int64_t first = piece.begin; first < piece.end; first += unit) {
       if (first > piece.begin) fetch(first);
-      each_pack<PackBytes>(first, piece.end, [&](int i, int64_t at) {
+      each_pack<T, PackBytes>(first, piece.end, [&](int i, int64_t at) {
         store<PackBytes>(static_cast<T*>(op.y) + piece.row * op.cols + at * width,
                          normalize<T, PackBytes>(op, values[i], at * width, statistics));
       });
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(long_threads, 1)
     backward_sums(const Backward op, const Pieces pieces, accumulate_t<T>* row_sums) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T);
-  constexpr int64_t unit = long_threads * unit_packs<PackBytes>;
+  constexpr int64_t unit = long_threads * unit_packs<T, PackBytes>;
   __shared__ A exchange[2][long_threads / 32][2];
   int turn = 0;
   for (int64_t block = blockIdx.x; block < op.rows * pieces.count; block += gridDim.x) {
@@ -188,13 +195,13 @@ __global__ void __launch_bounds__(long_threads, 1)
     const A rstd = static_cast<const A*>(op.rstd)[piece.row];
     A totals[2] = {0, 0};
     for (int64_t first = piece.begin; first < piece.end; first += unit, turn ^= 1) {
-      Pack<PackBytes> x[unit_packs<PackBytes>], grad_output[unit_packs<PackBytes>];
-      each_pack<PackBytes>(first, piece.end, [&](int i, int64_t at) {
+      Pack<PackBytes> x[unit_packs<T, PackBytes>], grad_output[unit_packs<T, PackBytes>];
+      each_pack<T, PackBytes>(first, piece.end, [&](int i, int64_t at) {
         x[i] = load<PackBytes>(row_of<T>(op.x, piece.row, op.x_stride) + at * width);
         grad_output[i] = load<PackBytes>(row_of<T>(op.grad_output, piece.row, op.grad_output_stride) + at * width);
       });
       A sums[2] = {0, 0};
-      each_pack<PackBytes>(first, piece.end, [&](int i, int64_t at) {
+      each_pack<T, PackBytes>(first, piece.end, [&](int i, int64_t at) {
         Gradients<T, PackBytes>(op, x[i], grad_output[i], at * width, mean).add_to(sums, rstd);
       });
       group_sum<long_threads>(sums, exchange[turn]);

@@ -25,6 +25,47 @@ __device__ __forceinline__ const T* row_of(const void* tensor, int64_t row, int6
   return static_cast<const T*>(tensor) + row * stride;
 }
 
+template <int Lanes>
+__device__ __forceinline__ void group_barrier() {
+  if constexpr (Lanes > 32) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+
+// A row of odd width or address begins anywhere in a line. Element by element it would be on its way in accesses of 2
+// or 4 bytes, and 2 are too few for cp.async. So its lanes fetch whole 16 bytes, but for its ends, and it keeps its
+// place in them: it lies in shared memory as many bytes behind a multiple of 16, its phase, as in global memory. What a
+// thread owns and adds up is the same, wherever the row begins.
+template <class T>
+__device__ __forceinline__ int phase_of(const T* row) {
+  return int(reinterpret_cast<uintptr_t>(row) % 16);
+}
+
+// Bytes of shared memory for a row.
+template <int PackBytes>
+__host__ __device__ constexpr int slot_bytes(int row_bytes) {
+  return PackBytes == 16 ? row_bytes : (row_bytes + 16 - PackBytes + 15) / 16 * 16;
+}
+
+template <int Lanes, class T>
+__device__ __forceinline__ void copy_row_async(unsigned char* slot, const T* row, int row_bytes, int lane) {
+  const int phase = phase_of(row), end = phase + row_bytes;
+  const unsigned char* from = reinterpret_cast<const unsigned char*>(row) - phase;
+#pragma unroll 2
+  for (int at = lane * 16; at < end; at += Lanes * 16) {
+    if (at >= phase && at + 16 <= end) {
+      copy_async<16>(slot + at, from + at);
+    } else {
+#pragma unroll 1
+      for (int k = at < phase ? phase : at; k < end && k < at + 16; k += int(sizeof(T))) {
+        store<sizeof(T)>(slot + k, load_once<sizeof(T)>(from + k));
+      }
+    }
+  }
+}
+
 // x + residual, rounded to T.
 template <class T, int PackBytes>
 __device__ __forceinline__ Pack<PackBytes> add(const Pack<PackBytes>& x, const Pack<PackBytes>& residual) {
