@@ -7,6 +7,7 @@ be private to a sample, does not know one when it sees it.
 
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -60,7 +61,15 @@ def _privacy_gradients(grad_sample: ModuleType) -> None:
     samplers.update({twin: samplers[original] for original, twin in TWINS.items() if original in samplers})
 
 
+def _compilers(registry: ModuleType) -> None:
+    """torch.compile's backends, by name. An installed dlkit is found by its entry points too, before it is imported."""
+    for name in ("dlkit", "dlkit_inductor"):
+        point = importlib.metadata.EntryPoint(name, f"dlkit.dynamo:{name}", "torch_dynamo_backends")
+        registry._BACKENDS.setdefault(name, point)
+
+
 TABLES: dict[str, Callable[[ModuleType], None]] = {
+    "torch._dynamo.backends.registry": _compilers,
     "torch.ao.quantization.fuser_method_mappings": _quantization,
     "opacus.validators": _privacy_validators,
     "opacus.grad_sample": _privacy_gradients,
