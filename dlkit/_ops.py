@@ -53,4 +53,5 @@ def op(name: str) -> Callable[..., Any]:
             return run(*args[:positional], **dict(zip(keywords, args[positional:], strict=False)))
         return call(*args)
 
+    function.__name__ = function.__qualname__ = name  # as it stands in printed graphs
     return function

@@ -85,10 +85,11 @@ class Fused(NamedTuple):
 
 
 class Captured:
-    """One graph. Names of methods that ask end in no underscore; ``replace`` is the one that changes it."""
+    """One graph, and what was replaced in it: ``made`` has dlkit's nodes."""
 
-    def __init__(self, module: GraphModule, fused: list[Fused]) -> None:
-        self.module, self.graph, self.fused = module, module.graph, fused
+    def __init__(self, module: GraphModule) -> None:
+        self.graph = module.graph
+        self.made: dict[Node, Fused] = {}
         values = [node.meta.get("example_value") for node in self.graph.nodes]
         # That of the capture; the one of torch._guards.detect_fake_mode() is another, for the backends.
         self.fake = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
@@ -145,6 +146,12 @@ class Captured:
             and value.dtype == other.dtype
             and _same(value.shape, other.shape[-1:])
         )
+
+    def contiguous(self, node: Any) -> bool:
+        value, steps = self.value(node), [1]
+        for size in reversed(value.shape[1:]):
+            steps.append(steps[-1] * size)
+        return _same(value.stride(), reversed(steps))
 
     def storages(self, node: Node) -> set[int]:
         value = node.meta.get("example_value")
@@ -212,14 +219,20 @@ class Captured:
 
     def consumed(self, node: Any, by: Node) -> bool:
         """Whether ``by`` is all that ever sees this tensor and its memory: then in place or not is the same."""
-        if not isinstance(node, Node) or node.op == "placeholder" or self.only_user(node) is not by:
+        mine = self.storages(node) if isinstance(node, Node) else set()
+        chain = [by]  # back to where the memory comes from, each seen by the next alone
+        while isinstance(node, Node) and self.only_user(node) is chain[-1]:
+            chain.append(node)
+            node = next((one for one in node.all_input_nodes if self.storages(one) & mine), None)
+        if len(chain) == 1 or node is not None or chain[-1].op not in ("call_function", "call_method"):
             return False
-        mine = self.storages(node)
-        after = {by, *self._descendants_sharing(by, mine)}
-        return all(one in after or one is node or not (self.storages(one) & mine) for one in self.order)
+        after = self._sharing(by, mine)
+        return all(one in chain or one in after or not self.storages(one) & mine for one in self.order)
 
-    def _descendants_sharing(self, node: Node, storages: set[int]) -> set[Node]:
-        found, waiting = set(), [node]
+    def _sharing(self, node: Node, storages: set[int]) -> set[Node]:
+        """What comes of ``node`` and shares its memory."""
+        found: set[Node] = set()
+        waiting = [node]
         while waiting:
             for user in waiting.pop().users:
                 if user not in found and self.storages(user) & storages:
@@ -251,6 +264,28 @@ class Captured:
 
     # Changing
 
+    def sum_views(self, node: Node) -> None:
+        """Makes of a view of a sum, which nothing else sees, the sum of two views."""
+        total = node.args[0]
+        terms = self.addends(total)
+        if terms is None or self.only_user(total) is not node or not all(map(self.contiguous, (node, *terms))):
+            return
+        place = self._place({node, total}, [*terms, *node.all_input_nodes[1:]], list(node.users), set())
+        if place is None or not _same(self.value(node).shape[-1:], self.value(total).shape[-1:]):
+            return
+        with self.graph.inserting_before(place):
+            views = [self.graph.call_method(str(node.target), (term, *node.args[1:])) for term in terms]
+            new = self.graph.call_function(operator.add, tuple(views))
+        value = self.value(node)
+        with self.fake, torch.no_grad():
+            for made, old in ((new, total), *zip(views, terms, strict=True)):
+                storage = self.value(old)
+                self._describe(made, old, storage.as_strided(value.shape, value.stride(), storage.storage_offset()))
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        self.graph.erase_node(total)
+        self._number()
+
     def erase(self, node: Node) -> None:
         self.graph.erase_node(node)
         self._number()
@@ -272,7 +307,8 @@ class Captured:
         inputs += [arg for several in args if isinstance(several, (tuple, list)) for arg in several]
         inputs = [arg for arg in inputs if isinstance(arg, Node)]
         users = [user for node in replaced for user in node.users if user not in nodes]
-        place = self._place(nodes, inputs, users)
+        kept = {storage for node in (*inputs, *list(replaced)[1:]) for storage in self.storages(node)}
+        place = self._place(nodes, inputs, users, kept)
         if place is None or not self._gives_the_same(target, args, replaced):
             return None
         first = next(iter(replaced))
@@ -290,12 +326,16 @@ class Captured:
         for node in sorted(nodes, key=self.order.__getitem__, reverse=True):
             if not node.users:
                 self.graph.erase_node(node)
-        path, cls = list((first.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1]
-        self.fused.append(Fused(op, what, _module_name(path), cls if isinstance(cls, type) else None))
+        for earlier in (self.made.pop(node) for node in nodes if node in self.made):  # what took the first step
+            what = what.replace(earlier.replaced.split()[0], earlier.replaced)
+        path, cls = list((new.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1]
+        self.made[new] = Fused(op, what, _module_name(path), cls if isinstance(cls, type) else None)
         self._number()
         return new
 
-    def _place(self, nodes: set[Node], inputs: Sequence[Node], users: Sequence[Node]) -> Node | None:
+    def _place(
+        self, nodes: set[Node], inputs: Sequence[Node], users: Sequence[Node], kept: set[int]
+    ) -> Node | None:
         """Before which node the new op can stand: behind what it reads, before what reads it."""
         places = [self.order[node] for node in nodes]
         first, last = min(places), max(places)
@@ -303,13 +343,20 @@ class Captured:
         needed = min((self.order[node] for node in users), default=last + 1)
         if ready >= needed:
             return None
-        touched = {storage for node in (*nodes, *inputs) for storage in self.storages(node)}
-        by_others = [(place, written) for place, written in self.writes if first < place < last]
         own = {self.order[node] for node in nodes}
-        if any(written & touched and place not in own for place, written in by_others):
-            return None
+        mine = {storage for node in nodes for one in _written(node) for storage in self.storages(one)}
+        touched = {storage for node in (*nodes, *inputs) for storage in self.storages(node)}
+        for node in list(self.order)[first + 1 : last]:
+            if self.order[node] not in own and any(self.storages(one) & mine for one in node.all_input_nodes):
+                return None
         if any(first < place < last and place not in own for place in self.barriers):
             return None
+        for place, written in self.writes:
+            if first < place < last and place not in own and written & touched:
+                return None
+            # What is kept for backward: torch's ops may keep something else, which can be written to.
+            if place > last and written & (kept - mine) and torch.is_grad_enabled():
+                return None
         place = last if last < needed else max(ready, first - 1) + 1
         return list(self.order)[place]
 
@@ -362,8 +409,11 @@ def _written(node: Node) -> Iterator[Node]:
     if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
         yield from tensors
     elif isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable:
-            yield from tensors
+        schema = target._schema.arguments
+        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+        written: list[Node] = []
+        torch.fx.node.map_arg([given.get(argument.name) for argument in schema if argument.is_write], written.append)
+        yield from written
     elif target in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
         yield from tensors[:1]
     elif target in (F.batch_norm, torch.batch_norm, F.instance_norm):

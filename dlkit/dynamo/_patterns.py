@@ -113,7 +113,7 @@ def elementary_norm(graph: Captured, node: Node) -> Node | None:
             affine["weight"] = other[0]
         elif name == "add" and op == "layer_norm" and list(affine) == ["weight"] and graph.is_vector(other[0], last):
             affine["bias"] = other[0]
-        elif name == "cast" and not rounded and graph.dtype(user) == graph.dtype(x):
+        elif name == "cast" and graph.dtype(user) == (graph.dtype(last) if rounded else graph.dtype(x)):
             rounded = True
         else:
             break
@@ -149,12 +149,25 @@ def _norm(graph: Captured, node: Node) -> tuple[str, Any, list[Any]] | None:
     return name, found["input"], [value for key, value in found.items() if key != "input"]
 
 
+def view_of_sum(graph: Captured, node: Node) -> None:
+    """Between a residual add and its norm may stand a view that keeps the last dimension, as in Swin."""
+    if node.op != "call_method" or node.target not in ("view", "reshape") or graph.value(node) is None:
+        return
+    terms = graph.addends(node.args[0]) or ()
+    if any(_norm(graph, user) for user in node.users) and not any(graph.dropped(term, None) for term in terms):
+        graph.sum_views(node)
+
+
 def add_norm(graph: Captured, node: Node) -> Node | None:
     """The residual add, with or without a dropout of one of its terms, and the norm of the sum."""
     norm = _norm(graph, node)
     if norm is None:
         return None
     name, total, (shape, *affine, eps) = norm
+    casts = []
+    while graph.read(total)[0] == "cast" and graph.alike(total, total.args[0]):  # to the dtype that it has
+        casts.append(total)
+        total = total.args[0]
     terms = graph.addends(total)
     if terms is None or graph.dtype(node) != graph.dtype(total):
         return None
@@ -165,10 +178,10 @@ def add_norm(graph: Captured, node: Node) -> Node | None:
         if dropout is not None and branch is not residual:
             x, p = dropout
             return graph.replace(
-                f"dropout, add and {words}", replaced, [branch],
+                f"dropout, add and {words}", replaced, [*casts, branch],
                 f"dropout_add_{name}", x, residual, shape, p, *affine, eps,
             )  # fmt: skip
-    return graph.replace(f"add and {words}", replaced, [], f"add_{name}", *terms, shape, *affine, eps)
+    return graph.replace(f"add and {words}", replaced, casts, f"add_{name}", *terms, shape, *affine, eps)
 
 
 def row_norm(graph: Captured, node: Node) -> Node | None:
@@ -245,7 +258,8 @@ def dropout_of_nothing(graph: Captured, node: Node) -> Node | None:
     found = graph.arguments(node, *DROPOUTS)
     if found is None or found["inplace"] or (found["training"] is not False and _constant(found["p"]) != 0):
         return None
-    if not isinstance(found["input"], Node) or any(user.op == "output" for user in node.users):
+    same = isinstance(found["input"], Node) and graph.storages(node) == graph.storages(found["input"])
+    if not same or any(user.op == "output" for user in node.users):
         return None
     node.replace_all_uses_with(found["input"])
     graph.erase(node)
@@ -397,6 +411,7 @@ PATTERNS = (
     dropout_of_nothing,
     elementary_norm,
     drop_path,
+    view_of_sum,
     add_norm,
     batch_norm_relu,
     act_dropout,
