@@ -8,6 +8,7 @@ switched on or off.
 """
 
 import contextlib
+import functools
 import inspect
 import operator
 import re
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from dlkit import functional
 
+CALLS = ("call_function", "call_method", "call_module")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = (torch.float64, torch.float32)
 
@@ -93,29 +95,32 @@ class Captured:
         values = [node.meta.get("example_value") for node in self.graph.nodes]
         # That of the capture; the one of torch._guards.detect_fake_mode() is another, for the backends.
         self.fake = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+        self.memory: dict[Node, set[int]] = {}
+        self.effects: dict[Node, tuple[set[int], bool]] = {}  # the memory that a node writes to, whether it is a barrier
         self.transformed = any(_transforms(node) for node in self.graph.nodes)
         self._number()
 
     def _number(self) -> None:
         """Where each node stands, which write to memory, and where autocast or the like changes."""
         self.order = {node: place for place, node in enumerate(self.graph.nodes)}
-        self.writes: list[tuple[int, set[int]]] = []
-        self.barriers: list[int] = []
-        self.autocasts: dict[Node, tuple[Node, ...]] = {}
-        entered: tuple[Node, ...] = ()
-        for node, place in self.order.items():
-            if node.op not in ("call_function", "call_method", "call_module"):
-                continue
-            self.autocasts[node] = entered
-            if "example_value" not in node.meta or _changes_mode(node):
-                self.barriers.append(place)
-                if node.target is torch.amp.autocast_mode._enter_autocast:
-                    entered += (node,)
-                elif node.target is torch.amp.autocast_mode._exit_autocast:
-                    entered = tuple(one for one in entered if one is not node.args[0])
-            written = {storage for one in _written(node) for storage in self.storages(one)}
-            if written:
-                self.writes.append((place, written))
+        self.nodes = list(self.order)
+        for node in self.nodes:
+            if node not in self.effects:
+                written = {storage for one in _written(node) for storage in self.storages(one)}
+                self.effects[node] = (written, node.op in CALLS and _changes_mode(node))
+        effects = [(place, *self.effects[node]) for place, node in enumerate(self.nodes)]
+        self.writes = [(place, written) for place, written, _ in effects if written]
+        self.barriers = [place for place, _, barrier in effects if barrier]
+
+    def autocasts(self, place: int) -> list[Node]:
+        """What has entered autocast, and not left it, before a place."""
+        entered: list[Node] = []
+        for node in (self.nodes[barrier] for barrier in self.barriers if barrier < place):
+            if node.target is torch.amp.autocast_mode._enter_autocast:
+                entered.append(node)
+            elif node.target is torch.amp.autocast_mode._exit_autocast:
+                entered.remove(node.args[0])
+        return entered
 
     # Values
 
@@ -154,11 +159,13 @@ class Captured:
         return _same(value.stride(), reversed(steps))
 
     def storages(self, node: Node) -> set[int]:
-        value = node.meta.get("example_value")
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        with contextlib.suppress(NotImplementedError):  # a sparse tensor has none
-            return {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}
-        return set()
+        """The memory that a node's tensors lie in."""
+        if node not in self.memory:
+            value = node.meta.get("example_value")
+            parts = value if isinstance(value, (tuple, list)) else (value,)
+            with contextlib.suppress(NotImplementedError):  # a sparse tensor has none
+                self.memory[node] = {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}
+        return self.memory.setdefault(node, set())
 
     # Reading
 
@@ -346,7 +353,7 @@ class Captured:
         own = {self.order[node] for node in nodes}
         mine = {storage for node in nodes for one in _written(node) for storage in self.storages(one)}
         touched = {storage for node in (*nodes, *inputs) for storage in self.storages(node)}
-        for node in list(self.order)[first + 1 : last]:
+        for node in self.nodes[first + 1 : last]:
             if self.order[node] not in own and any(self.storages(one) & mine for one in node.all_input_nodes):
                 return None
         if any(first < place < last and place not in own for place in self.barriers):
@@ -358,7 +365,7 @@ class Captured:
             if place > last and written & (kept - mine) and torch.is_grad_enabled():
                 return None
         place = last if last < needed else max(ready, first - 1) + 1
-        return list(self.order)[place]
+        return self.nodes[place]
 
     def _gives_the_same(self, target: Any, args: Any, replaced: dict[Node, int | None]) -> bool:
         """Whether the op takes these arguments, and gives tensors like those that it stands for."""
@@ -370,7 +377,7 @@ class Captured:
         with contextlib.ExitStack() as stack:
             stack.enter_context(suppressed)
             stack.enter_context(self.fake)
-            for entered in self.autocasts.get(node, ()):
+            for entered in self.autocasts(self.order[node]):
                 stack.enter_context(torch.autocast(*entered.args))
             stack.enter_context(torch.no_grad())
             try:
@@ -393,8 +400,8 @@ class Captured:
 
 
 def _changes_mode(node: Node) -> bool:
-    home = getattr(node.target, "__module__", "") or ""
-    return home.startswith("torch.amp") or node.target is torch._C._set_grad_enabled
+    """Whether a call changes what others do: autocast, whether gradients are recorded, and all that gives no value."""
+    return "example_value" not in node.meta or node.target is torch._C._set_grad_enabled
 
 
 def _transforms(node: Node) -> bool:
@@ -406,7 +413,7 @@ def _written(node: Node) -> Iterator[Node]:
     """The tensors among a call's arguments to which it may write."""
     target, tensors = node.target, node.all_input_nodes
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
+    if _is_unknown(node):
         yield from tensors
     elif isinstance(target, torch._ops.OpOverload):
         schema = target._schema.arguments
@@ -424,14 +431,30 @@ def _written(node: Node) -> Iterator[Node]:
         yield from tensors[:1]
 
 
+def _is_unknown(node: Node) -> bool:
+    """Whether a call may write to any of its arguments, for all that is known."""
+    target: Any = node.target
+    if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    home = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+    return node.op == "call_function" and home not in ("torch", "_operator", "builtins", "math")
+
+
 def _in_place(node: Node) -> bool:
     if node.kwargs.get("inplace"):
         return True
     if node.op != "call_function" or not inspect.isfunction(node.target):
         return False
-    parameters = list(inspect.signature(node.target).parameters)
-    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return place < len(node.args) and bool(node.args[place])
+    place = _place_of_in_place(node.target)
+    return place is not None and place < len(node.args) and bool(node.args[place])
+
+
+@functools.cache
+def _place_of_in_place(function: Callable[..., Any]) -> int | None:
+    parameters = list(inspect.signature(function).parameters)
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _read_moment(graph: Captured, name: str, node: Node) -> tuple[str, tuple[Any, ...]]:

@@ -359,7 +359,9 @@ def drop_path(graph: Captured, node: Node) -> Node | None:
         value, drawn = graph.value(x), graph.value(mask)
         if value is None or drawn is None or value.dim() < 2 or drawn.dim() != value.dim():
             continue
-        made = [one for one in graph.order if graph.storages(one) & graph.storages(mask)]
+        if not graph.is_shape(mask, (value.shape[0], *[1] * (value.dim() - 1))) or graph.is_shape(mask, value.shape):
+            continue
+        made = [one for one in graph.nodes if graph.storages(one) & graph.storages(mask)]
         reads = [graph.read(one) for one in made]
         scaled = MASKS.get(tuple(name for name, _ in reads))
         if scaled is None or any(user not in (*made, node) for one in made for user in one.users):
@@ -379,10 +381,7 @@ def drop_path(graph: Captured, node: Node) -> Node | None:
             keeps.append(_constant(parts[1]))
             x = parts[0]
         keep = keeps[0]
-        sizes = (value.shape[0], *[1] * (value.dim() - 1))
         if any(one is None or one != keep for one in keeps) or not 0 < keep < 1 or not graph.alike(node, x):
-            continue
-        if not graph.is_shape(mask, sizes):
             continue
         return graph.replace("DropPath", {node: None}, erased, "dropout", x, 1.0 - keep, 1, False)
     return None

@@ -322,9 +322,11 @@ def make(name, p):
     return make_timm(name, p) if name in TIMM else make_transformer(name, p)
 
 
-def results(model, example, dtype):
-    """Outputs, gradients of parameters, and buffers of one training step."""
+def results(model, example, dtype, prepare=None):
+    """Outputs, gradients of parameters, and buffers of one training step; ``prepare``: called with the model before."""
     model = copy.deepcopy(model).to(dtype)
+    if prepare:
+        prepare(model)
 
     def cast(value):
         return value.to(dtype) if value.is_floating_point() else value

@@ -1,0 +1,87 @@
+"""Architectures of support.architectures under torch.compile's backend "dlkit".
+
+    PYTHONPATH=tests python -m support.compiled [name ...]
+
+prints a row of the table of docs/fuse_and_replace.md for each: what is fused in a training step with dropout.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dlkit.dynamo import fuse_graph
+from support.architectures import make, results
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+TEN = ["bert", "roberta", "gpt2", "llama", "qwen3", "gemma2", "t5", "vit_tiny_patch16_224", "convnext_atto"]
+TEN += ["swin_tiny_patch4_window7_224"]
+COLUMNS = {
+    "add and norm": ("add_layer_norm", "add_rms_norm"),
+    "dropout, add and norm": ("dropout_add_layer_norm", "dropout_add_rms_norm"),
+    "norm": ("layer_norm", "rms_norm", "batch_norm", "group_norm"),
+    "dropout and add": ("dropout_add",),
+    "activation and dropout": ("bias_act_dropout",),
+    "dropout, drop path": ("dropout",),
+}
+
+
+class _Again(torch.fx.Interpreter):
+    def run_node(self, node):
+        value = super().run_node(node)
+        if "example_value" in node.meta:
+            node.meta["example_value"] = value
+        return value
+
+
+def widen(module):
+    """Casts to fp32 or less become casts to float64: what computes in fp32 whatever it is given can be compared too."""
+
+    def wide(argument):
+        return torch.float64 if isinstance(argument, torch.dtype) and argument in NARROW else argument
+
+    for node in module.graph.nodes:
+        if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+            node.target = "double"
+        node.args, node.kwargs = (torch.fx.node.map_aggregate(given, wide) for given in (node.args, node.kwargs))
+    values = [node.meta.get("example_value") for node in module.graph.nodes if node.op == "placeholder"]
+    with next((value.fake_mode for value in values if isinstance(value, FakeTensor)), contextlib.nullcontext()):
+        _Again(module).run(*values)
+    module.recompile()
+
+
+def backend(fused=None, widened=False):
+    """A backend that runs the captured graph, and fuses it first if there is a list to say what."""
+
+    def compile(module, inputs):
+        if widened:
+            widen(module)
+        if fused is not None:
+            fuse_graph(module, fused)
+        return module.forward
+
+    return compile
+
+
+def step(model, example, dtype, fused=None, widened=False):
+    """What :func:`support.architectures.results` gives, of the compiled model."""
+    torch._dynamo.reset()
+    return results(model, example, dtype, lambda model: model.compile(backend=backend(fused, widened)))
+
+
+def main(names):
+    torch.set_num_threads(1)
+    print("| architecture | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for name in names or TEN:
+        fused = []
+        step(*make(name, 0.1), torch.float32, fused)
+        count = Counter(entry.op for entry in fused)
+        cells = [sum(count[op] for op in ops) for ops in COLUMNS.values()]
+        print(f"| {name} | " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
