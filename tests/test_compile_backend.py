@@ -178,6 +178,7 @@ CASES = {
     "bias, relu": (lambda m, x: F.relu(x @ m.matrix + m.b), ["bias_act_dropout"]),
     "gelu in elementary ops": (lambda m, x: new_gelu(x @ m.matrix), ["bias_act_dropout"]),
     "gelu": (lambda m, x: F.gelu(x @ m.matrix), []),
+    "cast that is used too": (lambda m, x: cast_used_too(m, x), ["add_layer_norm"]),
     "view before the norm": (lambda m, x: swin(m, x), ["add_layer_norm"]),
     "cast before the norm": (
         lambda m, x: F.layer_norm((x + x.sin()).to(x.dtype), (C,), m.w, m.b),
@@ -279,6 +280,19 @@ def seen_elsewhere(m, x):
     return F.layer_norm(y, (C,), m.w, m.b), view
 
 
+def cast_used_too(m, x):
+    total = x + x.cos()
+    same = total.to(x.dtype)
+    return F.layer_norm(same, (C,), m.w, m.b), same * 2
+
+
+def widened_before_a_write(m, x):
+    x = x.cos()
+    wide = x.float()
+    x.add_(1)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype), wide.sum(), x
+
+
 def swin(m, x):
     x = x.view(2, 3, C) + x.view(2, 3, C).cos()
     x = x.reshape(6, -1)
@@ -333,6 +347,13 @@ def test_a_sum_that_is_written_to_later():
     """In evaluation: with gradients torch refuses it itself."""
     with torch.no_grad():
         assert assert_same(Of(narrowed), [data(6, C)]) == ["add_layer_norm"]
+
+
+def test_a_write_after_the_cast():
+    """The norm is of what was there before it."""
+    inputs = [data(6, C, dtype=torch.bfloat16)]
+    expected, found = run(Of(widened_before_a_write), inputs)[0], run(Of(widened_before_a_write), inputs, "dlkit")[0]
+    torch.testing.assert_close(found[:3], expected[:3])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

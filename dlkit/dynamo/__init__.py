@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -62,7 +61,11 @@ def _bodies(module: GraphModule) -> list[GraphModule]:
 
 
 def dlkit(
-    module: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The backend "dlkit". ``options={"report": list}``: a list to which a :class:`Fused` for each fusion is added."""
     report, others = _report(options)
@@ -100,7 +103,11 @@ def _checkpointed(body: GraphModule, *args: Any, preserve_rng_state: bool = True
 
 
 def dlkit_inductor(
-    module: GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The backend "dlkit_inductor". Beside ``report`` it takes inductor's options and modes."""
     from torch._inductor import list_mode_options

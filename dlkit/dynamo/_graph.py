@@ -1,10 +1,10 @@
 """A graph that TorchDynamo captured, as the patterns read and change it.
 
 A node is read as a name and its operands, whichever of torch's spellings it has. The values that TorchDynamo computed
-in fake tensors (``meta["example_value"]``) say which dtypes, shapes and storages there are. A change is made only if the
-new op, run on these values, gives tensors of the same shape, strides and dtype, and if nothing between the first and the
-last node of the pattern could tell the difference: a write to memory that the pattern reads, autocast or gradients
-switched on or off.
+in fake tensors (``meta["example_value"]``) say which dtypes, shapes and storages there are. A change is made only if
+the new op, run on these values, gives tensors of the same shape, strides and dtype, and if nothing between the first
+and the last node of the pattern could tell the difference: a write to memory that the pattern reads, autocast or
+gradients switched on or off.
 """
 
 import contextlib
@@ -65,9 +65,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
 }
 NAMES = {target: name for name, targets in SPELLINGS.items() for target in targets}
 # Of torch's functions and of dlkit's, which have the same.
-SIGNATURES = {
-    name: inspect.signature(getattr(functional, name)) for name in SPELLINGS if name in functional.__all__
-}
+SIGNATURES = {name: inspect.signature(getattr(functional, name)) for name in SPELLINGS if name in functional.__all__}
 IN_PLACE_OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.imod,
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.setitem,
@@ -94,9 +92,10 @@ class Captured:
         self.made: dict[Node, Fused] = {}
         values = [node.meta.get("example_value") for node in self.graph.nodes]
         # That of the capture; the one of torch._guards.detect_fake_mode() is another, for the backends.
-        self.fake = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+        self.fake: Any = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
         self.memory: dict[Node, set[int]] = {}
-        self.effects: dict[Node, tuple[set[int], bool]] = {}  # the memory that a node writes to, whether it is a barrier
+        # To what memory a node writes, and whether it is a barrier.
+        self.effects: dict[Node, tuple[set[int], bool]] = {}
         self.transformed = any(_transforms(node) for node in self.graph.nodes)
         self._number()
 
@@ -187,6 +186,8 @@ class Captured:
             return name, args
         if name == "cast" and self.dtype(node) and self.value(args[0]) is not None:
             return (name, args[:1]) if self.value(node).device == self.value(args[0]).device else ("", ())
+        if name in ("bernoulli_", "div_", "floor_") and keywords:
+            return "", ()
         return (name, args) if name in ("gelu", "relu", "empty", "rand", "bernoulli_", "div_", "floor_") else ("", ())
 
     def arguments(self, node: Any, *names: str) -> dict[str, Any] | None:
@@ -211,7 +212,7 @@ class Captured:
         """What a node was before casts that lose nothing."""
         while self.read(node)[0] == "cast":
             before, after = self.dtype(node.args[0]), self.dtype(node)
-            if before != after and (before in WIDE or after not in WIDE):
+            if before != after and (before in WIDE or after != torch.float32):
                 break
             node = node.args[0]
         return node
@@ -310,10 +311,13 @@ class Captured:
         """
         target = getattr(torch.ops.dlkit, op).default
         nodes = {*replaced, *erased}
+        gone = set(nodes)  # without what others use too
+        while staying := [n for n in gone if n not in replaced and any(user not in gone for user in n.users)]:
+            gone -= set(staying)
         inputs = [arg for arg in args if isinstance(arg, Node)]
         inputs += [arg for several in args if isinstance(several, (tuple, list)) for arg in several]
         inputs = [arg for arg in inputs if isinstance(arg, Node)]
-        users = [user for node in replaced for user in node.users if user not in nodes]
+        users = [user for node in replaced for user in node.users if user not in gone]
         kept = {storage for node in (*inputs, *list(replaced)[1:]) for storage in self.storages(node)}
         place = self._place(nodes, inputs, users, kept)
         if place is None or not self._gives_the_same(target, args, replaced):
@@ -325,14 +329,13 @@ class Captured:
             for node, number in replaced.items():
                 result = new
                 if number is not None:
-                    if not any(user not in nodes for user in node.users):
+                    if not any(user not in gone for user in node.users):
                         continue
                     result = self.graph.call_function(operator.getitem, (new, number))
                 self._describe(result, node, node.meta["example_value"])
                 node.replace_all_uses_with(result)
-        for node in sorted(nodes, key=self.order.__getitem__, reverse=True):
-            if not node.users:
-                self.graph.erase_node(node)
+        for node in sorted(gone, key=self.order.__getitem__, reverse=True):
+            self.graph.erase_node(node)
         for earlier in (self.made.pop(node) for node in nodes if node in self.made):  # what took the first step
             what = what.replace(earlier.replaced.split()[0], earlier.replaced)
         path, cls = list((new.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1]
@@ -340,9 +343,7 @@ class Captured:
         self._number()
         return new
 
-    def _place(
-        self, nodes: set[Node], inputs: Sequence[Node], users: Sequence[Node], kept: set[int]
-    ) -> Node | None:
+    def _place(self, nodes: set[Node], inputs: Sequence[Node], users: Sequence[Node], kept: set[int]) -> Node | None:
         """Before which node the new op can stand: behind what it reads, before what reads it."""
         places = [self.order[node] for node in nodes]
         first, last = min(places), max(places)
@@ -351,7 +352,8 @@ class Captured:
         if ready >= needed:
             return None
         own = {self.order[node] for node in nodes}
-        mine = {storage for node in nodes for one in _written(node) for storage in self.storages(one)}
+        mine = {storage for node in nodes for storage in self.effects[node][0]}
+        statistics = mine - {storage for node in nodes for storage in self.storages(node)}
         touched = {storage for node in (*nodes, *inputs) for storage in self.storages(node)}
         for node in self.nodes[first + 1 : last]:
             if self.order[node] not in own and any(self.storages(one) & mine for one in node.all_input_nodes):
@@ -362,7 +364,7 @@ class Captured:
             if first < place < last and place not in own and written & touched:
                 return None
             # What is kept for backward: torch's ops may keep something else, which can be written to.
-            if place > last and written & (kept - mine) and torch.is_grad_enabled():
+            if place > last and written & (kept - statistics) and torch.is_grad_enabled():
                 return None
         place = last if last < needed else max(ready, first - 1) + 1
         return self.nodes[place]
@@ -393,10 +395,7 @@ class Captured:
 
     def _describe(self, new: Node, old: Node, value: Any) -> None:
         new.meta.update({key: old.meta[key] for key in ("nn_module_stack", "stack_trace") if key in old.meta})
-        if value is not None:
-            new.meta["example_value"] = value
-        else:
-            new.meta["example_value"] = ()
+        new.meta["example_value"] = () if value is None else value
 
 
 def _changes_mode(node: Node) -> bool:
@@ -476,14 +475,9 @@ def _constant(value: Any) -> Any:
 
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     one, other = tuple(one), tuple(other)
-    return len(one) == len(other) and all(
-        statically_known_true(a == b) for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def _module_name(path: str) -> str:
     """``L['self'].layers.0`` without what holds the model."""
     return re.sub(r"^[LG]\['\w+'\]\.?", "", path)
-
-
-Pattern = Callable[[Captured, Node], Node | None]

@@ -89,11 +89,9 @@ def elementary_norm(graph: Captured, node: Node) -> Node | None:
     """
     if graph.read(node)[0] not in ("mul", "div"):
         return None
-    for op, pattern in ELEMENTARY:
-        found = matched(graph, pattern, node)
-        if found is not None:
-            break
-    else:
+    tried = ((op, matched(graph, pattern, node)) for op, pattern in ELEMENTARY)
+    op, found = next(((op, found) for op, found in tried if found is not None), ("", Found()))
+    if not op:
         return None
     x, work = found["x"], graph.dtype(node)
     inner = [one for one, cast in found.nodes.items() if not cast]
@@ -353,7 +351,7 @@ MASKS = {("empty", "bernoulli_", "div_"): True, ("empty", "bernoulli_"): False, 
 
 
 def drop_path(graph: Captured, node: Node) -> Node | None:
-    """Stochastic depth as timm, torchvision and transformers write it: a product with a random tensor of [N, 1, ...]."""
+    """Stochastic depth as timm, torchvision and transformers write it: times a random tensor of [N, 1, ...]."""
     name, operands = graph.read(node)
     for x, mask in (operands, operands[::-1]) if name == "mul" else ():
         value, drawn = graph.value(x), graph.value(mask)
