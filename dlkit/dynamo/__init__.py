@@ -36,11 +36,9 @@ def fuse_graph(module: GraphModule, fused: list[Fused] | None = None) -> list[Fu
     for body in _bodies(module):
         fuse_graph(body, fused)
     graph = Captured(module)
-    if graph.transformed:
-        return fused
     for pattern in PATTERNS:
         for node in list(reversed(graph.graph.nodes)):  # the last of a chain takes in the most
-            if node in graph.order and node.op in ("call_function", "call_method"):
+            if node in graph.order and node not in graph.transformed and node.op in ("call_function", "call_method"):
                 pattern(graph, node)
     fused += (graph.made[node] for node in graph.graph.nodes if node in graph.made)
     module.recompile()

@@ -96,7 +96,13 @@ class Captured:
         self.memory: dict[Node, set[int]] = {}
         # To what memory a node writes, and whether it is a barrier.
         self.effects: dict[Node, tuple[set[int], bool]] = {}
-        self.transformed = any(_transforms(node) for node in self.graph.nodes)
+        self.transformed: set[Node] = set()  # inside of torch.func, where tensors are not what they seem
+        depth = 0
+        for node in self.graph.nodes:
+            if _transforms(node):
+                depth += {"_increment_nesting": 1, "_decrement_nesting": -1}.get(str(node.target.__name__)[-18:], 0)
+            if depth > 0 or _transforms(node):
+                self.transformed.add(node)
         self._number()
 
     def _number(self) -> None:
@@ -125,7 +131,8 @@ class Captured:
 
     def value(self, node: Any) -> Any:
         """The fake tensor of a node, if it is a plain one of a floating type; None for everything else."""
-        value = node.meta.get("example_value") if isinstance(node, Node) else None
+        known = isinstance(node, Node) and node not in self.transformed
+        value = node.meta.get("example_value") if known else None
         plain = isinstance(value, FakeTensor) and value.dtype in FLOATING and value.device.type in ("cpu", "cuda")
         return value if plain and value.layout is torch.strided else None
 
@@ -400,12 +407,14 @@ class Captured:
 
 def _changes_mode(node: Node) -> bool:
     """Whether a call changes what others do: autocast, whether gradients are recorded, and all that gives no value."""
-    return "example_value" not in node.meta or node.target is torch._C._set_grad_enabled
+    return "example_value" not in node.meta or node.target is torch._C._set_grad_enabled or _transforms(node)
 
 
 def _transforms(node: Node) -> bool:
-    """Whether it belongs to torch.func, whose tensors are not what they seem."""
-    return (getattr(node.target, "__module__", "") or "").startswith(("torch._C._functorch", "torch._functorch"))
+    """Whether it belongs to torch.func."""
+    return node.op == "call_function" and (getattr(node.target, "__module__", "") or "").startswith(
+        ("torch._C._functorch", "torch._functorch")
+    )
 
 
 def _written(node: Node) -> Iterator[Node]:
