@@ -132,7 +132,7 @@ class Captured:
     def value(self, node: Any) -> Any:
         """The fake tensor of a node, if it is a plain one of a floating type; None for everything else."""
         known = isinstance(node, Node) and node not in self.transformed
-        value = node.meta.get("example_value") if known else None
+        value: Any = node.meta.get("example_value") if known else None
         plain = isinstance(value, FakeTensor) and value.dtype in FLOATING and value.device.type in ("cpu", "cuda")
         return value if plain and value.layout is torch.strided else None
 
@@ -281,7 +281,7 @@ class Captured:
 
     def sum_views(self, node: Node) -> None:
         """Makes of a view of a sum, which nothing else sees, the sum of two views."""
-        total = node.args[0]
+        total: Any = node.args[0]
         terms = self.addends(total)
         if terms is None or self.only_user(total) is not node or not all(map(self.contiguous, (node, *terms))):
             return
@@ -387,7 +387,8 @@ class Captured:
             stack.enter_context(suppressed)
             stack.enter_context(self.fake)
             for entered in self.autocasts(self.order[node]):
-                stack.enter_context(torch.autocast(*entered.args))
+                arguments: Any = entered.args
+                stack.enter_context(torch.autocast(*arguments))
             stack.enter_context(torch.no_grad())
             try:
                 results = target(*values)
@@ -420,6 +421,7 @@ def _transforms(node: Node) -> bool:
 def _written(node: Node) -> Iterator[Node]:
     """The tensors among a call's arguments to which it may write."""
     target, tensors = node.target, node.all_input_nodes
+    out: Any = node.kwargs.get("out")
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if _is_unknown(node):
         yield from tensors
@@ -433,8 +435,8 @@ def _written(node: Node) -> Iterator[Node]:
         yield from tensors[:1]
     elif target in (F.batch_norm, torch.batch_norm, F.instance_norm):
         yield from tensors[1:3]
-    elif isinstance(node.kwargs.get("out"), Node):
-        yield node.kwargs["out"]
+    elif isinstance(out, Node):
+        yield out
     elif _in_place(node):
         yield from tensors[:1]
 
@@ -470,7 +472,7 @@ def _read_moment(graph: Captured, name: str, node: Node) -> tuple[str, tuple[Any
     given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
     dim, value = given.pop("dim", None), graph.value(node.args[0]) if node.args else None
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    last = value is not None and dim in (-1, value.dim() - 1)
+    last: Any = value is not None and dim in (-1, value.dim() - 1)
     if name == "var":
         biased = given.pop("unbiased", None) is False or given.pop("correction", 1) == 0
         last = last and biased

@@ -102,7 +102,8 @@ def elementary_norm(graph: Captured, node: Node) -> Node | None:
     columns = graph.value(x).shape[-1]
     if not isinstance(columns, int):
         return None
-    last, affine, taken = node, {}, dict(found.nodes)
+    affine: dict[str, Node] = {}
+    last, taken = node, dict(found.nodes)
     rounded = graph.dtype(x) == work
     while (user := graph.only_user(last)) is not None:
         name, operands = graph.read(user)
@@ -133,7 +134,7 @@ def elementary_norm(graph: Captured, node: Node) -> Node | None:
 # Norms of rows, and what is before them
 
 NORMS = ("layer_norm", "rms_norm")
-OURS = {torch.ops.dlkit.layer_norm.default: "layer_norm", torch.ops.dlkit.rms_norm.default: "rms_norm"}
+OURS: dict[Any, str] = {torch.ops.dlkit.layer_norm.default: "layer_norm", torch.ops.dlkit.rms_norm.default: "rms_norm"}
 
 
 def _norm(graph: Captured, node: Node) -> tuple[str, Any, list[Any]] | None:
@@ -169,7 +170,7 @@ def add_norm(graph: Captured, node: Node) -> Node | None:
     terms = graph.addends(total)
     if terms is None or graph.dtype(node) != graph.dtype(total):
         return None
-    replaced = {node: 0, total: 1}
+    replaced: dict[Node, int | None] = {node: 0, total: 1}
     words = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}[name]
     for branch, residual in (terms[::-1], terms):
         dropout = graph.dropped(branch, total)
@@ -274,6 +275,7 @@ def act_dropout(graph: Captured, node: Node) -> Node | None:
     if not isinstance(act, Node) or (dropout and graph.only_user(act) is not node):
         return None
     name, operands = graph.read(act)
+    number: int | None
     erased = [act] if dropout else []
     spelled = matched(graph, TANH_GELU, act) if name == "mul" else None
     if spelled is not None:
@@ -284,7 +286,7 @@ def act_dropout(graph: Captured, node: Node) -> Node | None:
         if any(spelled.nodes.values()):
             return None
     elif name == "gelu":
-        approximate = act.kwargs.get("approximate", operands[1] if len(operands) > 1 else "none")
+        approximate: Any = act.kwargs.get("approximate", operands[1] if len(operands) > 1 else "none")
         x, number, what = operands[0], {"none": 1, "tanh": 2}.get(approximate), "GELU"
     elif name == "relu" and (act.target in (torch.relu, torch.nn.functional.relu, "relu")):
         in_place = act.kwargs.get("inplace", len(operands) > 1 and operands[1])
