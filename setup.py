@@ -400,7 +400,14 @@ def has_fma() -> bool:
 
 def sources() -> list[str]:
     root = Path(__file__).parent
-    patterns = ["csrc/*.cpp", "csrc/common/cpu/*.cpp", "csrc/*/op.cpp", "csrc/*/cpu.cpp", "csrc/*/cuda.cu"]
+    patterns = [
+        "csrc/*.cpp",
+        "csrc/glue/*.cpp",
+        "csrc/common/cpu/*.cpp",
+        "csrc/*/op.cpp",
+        "csrc/*/cpu.cpp",
+        "csrc/*/cuda.cu",
+    ]
     return sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
 
 

@@ -2,11 +2,11 @@
 // was built in, and whether an optimizer's dicts still hold what they held.
 #include <Python.h>
 
-#include "call.h"
 #include "common/cpu/capability.h"
-#include "contents.h"
-#include "draws.h"
-#include "override.h"
+#include "glue/call.h"
+#include "glue/contents.h"
+#include "glue/draws.h"
+#include "glue/override.h"
 
 #if !defined(DLKIT_CUDA_ARCHITECTURES)
 #define DLKIT_CUDA_ARCHITECTURES ""

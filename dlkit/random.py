@@ -119,7 +119,7 @@ def use(stream: Philox) -> Iterator[Philox]:
 # How checkpoints are told: those without reentry by their hooks on saved tensors, the others by their Python frames.
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction
 _FORWARD, _BACKWARD = _REENTRANT.forward.__code__, _REENTRANT.backward.__code__
-DEFAULT, GENERATOR, STREAM = range(3)  # csrc/common/random.h
+DEFAULT, GENERATOR, STREAM = range(3)  # csrc/glue/random.h
 
 
 class _Draws:

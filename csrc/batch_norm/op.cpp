@@ -2,7 +2,7 @@
 // check their arguments, then call batch_norm_forward, through an autograd node where a gradient is asked for; the
 // other internal ops are its backward and the halves of both, for statistics that several processes share. Forward-mode
 // derivatives, torch.func transforms and double backward go through differentiable torch formulas.
-#include "../common/op.h"
+#include "../glue/op.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
@@ -14,8 +14,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
 #include "kernel.h"
 
 namespace dlkit::batch_norm {

@@ -1,7 +1,7 @@
 // dropout(act(input + bias)) as torch ops. The public one checks its arguments, then calls the forward op, through an
 // autograd node where a gradient is asked for; backward is an op of its own, so that compilers see both. Forward-mode
 // derivatives, torch.func transforms and double backward go through torch's formula with the same mask.
-#include "../common/op.h"
+#include "../glue/op.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
@@ -9,9 +9,9 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
-#include "../common/random.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
+#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::bias_act_dropout {

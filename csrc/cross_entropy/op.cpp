@@ -13,9 +13,9 @@
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
-#include "../common/in_place.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
+#include "../glue/in_place.h"
 #include "kernel.h"
 
 namespace dlkit::cross_entropy {

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
-#include "../common/op.h"
+#include "../glue/op.h"
 
 namespace dlkit::cross_entropy {
 

@@ -2,7 +2,7 @@
 // through an autograd node where a gradient is asked for. Backward is dropblock2d_apply, the pure function of forward's
 // state (seed, offset, how many elements were dropped), and its own backward as well. Forward-mode derivatives,
 // torch.func's transforms and devices without a kernel go through torch's own ops, with the same mask.
-#include "../common/op.h"
+#include "../glue/op.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
@@ -13,10 +13,10 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
-#include "../common/in_place.h"
-#include "../common/random.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
+#include "../glue/in_place.h"
+#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::dropblock2d {

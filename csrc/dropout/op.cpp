@@ -3,7 +3,7 @@
 // Backward is dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
 // dlkit.random.Philox. Forward-mode derivatives and torch.func's transforms go through a differentiable formula with
 // the same mask, which dropout_mask draws.
-#include "../common/op.h"
+#include "../glue/op.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
@@ -22,10 +22,10 @@
 
 #include <cmath>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
-#include "../common/in_place.h"
-#include "../common/random.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
+#include "../glue/in_place.h"
+#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::dropout {

@@ -4,7 +4,7 @@
 // backward are two ops more, which give and take the dropout's state; where a row is too long for the fused kernels
 // they fall apart into dropout's own op and these.
 // Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
-#include "../common/op.h"
+#include "../glue/op.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
@@ -13,9 +13,9 @@
 #include <ATen/ops/result_type.h>
 #include <ATen/ops/rms_norm.h>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
-#include "../common/random.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
+#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::layer_norm {

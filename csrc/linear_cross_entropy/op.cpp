@@ -18,9 +18,9 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
-#include "../common/autograd.h"
-#include "../common/checked.h"
-#include "../common/in_place.h"
+#include "../glue/autograd.h"
+#include "../glue/checked.h"
+#include "../glue/in_place.h"
 
 namespace dlkit::linear_cross_entropy {
 namespace {

@@ -1,7 +1,7 @@
 // The optimizers as torch ops, which change lists of tensors in place, and Plan, which keeps an optimizer's lists
 // between steps so that a step costs Python nothing per parameter. An op checks all it is given before it writes
 // anything.
-#include "../common/op.h"
+#include "../glue/op.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -14,8 +14,8 @@
 
 #include <atomic>
 
+#include "../common/philox.h"
 #include "op.h"
-#include "philox.h"
 
 #if defined(DLKIT_WITH_CUDA)
 #include <ATen/cuda/CUDAGeneratorImpl.h>

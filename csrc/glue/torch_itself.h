@@ -1,4 +1,4 @@
-// What csrc/override.cpp must know of dlkit's own calls: torch's functions that they fall back on are torch's own.
+// What override.cpp must know of dlkit's own calls: torch's functions that they fall back on are torch's own.
 #pragma once
 
 namespace dlkit {

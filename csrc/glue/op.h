@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "scalar.h"
+#include "../common/scalar.h"
 
 #if defined(DLKIT_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>

@@ -26,8 +26,8 @@
 #include <memory>
 #include <vector>
 
-#include "common/autograd.h"
-#include "common/override.h"
+#include "autograd.h"
+#include "torch_itself.h"
 
 namespace dlkit {
 namespace {

@@ -1,4 +1,4 @@
-// From the kernels' random.h to dlkit.random, which knows torch.utils.checkpoint's Python.
+// From random.h to dlkit.random, which knows torch.utils.checkpoint's Python.
 #include "draws.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -7,7 +7,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "common/random.h"
+#include "random.h"
 
 namespace dlkit {
 namespace {

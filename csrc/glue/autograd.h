@@ -9,7 +9,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include "op.h"
-#include "override.h"
+#include "torch_itself.h"
 
 namespace dlkit {
 
