@@ -26,9 +26,9 @@ _serve_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 
 def op(name: str) -> Callable[..., Any]:
     """``torch.ops.dlkit.<name>``, its arguments by position in the schema's order, keyword-only ones too.
 
-    A call costs 1.5 us less than by ``torch.ops`` (csrc/glue/call.cpp). TorchDynamo cannot look into a C function and gets
-    the overload itself. Programs that torch.export, torch.jit.trace and torch.onnx make are for other places, where
-    dlkit may not be: they get torch's own ops (dlkit._native). So do the weights of
+    A call costs 1.5 us less than by ``torch.ops`` (csrc/glue/call.cpp). TorchDynamo cannot look into a C function and
+    gets the overload itself. Programs that torch.export, torch.jit.trace and torch.onnx make are for other places,
+    where dlkit may not be: they get torch's own ops (dlkit._native). So do the weights of
     :func:`torch.nn.utils._per_sample_grad.call_for_per_sample_grads`, which know only those.
     """
     overload = getattr(torch.ops.dlkit, name).default

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.backends import Backend
 from support.optimizers import (
     DTYPES,
     SIZES,
@@ -19,6 +20,8 @@ from support.optimizers import (
     with_codes,
 )
 from support.reference import exact
+
+from dlkit._optim_row import Row
 
 
 def run_parity(backend, variant, dtype, layout="contiguous", steps=3):
@@ -100,19 +103,19 @@ def scalar(value, backend, dtype=torch.float32):
 def test_norm(backend, dtype):
     grads = [grad.to(backend.device) for grad in gradients([*SIZES, (40_000,)], dtype, 0)]
     expected = math.sqrt(sum(float((exact(grad) ** 2).sum()) for grad in grads))
-    found = backend.op("optim_grad_norm")(grads)
+    found = backend.op("optim_grad_norm_kernel")(grads)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == ()
     assert abs(float(found) - expected) <= 2 * torch.finfo(found.dtype).eps * expected
-    assert torch.equal(found, backend.op("optim_grad_norm")(grads))
+    assert torch.equal(found, backend.op("optim_grad_norm_kernel")(grads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
 def test_clip_grads(backend, dtype):
     grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, 0)]
-    norm = backend.op("optim_grad_norm")(grads)
+    norm = backend.op("optim_grad_norm_kernel")(grads)
     for max_norm in (0.3 * float(norm), 2 * float(norm)):
         ours = [grad.clone() for grad in grads]
-        backend.op("optim_clip_grads_")(ours, norm, max_norm)
+        backend.op("optim_clip_grads_kernel_")(ours, norm, max_norm)
         factor = min(1.0, max_norm / (float(norm) + 1e-6))
         for a, b in zip(ours, grads, strict=True):
             torch.testing.assert_close(a, (b.double() * factor).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
@@ -125,7 +128,7 @@ def test_scaled_and_clipped_gradients(backend, variant, dtype, write_grads):
     ours, theirs = Op(backend, variant, params), Op(backend, variant, params)
     for step in range(2):
         grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, step)]
-        norm = backend.op("optim_grad_norm")(grads)
+        norm = backend.op("optim_grad_norm_kernel")(grads)
         factor = max_norm / (float(norm) + 1e-6)
         scaled, clipped = [g * scale for g in grads], [(g.double() * factor).to(dtype) for g in grads]
         given = [g.clone() for g in scaled]
@@ -206,20 +209,41 @@ def cast(states):
     return {key: [t.double() for t in value] for key, value in states.items()}
 
 
+def test_options_have_one_order_everywhere():
+    assert tuple(torch.ops.dlkit.optim_options()) == Row._fields
+
+
+# The public ops, whose checks are the same for every backend.
+PUBLIC = Backend("public", "cpu", lambda name: getattr(torch.ops.dlkit, name.replace("_kernel", "")).default)
+
+
 @pytest.mark.parametrize("case", BAD_STEPS)
-def test_bad_arguments_of_the_op_change_nothing(backend, case):
+def test_bad_arguments_of_the_op_change_nothing(case):
     sizes = [(7,), (300,)]
     params = starting_params(torch.float32, sizes)
-    grads = [grad.to(backend.device) for grad in gradients(sizes, torch.float32, 0)]
-    op, grads = BAD_STEPS[case](Op(backend, VARIANTS[0], params), grads)
+    op, grads = BAD_STEPS[case](Op(PUBLIC, VARIANTS[0], params), gradients(sizes, torch.float32, 0))
     with pytest.raises((RuntimeError, ValueError), match=r"optim_step_\(\): expected"):
         op.step(grads)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(op.params, params, strict=True)) and not any(op.steps)
+    assert all(torch.equal(a, b) for a, b in zip(op.params, params, strict=True)) and not any(op.steps)
 
 
-def test_a_parameter_of_one_element_at_many_places_raises(backend):
+def test_bad_arguments_of_the_norm_and_the_clipping_change_nothing():
+    grads, norm = [torch.ones(3)], torch.tensor(2.0)
+    with pytest.raises(ValueError, match=r"optim_grad_norm\(\): expected at least one gradient"):
+        torch.ops.dlkit.optim_grad_norm([])
+    for bad in (torch.ones(3).int(), torch.ones(3).to_sparse()):
+        with pytest.raises(RuntimeError, match=r"optim_grad_norm\(\): expected grads\[1\] dense"):
+            torch.ops.dlkit.optim_grad_norm([*grads, bad])
+        with pytest.raises(RuntimeError, match=r"optim_clip_grads_\(\): expected grads\[1\] dense"):
+            torch.ops.dlkit.optim_clip_grads_([*grads, bad], norm, 1.0)
+    with pytest.raises(RuntimeError, match=r"optim_clip_grads_\(\): expected grad_norm of one Float or Double"):
+        torch.ops.dlkit.optim_clip_grads_(grads, norm.half(), 1.0)
+    assert torch.equal(grads[0], torch.ones(3))
+
+
+def test_a_parameter_of_one_element_at_many_places_raises():
     params = starting_params(torch.float32, [(7,), (3, 5)])
-    op = Op(backend, VARIANTS[0], params)
+    op = Op(PUBLIC, VARIANTS[0], params)
     op.params[1] = op.params[1][:, :1].expand(3, 5)
     before = [p.clone() for p in op.params]
     with pytest.raises(RuntimeError, match=r"optim_step_\(\): expected params\[1\] without elements that share memory"):

@@ -21,7 +21,7 @@ def cloned(lists):
 def test_many_tensors_of_many_groups(backend, algorithm):
     count = 24 if backend.name == "triton" and backend.device == "cpu" else 150
     group_count = min(40, count)
-    step = backend.op("optim_step_")
+    step = backend.op("optim_step_kernel_")
     row = SGD if algorithm == "sgd" else ADAM
     options = [value * (1 + g / 100) if k < 2 else value for g in range(group_count) for k, value in enumerate(row)]
     param, grad, first = (tensors(count, torch.float32, backend.device) for _ in range(3))
@@ -47,10 +47,10 @@ def test_many_tensors_of_many_groups(backend, algorithm):
 def test_norm_and_clipping_of_many_gradients(backend):
     count = 24 if backend.name == "triton" and backend.device == "cpu" else 300
     grads = tensors(count, torch.bfloat16, backend.device) + tensors(5, torch.float32, backend.device)
-    norm = backend.op("optim_grad_norm")(grads)
+    norm = backend.op("optim_grad_norm_kernel")(grads)
     expected = torch.cat([grad.double() for grad in grads]).norm()
     torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
     clipped = [grad.clone() for grad in grads]
-    backend.op("optim_clip_grads_")(clipped, norm, 0.5)
+    backend.op("optim_clip_grads_kernel_")(clipped, norm, 0.5)
     for a, b in zip(clipped, grads, strict=True):
         torch.testing.assert_close(a, (b.float() * float(0.5 / (norm + 1e-6))).to(b.dtype), rtol=1e-2, atol=0)

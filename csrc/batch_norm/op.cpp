@@ -53,18 +53,10 @@ struct Layout {
   Tensor empty() const { return at::empty(x.sizes(), x.options(), format); }
 };
 
-#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
-void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
-int64_t workspace_bytes(const CudaDevice&, const Forward& op) { return forward_workspace_cuda(op); }
-int64_t workspace_bytes(const CudaDevice&, const Backward& op) { return backward_workspace_cuda(op); }
-#endif
-#if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
-void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
-int64_t workspace_bytes(const CpuDevice&, const Forward& op) { return forward_workspace_cpu(op); }
-int64_t workspace_bytes(const CpuDevice&, const Backward& op) { return backward_workspace_cpu(op); }
-#endif
+DLKIT_RUN(Forward, forward)
+DLKIT_RUN(Backward, backward)
+DLKIT_ASK(workspace_bytes, Forward, forward_workspace)
+DLKIT_ASK(workspace_bytes, Backward, backward_workspace)
 
 // For what is found over the elements of a channel or a group: zeros where there are none.
 Tensor empty_for(const Tensor& input, at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -386,7 +378,7 @@ BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, co
   return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
 }
 
-struct BatchNormBackward : SavingNode<6> {
+struct BatchNormBackward : SavingNode<BatchNormBackward, 6> {
   // Y and Bias only where the ReLU's mask is found from the one or, without a residual, from the other.
   enum { Input, Y, Weight, MaskBias, Mean, Rstd };
   Options options;
@@ -394,6 +386,9 @@ struct BatchNormBackward : SavingNode<6> {
   bool residual = false;
 
   std::string name() const override { return "DlkitBatchNormBackward"; }
+  auto fields() const {
+    return std::tie(options.groups, options.training, options.relu, options.eps, bias.type, residual);
+  }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     // A weight tells the parameters' type as well.
@@ -427,18 +422,6 @@ struct BatchNormBackward : SavingNode<6> {
     return gradients(grads[0], {found[0], wanted[1] ? g : Tensor(), found[1], found[2]});
   }
 
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(options.groups);
-    args.collect(options.training);
-    args.collect(options.relu);
-    args.collect(options.eps);
-    args.collect(bias.type);
-    args.collect(residual);
-  }
-
-  void swap_before(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.before(options.groups); }
-  void swap_after(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.after(options.groups); }
-
  private:
   Tensor bias_of(const Saved& saved) const {
     if (saved[MaskBias].defined()) return saved[MaskBias];
@@ -464,18 +447,13 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
                          const OptionalTensor& bias, const OptionalTensor& running_mean,
                          const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, double momentum,
                          const Options& options) {
-  const auto call = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  using Node = BatchNormBackward;
+  const auto node = node_for<Node>(input, residual, weight, bias);
+  ForwardOutputs outputs = below_autograd([&] {
     return call_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, options.groups,
                         options.training, momentum, options.eps, options.relu);
-  };
-  ForwardOutputs outputs;
-  if (any_requires_grad(input, residual, weight, bias)) {
-    using Node = BatchNormBackward;
-    const auto node = make_node<Node>();
-    node->set_next_edges(
-        torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
-    outputs = call();
+  });
+  if (node) {
     const auto& [y, mean, rstd] = outputs;
     torch::autograd::set_history(y, node);
     node->save(Node::Input, input);
@@ -487,8 +465,6 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
     node->save(Node::Rstd, rstd);
     node->options = options;
     node->residual = has(residual);
-  } else {
-    outputs = call();
   }
   return outputs;
 }

@@ -1,7 +1,7 @@
 // dropout(act(input + bias)) as torch ops. The public one checks its arguments, then calls the forward op, through an
 // autograd node where a gradient is asked for; backward is an op of its own, so that compilers see both. Forward-mode
 // derivatives, torch.func transforms and double backward go through torch's formula with the same mask.
-#include "../glue/op.h"
+#include "../dropout/op.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
@@ -11,7 +11,6 @@
 
 #include "../glue/autograd.h"
 #include "../glue/checked.h"
-#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::bias_act_dropout {
@@ -20,16 +19,9 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Forward& op, const KeptBits&) { forward_cuda(op, device.stream()); }
-void run(const CudaDevice& device, const Backward& op, const KeptBits&) { backward_cuda(op, device.stream()); }
-int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
-#endif
-#if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Forward& op, const KeptBits& bits) { forward_cpu({op, bits}); }
-void run(const CpuDevice&, const Backward& op, const KeptBits& bits) { backward_cpu({op, bits}); }
-int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
-#endif
+DLKIT_RUN_WITH(KeptBits, Forward, forward)
+DLKIT_RUN_WITH(KeptBits, Backward, backward)
+DLKIT_ASK(partials_bytes, Backward, backward_partials)
 
 // What both kernels' arguments share. A bias of 16 bits is widened here: a row of it is nothing beside the input.
 template <class Op>
@@ -123,12 +115,13 @@ Tensor activate(const Tensor& input, const OptionalTensor& bias, int64_t activat
                             });
 }
 
-struct BiasActDropoutBackward : SavingNode<3> {
+struct BiasActDropoutBackward : SavingNode<BiasActDropoutBackward, 3> {
   enum { Input, Bias, State };
   int64_t activation = 0;
   double p = 0;
 
   std::string name() const override { return "DlkitBiasActDropoutBackward"; }
+  auto fields() const { return std::tie(activation, p); }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     static const auto op = find_op<decltype(backward_meta)>("bias_act_dropout_backward");
@@ -139,28 +132,19 @@ struct BiasActDropoutBackward : SavingNode<3> {
 
   // dropout's own backward, which is linear, then torch's of the activation.
   variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
-    static const auto drop =
-        find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
-    const Tensor grad = p > 0 ? drop.call(grads[0], saved[State], p, 1, dropout_scale(p), 0, 0) : grads[0];
+    const Tensor grad = p > 0 ? dropout::drop_again(grads[0], saved[State], p) : grads[0];
     const auto found = differentiable_gradients(activate(saved[Input], saved[Bias], activation), grad,
                                                 {saved[Input], saved[Bias], Tensor()},
                                                 {task_should_compute_output(0), task_should_compute_output(1), false});
     return {found[0], found[1]};
-  }
-
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(activation);
-    args.collect(p);
   }
 };
 
 // torch's formula with this library's mask, for what has no kernel here, torch.func transforms and forward mode.
 Tensor formula(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
                const OptionalGenerator& generator, const OptionalTensor& stream) {
-  static const auto drop =
-      find_op<Tensor(const Tensor&, double, int64_t, bool, const OptionalGenerator&, const OptionalTensor&)>("dropout");
   const Tensor y = activate(input, bias, activation);
-  return p > 0 ? drop.call(y, p, -1, false, generator, stream) : y;
+  return p > 0 ? dropout::drop(y, p, generator, stream) : y;
 }
 
 void check(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
@@ -172,8 +156,6 @@ void check(const Tensor& input, const OptionalTensor& bias, int64_t activation, 
   TORCH_CHECK(input.dim() > 0 && bias->dim() == 1 && bias->sym_size(0) == input.sym_size(-1), name,
               "(): expected bias of one dimension, as long as the last one of input ", input.sym_sizes(),
               ", got shape ", bias->sym_sizes());
-  TORCH_CHECK(bias->device() == input.device(), name, "(): expected bias on ", input.device(),
-              " (the device of input), got ", bias->device());
   check_parameter_types(name, input, std::nullopt, bias);
 }
 
@@ -183,20 +165,18 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   static const auto op = find_op<decltype(forward_meta)>("bias_act_dropout_forward");
   if (needs_native(op, input, bias)) return formula(input, bias, activation, p, generator, stream);
   const OptionalTensor drawn = p > 0 ? draw_for(input, p, stream) : std::nullopt;
-  const auto call = [&](bool keep_bits = false) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return op.call(input, bias, drawn, activation, p, generator, keep_bits);
-  };
-  if (!any_requires_grad(input, bias)) return std::get<0>(call());
-  const auto node = make_node<BiasActDropoutBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input, or_undefined(bias)));
-  auto [y, state] = call(should_keep_bits(input, p));
-  torch::autograd::set_history(y, node);
-  node->save(BiasActDropoutBackward::Input, input);
-  node->save(BiasActDropoutBackward::Bias, or_undefined(bias));
-  node->save(BiasActDropoutBackward::State, state);
-  node->activation = activation;
-  node->p = p;
+  using Node = BiasActDropoutBackward;
+  const auto node = node_for<Node>(input, bias);
+  auto [y, state] = below_autograd(
+      [&] { return op.call(input, bias, drawn, activation, p, generator, node && should_keep_bits(input, p)); });
+  if (node) {
+    torch::autograd::set_history(y, node);
+    node->save(Node::Input, input);
+    node->save(Node::Bias, or_undefined(bias));
+    node->save(Node::State, state);
+    node->activation = activation;
+    node->p = p;
+  }
   return std::move(y);
 }
 
@@ -206,38 +186,31 @@ void implement_kernels(torch::Library& m) {
   implement_kernel<backward<Device>>(m, "bias_act_dropout_backward");
 }
 
+void implement_meta(torch::Library& m) {
+  implement_kernel<forward_meta>(m, "bias_act_dropout_forward");
+  implement_kernel<backward_meta>(m, "bias_act_dropout_backward");
+}
+
+void implement_all(torch::Library& m) { implement_public<bias_act_dropout>(m, "bias_act_dropout"); }
+
 }  // namespace
 }  // namespace dlkit::bias_act_dropout
 
 DLKIT_DEFINE_OPS(m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
   m.def(
       "bias_act_dropout(Tensor input, Tensor? bias, int activation, float p, *, Generator? generator=None,"
       " Tensor(a!)? stream=None) -> Tensor",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? state, int activation, float p,"
       " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor state)",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "bias_act_dropout_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor state, int activation,"
       " float p, bool needs_bias) -> (Tensor grad_input, Tensor grad_bias)",
-      tags);
+      DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_KERNELS(dlkit::bias_act_dropout::implement_kernels)
-
-DLKIT_IMPLEMENT_OPS(Meta, m) {
-  dlkit::implement_kernel<dlkit::bias_act_dropout::forward_meta>(m, "bias_act_dropout_forward");
-  dlkit::implement_kernel<dlkit::bias_act_dropout::backward_meta>(m, "bias_act_dropout_backward");
-}
-DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
-}
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
-  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
-}
-DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) {
-  dlkit::implement_public<dlkit::bias_act_dropout::bias_act_dropout>(m, "bias_act_dropout");
-}
+DLKIT_IMPLEMENT_OPS(Meta, m) { dlkit::bias_act_dropout::implement_meta(m); }
+DLKIT_IMPLEMENT_RANDOM_OPS(dlkit::bias_act_dropout::implement_all)

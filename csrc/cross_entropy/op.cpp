@@ -26,21 +26,16 @@ using torch::autograd::variable_list;
 
 constexpr auto name = "cross_entropy";
 
-#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
-void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
-#endif
-#if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Forward& op) {
+DLKIT_RUN(Backward, backward)
+DLKIT_FOR_CUDA(void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); })
+DLKIT_FOR_CPU(void run(const CpuDevice&, const Forward& op) {
   int64_t bad_row = -1;
   Forward checked = op;
   checked.bad_row = &bad_row;
   forward_cpu(checked);
   TORCH_CHECK_INDEX(bad_row < 0, name, "(): expected targets from 0 to ", op.classes - 1, " (input has ", op.classes,
                     " classes) or ", op.ignore_index, " (ignore_index), got ", op.target[bad_row], " in row ", bad_row);
-}
-void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
-#endif
+})
 
 bool has_probabilities(const Tensor& input, const Tensor& target) {
   return input.sym_sizes().equals(target.sym_sizes());
@@ -296,18 +291,19 @@ const auto& forward_op() {
   return op;
 }
 
-struct CrossEntropyBackward : SavingNode<5> {
+struct CrossEntropyBackward : SavingNode<CrossEntropyBackward, 5> {
   enum { Input, Target, Weight, Stats, Total };
   Options options{};
   bool wide = false, in_place = false, overwritten = false;
 
   std::string name() const override { return "DlkitCrossEntropyBackward"; }
+  auto fields() const { return std::tuple_cat(options.fields(), std::tie(wide)); }
 
   variable_list apply(variable_list&& grads) override {
     TORCH_CHECK(!overwritten,
                 "cross_entropy(): the first backward wrote the gradient over the logits (inplace_backward=True), so "
                 "there is no second one through this graph: leave out inplace_backward, or run forward again");
-    return SavingNode<5>::apply(std::move(grads));
+    return SavingNode::apply(std::move(grads));
   }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
@@ -330,11 +326,6 @@ struct CrossEntropyBackward : SavingNode<5> {
   variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
     const auto loss = std::get<0>(formula(saved[Input], saved[Target], saved[Weight], options, wide));
     return {differentiable_gradients(loss, grads[0], {saved[Input], Tensor(), Tensor()}, {true, false, false})[0]};
-  }
-
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    options.collect(args);
-    args.collect(wide);
   }
 };
 
@@ -390,33 +381,28 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
   }
   check_parameter_types(name, input, weight, std::nullopt);
   const Tensor classes = target.scalar_type() == at::kByte ? target.to(at::kLong) : target;
-  const auto call = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return forward_op().call(input, classes, weight, reduction, ignore_index, label_smoothing, lse_square_scale,
-                             softcap, wide);
-  };
-  if (!any_requires_grad(input)) {
-    auto [loss, z_loss, stats, total] = call();
-    return {std::move(loss), std::move(z_loss)};
-  }
-  if (inplace_backward && is_plain(input)) {
+  const auto node = node_for<CrossEntropyBackward>(input);
+  if (node && inplace_backward && is_plain(input)) {
     check_written(name, input);
     TORCH_CHECK(view_of(input).x.const_data_ptr() == input.const_data_ptr(), name,
                 "(): expected input whose classes lie side by side, or contiguous, for inplace_backward, got strides ",
                 input.strides(), " for shape ", input.sizes(), ": call contiguous(), or leave out inplace_backward");
   }
-  const auto node = make_node<CrossEntropyBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input));
-  auto [loss, z_loss, stats, total] = call();
-  torch::autograd::set_history(loss, node);
-  node->save(CrossEntropyBackward::Input, input);
-  node->save(CrossEntropyBackward::Target, classes);
-  node->save(CrossEntropyBackward::Weight, or_undefined(weight));
-  node->save(CrossEntropyBackward::Stats, stats);
-  node->save(CrossEntropyBackward::Total, total);
-  node->options = options;
-  node->wide = wide;
-  node->in_place = inplace_backward;
+  auto [loss, z_loss, stats, total] = below_autograd([&] {
+    return forward_op().call(input, classes, weight, reduction, ignore_index, label_smoothing, lse_square_scale,
+                             softcap, wide);
+  });
+  if (node) {
+    torch::autograd::set_history(loss, node);
+    node->save(CrossEntropyBackward::Input, input);
+    node->save(CrossEntropyBackward::Target, classes);
+    node->save(CrossEntropyBackward::Weight, or_undefined(weight));
+    node->save(CrossEntropyBackward::Stats, stats);
+    node->save(CrossEntropyBackward::Total, total);
+    node->options = options;
+    node->wide = wide;
+    node->in_place = inplace_backward;
+  }
   return {std::move(loss), std::move(z_loss)};
 }
 
@@ -442,46 +428,47 @@ void implement_kernels(torch::Library& m) {
   implement_kernel<backward_<Device>>(m, "cross_entropy_backward_");
 }
 
+void implement_meta(torch::Library& m) {
+  implement_kernel<forward_meta>(m, "cross_entropy_forward");
+  implement_kernel<backward_meta>(m, "cross_entropy_backward");
+  implement_kernel<backward_meta_>(m, "cross_entropy_backward_");
+}
+
 void implement_all(torch::Library& m) { implement_public<cross_entropy>(m, name); }
+
+template <c10::DispatchKey kKey>
+void implement_autocast(torch::Library& m) {
+  m.impl(name, cross_entropy_autocast<kKey>);
+}
 
 }  // namespace
 }  // namespace dlkit::cross_entropy
 
 DLKIT_DEFINE_OPS(m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100,"
       " float label_smoothing=0., float lse_square_scale=0., float softcap=0., bool inplace_backward=False,"
       " bool wide=False) -> (Tensor loss, Tensor z_loss)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index,"
       " float label_smoothing, float lse_square_scale, float softcap, bool wide)"
       " -> (Tensor loss, Tensor z_loss, Tensor stats, Tensor total)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor stats,"
       " Tensor? total, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap)"
       " -> Tensor",
-      tags);
+      DLKIT_PURE);
   m.def(
       "cross_entropy_backward_(Tensor grad_loss, Tensor(a!) input, Tensor target, Tensor? weight, Tensor stats,"
       " Tensor? total, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap)"
       " -> ()",
-      tags);
+      DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_KERNELS(dlkit::cross_entropy::implement_kernels)
-
-DLKIT_IMPLEMENT_OPS(Meta, m) {
-  dlkit::implement_kernel<dlkit::cross_entropy::forward_meta>(m, "cross_entropy_forward");
-  dlkit::implement_kernel<dlkit::cross_entropy::backward_meta>(m, "cross_entropy_backward");
-  dlkit::implement_kernel<dlkit::cross_entropy::backward_meta_>(m, "cross_entropy_backward_");
-}
+DLKIT_IMPLEMENT_OPS(Meta, m) { dlkit::cross_entropy::implement_meta(m); }
 DLKIT_IMPLEMENT_PUBLIC_OPS(dlkit::cross_entropy::implement_all)
-DLKIT_IMPLEMENT_OPS(AutocastCPU, m) {
-  m.impl("cross_entropy", dlkit::cross_entropy::cross_entropy_autocast<c10::DispatchKey::AutocastCPU>);
-}
-DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
-  m.impl("cross_entropy", dlkit::cross_entropy::cross_entropy_autocast<c10::DispatchKey::AutocastCUDA>);
-}
+DLKIT_IMPLEMENT_OPS(AutocastCPU, m) { dlkit::cross_entropy::implement_autocast<c10::DispatchKey::AutocastCPU>(m); }
+DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) { dlkit::cross_entropy::implement_autocast<c10::DispatchKey::AutocastCUDA>(m); }

@@ -1,7 +1,7 @@
 // What linear + cross entropy shares with cross entropy: the options, and the signatures of the ops that it calls.
 #pragma once
 
-#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <tuple>
 
 #include "../glue/op.h"
 
@@ -11,13 +11,7 @@ struct Options {
   int64_t reduction, ignore_index;
   double label_smoothing, z_scale, softcap;
 
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const {
-    args.collect(reduction);
-    args.collect(ignore_index);
-    args.collect(label_smoothing);
-    args.collect(z_scale);
-    args.collect(softcap);
-  }
+  auto fields() const { return std::tie(reduction, ignore_index, label_smoothing, z_scale, softcap); }
 };
 
 // (input, target, weight, options, inplace_backward, wide) -> (loss, z_loss)

@@ -25,12 +25,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const DropBlock2d& op) { dropblock2d_cuda(op, device.stream()); }
-#endif
-#if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const DropBlock2d& op) { dropblock2d_cpu(op); }
-#endif
+DLKIT_RUN(DropBlock2d, dropblock2d)
 
 struct Corners {  // where a square has room
   int64_t size, rows, columns;
@@ -133,36 +128,27 @@ const auto& apply_op() {
   return op;
 }
 
-struct DropBlock2dBackward : SavingNode<1> {  // the state
+struct DropBlock2dBackward : SavingNode<DropBlock2dBackward, 1> {  // the state
   double p = 0;
   int64_t block_size = 1;
 
   std::string name() const override { return "DlkitDropBlock2dBackward"; }
+  auto fields() const { return std::tie(p, block_size); }
 
   // dropblock2d_apply is its own backward, under autograd or not.
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     if (!task_should_compute_output(0)) return variable_list(1);
     return {apply_op().call(grads[0], saved[0], p, block_size)};
   }
-
-  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
-    return backward(grads, saved);
-  }
-
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(p);
-    args.collect(block_size);
-  }
 };
 
-// A node for this call, or null where no gradient is asked for.
-auto node_for(const Tensor& input, double p, int64_t block_size) {
-  decltype(make_node<DropBlock2dBackward>()) node;
-  if (!any_requires_grad(input)) return node;
-  node = make_node<DropBlock2dBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input));
-  node->p = p;
-  node->block_size = block_size;
+// The node of a call, or null where no gradient is asked for.
+auto node_of(const Tensor& input, double p, int64_t block_size) {
+  const auto node = node_for<DropBlock2dBackward>(input);
+  if (node) {
+    node->p = p;
+    node->block_size = block_size;
+  }
   return node;
 }
 
@@ -172,26 +158,15 @@ Tensor scaled(const Tensor& input, const Tensor& factors) {
 }
 
 Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_t block_size) {
-  Tensor y;
+  const auto call = [&](const Tensor& x) {
+    return below_autograd([&] { return apply_op().call(x, state, p, block_size); });
+  };
   if (has_tangent(input) || is_transformed()) {
     const auto type = accumulate_type(input.scalar_type());
-    const Tensor ones = at::ones_symint(input.sym_sizes(), input.options().dtype(type));
-    {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      y = apply_op().call(ones, state, p, block_size);
-    }
-    return scaled(input, y);
+    return scaled(input, call(at::ones_symint(input.sym_sizes(), input.options().dtype(type))));
   }
-  const auto node = node_for(input, p, block_size);
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    y = apply_op().call(input, state, p, block_size);
-  }
-  if (node) {
-    torch::autograd::set_history(y, node);
-    node->save(0, state);
-  }
-  return y;
+  const auto node = node_of(input, p, block_size);
+  return with_history({call(input), state}, node);
 }
 
 // The kernel's mask and factor, by torch's own ops.
@@ -224,18 +199,8 @@ Tensor dropblock2d(const Tensor& input, double p, int64_t block_size, const Opti
   check("dropblock2d", input, p, block_size, generator, stream);
   if (needs_native(forward_op(), input)) return formula(input, p, block_size, generator, stream);
   const OptionalTensor drawn = draw_for(input, 0, stream);
-  const auto node = node_for(input, p, block_size);
-  std::tuple<Tensor, Tensor> result;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = forward_op().call(input, drawn, p, block_size, generator);
-  }
-  auto& [y, state] = result;
-  if (node) {
-    torch::autograd::set_history(y, node);
-    node->save(0, state);
-  }
-  return std::move(y);
+  const auto node = node_of(input, p, block_size);
+  return with_history(below_autograd([&] { return forward_op().call(input, drawn, p, block_size, generator); }), node);
 }
 
 void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
@@ -248,18 +213,11 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
   }
   at::assert_no_internal_overlap(input);
   const OptionalTensor drawn = draw_for(input, 0, stream);
-  const auto node = node_for(input, p, block_size);
+  const auto node = node_of(input, p, block_size);
   static const auto op = find_op<decltype(forward_meta_)>("dropblock2d_forward_");
-  Tensor state;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    state = op.call(input, drawn, p, block_size, generator);
-  }
-  if (!input.is_inference()) torch::autograd::increment_version(input);
-  if (node) {
-    torch::autograd::rebase_history(input, node);
-    node->save(0, state);
-  }
+  const Tensor state = below_autograd([&] { return op.call(input, drawn, p, block_size, generator); });
+  mark_written(input, node);
+  if (node) node->save(0, state);
 }
 
 template <class Device>
@@ -274,44 +232,38 @@ void implement_all(torch::Library& m) {
   implement_public<dropblock2d_>(m, "dropblock2d_");
 }
 
+void implement_apply(torch::Library& m) { implement_kernel<apply_autograd>(m, "dropblock2d_apply"); }
+void implement_meta(torch::Library& m) {
+  implement_kernel<forward_meta>(m, "dropblock2d_forward");
+  implement_kernel<forward_meta_>(m, "dropblock2d_forward_");
+  implement_kernel<apply_meta>(m, "dropblock2d_apply");
+}
+
 }  // namespace
 }  // namespace dlkit::dropblock2d
 
 DLKIT_DEFINE_OPS(m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
   m.def(
       "dropblock2d(Tensor input, float p, int block_size, *, Generator? generator=None, Tensor(a!)? stream=None)"
       " -> Tensor",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropblock2d_(Tensor(a!) input, float p, int block_size, *, Generator? generator=None,"
       " Tensor(b!)? stream=None) -> ()",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropblock2d_forward(Tensor input, Tensor? state, float p, int block_size, Generator? generator=None)"
       " -> (Tensor y, Tensor state)",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropblock2d_forward_(Tensor(a!) input, Tensor? state, float p, int block_size, Generator? generator=None)"
       " -> Tensor",
-      random);
-  m.def("dropblock2d_apply(Tensor input, Tensor state, float p, int block_size) -> Tensor", tags);
+      DLKIT_RANDOM);
+  m.def("dropblock2d_apply(Tensor input, Tensor state, float p, int block_size) -> Tensor", DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropblock2d::implement_kernels)
-
-DLKIT_IMPLEMENT_OPS(Meta, m) {
-  dlkit::implement_kernel<dlkit::dropblock2d::forward_meta>(m, "dropblock2d_forward");
-  dlkit::implement_kernel<dlkit::dropblock2d::forward_meta_>(m, "dropblock2d_forward_");
-  dlkit::implement_kernel<dlkit::dropblock2d::apply_meta>(m, "dropblock2d_apply");
-}
-DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::dropblock2d::implement_all(m);
-  dlkit::implement_kernel<dlkit::dropblock2d::apply_autograd>(m, "dropblock2d_apply");
-}
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropblock2d::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::dropblock2d::implement_all(m); }
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  dlkit::implement_kernel<dlkit::dropblock2d::apply_autograd>(m, "dropblock2d_apply");
-}
+DLKIT_IMPLEMENT_OPS(Meta, m) { dlkit::dropblock2d::implement_meta(m); }
+DLKIT_IMPLEMENT_RANDOM_OPS(dlkit::dropblock2d::implement_all)
+DLKIT_IMPLEMENT_OPS(Autograd, m) { dlkit::dropblock2d::implement_apply(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::dropblock2d::implement_apply(m); }

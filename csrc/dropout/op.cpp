@@ -3,7 +3,7 @@
 // Backward is dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
 // dlkit.random.Philox. Forward-mode derivatives and torch.func's transforms go through a differentiable formula with
 // the same mask, which dropout_mask draws.
-#include "../glue/op.h"
+#include "op.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
@@ -25,7 +25,6 @@
 #include "../glue/autograd.h"
 #include "../glue/checked.h"
 #include "../glue/in_place.h"
-#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::dropout {
@@ -34,12 +33,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Dropout& op, const KeptBits&) { dropout_cuda(op, device.stream()); }
-#endif
-#if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Dropout& op, const KeptBits& bits) { dropout_cpu({op, bits}); }
-#endif
+DLKIT_RUN_WITH(KeptBits, Dropout, dropout)
 
 // What an op does with the mask: y = keep ? x * scale + shift : dropped, a bit for every `inner` adjacent elements.
 template <class Int>
@@ -99,20 +93,20 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
   const Tensor x = layout.direct ? input : input.contiguous();
   const Tensor added = residual.defined() ? residual.contiguous() : residual;
   const Tensor y = fits || (!layout.direct && output.is_contiguous()) ? output : at::empty_like(x);
-  Dropout op{x.const_data_ptr(),
-             added.defined() ? added.const_data_ptr() : nullptr,
-             y.mutable_data_ptr(),
-             x.numel(),
-             layout.inner,
-             source,
-             state,
-             drop_threshold(form.p),
-             form.scale,
-             form.shift,
-             form.dropped,
-             dtype_of(input.scalar_type())};
-  op.period = layout.period;
-  op.apart = layout.spatial > 1;
+  const Dropout op{.x = x.const_data_ptr(),
+                   .residual = data_or_null(added),
+                   .y = y.mutable_data_ptr(),
+                   .numel = x.numel(),
+                   .inner = layout.inner,
+                   .source = source,
+                   .state = state,
+                   .threshold = drop_threshold(form.p),
+                   .scale = form.scale,
+                   .shift = form.shift,
+                   .dropped = form.dropped,
+                   .dtype = dtype_of(input.scalar_type()),
+                   .apart = layout.spatial > 1,
+                   .period = layout.period};
   run(device, op, layout.inner == 1 ? bits : KeptBits{});
   if (!y.is_same(output)) output.copy_(y);
 }
@@ -234,7 +228,7 @@ const auto& forward_op() {
 }
 
 Tensor call_apply(const Tensor& input, const Tensor& state, const Form<c10::SymInt>& form) {
-  static const auto op = find_op<decltype(apply_meta)>("dropout_apply");
+  static const auto op = find_op<ApplyOp>("dropout_apply");
   return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped);
 }
 
@@ -261,11 +255,12 @@ bool keeps_bits(const Tensor& input, const Form<c10::SymInt>& form) {
   return inner.has_value() && *inner == 1 && should_keep_bits(input, form.p);
 }
 
-struct DropoutBackward : SavingNode<1> {  // the state
+struct DropoutBackward : SavingNode<DropoutBackward, 1> {  // the state
   Form<c10::SymInt> form{};
   bool residual = false;  // a second input, whose gradient is that of the output
 
   std::string name() const override { return "DlkitDropoutBackward"; }
+  auto fields() const { return std::tie(form.p, form.inner, form.scale, residual); }
 
   // dropout_apply is its own backward, under autograd or not.
   variable_list backward(const variable_list& grads, const Saved& saved) override {
@@ -274,26 +269,15 @@ struct DropoutBackward : SavingNode<1> {  // the state
     if (task_should_compute_output(0)) result[0] = call_apply(grads[0], saved[0], form);
     return result;
   }
-
-  variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
-    return backward(grads, saved);
-  }
-
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(form.p);
-    args.collect(form.inner);
-    args.collect(form.scale);
-    args.collect(residual);
-  }
-
-  void swap_before(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.before(form.inner); }
-  void swap_after(torch::dynamo::autograd::SwapSavedVariables& swap) override { swap.after(form.inner); }
 };
 
-auto node_for(const Tensor& input, const Form<c10::SymInt>& form) {
-  const auto node = make_node<DropoutBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input));
-  node->form = linear_part(form);
+// The node of a call, or null where no gradient is asked for.
+auto node_of(const Form<c10::SymInt>& form, const auto&... inputs) {
+  const auto node = node_for<DropoutBackward>(inputs...);
+  if (node) {
+    node->form = linear_part(form);
+    node->residual = sizeof...(inputs) > 1;
+  }
   return node;
 }
 
@@ -310,25 +294,10 @@ Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::S
   const Form<c10::SymInt> form{p, inner, scale, shift, dropped};
   if (has_tangent(input) || is_transformed()) {
     const Tensor ones = at::ones_symint(input.sym_sizes(), input.options().dtype(at::kFloat));
-    Tensor keep;
-    {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      keep = call_apply(ones, state, {p, inner, 1, 0, 0});
-    }
-    return select(input, keep, form);
+    return select(input, below_autograd([&] { return call_apply(ones, state, {p, inner, 1, 0, 0}); }), form);
   }
-  const bool graph = any_requires_grad(input);
-  const auto node = graph ? node_for(input, form) : nullptr;
-  Tensor y;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    y = call_apply(input, state, form);
-  }
-  if (graph) {
-    torch::autograd::set_history(y, node);
-    node->save(0, state);
-  }
-  return y;
+  const auto node = node_of(form, input);
+  return with_history({below_autograd([&] { return call_apply(input, state, form); }), state}, node);
 }
 
 // The constants of a call, and torch's checks. mask_ndim: how many leading dimensions the mask has, -1 for all.
@@ -411,23 +380,14 @@ Tensor dropout(const Tensor& input, double p, int64_t mask_ndim, bool alpha, con
   if (!has_kernel(forward_op(), input)) return native("dropout", input, p, mask_ndim, alpha, generator, stream);
   if (has_tangent(input) || is_transformed()) return by_mask(input, form, mask_ndim, generator, stream);
   const OptionalTensor drawn = draw_for(input, p, stream);
-  const bool graph = any_requires_grad(input);
-  const auto node = graph ? node_for(input, form) : nullptr;
-  std::tuple<Tensor, Tensor> result;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = call_forward(input, drawn, form, generator, graph && keeps_bits(input, form));
-  }
-  auto& [y, state] = result;
-  if (graph) {
-    torch::autograd::set_history(y, node);
-    node->save(0, state);
-  }
-  return std::move(y);
+  const auto node = node_of(form, input);
+  return with_history(
+      below_autograd([&] { return call_forward(input, drawn, form, generator, node && keeps_bits(input, form)); }),
+      node);
 }
 
 const auto& add_op() {
-  static const auto op = find_op<decltype(add_forward_meta)>("dropout_add_forward");
+  static const auto op = find_op<AddForwardOp>("dropout_add_forward");
   return op;
 }
 
@@ -436,37 +396,20 @@ Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const 
                    const OptionalTensor& stream) {
   const auto form = form_of("dropout_add", input, p, -1, false, generator, stream);
   TORCH_CHECK(residual.defined(), "dropout_add(): expected residual to be a Tensor, got None");
-  const bool fits = !input.is_nested() && !residual.is_nested() && input.scalar_type() == residual.scalar_type() &&
-                    input.device() == residual.device() && input.sym_sizes().equals(residual.sym_sizes());
-  if (!fits || needs_native(add_op(), input, residual)) {
-    static const auto op = find_op<decltype(dropout)>("dropout");
-    return op.call(input, p, -1, false, generator, stream) + residual;
+  if (!has_form_of(input, residual) || needs_native(add_op(), input, residual)) {
+    return drop(input, p, generator, stream) + residual;
   }
   const OptionalTensor drawn = draw_for(input, p, stream);
-  const bool graph = any_requires_grad(input, residual);
-  const auto node = make_node<DropoutBackward>();
-  if (graph) {
-    node->set_next_edges(torch::autograd::collect_next_edges(input, residual));
-    node->form = form;
-    node->residual = true;
-  }
-  std::tuple<Tensor, Tensor> result;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = add_op().call(input, residual, drawn, p, generator, graph && should_keep_bits(input, p));
-  }
-  auto& [y, state] = result;
-  if (graph) {
-    torch::autograd::set_history(y, node);
-    node->save(0, state);
-  }
-  return std::move(y);
+  const auto node = node_of(form, input, residual);
+  return with_history(below_autograd([&] {
+                        return add_op().call(input, residual, drawn, p, generator, node && should_keep_bits(input, p));
+                      }),
+                      node);
 }
 
 void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const OptionalGenerator& generator,
               const OptionalTensor& stream) {
   const auto form = form_of("dropout_", input, p, mask_ndim, alpha, generator, stream);
-  const bool graph = any_requires_grad(input);
   check_written("dropout_", input);
   if (needs_native(forward_op(), input)) {
     input.copy_(dropout(input, p, mask_ndim, alpha, generator, stream));
@@ -474,17 +417,11 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   }
   at::assert_no_internal_overlap(input);
   const OptionalTensor drawn = draw_for(input, p, stream);
-  const auto node = graph ? node_for(input, form) : nullptr;
-  Tensor state;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    state = call_forward_(input, drawn, form, generator, graph && keeps_bits(input, form));
-  }
-  if (!input.is_inference()) torch::autograd::increment_version(input);
-  if (graph) {
-    torch::autograd::rebase_history(input, node);
-    node->save(0, state);
-  }
+  const auto node = node_of(form, input);
+  const Tensor state =
+      below_autograd([&] { return call_forward_(input, drawn, form, generator, node && keeps_bits(input, form)); });
+  mark_written(input, node);
+  if (node) node->save(0, state);
 }
 
 template <class Device>
@@ -502,70 +439,60 @@ void implement_all(torch::Library& m) {
 }
 
 void implement_mask(torch::Library& m) { implement_kernel<mask>(m, "dropout_mask"); }
+void implement_apply(torch::Library& m) { implement_kernel<apply_autograd>(m, "dropout_apply"); }
+void implement_meta(torch::Library& m) {
+  implement_kernel<forward_meta>(m, "dropout_forward");
+  implement_kernel<forward_meta_>(m, "dropout_forward_");
+  implement_kernel<apply_meta>(m, "dropout_apply");
+  implement_kernel<add_forward_meta>(m, "dropout_add_forward");
+  m.impl("philox_draw", philox_draw_meta);
+}
 
 }  // namespace
 }  // namespace dlkit::dropout
 
 DLKIT_DEFINE_OPS(m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
   m.def(
       "dropout(Tensor input, float p, int mask_ndim=-1, bool alpha=False, *, Generator? generator=None,"
       " Tensor(a!)? stream=None) -> Tensor",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_(Tensor(a!) input, float p, int mask_ndim=-1, bool alpha=False, *, Generator? generator=None,"
       " Tensor(b!)? stream=None) -> ()",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_forward(Tensor input, float p, SymInt inner, float scale, float shift, float dropped,"
       " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor state)",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_forward_(Tensor(a!) input, Tensor? state, float p, SymInt inner, float scale, float shift,"
       " float dropped, Generator? generator=None, bool keep_bits=False) -> Tensor",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_apply(Tensor input, Tensor state, float p, SymInt inner, float scale, float shift, float dropped)"
       " -> Tensor",
-      tags);
+      DLKIT_PURE);
   m.def(
       "dropout_add(Tensor input, Tensor residual, float p, *, Generator? generator=None, Tensor(a!)? stream=None)"
       " -> Tensor",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None,"
       " bool keep_bits=False) -> (Tensor y, Tensor state)",
-      random);
-  m.def("dropout_mask(Tensor input, float p, *, Generator? generator=None, Tensor(a!)? stream=None) -> Tensor", random);
-  m.def("philox_draw(Tensor(a!) stream) -> Tensor", tags);
+      DLKIT_RANDOM);
+  m.def("dropout_mask(Tensor input, float p, *, Generator? generator=None, Tensor(a!)? stream=None) -> Tensor",
+        DLKIT_RANDOM);
+  m.def("philox_draw(Tensor(a!) stream) -> Tensor", DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_OPS(CPU, m) { m.impl("philox_draw", dlkit::dropout::philox_draw); }
-
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropout::implement_kernels)
-
-DLKIT_IMPLEMENT_OPS(Meta, m) {
-  dlkit::implement_kernel<dlkit::dropout::forward_meta>(m, "dropout_forward");
-  dlkit::implement_kernel<dlkit::dropout::forward_meta_>(m, "dropout_forward_");
-  dlkit::implement_kernel<dlkit::dropout::apply_meta>(m, "dropout_apply");
-  dlkit::implement_kernel<dlkit::dropout::add_forward_meta>(m, "dropout_add_forward");
-  m.impl("philox_draw", dlkit::dropout::philox_draw_meta);
-}
+DLKIT_IMPLEMENT_OPS(Meta, m) { dlkit::dropout::implement_meta(m); }
+DLKIT_IMPLEMENT_RANDOM_OPS(dlkit::dropout::implement_all)
 DLKIT_IMPLEMENT_OPS(Autograd, m) {
-  dlkit::dropout::implement_all(m);
   dlkit::dropout::implement_mask(m);
-  dlkit::implement_kernel<dlkit::dropout::apply_autograd>(m, "dropout_apply");
+  dlkit::dropout::implement_apply(m);
 }
-DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) {
-  dlkit::dropout::implement_all(m);
-  dlkit::dropout::implement_mask(m);
-}
-// Under vmap what is random is so for inputs without a batch too.
-DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) {
-  dlkit::dropout::implement_all(m);
-  dlkit::implement_kernel<dlkit::dropout::mask_vmap>(m, "dropout_mask");
-}
-DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) {
-  dlkit::implement_kernel<dlkit::dropout::apply_autograd>(m, "dropout_apply");
-}
+DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { dlkit::dropout::implement_mask(m); }
+DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::implement_kernel<dlkit::dropout::mask_vmap>(m, "dropout_mask"); }
+DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { dlkit::dropout::implement_apply(m); }

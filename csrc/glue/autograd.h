@@ -57,15 +57,26 @@ inline std::array<at::Tensor, 3> differentiable_gradients(const at::Tensor& y, c
   return result;
 }
 
-// torch names nodes differently from release to release: up to 2.12 one is held by shared_ptr, from the release on that
-// has node.h by intrusive_ptr.
-template <class T>
-auto make_node() {
+// What call() returns, below autograd, as the kernels' ops are called.
+template <class F>
+auto below_autograd(const F& call) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call();
+}
+
+// A node for the gradients of `inputs`, or null where none is asked for. torch names nodes differently from release to
+// release: up to 2.12 one is held by shared_ptr, from the release on that has node.h by intrusive_ptr.
+template <class T, class... Inputs>
+auto node_for(const Inputs&... inputs) {
 #if __has_include(<torch/csrc/autograd/node.h>)
-  return c10::make_intrusive<T>();
+  c10::intrusive_ptr<T> node;
+  if (any_requires_grad(inputs...)) node = c10::make_intrusive<T>();
 #else
-  return std::shared_ptr<T>(new T(), torch::autograd::deleteNode);
+  std::shared_ptr<T> node;
+  if (any_requires_grad(inputs...)) node.reset(new T(), torch::autograd::deleteNode);
 #endif
+  if (node) node->set_next_edges(torch::autograd::collect_next_edges(or_undefined(inputs)...));
+  return node;
 }
 
 // A bias of which backward reads no element, only the type that its gradient gets: what a node keeps in its place, so
@@ -85,8 +96,12 @@ struct Bias {
 
 // A node with kCount saved variables. To unpack one may run hooks of the user, who computes in them (checkpointing) or
 // copies (offloading): that needs all of torch's dispatch. So all are unpacked here, before autograd's keys are
-// excluded for the kernels, and what an op's node is given are plain tensors.
-template <size_t kCount>
+// excluded for the kernels, and what an op's node is given are plain tensors. A node of its own rather than
+// torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
+//
+// What Self keeps beside tensors it names in fields(), a tuple of references: a compiler must know it to be constant,
+// but for sizes, which it may not.
+template <class Self, size_t kCount>
 struct SavingNode : torch::autograd::Node {
   using Variables = torch::autograd::variable_list;
   using Saved = std::array<at::Tensor, kCount>;
@@ -98,12 +113,10 @@ struct SavingNode : torch::autograd::Node {
 
   // The gradients by the kernels' ops, which need no autograd.
   virtual Variables backward(const Variables& grads, const Saved& saved) = 0;
-  // The same by ops that can themselves be differentiated, or transformed by torch.func.
-  virtual Variables differentiable_backward(const Variables& grads, const Saved& saved) = 0;
-  // What a compiler must know to be constant, and the sizes that it may not.
-  virtual void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const = 0;
-  virtual void swap_before(torch::dynamo::autograd::SwapSavedVariables&) {}
-  virtual void swap_after(torch::dynamo::autograd::SwapSavedVariables&) {}
+  // The same by ops that can themselves be differentiated, or transformed by torch.func. By default the kernels' own.
+  virtual Variables differentiable_backward(const Variables& grads, const Saved& saved) {
+    return backward(grads, saved);
+  }
 
   Variables apply(Variables&& grads) override {
     bool any = false;
@@ -126,19 +139,27 @@ struct SavingNode : torch::autograd::Node {
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (size_t i = 0; i < kCount; ++i) args.collect(saved_[i], is_output_[i]);
-    collect(args);
+    std::apply([&](const auto&... field) { (args.collect(field), ...); }, static_cast<const Self*>(this)->fields());
   }
 
   Variables apply_with_saved(const Variables& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
     for (auto& variable : saved_) swap.before(variable);
-    swap_before(swap);
+    for_sizes([&](c10::SymInt& size) { swap.before(size); });
     Variables result = apply(Variables(grads));
     for (auto& variable : saved_) swap.after(variable);
-    swap_after(swap);
+    for_sizes([&](c10::SymInt& size) { swap.after(size); });
     return result;
   }
 
  private:
+  template <class F>
+  void for_sizes(const F& f) {
+    const auto visit = [&](const auto& field) {
+      if constexpr (std::is_same_v<decltype(field), const c10::SymInt&>) f(const_cast<c10::SymInt&>(field));
+    };
+    std::apply([&](const auto&... field) { (visit(field), ...); }, static_cast<const Self*>(this)->fields());
+  }
+
   Saved unpack() {
     const std::lock_guard<std::mutex> lock(mutex_);
     Saved result;
@@ -151,5 +172,16 @@ struct SavingNode : torch::autograd::Node {
   std::array<torch::autograd::SavedVariable, kCount> saved_;
   std::array<bool, kCount> is_output_{};
 };
+
+// y of (y, state): given its node, if there is one, which saves the state.
+template <class Node>
+at::Tensor with_history(std::tuple<at::Tensor, at::Tensor> result, const Node& node) {
+  auto& [y, state] = result;
+  if (node) {
+    torch::autograd::set_history(y, node);
+    node->save(0, state);
+  }
+  return std::move(y);
+}
 
 }  // namespace dlkit

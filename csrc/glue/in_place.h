@@ -17,6 +17,13 @@ inline void check_written(const char* name, const at::Tensor& input) {
       "(): an inference tensor cannot be changed in place outside InferenceMode: clone it, or leave out inplace");
 }
 
+// After a kernel wrote to `input`, whose gradients go by `node`, if there is one.
+template <class Node>
+void mark_written(at::Tensor& input, const Node& node) {
+  if (!input.is_inference()) torch::autograd::increment_version(input);
+  if (node) torch::autograd::rebase_history(input, node);
+}
+
 // Whether memory may be reused at will: a compiler, a mode, a subclass or vmap has plans of its own.
 inline bool is_plain(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet others{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,

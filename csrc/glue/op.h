@@ -26,11 +26,42 @@
 #define DLKIT_DEFINE_OPS(m) DLKIT_DEFINE_OPS_(DLKIT_LIBRARY, m)
 #define DLKIT_IMPLEMENT_OPS_(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 #define DLKIT_IMPLEMENT_OPS(key, m) DLKIT_IMPLEMENT_OPS_(DLKIT_LIBRARY, key, m)
-// What the public ops are for calls with gradients, without, and under torch.vmap.
-#define DLKIT_IMPLEMENT_PUBLIC_OPS(implement)                         \
+// What the public ops are for calls with gradients, without, and under torch.vmap. Under vmap what is random is so for
+// inputs without a batch too.
+#define DLKIT_IMPLEMENT_BY_KEYS(implement, VmapKey)                   \
   DLKIT_IMPLEMENT_OPS(Autograd, m) { implement(m); }                  \
   DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { implement(m); } \
-  DLKIT_IMPLEMENT_OPS(FuncTorchBatched, m) { implement(m); }
+  DLKIT_IMPLEMENT_OPS(VmapKey, m) { implement(m); }
+#define DLKIT_IMPLEMENT_PUBLIC_OPS(implement) DLKIT_IMPLEMENT_BY_KEYS(implement, FuncTorchBatched)
+#define DLKIT_IMPLEMENT_RANDOM_OPS(implement) DLKIT_IMPLEMENT_BY_KEYS(implement, FuncTorchVmapMode)
+
+// How ops are tagged: whether two calls with the same arguments give the same.
+#define DLKIT_PURE {at::Tag::pt2_compliant_tag}
+#define DLKIT_RANDOM {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded}
+
+// Code for the devices that this build has kernels for.
+#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
+#define DLKIT_FOR_CUDA(...) __VA_ARGS__
+#else
+#define DLKIT_FOR_CUDA(...)
+#endif
+#if defined(DLKIT_CUDA_ON_CPU)
+#define DLKIT_FOR_CPU(...)
+#else
+#define DLKIT_FOR_CPU(...) __VA_ARGS__
+#endif
+// run(device, op) for an op's struct: kernel##_cpu or kernel##_cuda.
+#define DLKIT_RUN(Op, kernel)                                                   \
+  DLKIT_FOR_CPU(void run(const CpuDevice&, const Op& op) { kernel##_cpu(op); }) \
+  DLKIT_FOR_CUDA(void run(const CudaDevice& device, const Op& op) { kernel##_cuda(op, device.stream()); })
+// run(device, op, more), where the CPU's kernel takes more.
+#define DLKIT_RUN_WITH(More, Op, kernel)                                                                  \
+  DLKIT_FOR_CPU(void run(const CpuDevice&, const Op& op, const More& more) { kernel##_cpu({op, more}); }) \
+  DLKIT_FOR_CUDA(void run(const CudaDevice& device, const Op& op, const More&) { kernel##_cuda(op, device.stream()); })
+// ask(device, op), of what depends on the kernel: question##_cpu or question##_cuda.
+#define DLKIT_ASK(ask, Op, question)                                                     \
+  DLKIT_FOR_CPU(auto ask(const CpuDevice&, const Op& op) { return question##_cpu(op); }) \
+  DLKIT_FOR_CUDA(auto ask(const CudaDevice&, const Op& op) { return question##_cuda(op); })
 
 namespace dlkit {
 
@@ -70,7 +101,20 @@ inline bool is_strided_nested(const at::Tensor& tensor) {
 
 inline bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
+inline const OptionalTensor kNone;
+
 inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
+inline const at::Tensor& or_undefined(const at::Tensor& tensor) { return tensor; }
+
+inline at::Tensor contiguous_or_undefined(const OptionalTensor& tensor) {
+  return has(tensor) ? tensor->contiguous() : at::Tensor();
+}
+
+// Whether a + b neither broadcasts nor promotes.
+inline bool has_form_of(const at::Tensor& a, const at::Tensor& b) {
+  return !a.is_nested() && !b.is_nested() && a.scalar_type() == b.scalar_type() && a.device() == b.device() &&
+         a.sym_sizes().equals(b.sym_sizes());
+}
 
 // The type of a norm's weight and bias.
 inline at::ScalarType parameter_type(const at::Tensor& input, const OptionalTensor& weight,

@@ -6,16 +6,15 @@
 // Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
 #include "../glue/op.h"
 
-#include <ATen/autocast_mode.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/broadcast_tensors.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/result_type.h>
 #include <ATen/ops/rms_norm.h>
 
+#include "../dropout/op.h"
+#include "../glue/autocast.h"
 #include "../glue/autograd.h"
 #include "../glue/checked.h"
-#include "../glue/random.h"
 #include "kernel.h"
 
 namespace dlkit::layer_norm {
@@ -28,110 +27,130 @@ using BackwardOutputs = std::tuple<Tensor, Tensor, Tensor>;                     
 using DroppedForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // ..., state
 using DroppedBackwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;         // grad_input, grad_residual, ...
 
-Tensor contiguous_or_undefined(const OptionalTensor& tensor) { return has(tensor) ? tensor->contiguous() : Tensor(); }
+DLKIT_RUN(Forward, forward)
+DLKIT_RUN(Backward, backward)
+DLKIT_ASK(can_drop, Forward, can_drop)
+DLKIT_ASK(can_drop, Backward, can_drop)
+DLKIT_ASK(partials_bytes, Backward, backward_partials)
+DLKIT_FOR_CUDA(int64_t partials_bytes(const CudaDevice&, const Forward& op) { return forward_partials_cuda(op); })
+DLKIT_FOR_CPU(int64_t partials_bytes(const CpuDevice&, const Forward&) { return 0; })
 
-// [..., normalized dims] -> [..., 1, ...]: the shape of mean and rstd.
-template <class Sizes>
-auto statistics_sizes(const Sizes& sizes, int64_t normalized_ndim) {
-  auto result = sizes.vec();
-  std::fill(result.end() - normalized_ndim, result.end(), 1);
-  return result;
-}
-
-#if defined(DLKIT_WITH_CUDA) || defined(DLKIT_CUDA_ON_CPU)
-void run(const CudaDevice& device, const Forward& op) { forward_cuda(op, device.stream()); }
-void run(const CudaDevice& device, const Backward& op) { backward_cuda(op, device.stream()); }
-int64_t partials_bytes(const CudaDevice&, const Forward& op) { return forward_partials_cuda(op); }
-int64_t partials_bytes(const CudaDevice&, const Backward& op) { return backward_partials_cuda(op); }
-template <class Op>
-bool can_drop(const CudaDevice&, const Op& op) {
-  return can_drop_cuda(op);
-}
-#endif
-#if !defined(DLKIT_CUDA_ON_CPU)
-void run(const CpuDevice&, const Forward& op) { forward_cpu(op); }
-void run(const CpuDevice&, const Backward& op) { backward_cpu(op); }
-int64_t partials_bytes(const CpuDevice&, const Forward&) { return 0; }
-int64_t partials_bytes(const CpuDevice&, const Backward& op) { return backward_partials_cpu(op); }
-template <class Op>
-bool can_drop(const CpuDevice&, const Op& op) {
-  return can_drop_cpu(op);
-}
-#endif
-
-// Room for partial sums, undefined where the op needs none.
+// With the room for partial sums that the kernel asks for.
 template <class Device, class Op>
-Tensor partials_of(const Device& device, const Op& op, const Tensor& input) {
+void run_with_partials(const Device& device, Op& op, const Tensor& input) {
   const int64_t bytes = partials_bytes(device, op);
-  return bytes > 0 ? at::empty({bytes}, input.options().dtype(at::kByte)) : Tensor();
+  const Tensor partials = bytes > 0 ? at::empty({bytes}, input.options().dtype(at::kByte)) : Tensor();
+  op.partials = mutable_data_or_null(partials);
+  run(device, op);
 }
 
-struct Shape {
-  int64_t rows, cols;
+// What is normalized, and how.
+struct Norm {
+  const Tensor& input;
+  const OptionalTensor& residual = kNone;
+  c10::SymIntArrayRef shape = {};  // of a row: the last dimensions
+  const OptionalTensor& weight = kNone;
+  const OptionalTensor& bias = kNone;
+  std::optional<double> eps = std::nullopt;  // RMSNorm has a default
+  bool rms = false;
+
+  int64_t ndim() const { return int64_t(shape.size()); }
+  at::ScalarType parameters() const { return parameter_type(input, weight, bias); }
 };
 
-Shape shape_of(const Tensor& input, int64_t normalized_ndim) {
-  const int64_t cols = c10::multiply_integers(input.sizes().slice(input.dim() - normalized_ndim));
+c10::SymIntArrayRef last_sizes(const Tensor& input, int64_t ndim) {
+  return input.sym_sizes().slice(input.dim() - ndim);
+}
+
+// Rows and columns.
+std::pair<int64_t, int64_t> shape_of(const Tensor& input, int64_t ndim) {
+  const int64_t cols = c10::multiply_integers(input.sizes().slice(input.dim() - ndim));
   return {cols > 0 ? input.numel() / cols : 0, cols};
 }
 
-// What of an op's dropout the kernels do not decide themselves. `state`: given, or drawn here.
+Tensor empty_like_input(const Tensor& input) { return at::empty_symint(input.sym_sizes(), input.options()); }
+
+ForwardOutputs empty_outputs(const Norm& norm, bool stats) {
+  ForwardOutputs outputs;
+  auto& [y, sum, mean, rstd] = outputs;
+  y = empty_like_input(norm.input);
+  if (has(norm.residual)) sum = empty_like_input(norm.input);
+  if (stats) {
+    c10::SymDimVector sizes(norm.input.sym_sizes().begin(), norm.input.sym_sizes().end());
+    std::fill(sizes.end() - norm.ndim(), sizes.end(), 1);
+    const auto options = norm.input.options().dtype(accumulate_type(norm.input.scalar_type()));
+    if (!norm.rms) mean = at::empty_symint(sizes, options);
+    rstd = at::empty_symint(sizes, options);
+  }
+  return outputs;
+}
+
+BackwardOutputs empty_gradients(const Norm& norm, std::array<bool, 3> mask) {
+  const auto parameter = [&](bool wanted) {
+    return wanted ? at::empty_symint(norm.shape, norm.input.options().dtype(norm.parameters())) : Tensor();
+  };
+  return {mask[0] ? empty_like_input(norm.input) : Tensor(), parameter(mask[1]), parameter(mask[2])};
+}
+
+// Dropout arguments that are fixed before launch.
 FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* state) {
   return {source, state, drop_threshold(p), dropout_scale(p), true};
 }
 
-// `dropout`, if there is one, may be filled in from what only the kernels' limits decide: false if they cannot drop.
-template <class Device, class FillIn>
-bool forward(const Device& device, ForwardOutputs& outputs, const Tensor& input, const OptionalTensor& residual,
-             int64_t normalized_ndim, const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
-             bool stats, const FillIn& dropout) {
-  const Rows x = as_rows(input, normalized_ndim);
-  const Rows added = as_rows(or_undefined(residual), normalized_ndim);
-  const Tensor w = contiguous_or_undefined(weight);
-  const Tensor b = contiguous_or_undefined(bias);
-  const auto sizes = input.sizes();
-  auto& [y, sum, mean, rstd] = outputs;
-  y = at::empty(sizes, input.options());
-  if (has(residual)) sum = at::empty(sizes, input.options());
-  if (stats) {
-    const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
-    const auto stats_sizes = statistics_sizes(sizes, normalized_ndim);
-    if (!rms) mean = at::empty(stats_sizes, options);
-    rstd = at::empty(stats_sizes, options);
+// The arguments of forward's kernel, what they point to, and its outputs.
+struct ForwardCall {
+  Rows x, residual;
+  Tensor weight, bias;
+  ForwardOutputs outputs;
+  Forward op;
+
+  ForwardCall(const Norm& norm, bool stats)
+      : x(as_rows(norm.input, norm.ndim())),
+        residual(as_rows(or_undefined(norm.residual), norm.ndim())),
+        weight(contiguous_or_undefined(norm.weight)),
+        bias(contiguous_or_undefined(norm.bias)),
+        outputs(empty_outputs(norm, stats)) {
+    const auto& [y, sum, mean, rstd] = outputs;
+    const auto [rows, cols] = shape_of(norm.input, norm.ndim());
+    op = {.x = x.data(),
+          .residual = residual.data(),
+          .weight = data_or_null(weight),
+          .bias = data_or_null(bias),
+          .y = y.mutable_data_ptr(),
+          .sum = mutable_data_or_null(sum),
+          .mean = mutable_data_or_null(mean),
+          .rstd = mutable_data_or_null(rstd),
+          .rows = rows,
+          .cols = cols,
+          .x_stride = x.stride,
+          .residual_stride = residual.stride,
+          .eps = *norm.eps,
+          .dtype = dtype_of(norm.input.scalar_type()),
+          .parameter_dtype = dtype_of(norm.parameters()),
+          .rms = norm.rms,
+          .dropout = {}};
   }
-  const auto [rows, cols] = shape_of(input, normalized_ndim);
-  Forward op{x.data(),
-             added.data(),
-             data_or_null(w),
-             data_or_null(b),
-             y.mutable_data_ptr(),
-             mutable_data_or_null(sum),
-             mutable_data_or_null(mean),
-             mutable_data_or_null(rstd),
-             rows,
-             cols,
-             x.stride,
-             added.stride,
-             eps,
-             dtype_of(input.scalar_type()),
-             dtype_of(parameter_type(input, weight, bias)),
-             rms,
-             {}};
-  if (!dropout(op)) return false;
-  if (rows == 0) return true;
-  const Tensor partials = partials_of(device, op, input);
-  op.partials = mutable_data_or_null(partials);
-  run(device, op);
-  return true;
+};
+
+template <class Device>
+ForwardOutputs forward(const Norm& norm, bool stats) {
+  const Device device(norm.input);
+  ForwardCall call(norm, stats);
+  if (call.op.rows > 0) run_with_partials(device, call.op, norm.input);
+  return std::move(call.outputs);
 }
 
 template <class Device>
 ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
                        const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms, bool stats) {
-  ForwardOutputs outputs;
-  forward(Device(input), outputs, input, residual, normalized_ndim, weight, bias, eps, rms, stats,
-          [](const Forward&) { return true; });
-  return outputs;
+  return forward<Device>({.input = input,
+                          .residual = residual,
+                          .shape = last_sizes(input, normalized_ndim),
+                          .weight = weight,
+                          .bias = bias,
+                          .eps = eps,
+                          .rms = rms},
+                         stats);
 }
 
 // Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
@@ -141,91 +160,92 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
                                       const OptionalTensor& bias, double eps, bool rms, bool stats,
                                       const OptionalGenerator& generator) {
   const Device device(input);
-  Tensor drawn = has(state) ? *state : empty_state(input);
-  const bool draws = !has(state) && p < 1 && input.numel() > 0;
-  ForwardOutputs outputs;
-  const bool fused =
-      forward(device, outputs, input, residual, normalized_ndim, weight, bias, eps, rms, stats, [&](Forward& op) {
-        if (op.rows > 0 && !can_drop(device, op)) return false;
-        const PhiloxSource source = draws        ? draw(device, input, generator)
-                                    : has(state) ? source_of(*state, input)
-                                                 : PhiloxSource{};
-        op.dropout = fused_dropout(p, source, has(state) ? nullptr : drawn.mutable_data_ptr<int64_t>());
-        return true;
-      });
-  if (!fused) {
-    static const auto add =
-        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double,
-                                           const OptionalGenerator&, bool)>("dropout_add_forward");
-    const auto [sum, own_state] = add.call(input, residual, state, p, generator, false);
-    ForwardOutputs plain = forward<Device>(sum, std::nullopt, normalized_ndim, weight, bias, eps, rms, stats);
-    std::get<1>(plain) = sum;
-    outputs = std::move(plain);
-    drawn = own_state;
-  } else if (input.numel() == 0 && !has(state)) {
+  const OptionalTensor added = residual;
+  const Norm norm{.input = input,
+                  .residual = added,
+                  .shape = last_sizes(input, normalized_ndim),
+                  .weight = weight,
+                  .bias = bias,
+                  .eps = eps,
+                  .rms = rms};
+  ForwardCall call(norm, stats);
+  Tensor drawn = has(state) ? state->clone() : empty_state(input);
+  if (call.op.rows > 0 && !can_drop(device, call.op)) {
+    static const auto add = find_op<dropout::AddForwardOp>("dropout_add_forward");
+    Tensor sum;
+    std::tie(sum, drawn) = add.call(input, residual, state, p, generator, false);
+    call.outputs = forward<Device>({.input = sum,
+                                    .shape = last_sizes(sum, normalized_ndim),
+                                    .weight = weight,
+                                    .bias = bias,
+                                    .eps = eps,
+                                    .rms = rms},
+                                   stats);
+    std::get<1>(call.outputs) = sum;
+  } else if (call.op.rows > 0) {
+    const PhiloxSource source = has(state) ? source_of(*state, input)
+                                : p < 1    ? draw(device, input, generator)
+                                           : PhiloxSource{};
+    call.op.dropout = fused_dropout(p, source, has(state) ? nullptr : drawn.mutable_data_ptr<int64_t>());
+    run_with_partials(device, call.op, input);
+  } else if (!has(state)) {
     drawn.zero_();
-  } else if (has(state)) {
-    drawn = state->clone();
   }
-  auto& [y, sum, mean, rstd] = outputs;
+  auto& [y, sum, mean, rstd] = call.outputs;
   return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), std::move(drawn)};
 }
 
+// What reaches backward, beside the norm that forward computed: of it, input is what was normalized.
+struct Upstream {
+  const Tensor& grad_output;
+  const OptionalTensor& grad_sum;
+  const OptionalTensor& mean;
+  const Tensor& rstd;
+};
+
+// With a state, the gradient of the sum is grad_residual, and grad_input what is left of it behind the dropout.
 template <class Device>
-DroppedBackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
-                                const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-                                const OptionalTensor& bias, const OptionalTensor& state, double p,
-                                int64_t normalized_ndim, std::array<bool, 4> output_mask) {
-  const Rows dy = as_rows(grad_output, normalized_ndim);
-  const Rows ds = as_rows(or_undefined(grad_sum), normalized_ndim);
-  const Rows x = as_rows(input, normalized_ndim);
-  const Tensor w = contiguous_or_undefined(weight);
+DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, const OptionalTensor& state, double p,
+                                std::array<bool, 4> output_mask) {
+  const Tensor& input = norm.input;
+  const Rows dy = as_rows(upstream.grad_output, norm.ndim());
+  const Rows ds = as_rows(or_undefined(upstream.grad_sum), norm.ndim());
+  const Rows x = as_rows(input, norm.ndim());
+  const Tensor w = contiguous_or_undefined(norm.weight);
   const Device device(input);
-  Tensor grad_input, grad_dropped, grad_weight, grad_bias;
-  const auto row_sizes = input.sizes().slice(input.dim() - normalized_ndim);
-  const at::ScalarType parameter = parameter_type(input, weight, bias);
-  const auto [rows, cols] = shape_of(input, normalized_ndim);
-  if (output_mask[0] || output_mask[1]) grad_input = at::empty(input.sizes(), input.options());
-  if (output_mask[2]) grad_weight = at::empty(row_sizes, input.options().dtype(parameter));
-  if (output_mask[3]) grad_bias = at::empty(row_sizes, input.options().dtype(parameter));
-  Backward op{dy.data(),
-              ds.data(),
-              x.data(),
-              data_or_null(mean),
-              rstd.const_data_ptr(),
-              data_or_null(w),
-              mutable_data_or_null(grad_input),
-              mutable_data_or_null(grad_weight),
-              mutable_data_or_null(grad_bias),
-              nullptr,
-              rows,
-              cols,
-              dy.stride,
-              ds.stride,
-              x.stride,
-              dtype_of(input.scalar_type()),
-              dtype_of(parameter),
-              !has(mean),
-              {},
-              nullptr};
-  const bool drop = has(state) && output_mask[0];
-  if (drop && cols > 0 && can_drop(device, op)) {
+  auto [grad_sum, grad_weight, grad_bias] =
+      empty_gradients(norm, {output_mask[0] || output_mask[1], output_mask[2], output_mask[3]});
+  Tensor grad_dropped;
+  const auto [rows, cols] = shape_of(input, norm.ndim());
+  Backward op{.grad_output = dy.data(),
+              .grad_sum = ds.data(),
+              .x = x.data(),
+              .mean = data_or_null(upstream.mean),
+              .rstd = upstream.rstd.const_data_ptr(),
+              .weight = data_or_null(w),
+              .grad_input = mutable_data_or_null(grad_sum),
+              .grad_weight = mutable_data_or_null(grad_weight),
+              .grad_bias = mutable_data_or_null(grad_bias),
+              .partials = nullptr,
+              .rows = rows,
+              .cols = cols,
+              .grad_output_stride = dy.stride,
+              .grad_sum_stride = ds.stride,
+              .x_stride = x.stride,
+              .dtype = dtype_of(input.scalar_type()),
+              .parameter_dtype = dtype_of(norm.parameters()),
+              .rms = norm.rms,
+              .dropout = {},
+              .grad_dropped = nullptr};
+  const bool drops = has(state) && output_mask[0];
+  if (drops && cols > 0 && can_drop(device, op)) {
     grad_dropped = at::empty(input.sizes(), input.options());
     op.dropout = fused_dropout(p, source_of(*state, input), nullptr);
     op.grad_dropped = grad_dropped.mutable_data_ptr();
   }
-  if (cols > 0) {
-    const Tensor partials = partials_of(device, op, input);
-    op.partials = mutable_data_or_null(partials);
-    run(device, op);
-  }
-  if (drop && !grad_dropped.defined()) {
-    static const auto apply =
-        find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
-    grad_dropped = apply.call(grad_input, *state, p, 1, fused_dropout(p, {}, nullptr).scale, 0, 0);
-  }
-  if (!has(state)) return {Tensor(), std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
-  return {std::move(grad_dropped), output_mask[1] ? std::move(grad_input) : Tensor(), std::move(grad_weight),
+  if (cols > 0) run_with_partials(device, op, input);
+  if (drops && !grad_dropped.defined()) grad_dropped = dropout::drop_again(grad_sum, *state, p);
+  return {std::move(grad_dropped), output_mask[1] ? std::move(grad_sum) : Tensor(), std::move(grad_weight),
           std::move(grad_bias)};
 }
 
@@ -233,9 +253,10 @@ template <class Device>
 BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
                          const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
                          const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
-  auto [unused, grad_input, grad_weight, grad_bias] =
-      backward<Device>(grad_output, grad_sum, input, mean, rstd, weight, bias, std::nullopt, 0, normalized_ndim,
-                       {false, output_mask[0], output_mask[1], output_mask[2]});
+  auto [unused, grad_input, grad_weight, grad_bias] = backward<Device>(
+      {.grad_output = grad_output, .grad_sum = grad_sum, .mean = mean, .rstd = rstd},
+      {.input = input, .shape = last_sizes(input, normalized_ndim), .weight = weight, .bias = bias, .rms = !has(mean)},
+      std::nullopt, 0, {false, output_mask[0], output_mask[1], output_mask[2]});
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
 }
 
@@ -244,61 +265,53 @@ DroppedBackwardOutputs dropped_backward(const Tensor& grad_output, const Optiona
                                         const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
                                         const OptionalTensor& bias, const Tensor& state, double p,
                                         int64_t normalized_ndim, std::array<bool, 4> output_mask) {
-  return backward<Device>(grad_output, grad_sum, input, mean, rstd, weight, bias, state, p, normalized_ndim,
-                          output_mask);
+  return backward<Device>(
+      {.grad_output = grad_output, .grad_sum = grad_sum, .mean = mean, .rstd = rstd},
+      {.input = input, .shape = last_sizes(input, normalized_ndim), .weight = weight, .bias = bias, .rms = !has(mean)},
+      state, p, output_mask);
 }
 
 // Shapes and dtypes of the above, for tracing.
 ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
                             const OptionalTensor&, const OptionalTensor&, double, bool rms, bool stats) {
-  const auto like = [&](const auto& sizes, at::ScalarType type) {
-    return at::empty_symint(sizes, input.options().dtype(type));
-  };
-  const auto stats_sizes = statistics_sizes(input.sym_sizes(), normalized_ndim);
-  const at::ScalarType stats_type = accumulate_type(input.scalar_type());
-  return {like(input.sym_sizes(), input.scalar_type()),
-          has(residual) ? like(input.sym_sizes(), input.scalar_type()) : Tensor(),
-          stats && !rms ? like(stats_sizes, stats_type) : Tensor(), stats ? like(stats_sizes, stats_type) : Tensor()};
+  return empty_outputs({.input = input, .residual = residual, .shape = last_sizes(input, normalized_ndim), .rms = rms},
+                       stats);
 }
 
 BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input, const OptionalTensor&,
                               const Tensor&, const OptionalTensor& weight, const OptionalTensor& bias,
                               int64_t normalized_ndim, std::array<bool, 3> output_mask) {
-  const auto row_sizes = input.sym_sizes().slice(input.dim() - normalized_ndim);
-  const auto options = input.options().dtype(parameter_type(input, weight, bias));
-  return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(),
-          output_mask[1] ? at::empty_symint(row_sizes, options) : Tensor(),
-          output_mask[2] ? at::empty_symint(row_sizes, options) : Tensor()};
+  return empty_gradients({.input = input, .shape = last_sizes(input, normalized_ndim), .weight = weight, .bias = bias},
+                         output_mask);
 }
 
 DroppedForwardOutputs dropped_forward_meta(const Tensor& input, const Tensor& residual, const OptionalTensor&, double,
-                                           int64_t normalized_ndim, const OptionalTensor& weight,
-                                           const OptionalTensor& bias, double eps, bool rms, bool stats,
-                                           const OptionalGenerator&) {
-  auto [y, sum, mean, rstd] = forward_meta(input, residual, normalized_ndim, weight, bias, eps, rms, stats);
+                                           int64_t normalized_ndim, const OptionalTensor&, const OptionalTensor&,
+                                           double, bool rms, bool stats, const OptionalGenerator&) {
+  auto [y, sum, mean, rstd] = empty_outputs(
+      {.input = input, .residual = residual, .shape = last_sizes(input, normalized_ndim), .rms = rms}, stats);
   return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), empty_state(input)};
 }
 
-DroppedBackwardOutputs dropped_backward_meta(const Tensor& grad_output, const OptionalTensor& grad_sum,
-                                             const Tensor& input, const OptionalTensor& mean, const Tensor& rstd,
-                                             const OptionalTensor& weight, const OptionalTensor& bias, const Tensor&,
-                                             double, int64_t normalized_ndim, std::array<bool, 4> output_mask) {
+DroppedBackwardOutputs dropped_backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input,
+                                             const OptionalTensor&, const Tensor&, const OptionalTensor& weight,
+                                             const OptionalTensor& bias, const Tensor&, double, int64_t normalized_ndim,
+                                             std::array<bool, 4> output_mask) {
   auto [grad_residual, grad_weight, grad_bias] =
-      backward_meta(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim,
-                    {output_mask[1], output_mask[2], output_mask[3]});
-  return {output_mask[0] ? at::empty_symint(input.sym_sizes(), input.options()) : Tensor(), std::move(grad_residual),
-          std::move(grad_weight), std::move(grad_bias)};
+      empty_gradients({.input = input, .shape = last_sizes(input, normalized_ndim), .weight = weight, .bias = bias},
+                      {output_mask[1], output_mask[2], output_mask[3]});
+  return {output_mask[0] ? empty_like_input(input) : Tensor(), std::move(grad_residual), std::move(grad_weight),
+          std::move(grad_bias)};
 }
 
-// The same results from torch's own differentiable ops.
-std::tuple<Tensor, Tensor> native(const Tensor& input, const OptionalTensor& residual, c10::SymIntArrayRef shape,
-                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms) {
-  const Tensor x = has(residual) ? input + *residual : input;
-  const Tensor y = in_accumulate_type(x, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
-    if (rms) return at::rms_norm_symint(t, shape, w, eps);
+// The same results from torch's own differentiable ops: y and the sum.
+std::tuple<Tensor, Tensor> native(const Norm& norm) {
+  const Tensor x = has(norm.residual) ? norm.input + *norm.residual : norm.input;
+  const Tensor y = in_accumulate_type(x, norm.weight, norm.bias, [&](const Tensor& t, const auto& w, const auto& b) {
+    if (norm.rms) return at::rms_norm_symint(t, norm.shape, w, norm.eps);
     // torch's double backward fails with a bias and no weight.
-    if (has(b) && !has(w)) return at::layer_norm_symint(t, shape, {}, {}, eps) + *b;
-    return at::layer_norm_symint(t, shape, w, b, eps);
+    if (has(b) && !has(w)) return at::layer_norm_symint(t, norm.shape, {}, {}, *norm.eps) + *b;
+    return at::layer_norm_symint(t, norm.shape, w, b, *norm.eps);
   });
   return {y, x};
 }
@@ -308,54 +321,38 @@ const auto& forward_op() {
   return op;
 }
 
-ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, int64_t normalized_ndim,
-                            const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool rms,
-                            bool stats) {
-  return forward_op().call(input, residual, normalized_ndim, weight, bias, eps, rms, stats);
+const auto& dropped_forward_op() {
+  static const auto op = find_op<decltype(dropped_forward_meta)>("dropout_layer_norm_forward");
+  return op;
 }
 
-BackwardOutputs call_backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
-                              const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-                              const OptionalTensor& bias, int64_t normalized_ndim, std::array<bool, 3> output_mask) {
-  static const auto op = find_op<decltype(call_backward)>("layer_norm_backward");
-  return op.call(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, output_mask);
-}
-
-// The dropout on the way to a residual add, as autograd's side and the calls carry it.
+// The dropout on the way to a residual add.
 struct DropoutCall {
   double p;
   OptionalTensor state;  // where a stream gave it
   OptionalGenerator generator;
 };
 
-std::tuple<ForwardOutputs, Tensor> call_forward(const Tensor& input, const OptionalTensor& residual,
-                                                int64_t normalized_ndim, const OptionalTensor& weight,
-                                                const OptionalTensor& bias, double eps, bool rms, bool stats,
-                                                const DropoutCall* dropout) {
-  if (dropout == nullptr) {
-    return {call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, stats), Tensor()};
+DroppedForwardOutputs call_forward(const Norm& norm, bool stats, const DropoutCall* dropout) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
+  if (dropout != nullptr) {
+    return dropped_forward_op().call(input, *residual, dropout->state, dropout->p, norm.ndim(), weight, bias, *eps, rms,
+                                     stats, dropout->generator);
   }
-  static const auto op = find_op<decltype(dropped_forward_meta)>("dropout_layer_norm_forward");
-  auto [y, sum, mean, rstd, state] = op.call(input, *residual, dropout->state, dropout->p, normalized_ndim, weight,
-                                             bias, eps, rms, stats, dropout->generator);
-  return {ForwardOutputs{std::move(y), std::move(sum), std::move(mean), std::move(rstd)}, std::move(state)};
+  return std::tuple_cat(forward_op().call(input, residual, norm.ndim(), weight, bias, *eps, rms, stats),
+                        std::make_tuple(Tensor()));
 }
 
-Tensor drop(const Tensor& input, const Tensor& state, double p) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, double, c10::SymInt, double, double, double)>("dropout_apply");
-  return op.call(input, state, p, 1, dropout_scale(p), 0, 0);
-}
-
-// A node of its own rather than torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
-struct LayerNormBackward : SavingNode<5> {
-  enum { Input, Mean, Rstd, Weight, State };  // Input: what was normalised, the sum where there is one
+struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
+  enum { Input, Mean, Rstd, Weight, State };  // Input: what was normalized, the sum where there is one
   Bias bias;
   int64_t normalized_ndim = 0;
   double eps = 0, p = 0;
   bool residual = false, rms = false;
 
   std::string name() const override { return "DlkitLayerNormBackward"; }
+  auto fields() const { return std::tie(normalized_ndim, eps, p, residual, rms, bias.type); }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     const Tensor& grad_output = grads[0];
@@ -365,8 +362,9 @@ struct LayerNormBackward : SavingNode<5> {
     // A weight tells the parameters' type as well.
     const Tensor b = saved[Weight].defined() ? Tensor() : bias.stand_in(row_sizes(saved), saved[Input]);
     if (!saved[State].defined()) {
-      return through_dropout(call_backward(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight],
-                                           b, normalized_ndim, wanted),
+      static const auto op = find_op<decltype(backward_meta)>("layer_norm_backward");
+      return through_dropout(op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b,
+                                     normalized_ndim, wanted),
                              saved);
     }
     static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
@@ -385,124 +383,98 @@ struct LayerNormBackward : SavingNode<5> {
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
     const auto shape = row_sizes(saved);
     const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), bias.stand_in(shape, saved[Input])};
-    const Tensor y = std::get<0>(native(sources[0], std::nullopt, shape, sources[1], sources[2], eps, rms));
+    const OptionalTensor weight = sources[1], stand_in = sources[2];
+    const Tensor y = std::get<0>(
+        native({.input = sources[0], .shape = shape, .weight = weight, .bias = stand_in, .eps = eps, .rms = rms}));
     std::array<Tensor, 3> result = differentiable_gradients(y, grad_output, sources, mask());
     if (mask()[0] && grad_sum.defined()) result[0] = result[0] + grad_sum;
     return through_dropout({result[0], result[1], result[2]}, saved);
   }
 
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(normalized_ndim);
-    args.collect(eps);
-    args.collect(p);
-    args.collect(residual);
-    args.collect(rms);
-    args.collect(bias.type);
-  }
-
  private:
-  c10::SymIntArrayRef row_sizes(const Saved& saved) const {
-    return saved[Input].sym_sizes().slice(saved[Input].dim() - normalized_ndim);
-  }
+  c10::SymIntArrayRef row_sizes(const Saved& saved) const { return last_sizes(saved[Input], normalized_ndim); }
 
   std::array<bool, 3> mask() const {
     return {task_should_compute_output(0) || task_should_compute_output(1), task_should_compute_output(2),
             task_should_compute_output(3)};
   }
 
-  // grad_input of what was normalised goes to the residual as it is, and to the input by way of the dropout.
+  // The gradient of what was normalized goes to the residual as it is, and to the input by way of the dropout.
   variable_list through_dropout(const BackwardOutputs& found, const Saved& saved) const {
-    const auto& [grad_input, grad_weight, grad_bias] = found;
-    Tensor first = task_should_compute_output(0) ? grad_input : Tensor();
-    if (first.defined() && saved[State].defined()) first = drop(first, saved[State], p);
-    return {first, task_should_compute_output(1) ? grad_input : Tensor(), grad_weight, grad_bias};
+    const auto& [grad_sum, grad_weight, grad_bias] = found;
+    Tensor first = task_should_compute_output(0) ? grad_sum : Tensor();
+    if (first.defined() && saved[State].defined()) first = dropout::drop_again(first, saved[State], p);
+    return {first, task_should_compute_output(1) ? grad_sum : Tensor(), grad_weight, grad_bias};
   }
 };
 
-std::tuple<Tensor, Tensor> forward_with_graph(const Tensor& input, const OptionalTensor& residual,
-                                              int64_t normalized_ndim, const OptionalTensor& weight,
-                                              const OptionalTensor& bias, double eps, bool rms,
-                                              const DropoutCall* dropout) {
-  using Node = LayerNormBackward;
-  const auto node = make_node<Node>();
-  node->set_next_edges(
-      torch::autograd::collect_next_edges(input, or_undefined(residual), or_undefined(weight), or_undefined(bias)));
-  ForwardOutputs outputs;
-  Tensor state;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    std::tie(outputs, state) = call_forward(input, residual, normalized_ndim, weight, bias, eps, rms, true, dropout);
-  }
-  auto& [y, sum, mean, rstd] = outputs;
-  torch::autograd::set_history(y, node);
-  if (sum.defined()) torch::autograd::set_history(sum, node);
-  node->save(Node::Input, sum.defined() ? sum : input, sum.defined());
-  node->save(Node::Mean, mean);
-  node->save(Node::Rstd, rstd);
-  node->save(Node::Weight, or_undefined(weight));
-  node->bias = Bias(bias);
-  node->normalized_ndim = normalized_ndim;
-  node->eps = eps;
-  node->rms = rms;
-  node->residual = sum.defined();
-  if (dropout != nullptr) {
-    node->save(Node::State, state);
-    node->p = dropout->p;
-  }
-  return {std::move(y), std::move(sum)};
-}
-
 // The check that torch's op makes, in torch's exception types.
-void check_arguments(const char* name, const Tensor& input, c10::SymIntArrayRef shape, const OptionalTensor& weight,
-                     const OptionalTensor& bias, bool rms) {
-  const int64_t ndim = int64_t(shape.size());
-  TORCH_CHECK(ndim >= 1, name, "(): expected normalized_shape to have at least one dimension, got an empty one");
+void check_arguments(const char* name, const Norm& norm) {
+  const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
+  TORCH_CHECK(!shape.empty(), name, "(): expected normalized_shape to have at least one dimension, got an empty one");
   const auto check_parameter = [&](const char* argument, const OptionalTensor& p) {
-    if (!has(p)) return;
-    TORCH_CHECK(p->sym_sizes().equals(shape), name, "(): expected ", argument, " of shape ", shape,
+    TORCH_CHECK(!has(p) || p->sym_sizes().equals(norm.shape), name, "(): expected ", argument, " of shape ", norm.shape,
                 " (normalized_shape), got ", p->sym_sizes());
-    TORCH_CHECK(p->device() == input.device(), name, "(): expected ", argument, " on ", input.device(),
-                " (the device of input), got ", p->device());
   };
   check_parameter("weight", weight);
   check_parameter("bias", bias);
+  const int64_t ndim = norm.ndim();
   if (rms) {
     TORCH_CHECK_VALUE(input.dim() >= ndim, name, "(): expected input with at least ", ndim,
                       " dimensions for normalized_shape ", shape, ", got shape ", input.sym_sizes());
   }
-  TORCH_CHECK(input.dim() >= ndim && input.sym_sizes().slice(input.dim() - ndim).equals(shape), name,
+  TORCH_CHECK(input.dim() >= ndim && last_sizes(input, ndim).equals(shape), name,
               "(): expected input whose last dimensions are normalized_shape ", shape, ", got shape ",
               input.sym_sizes());
 }
 
-std::tuple<Tensor, Tensor> normalize(const char* name, const Tensor& input, const OptionalTensor& residual,
-                                     c10::SymIntArrayRef shape, const OptionalTensor& weight,
-                                     const OptionalTensor& bias, double eps, bool rms,
-                                     const DropoutCall* dropout = nullptr) {
-  if (!is_strided_nested(input)) check_arguments(name, input, shape, weight, bias, rms);
-  if (needs_native(forward_op(), input, residual, weight, bias))
-    return native(input, residual, shape, weight, bias, eps, rms);
+// y and the sum, through a node where a gradient is asked for.
+std::tuple<Tensor, Tensor> normalize(const char* name, const Norm& norm, const DropoutCall* dropout = nullptr) {
+  const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
+  if (!is_strided_nested(input)) check_arguments(name, norm);
+  if (needs_native(forward_op(), input, residual, weight, bias)) return native(norm);
   check_parameter_types(name, input, weight, bias);
-  const int64_t ndim = int64_t(shape.size());
-  if (any_requires_grad(input, residual, weight, bias)) {
-    return forward_with_graph(input, residual, ndim, weight, bias, eps, rms, dropout);
+  using Node = LayerNormBackward;
+  const auto node = node_for<Node>(input, residual, weight, bias);
+  auto [y, sum, mean, rstd, state] = call_forward(norm, bool(node), dropout);
+  if (node) {
+    torch::autograd::set_history(y, node);
+    if (sum.defined()) torch::autograd::set_history(sum, node);
+    node->save(Node::Input, sum.defined() ? sum : input, sum.defined());
+    node->save(Node::Mean, mean);
+    node->save(Node::Rstd, rstd);
+    node->save(Node::Weight, or_undefined(weight));
+    node->save(Node::State, state);
+    node->bias = Bias(bias);
+    node->normalized_ndim = norm.ndim();
+    node->eps = *eps;
+    node->p = dropout != nullptr ? dropout->p : 0;
+    node->residual = sum.defined();
+    node->rms = rms;
   }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto outputs = std::get<0>(call_forward(input, residual, ndim, weight, bias, eps, rms, false, dropout));
-  return {std::move(std::get<0>(outputs)), std::move(std::get<1>(outputs))};
+  return {std::move(y), std::move(sum)};
 }
 
-double rms_eps(const Tensor& input, std::optional<double> eps) {
-  const bool is_double = input.scalar_type() == at::kDouble || input.scalar_type() == at::kComplexDouble;
-  return eps.value_or(is_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
-}
-
-// torch.rms_norm takes a weight of any floating type.
-OptionalTensor rms_weight(const Tensor& input, const OptionalTensor& weight) {
-  if (!has(weight) || weight->scalar_type() == input.scalar_type() || !at::isFloatingType(weight->scalar_type())) {
-    return weight;
+// RMSNorm's defaults; torch.rms_norm takes a weight of any floating type.
+std::tuple<Tensor, Tensor> normalize_rms(const char* name, Norm norm, const DropoutCall* dropout = nullptr) {
+  const at::ScalarType type = norm.input.scalar_type();
+  const bool is_double = type == at::kDouble || type == at::kComplexDouble;
+  norm.rms = true;
+  if (!norm.eps) {
+    norm.eps = is_double ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   }
-  return weight->to(accumulate_type(input.scalar_type()));
+  if (!has(norm.weight) || norm.weight->scalar_type() == type || !at::isFloatingType(norm.weight->scalar_type())) {
+    return normalize(name, norm, dropout);
+  }
+  const OptionalTensor weight = norm.weight->to(accumulate_type(type));
+  return normalize(name,
+                   {.input = norm.input,
+                    .residual = norm.residual,
+                    .shape = norm.shape,
+                    .weight = weight,
+                    .eps = norm.eps,
+                    .rms = true},
+                   dropout);
 }
 
 // x + residual broadcasts and promotes as torch's addition does, a number on the CPU with any device; the kernel wants
@@ -519,14 +491,15 @@ std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) 
 
 Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps) {
-  return std::get<0>(normalize("layer_norm", input, std::nullopt, normalized_shape, weight, bias, eps, false));
+  return std::get<0>(
+      normalize("layer_norm", {.input = input, .shape = normalized_shape, .weight = weight, .bias = bias, .eps = eps}));
 }
 
 // torch.rms_norm gives channels_last input a channels_last output; torch.layer_norm does not.
 Tensor rms_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                 std::optional<double> eps) {
-  const Tensor y = std::get<0>(normalize("rms_norm", input, std::nullopt, normalized_shape, rms_weight(input, weight),
-                                         std::nullopt, rms_eps(input, eps), true));
+  const Tensor y =
+      std::get<0>(normalize_rms("rms_norm", {.input = input, .shape = normalized_shape, .weight = weight, .eps = eps}));
   return input.layout() != at::kStrided || input.is_contiguous() ? y : y.contiguous(input.suggest_memory_format());
 }
 
@@ -534,57 +507,56 @@ std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& res
                                           c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                                           const OptionalTensor& bias, double eps) {
   const auto [x, added] = promote(input, residual);
-  return normalize("add_layer_norm", x, added, normalized_shape, weight, bias, eps, false);
+  return normalize(
+      "add_layer_norm",
+      {.input = x, .residual = added, .shape = normalized_shape, .weight = weight, .bias = bias, .eps = eps});
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual,
                                         c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
                                         std::optional<double> eps) {
   const auto [x, added] = promote(input, residual);
-  return normalize("add_rms_norm", x, added, normalized_shape, rms_weight(x, weight), std::nullopt, rms_eps(x, eps),
-                   true);
+  return normalize_rms("add_rms_norm",
+                       {.input = x, .residual = added, .shape = normalized_shape, .weight = weight, .eps = eps});
 }
 
 // One pass where x and residual have one shape and one type; else dropout, then what the addition makes of them.
-std::tuple<Tensor, Tensor> dropout_add_norm(const char* name, const Tensor& input, const Tensor& residual,
-                                            c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                                            const OptionalTensor& bias, std::optional<double> eps, double p, bool rms,
+std::tuple<Tensor, Tensor> dropout_add_norm(const char* name, const Norm& norm, double p,
                                             const OptionalGenerator& generator, const OptionalTensor& stream) {
+  const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
   check_dropout(name, input, p, generator, stream);
-  TORCH_CHECK(residual.defined(), name, "(): expected residual to be a Tensor, got None");
-  static const auto op = find_op<decltype(dropped_forward_meta)>("dropout_layer_norm_forward");
-  const bool fits = !input.is_nested() && !residual.is_nested() && input.scalar_type() == residual.scalar_type() &&
-                    input.device() == residual.device() && input.sym_sizes().equals(residual.sym_sizes()) &&
-                    !needs_native(op, input, residual, weight, bias);
-  const auto norm = [&](const Tensor& x, const Tensor& added, const DropoutCall* dropout) {
-    return normalize(name, x, added, normalized_shape, rms ? rms_weight(x, weight) : weight, bias,
-                     rms ? rms_eps(x, eps) : *eps, rms, dropout);
-  };
-  if (fits) {
-    check_arguments(name, input, normalized_shape, weight, bias, rms);  // before anything is drawn
+  TORCH_CHECK(has(residual), name, "(): expected residual to be a Tensor, got None");
+  if (has_form_of(input, *residual) && !needs_native(dropped_forward_op(), input, residual, weight, bias)) {
+    check_arguments(name, norm);  // before anything is drawn
     const DropoutCall dropout{p, draw_for(input, p, stream), generator};
-    return norm(input, residual, &dropout);
+    return rms ? normalize_rms(name, norm, &dropout) : normalize(name, norm, &dropout);
   }
-  static const auto drop_op =
-      find_op<Tensor(const Tensor&, double, int64_t, bool, const OptionalGenerator&, const OptionalTensor&)>("dropout");
-  const auto [x, added] = promote(drop_op.call(input, p, -1, false, generator, stream), residual);
-  return norm(x, added, nullptr);
+  const auto [x, added] = promote(dropout::drop(input, p, generator, stream), *residual);
+  const Norm rest{
+      .input = x, .residual = added, .shape = shape, .weight = weight, .bias = bias, .eps = eps, .rms = rms};
+  return rms ? normalize_rms(name, rest) : normalize(name, rest);
 }
 
 std::tuple<Tensor, Tensor> dropout_add_layer_norm(const Tensor& input, const Tensor& residual,
                                                   c10::SymIntArrayRef normalized_shape, double p,
                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                   const OptionalGenerator& generator, const OptionalTensor& stream) {
-  return dropout_add_norm("dropout_add_layer_norm", input, residual, normalized_shape, weight, bias, eps, p, false,
-                          generator, stream);
+  const OptionalTensor added = residual;
+  return dropout_add_norm(
+      "dropout_add_layer_norm",
+      {.input = input, .residual = added, .shape = normalized_shape, .weight = weight, .bias = bias, .eps = eps}, p,
+      generator, stream);
 }
 
 std::tuple<Tensor, Tensor> dropout_add_rms_norm(const Tensor& input, const Tensor& residual,
                                                 c10::SymIntArrayRef normalized_shape, double p,
                                                 const OptionalTensor& weight, std::optional<double> eps,
                                                 const OptionalGenerator& generator, const OptionalTensor& stream) {
-  return dropout_add_norm("dropout_add_rms_norm", input, residual, normalized_shape, weight, std::nullopt, eps, p, true,
-                          generator, stream);
+  const OptionalTensor added = residual;
+  return dropout_add_norm(
+      "dropout_add_rms_norm",
+      {.input = input, .residual = added, .shape = normalized_shape, .weight = weight, .eps = eps, .rms = true}, p,
+      generator, stream);
 }
 
 // Autocast on CUDA runs torch's layer_norm and, from torch 2.12 on, its rms_norm in fp32, and leaves the addition as it
@@ -595,60 +567,19 @@ bool casts_rms_norm() {
       .hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA);
 }
 
-Tensor to_fp32(const Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); }
-OptionalTensor to_fp32(const OptionalTensor& tensor) {
-  return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA);
-}
-
-Tensor layer_norm_autocast(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                           const OptionalTensor& bias, double eps) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
-  return find_op<decltype(layer_norm)>("layer_norm")
-      .call(to_fp32(input), normalized_shape, to_fp32(weight), to_fp32(bias), eps);
-}
-
-Tensor rms_norm_autocast(const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                         std::optional<double> eps) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
-  return find_op<decltype(rms_norm)>("rms_norm").call(to_fp32(input), normalized_shape, to_fp32(weight), eps);
-}
-
-std::tuple<Tensor, Tensor> add_layer_norm_autocast(const Tensor& input, const Tensor& residual,
-                                                   c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, double eps) {
+template <auto kNorm, class... Rest>
+std::tuple<Tensor, Tensor> add_autocast(const Tensor& input, const Tensor& residual, Rest... rest) {
   const Tensor sum = input + residual;
-  return {layer_norm_autocast(sum, normalized_shape, weight, bias, eps), sum};
+  return {InFp32<kNorm>::call(sum, rest...), sum};
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm_autocast(const Tensor& input, const Tensor& residual,
-                                                 c10::SymIntArrayRef normalized_shape, const OptionalTensor& weight,
-                                                 std::optional<double> eps) {
-  const Tensor sum = input + residual;
-  return {rms_norm_autocast(sum, normalized_shape, weight, eps), sum};
-}
-
-Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const OptionalGenerator& generator,
-                   const OptionalTensor& stream) {
-  static const auto op = find_op<decltype(dropout_add)>("dropout_add");
-  return op.call(input, residual, p, generator, stream);
-}
-
-std::tuple<Tensor, Tensor> dropout_add_layer_norm_autocast(const Tensor& input, const Tensor& residual,
-                                                           c10::SymIntArrayRef normalized_shape, double p,
-                                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                                           double eps, const OptionalGenerator& generator,
-                                                           const OptionalTensor& stream) {
-  const Tensor sum = dropout_add(input, residual, p, generator, stream);
-  return {layer_norm_autocast(sum, normalized_shape, weight, bias, eps), sum};
-}
-
-std::tuple<Tensor, Tensor> dropout_add_rms_norm_autocast(const Tensor& input, const Tensor& residual,
-                                                         c10::SymIntArrayRef normalized_shape, double p,
-                                                         const OptionalTensor& weight, std::optional<double> eps,
-                                                         const OptionalGenerator& generator,
-                                                         const OptionalTensor& stream) {
-  const Tensor sum = dropout_add(input, residual, p, generator, stream);
-  return {rms_norm_autocast(sum, normalized_shape, weight, eps), sum};
+template <auto kNorm, class... Rest>
+std::tuple<Tensor, Tensor> dropout_add_autocast(const Tensor& input, const Tensor& residual, c10::SymIntArrayRef shape,
+                                                double p, Rest... rest, const OptionalGenerator& generator,
+                                                const OptionalTensor& stream) {
+  static const auto op = find_op<dropout::AddOp>("dropout_add");
+  const Tensor sum = op.call(input, residual, p, generator, stream);
+  return {InFp32<kNorm>::call(sum, shape, rest...), sum};
 }
 
 template <class Device>
@@ -657,6 +588,13 @@ void implement_kernels(torch::Library& m) {
   implement_kernel<static_cast<decltype(&backward_meta)>(backward<Device>)>(m, "layer_norm_backward");
   implement_kernel<dropped_forward<Device>>(m, "dropout_layer_norm_forward");
   implement_kernel<dropped_backward<Device>>(m, "dropout_layer_norm_backward");
+}
+
+void implement_meta(torch::Library& m) {
+  implement_kernel<forward_meta>(m, "layer_norm_forward");
+  implement_kernel<backward_meta>(m, "layer_norm_backward");
+  implement_kernel<dropped_forward_meta>(m, "dropout_layer_norm_forward");
+  implement_kernel<dropped_backward_meta>(m, "dropout_layer_norm_backward");
 }
 
 void implement_random(torch::Library& m) {
@@ -672,71 +610,68 @@ void implement_all(torch::Library& m) {
   implement_random(m);
 }
 
+void implement_autocast(torch::Library& m) {
+  using Weight = const OptionalTensor&;
+  implement_in_fp32<layer_norm>(m, "layer_norm");
+  m.impl("add_layer_norm", add_autocast<layer_norm, c10::SymIntArrayRef, Weight, Weight, double>);
+  m.impl("dropout_add_layer_norm", dropout_add_autocast<layer_norm, Weight, Weight, double>);
+  if (!casts_rms_norm()) return;
+  implement_in_fp32<rms_norm>(m, "rms_norm");
+  m.impl("add_rms_norm", add_autocast<rms_norm, c10::SymIntArrayRef, Weight, std::optional<double>>);
+  m.impl("dropout_add_rms_norm", dropout_add_autocast<rms_norm, Weight, std::optional<double>>);
+}
+
 }  // namespace
 }  // namespace dlkit::layer_norm
 
 DLKIT_DEFINE_OPS(m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05)"
       " -> Tensor",
-      tags);
-  m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor", tags);
+      DLKIT_PURE);
+  m.def("rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor",
+        DLKIT_PURE);
   m.def(
       "add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None,"
       " float? eps=None) -> (Tensor, Tensor)",
-      tags);
-  const std::vector<at::Tag> random{at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+      DLKIT_PURE);
   m.def(
       "dropout_add_layer_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, float p, Tensor? weight=None,"
       " Tensor? bias=None, float eps=1e-05, *, Generator? generator=None, Tensor(a!)? stream=None)"
       " -> (Tensor, Tensor)",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_add_rms_norm(Tensor input, Tensor residual, SymInt[] normalized_shape, float p, Tensor? weight=None,"
       " float? eps=None, *, Generator? generator=None, Tensor(a!)? stream=None) -> (Tensor, Tensor)",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_layer_norm_forward(Tensor input, Tensor residual, Tensor? state, float p, int normalized_ndim,"
       " Tensor? weight, Tensor? bias, float eps, bool rms, bool stats, Generator? generator=None)"
       " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd, Tensor state)",
-      random);
+      DLKIT_RANDOM);
   m.def(
       "dropout_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
       " Tensor? weight, Tensor? bias, Tensor state, float p, int normalized_ndim, bool[4] output_mask)"
       " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "layer_norm_forward(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? bias,"
       " float eps, bool rms, bool stats) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
       " Tensor? weight, Tensor? bias, int normalized_ndim, bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-      tags);
+      DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_KERNELS(dlkit::layer_norm::implement_kernels)
 
-DLKIT_IMPLEMENT_OPS(Meta, m) {
-  dlkit::implement_kernel<dlkit::layer_norm::forward_meta>(m, "layer_norm_forward");
-  dlkit::implement_kernel<dlkit::layer_norm::backward_meta>(m, "layer_norm_backward");
-  dlkit::implement_kernel<dlkit::layer_norm::dropped_forward_meta>(m, "dropout_layer_norm_forward");
-  dlkit::implement_kernel<dlkit::layer_norm::dropped_backward_meta>(m, "dropout_layer_norm_backward");
-}
+DLKIT_IMPLEMENT_OPS(Meta, m) { dlkit::layer_norm::implement_meta(m); }
 DLKIT_IMPLEMENT_PUBLIC_OPS(dlkit::layer_norm::implement_all)
 DLKIT_IMPLEMENT_OPS(FuncTorchVmapMode, m) { dlkit::layer_norm::implement_random(m); }
-DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) {
-  m.impl("layer_norm", dlkit::layer_norm::layer_norm_autocast);
-  m.impl("add_layer_norm", dlkit::layer_norm::add_layer_norm_autocast);
-  m.impl("dropout_add_layer_norm", dlkit::layer_norm::dropout_add_layer_norm_autocast);
-  if (!dlkit::layer_norm::casts_rms_norm()) return;
-  m.impl("rms_norm", dlkit::layer_norm::rms_norm_autocast);
-  m.impl("add_rms_norm", dlkit::layer_norm::add_rms_norm_autocast);
-  m.impl("dropout_add_rms_norm", dlkit::layer_norm::dropout_add_rms_norm_autocast);
-}
+DLKIT_IMPLEMENT_OPS(AutocastCUDA, m) { dlkit::layer_norm::implement_autocast(m); }

@@ -230,12 +230,13 @@ std::tuple<Tensor, Tensor> formula(const Tensor& input, const Tensor& linear_wei
                  o.label_smoothing, o.z_scale, o.softcap, false, wide);
 }
 
-struct LinearCrossEntropyBackward : SavingNode<8> {
+struct LinearCrossEntropyBackward : SavingNode<LinearCrossEntropyBackward, 8> {
   enum { Input, LinearWeight, Target, LinearBias, Weight, GradInput, GradWeight, GradBias };
   Options options{};
   bool wide = false;
 
   std::string name() const override { return "DlkitLinearCrossEntropyBackward"; }
+  auto fields() const { return std::tuple_cat(options.fields(), std::tie(wide)); }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     Tensor grad_input = saved[GradInput], grad_weight = saved[GradWeight], grad_bias = saved[GradBias];
@@ -264,11 +265,6 @@ struct LinearCrossEntropyBackward : SavingNode<8> {
     const auto found =
         differentiable_gradients(loss, grads[0], {saved[Input], saved[LinearWeight], saved[LinearBias]}, wanted());
     return {found[0], found[1], found[2]};
-  }
-
-  void collect(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    options.collect(args);
-    args.collect(wide);
   }
 
  private:
@@ -300,34 +296,28 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
     return formula(input, linear_weight, target, linear_bias, weight, options, wide);
   }
   check_parameter_types(name, input, weight, std::nullopt);
-  const bool differentiates = any_requires_grad(input, linear_weight, linear_bias);
-  const auto asks = [&](const Tensor& t) { return differentiates && t.defined() && t.requires_grad(); };
+  using Node = LinearCrossEntropyBackward;
+  const auto node = node_for<Node>(input, linear_weight, linear_bias);
+  const auto asks = [&](const Tensor& t) { return node && t.defined() && t.requires_grad(); };
   const std::array<bool, 3> mask{asks(input), asks(linear_weight), asks(or_undefined(linear_bias))};
-  const auto call = [&] {
-    static const auto op = find_op<decltype(forward_meta)>("linear_cross_entropy_forward");
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static const auto op = find_op<decltype(forward_meta)>("linear_cross_entropy_forward");
+  auto [loss, z_loss, grad_input, grad_weight, grad_bias] = below_autograd([&] {
     return op.call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
                    lse_square_scale, softcap, wide, mask);
-  };
-  if (!differentiates) {
-    auto outputs = call();
-    return {std::move(std::get<0>(outputs)), std::move(std::get<1>(outputs))};
+  });
+  if (node) {
+    torch::autograd::set_history(loss, node);
+    node->save(Node::Input, input);
+    node->save(Node::LinearWeight, linear_weight);
+    node->save(Node::Target, target);
+    node->save(Node::LinearBias, or_undefined(linear_bias));
+    node->save(Node::Weight, or_undefined(weight));
+    node->save(Node::GradInput, grad_input);
+    node->save(Node::GradWeight, grad_weight);
+    node->save(Node::GradBias, grad_bias);
+    node->options = options;
+    node->wide = wide;
   }
-  using Node = LinearCrossEntropyBackward;
-  const auto node = make_node<Node>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input, linear_weight, or_undefined(linear_bias)));
-  auto [loss, z_loss, grad_input, grad_weight, grad_bias] = call();
-  torch::autograd::set_history(loss, node);
-  node->save(Node::Input, input);
-  node->save(Node::LinearWeight, linear_weight);
-  node->save(Node::Target, target);
-  node->save(Node::LinearBias, or_undefined(linear_bias));
-  node->save(Node::Weight, or_undefined(weight));
-  node->save(Node::GradInput, grad_input);
-  node->save(Node::GradWeight, grad_weight);
-  node->save(Node::GradBias, grad_bias);
-  node->options = options;
-  node->wide = wide;
   return {std::move(loss), std::move(z_loss)};
 }
 
@@ -352,23 +342,22 @@ void implement_all(torch::Library& m) { implement_public<linear_cross_entropy>(m
 }  // namespace dlkit::linear_cross_entropy
 
 DLKIT_DEFINE_OPS(m) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None,"
       " Tensor? weight=None, int reduction=1, int ignore_index=-100, float label_smoothing=0.,"
       " float lse_square_scale=0., float softcap=0., bool wide=False) -> (Tensor loss, Tensor z_loss)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias,"
       " Tensor? weight, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap,"
       " bool wide, bool[3] output_mask)"
       " -> (Tensor loss, Tensor z_loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-      tags);
+      DLKIT_PURE);
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor target,"
       " Tensor? linear_bias, Tensor? weight, int ignore_index, float label_smoothing, float lse_square_scale,"
       " float softcap, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-      tags);
+      DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_OPS(Meta, m) {

@@ -91,7 +91,7 @@ def _clip_over_meshes(
 
 def _is_served(grads: list[Tensor]) -> bool:
     device = grads[0].device
-    return has_kernels(device, "optim_grad_norm") and all(
+    return has_kernels(device, "optim_grad_norm_kernel") and all(
         type(grad) is Tensor and grad.layout == torch.strided and grad.dtype in SERVED and grad.device == device
         for grad in grads
     )

@@ -267,7 +267,7 @@ class OnePass(PlanningOptimizer):
             self._start_averages()
         status: int
         if gather_first and seed is None and grad_scale is None and found_inf is None and not rates:
-            status = plan.step_plainly(options)
+            status = plan.step_default(options)
         else:
             status = plan.step(
                 gather_first, options, rates, norm, self.max_norm or 0.0, grad_scale, found_inf, write, seed

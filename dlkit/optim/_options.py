@@ -7,26 +7,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from dlkit._optim_row import Row
 from dlkit.optim._tensors import FLOATING
 
 # The columns of `options` in dlkit::optim_step_, one row a group.
-OPTIONS = (
-    "lr",
-    "weight_decay",
-    "eps",
-    "beta1",
-    "beta2",
-    "momentum",
-    "dampening",
-    "alpha",
-    "ema_decay",
-    "decoupled_weight_decay",
-    "nesterov",
-    "maximize",
-    "stochastic_rounding",
-    "stochastic_states",
-)
-
+OPTIONS = Row._fields
 LR, DAMPENING, EMA_DECAY = (OPTIONS.index(name) for name in ("lr", "dampening", "ema_decay"))
 
 # Arguments of the whole optimizer, beyond torch's.

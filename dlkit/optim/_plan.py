@@ -39,7 +39,7 @@ class Plan:
         self.unserved = unserved  # why only torch's own step will do
         if not unserved:
             self.runs = torch.classes.dlkit.OptimPlan(versions)
-            self.step, self.step_plainly = self.runs.step, self.runs.step_plainly
+            self.step, self.step_default = self.runs.step, self.runs.step_default
         self.where: list[tuple[int, int]] = []
         self.masters: list[tuple[int, int]] = []  # of those that have a remainder
         self.waiting: list[tuple[int, int]] = []  # have some state, and lack other until a gradient comes
@@ -206,7 +206,7 @@ class PlanningOptimizer(AveragingOptimizer):
             return f"fused=True, and {label} is complex"
         if group.get("capturable") and param.device.type == "cpu":
             return "capturable=True on the CPU"
-        if not has_kernels(param.device, "optim_step_"):
+        if not has_kernels(param.device, "optim_step_kernel_"):
             return f"{label} is on {param.device}"
         plain = type(param) in (Tensor, torch.nn.Parameter)
         if not plain and not is_dtensor(param) and torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python):

@@ -34,7 +34,6 @@ TYPE = {
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
 }
-REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CONSTANTS = {"TILE": TILE, "TILES": CHUNK_TILES, "num_warps": WARPS}
 
 _tables: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
@@ -122,17 +121,13 @@ def _on_device(rows: list[int], device: torch.device) -> Tensor:
 
 
 def gradient_launches(
-    op: str, grads: list[Tensor], arranger: Arranger, changes: bool
+    grads: list[Tensor], arranger: Arranger, changes: bool
 ) -> tuple[list[tuple[Tensor, int, int, dict[str, Any]]], int]:
     """([(table, tensors, chunks, constants)], chunks of all): a launch each dtype and alignment."""
     launches: dict[tuple[torch.dtype, int, int], list[list[int]]] = {}
     before = 0
-    for i, grad in enumerate(grads):
+    for grad in grads:
         dtype = real_type(grad.dtype)
-        if grad.layout != torch.strided or dtype not in REAL:
-            raise RuntimeError(f"{op}(): expected grads[{i}] dense, of a floating or complex type, got {grad.dtype}")
-        if grad.device != grads[0].device:
-            raise RuntimeError(f"{op}(): expected grads[{i}] on {grads[0].device}, got {grad.device}")
         arranger.begin(grad)
         address = arranger.place(grad, changes)
         if arranger.numel == 0:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._optim_row import Row
 from . import _optim_kernels as kernels
 from ._common import TRITON_TYPE, accumulate_type
-from ._optim_checks import OPTIONS, STATES, check_overlap, check_step
 from ._optim_launch import (
     CONSTANTS,
     EMA,
@@ -38,8 +38,11 @@ from ._optim_launch import (
 )
 from ._optim_states import dynamic_maps
 
+STATES = 3
+_COLUMNS = len(Row._fields)
 
-def optim_step_(
+
+def optim_step_kernel_(
     algorithm: str,
     params: list[Tensor],
     grads: list[Tensor],
@@ -62,14 +65,11 @@ def optim_step_(
     write_grads: bool,
     seed: int | None,
 ) -> None:
-    """One step of all tensors; csrc/optim/kernel.h says what each list holds. Checks all before it writes anything."""
-    states, scales = [state1, state2, state3], [scales1, scales2, scales3]
-    check_step(algorithm, params, grads, states, scales, remainders, ema, steps, groups, options, lr)
-    if write_grads:
-        for i, grad in enumerate(grads):
-            check_overlap("grads", i, grad)
+    """One step of all tensors; csrc/optim/kernel.h says what each list holds. The public op has checked them."""
     if not params:
         return
+    states, scales = [state1, state2, state3], [scales1, scales2, scales3]
+    of_group = [Row(*options[first : first + _COLUMNS]) for first in range(0, len(options), _COLUMNS)]
     device = params[0].device
     on_device = bool(steps) and steps[0].device == device
     if found_inf is not None and steps and not on_device:
@@ -90,8 +90,8 @@ def optim_step_(
         elif steps:
             counted_steps.append(float(steps[i]) + 1)  # at 2^24 an fp32 counter stays, as torch's does
             if algorithm == "adam":
-                betas = options[groups[i] * OPTIONS + 3 :][:2]
-                correction1, correction2 = (1 - beta ** counted_steps[-1] for beta in betas)
+                own = of_group[groups[i]]
+                correction1, correction2 = (1 - beta ** counted_steps[-1] for beta in (own.beta1, own.beta2))
         row = [0] * ROW
         row[INDEX], row[STEP] = i, counter
         dtype, grad_dtype = real_type(param.dtype), real_type(grads[i].dtype)
@@ -124,24 +124,26 @@ def optim_step_(
         for key, rows in launches.items():
             group, correction1, correction2, dtype, grad_dtype, state_dtype, step_type, vec, align = key
             table, chunks = table_of(rows, vec, device)
-            first = group * OPTIONS
-            lr_value, weight_decay, *others = options[first : first + 9]
-            decoupled, nesterov, maximize, stochastic = (bool(flag) for flag in options[first + 9 : first + 13])
-            sixteen_bits = state_dtype.itemsize == 2 and seed is not None
-            stochastic_states = int(options[first + 13]) if sixteen_bits else 0
-            scalars = [lr_value, weight_decay, *others, correction1, correction2, max_norm]
+            own = of_group[group]
+            numbers = [
+                own.lr, own.weight_decay, own.eps, own.beta1, own.beta2, own.momentum, own.dampening, own.alpha,
+                own.ema_decay, correction1, correction2, max_norm,
+            ]  # fmt: skip
+            rounds = seed is not None
             maps = dynamic_maps(device) if state_dtype == torch.uint8 else None
             counted = None if step_type is None else TYPE[step_type]
             kernels.step[(chunks,)](
                 table, len(rows), maps, lr[group] if lr else None, grad_norm, grad_scale, found_inf,
-                *map(bits_of, scalars), seed or 0,
+                *map(bits_of, numbers), seed or 0,
                 ALGORITHM=algorithm, TYPE=TYPE[dtype], GRAD=TYPE[grad_dtype], STATE=TYPE[state_dtype],
                 ACC=TRITON_TYPE[accumulate_type(dtype)], STEP=counted,
                 HAS1=bool(states[0]), HAS2=bool(states[1]), HAS3=bool(states[2]),
-                REMAINDER=bool(remainders), EMA=bool(ema), DECOUPLED=decoupled and algorithm == "adam",
-                NESTEROV=nesterov, MAXIMIZE=maximize, DECAY=weight_decay != 0, WRITE_GRADS=write_grads,
-                STOCHASTIC=stochastic and seed is not None and dtype.itemsize == 2 and not remainders,
-                STOCHASTIC_STATES=stochastic_states,
+                REMAINDER=bool(remainders), EMA=bool(ema),
+                DECOUPLED=bool(own.decoupled_weight_decay) and algorithm == "adam",
+                NESTEROV=bool(own.nesterov), MAXIMIZE=bool(own.maximize), DECAY=own.weight_decay != 0,
+                WRITE_GRADS=write_grads,
+                STOCHASTIC=bool(own.stochastic_rounding) and rounds and dtype.itemsize == 2 and not remainders,
+                STOCHASTIC_STATES=int(own.stochastic_states) if rounds and state_dtype.itemsize == 2 else 0,
                 VEC=vec, ALIGN=align, ROW=ROW, **CONSTANTS,
             )  # fmt: skip
             tables.append((table, len(rows), counted))
@@ -156,14 +158,12 @@ def optim_step_(
             step += 1 if found_inf is None else (found_inf == 0).to(step.dtype).view_as(step)
 
 
-def optim_grad_norm(grads: list[Tensor]) -> Tensor:
+def optim_grad_norm_kernel(grads: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together: sums in fp32 within a chunk, in fp64 and a fixed order between them."""
-    if not grads:
-        raise ValueError("optim_grad_norm(): expected at least one gradient, got none")
     device = grads[0].device
     wide = any(real_type(grad.dtype) == torch.float64 for grad in grads)
     arranger = Arranger()
-    launches, chunks = gradient_launches("optim_grad_norm", grads, arranger, False)
+    launches, chunks = gradient_launches(grads, arranger, False)
     norm = torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
     partials = torch.empty(chunks, dtype=torch.float64, device=device)
     with torch.cuda.device_of(grads[0]):
@@ -173,18 +173,10 @@ def optim_grad_norm(grads: list[Tensor]) -> Tensor:
     return norm
 
 
-def optim_clip_grads_(grads: list[Tensor], grad_norm: Tensor, max_norm: float) -> None:
+def optim_clip_grads_kernel_(grads: list[Tensor], grad_norm: Tensor, max_norm: float) -> None:
     """grad = grad * min(1, max_norm / (grad_norm + 1e-6))."""
-    if not grads:
-        return
-    fits = grad_norm.numel() == 1 and grad_norm.dtype in TRITON_TYPE and grad_norm.device == grads[0].device
-    if not fits:
-        raise RuntimeError(
-            f"optim_clip_grads_(): expected grad_norm of one Float or Double on {grads[0].device}, got "
-            f"{grad_norm.dtype} {list(grad_norm.shape)} on {grad_norm.device}"
-        )
     arranger = Arranger()
-    launches, _ = gradient_launches("optim_clip_grads_", grads, arranger, True)
+    launches, _ = gradient_launches(grads, arranger, True)
     with torch.cuda.device_of(grads[0]):
         for table, count, chunks, constants in launches:
             kernels.scale_grads[(chunks,)](table, count, grad_norm, bits_of(max_norm), **constants)
@@ -199,7 +191,7 @@ def _mark_changed(*lists: Sequence[Tensor]) -> None:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "optim_step_": optim_step_,
-    "optim_grad_norm": optim_grad_norm,
-    "optim_clip_grads_": optim_clip_grads_,
+    "optim_step_kernel_": optim_step_kernel_,
+    "optim_grad_norm_kernel": optim_grad_norm_kernel,
+    "optim_clip_grads_kernel_": optim_clip_grads_kernel_,
 }

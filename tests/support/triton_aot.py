@@ -246,7 +246,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
         steps = [torch.zeros(())] if algorithm == "adam" else []
         stochastic = 0.0 if seed is None else 1.0
         options = [1e-3, 0.1, 1e-8, 0.9, 0.99, 0.9, 0.0, 0.99, 0.99, 1.0, 0.0, 0.0, stochastic, 7 * stochastic]
-        op.optim_step_(
+        op.optim_step_kernel_(
             algorithm, param, like(grad), *moments, *scales, like(torch.int16, remainder), like(average, ema), steps,
             [0], options, [], None, 0.0, None, None, False, seed,
         )  # fmt: skip
@@ -266,8 +266,8 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
     if dtype not in (torch.float32, torch.bfloat16):
         return
     grads = [torch.ones(8192, dtype=dtype)]
-    yield "norm", True, partial(op.optim_grad_norm, grads)
-    yield "clip", True, partial(op.optim_clip_grads_, grads, torch.ones((), dtype=average), 1.0)
+    yield "norm", True, partial(op.optim_grad_norm_kernel, grads)
+    yield "clip", True, partial(op.optim_clip_grads_kernel_, grads, torch.ones((), dtype=average), 1.0)
 
 
 CASES = [function for name, function in list(globals().items()) if name.endswith("_cases")]
