@@ -93,13 +93,13 @@ void backward(const Backward& op) {
     using T = decltype(type);
     const auto weights = sum_of_weights<accumulate_t<T>>(op);
     const int64_t run = (op.inner == 1 ? op.classes : op.inner) * int64_t(sizeof(T));
-    const bool stream = op.grad_input != op.x &&
-                        op.rows * op.classes * int64_t(sizeof(T)) >= streaming_threshold_bytes() &&
-                        uintptr_t(op.grad_input) % 64 == 0 && run % 64 == 0;
+    const bool nt_store = op.grad_input != op.x &&
+                          op.rows * op.classes * int64_t(sizeof(T)) >= streaming_threshold_bytes() &&
+                          uintptr_t(op.grad_input) % 64 == 0 && run % 64 == 0;
     if (op.inner == 1 && !are_short(op)) {
       parallel_for(op.rows, row_grain(op), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) write_row<T>(op, row, weights, stream);
-        if (stream) streaming_fence();
+        for (int64_t row = begin; row < end; ++row) write_row<T>(op, row, weights, nt_store);
+        if (nt_store) streaming_fence();
       });
     } else {
       for_pixels(op, op.inner == 1 ? kPixels : kWritten, [&](int64_t first, int64_t count) {
@@ -107,11 +107,11 @@ void backward(const Backward& op) {
         T* const grad = pixel_at<T>(op, op.grad_input, first, op.grad_stride);
         const auto write = [&]<class S>(const S* x, const S* probabilities, int64_t pitch, auto* turned) {
           void* const to = turned == nullptr ? static_cast<void*>(grad) : turned->lanes;
-          write_pixels(op, slopes, count, x, probabilities, static_cast<S*>(to), pitch, stream && turned == nullptr);
+          write_pixels(op, slopes, count, x, probabilities, static_cast<S*>(to), pitch, nt_store && turned == nullptr);
           if (turned != nullptr) turned->write(grad, count, op.classes, op.grad_stride);
         };
         with_lanes<T>(op, first, count, write);
-        if (stream) streaming_fence();
+        if (nt_store) streaming_fence();
       });
     }
   });

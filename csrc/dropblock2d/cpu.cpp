@@ -76,7 +76,7 @@ int64_t mark(const DropBlock2d& op, const PhiloxState& state, int64_t unit, uint
 }
 
 template <class T>
-void apply(const DropBlock2d& op, double scale_by, int64_t unit, bool stream) {
+void apply(const DropBlock2d& op, double scale_by, int64_t unit, bool nt_store) {
   using A = accumulate_t<T>;
   const Vector<A> scale = broadcast<A>(A(scale_by));
   const int64_t elements = unit_planes(op) * op.height * op.width, first = unit * elements;
@@ -85,13 +85,13 @@ void apply(const DropBlock2d& op, double scale_by, int64_t unit, bool stream) {
   T* y = static_cast<T*>(op.y) + first;
   const auto* dropped = reinterpret_cast<const uint8_t*>(words_of(op, unit));
   const auto one = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-    write(y + i, select<A>(lanes_at<A>(dropped, i), Vector<A>{}, load(x + i, width) * scale), width, stream);
+    write(y + i, select<A>(lanes_at<A>(dropped, i), Vector<A>{}, load(x + i, width) * scale), width, nt_store);
   };
   // A part of a vector, never streamed, up to where whole ones are aligned.
-  const int64_t aligned = stream ? min64(count, (kLanes<A> - first % kLanes<A>) % kLanes<A>) : 0;
-  if (stream) for_columns<A, 1>(0, aligned, one);
+  const int64_t aligned = nt_store ? min64(count, (kLanes<A> - first % kLanes<A>) % kLanes<A>) : 0;
+  if (nt_store) for_columns<A, 1>(0, aligned, one);
   for_columns<A, kSlots>(aligned, count, one);
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 template <class T>
@@ -119,9 +119,9 @@ void drop_blocks(const DropBlock2d& op) {
   const double scale = scale_of(op);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool stream = should_stream<T>(op);
+    const bool nt_store = should_stream<T>(op);
     parallel_for(units(op), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) apply<T>(op, scale, unit, stream);
+      for (int64_t unit = begin; unit < end; ++unit) apply<T>(op, scale, unit, nt_store);
     });
   });
 }

@@ -88,8 +88,8 @@ DLKIT_INLINE uint32_t lanes_from(const uint8_t* bits, int64_t element) {
 // Calls apply(i, stream, All()) for all vectors of a step. The branch is out here: in the loop it costs bf16 a sixth of
 // its time with AVX2.
 template <class A, class F>
-DLKIT_INLINE void apply_step(bool stream, const F& apply) {
-  if (stream) {
+DLKIT_INLINE void apply_step(bool nt_store, const F& apply) {
+  if (nt_store) {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kStepElements; i += kLanes<A>) apply(i, true, All{});
   } else {
@@ -102,19 +102,19 @@ DLKIT_INLINE void apply_step(bool stream, const F& apply) {
 // streaming, y are multiples of one, if there is more than the end of one.
 template <class T, Form kForm>
 DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, int64_t count, const uint8_t* bits,
-                               int64_t lane, bool stream) {
+                               int64_t lane, bool nt_store) {
   using A = accumulate_t<T>;
-  const auto apply = [&](int64_t i, bool past_caches, auto width) DLKIT_INLINE_LAMBDA {
+  const auto apply = [&](int64_t i, bool nt_store, auto width) DLKIT_INLINE_LAMBDA {
     const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + i, width));
     const Vector<A> dropped = kForm == kAffine ? constants.dropped : Vector<A>{};
-    write(y + i, select<A>(lanes_from<A>(bits, lane + i), kept, dropped), width, past_caches);
+    write(y + i, select<A>(lanes_from<A>(bits, lane + i), kept, dropped), width, nt_store);
   };
   if (count < kStepElements) {
-    for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, stream, width); });
+    for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, nt_store, width); });
   } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16> && kLanes<A> % 8 == 0) {  // whole bytes of bits
     scale_step_bf16(x, y, constants.scale, bits + lane / 8);
   } else {
-    apply_step<A>(stream, apply);
+    apply_step<A>(nt_store, apply);
   }
 }
 
@@ -122,7 +122,7 @@ DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, 
 // begin is a multiple of kStepElements. The loop is select_range's, as one function with its Philox: through that one
 // alpha dropout takes a tenth longer.
 template <class T, Form kForm>
-void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
+void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -134,7 +134,7 @@ void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin
   for (int64_t first = begin; first < end; first += kStepElements) {
     uint8_t* const bits = op.bits.data == nullptr ? of_step : op.bits.data + first / kBlockElements;
     if (!op.bits.drawn) keep_step(keys, threshold, uint64_t(first / kBlockElements), bits);
-    const auto apply = [&](int64_t i, bool past_caches, auto width) DLKIT_INLINE_LAMBDA {
+    const auto apply = [&](int64_t i, bool nt_store, auto width) DLKIT_INLINE_LAMBDA {
       const Vector<A> v = load(x + first + i, width);
       Vector<A> kept, dropped = {};
       if constexpr (kForm == kResidual) {
@@ -144,18 +144,18 @@ void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin
         kept = constants.template kept<kForm == kAffine>(v);
         if constexpr (kForm == kAffine) dropped = constants.dropped;
       }
-      write(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width, past_caches);
+      write(y + first + i, select<A>(lanes_at<A>(bits, i), kept, dropped), width, nt_store);
     };
     if (first + kStepElements > end) {
       for_columns<A, 1>(0, end - first,
-                        [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, stream, width); });
+                        [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, nt_store, width); });
     } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16>) {
       scale_step_bf16(x + first, y + first, constants.scale, bits);
     } else {
-      apply_step<A>(stream, apply);
+      apply_step<A>(nt_store, apply);
     }
   }
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 // A part of a plane in channels_last, and the keep bits of its channels in logical order: that of pixel i of channel c
@@ -194,7 +194,7 @@ struct Draws {
 // beside Philox's 0.17, in 28 x 28 x 256 some 0.05. They are drawn while the tile before is written, a step for each
 // step's elements, so that Philox still hides memory's latency: 2.1 ms there against 2.4 in fp32.
 template <class T, Form kForm>
-void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
+void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   const Constants<T> constants(op);
   const PhiloxKeys keys(state);
   const int64_t channels = op.period, spatial = op.inner / op.period, width = columns_at_once(spatial),
@@ -233,22 +233,22 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
       const T* x = static_cast<const T*>(op.x) + offset;
       T* y = static_cast<T*>(op.y) + offset;
       int64_t head = 0;  // elements of a vector that is begun
-      if (stream) head = min64(count, int64_t(-uintptr_t(y) % sizeof(Packed<T>) / sizeof(T)));
+      if (nt_store) head = min64(count, int64_t(-uintptr_t(y) % sizeof(Packed<T>) / sizeof(T)));
       const int64_t skip = head > 0 ? kLanes<accumulate_t<T>> - head : 0;
       transpose_bits(now.bits, now.lane + pixel, now.stride, channels, columns, words.get(), in_order.get(), skip);
       int64_t step = head > 0 ? head : kStepElements;
       for (int64_t i = 0; i < count; i += step, step = kStepElements) {
-        select_range<T, kForm>(constants, x + i, y + i, min64(step, count - i), in_order.get(), skip + i, stream);
+        select_range<T, kForm>(constants, x + i, y + i, min64(step, count - i), in_order.get(), skip + i, nt_store);
         draws.step(keys, op.threshold);
       }
     }
   }
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 // `period` channels take turns and have one bit each: rows of as many with the same bits, drawn once for a sample.
 template <class T, Form kForm>
-void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
+void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -266,19 +266,19 @@ void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, in
         const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + row + c, width));
         write(y + row + c,
               select<A>(lanes_at<A>(bits.get(), lane + c), kept, kForm == kAffine ? constants.dropped : Vector<A>{}),
-              width, stream);
+              width, nt_store);
       });
       i = row + columns;
     }
   }
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 // `inner` adjacent elements share a bit. The processor's own prefetcher starts anew at every run that is kept, so the
 // front of the next one is asked for ahead: a tenth of the time of runs of 784.
 template <class T, Form kForm>
-void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool stream) {
-  if (op.period > 1) return drop_periods<T, kForm>(op, state, begin, end, stream);
+void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
+  if (op.period > 1) return drop_periods<T, kForm>(op, state, begin, end, nt_store);
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
   const T* x = static_cast<const T*>(op.x);
@@ -296,11 +296,11 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
     if (op.inner >= kAhead && mask < last_mask && lane + 1 < kStepElements && kept(lane + 1))
       prefetch<kAhead>(x + last);
     // A part of a vector, never streamed, up to where whole ones are aligned.
-    const int64_t aligned = stream ? min64(last, (first + kLanes<A> - 1) / kLanes<A> * kLanes<A>) : first;
+    const int64_t aligned = nt_store ? min64(last, (first + kLanes<A> - 1) / kLanes<A> * kLanes<A>) : first;
     const auto fill = [&](const auto& value) DLKIT_INLINE_LAMBDA {
       const auto one = [&](int64_t i, int, auto width)
-                           DLKIT_INLINE_LAMBDA { write(y + i, value(i, width), width, stream); };
-      if (stream) for_columns<A, 1>(first, aligned, one);
+                           DLKIT_INLINE_LAMBDA { write(y + i, value(i, width), width, nt_store); };
+      if (nt_store) for_columns<A, 1>(first, aligned, one);
       for_columns<A, kSlots>(aligned, last, one);
     };
     if (kept(lane)) {
@@ -310,7 +310,7 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
       fill([&](int64_t, auto) DLKIT_INLINE_LAMBDA { return kForm == kAffine ? constants.dropped : Vector<A>{}; });
     }
   }
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 // Where every element has a bit, stores past the caches pay only if memory is slower than Philox is: with AVX-512 from
@@ -332,13 +332,14 @@ void drop(const CpuDropout& op) {
   write_state(state, op.state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool stream = should_stream<T>(op);
+    const bool nt_store = should_stream<T>(op);
     const auto run = [&](auto form) {
       if constexpr (form != kResidual) {
         if (op.apart) {
           const int64_t grain = max64(kGrain / (op.period * kWordBits), 1);
-          return parallel_for(op.numel / op.inner * columns_of(op), grain,
-                              [&](int64_t begin, int64_t end) { drop_turns<T, form>(op, state, begin, end, stream); });
+          return parallel_for(op.numel / op.inner * columns_of(op), grain, [&](int64_t begin, int64_t end) {
+            drop_turns<T, form>(op, state, begin, end, nt_store);
+          });
         }
       }
       // In units of steps, so that every task starts at one.
@@ -346,8 +347,8 @@ void drop(const CpuDropout& op) {
                    [&](int64_t begin, int64_t end) {
                      begin *= kStepElements;
                      end = min64(end * kStepElements, op.numel);
-                     if (op.inner == 1) return drop_elements<T, form>(op, state, begin, end, stream);
-                     if constexpr (form != kResidual) drop_runs<T, form>(op, state, begin, end, stream);
+                     if (op.inner == 1) return drop_elements<T, form>(op, state, begin, end, nt_store);
+                     if constexpr (form != kResidual) drop_runs<T, form>(op, state, begin, end, nt_store);
                    });
     };
     if (op.residual != nullptr) {

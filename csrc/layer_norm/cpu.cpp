@@ -10,14 +10,14 @@ namespace {
 template <class T, bool kAdds>
 void forward_typed(const Forward& op) {
   if (has_few_long_rows(op)) return forward_long_rows<T, kAdds>(op);
-  const bool stream = should_stream<T>(op.y, op.rows, op.cols) && (!kAdds || uintptr_t(op.sum) % 64 == 0);
+  const bool nt_store = should_stream<T>(op.y, op.rows, op.cols) && (!kAdds || uintptr_t(op.sum) % 64 == 0);
   parallel_for(op.rows, max64(1, kGrain / op.cols), [&](int64_t begin, int64_t end) {
     if (op.cols <= kShortForward<accumulate_t<T>> && !op.dropout.active) {
-      forward_all_short_rows<T, kAdds>(op, begin, end, stream);
+      forward_all_short_rows<T, kAdds>(op, begin, end, nt_store);
     } else {
-      forward_rows<T, kAdds>(op, begin, end, stream);
+      forward_rows<T, kAdds>(op, begin, end, nt_store);
     }
-    if (stream) streaming_fence();
+    if (nt_store) streaming_fence();
   });
 }
 
@@ -25,8 +25,8 @@ template <class T>
 void backward_typed(const Backward& op) {
   if (has_few_long_rows(op)) return backward_long_rows<T>(op);
   using A = accumulate_t<T>;
-  const bool stream = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, op.cols) &&
-                      uintptr_t(op.grad_dropped) % 64 == 0;
+  const bool nt_store = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, op.cols) &&
+                        uintptr_t(op.grad_dropped) % 64 == 0;
   const auto [blocks, tiles] = cut(op);
   const bool has_weight = op.grad_weight != nullptr, has_bias = op.grad_bias != nullptr;
   const int64_t periods = op.rows / op.period, parameters = op.period * op.cols;
@@ -38,7 +38,7 @@ void backward_typed(const Backward& op) {
       const int64_t block = i / tiles, tile = i % tiles;
       backward_rows<T>(op, periods * block / blocks, periods * (block + 1) / blocks, op.period * tile / tiles,
                        op.period * (tile + 1) / tiles, at<A>(weight_partials, block * block_stride),
-                       at<A>(bias_partials, block * block_stride), stream);
+                       at<A>(bias_partials, block * block_stride), nt_store);
     }
   });
   const auto finish = [&, blocks = blocks](const A* partials, void* gradient) {

@@ -178,7 +178,7 @@ DLKIT_INLINE Vector<accumulate_t<T>> round_to(Vector<accumulate_t<T>> v) {
 // A store past the caches, for outputs larger than them: p is aligned to the bytes written, and streaming_fence()
 // follows.
 template <class Packed>
-DLKIT_INLINE void stream(void* p, const Packed& packed) {
+DLKIT_INLINE void non_temporal_store(void* p, const Packed& packed) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Packed) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)packed);
 #endif
@@ -314,10 +314,10 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
 // A store, past the caches where a pass streams and the vector is a whole one. A branch that is always the same costs
 // less than a second copy of every loop: 4 % of the shortest ones, which lie in the first-level cache.
 template <class T, class Width>
-DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width, bool past_caches) {
+DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width, bool nt_store) {
   if constexpr (std::is_same_v<Width, All>) {
     const auto packed = pack(v, T());
-    past_caches ? stream(p, packed) : store_raw(p, packed);
+    nt_store ? non_temporal_store(p, packed) : store_raw(p, packed);
   } else {
     store(p, v, width);
   }
@@ -332,9 +332,9 @@ DLKIT_INLINE void repeat(Count, const F& f) {
 
 // Several vectors, v[r] to address(r): one branch for all.
 template <int kCount, class V, class Width, class Address>
-DLKIT_INLINE void write_all(const V (&v)[kCount], Width width, bool past_caches, const Address& address) {
+DLKIT_INLINE void write_all(const V (&v)[kCount], Width width, bool nt_store, const Address& address) {
   constexpr std::integral_constant<int, kCount> kAll;
-  if (past_caches) {
+  if (nt_store) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { write(address(r), v[r], width, true); });
   } else {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { store(address(r), v[r], width); });
@@ -350,18 +350,18 @@ struct RowsInTurns {
 
   // `v` to the vectors at address(r), which begin at `column` of their rows.
   template <class V, class Width, class Address>
-  DLKIT_INLINE_MEMBER void write(const V (&v)[kRows], int64_t column, Width width, bool past_caches,
+  DLKIT_INLINE_MEMBER void write(const V (&v)[kRows], int64_t column, Width width, bool nt_store,
                                  const Address& address) {
     constexpr std::integral_constant<int, kRows> kAll;
     constexpr std::integral_constant<int, kLineVectors<T>> kLine;
     constexpr int64_t kStep = kLanes<accumulate_t<T>>;
-    if (kLine == 1 || !past_caches || !std::is_same_v<Width, All>) return write_all(v, width, past_caches, address);
+    if (kLine == 1 || !nt_store || !std::is_same_v<Width, All>) return write_all(v, width, nt_store, address);
     const int64_t place = column / kStep % kLine;
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { waiting[r][place] = pack(v[r], T()); });
     if (place != kLine - 1) return;
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA {
       T* const line = address(r) - place * kStep;
-      repeat(kLine, [&](int k) DLKIT_INLINE_LAMBDA { stream(line + k * kStep, waiting[r][k]); });
+      repeat(kLine, [&](int k) DLKIT_INLINE_LAMBDA { non_temporal_store(line + k * kStep, waiting[r][k]); });
     });
   }
 };

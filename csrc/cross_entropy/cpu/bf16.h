@@ -44,9 +44,9 @@ DLKIT_INLINE Pair load_pair(const BFloat16* p) {
 }
 
 // The upper halves.
-DLKIT_INLINE void write_pair(BFloat16* p, Pair v, bool past_caches) {
+DLKIT_INLINE void write_pair(BFloat16* p, Pair v, bool nt_store) {
   const VectorU32 joined = join_upper_halves((VectorU32)v.even, (VectorU32)v.odd);
-  past_caches ? stream(p, joined) : store_raw(p, joined);
+  nt_store ? non_temporal_store(p, joined) : store_raw(p, joined);
 }
 
 // 2^n * polynomial(t - n), n the integer next to t; from `lowest` down, where the exponent is that of 0, 0.
@@ -105,7 +105,7 @@ bool fits(float shift, float scale, float share) {
 // Writes exp(x - shift) * scale - share over whole pairs; kFolds: share is 0.
 template <bool kFolds>
 void write_gradient(const BFloat16* x, BFloat16* grad, int64_t count, float shift, float scale, float share,
-                    bool stream) {
+                    bool nt_store) {
   const double bits = double(shift) * double(kBits);
   const float c = float(kFolds ? bits - std::log2(std::abs(double(scale))) + 0.5 : bits);
   // 256 more become the sign, on the exponent's way to its place.
@@ -121,7 +121,7 @@ void write_gradient(const BFloat16* x, BFloat16* grad, int64_t count, float shif
   };
   for (int64_t i = 0; i < count; i += kPair) {
     const Pair v = load_pair(x + i);
-    write_pair(grad + i, {gradient(v.even), gradient(v.odd)}, stream);
+    write_pair(grad + i, {gradient(v.even), gradient(v.odd)}, nt_store);
   }
 }
 

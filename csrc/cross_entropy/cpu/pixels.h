@@ -284,7 +284,7 @@ enum class Slopes { Equal, Each, All };
 // The same pixels' gradient, to grad + c * pitch; grad may be x.
 template <class S>
 void write_pixels(const Backward& op, const PixelSlopes<accumulate_t<S>>& slopes, int64_t count, const S* x,
-                  const S* probabilities, S* grad, int64_t pitch, bool stream) {
+                  const S* probabilities, S* grad, int64_t pitch, bool nt_store) {
   using A = accumulate_t<S>;
   using V = Vector<A>;
   const Cap<A> cap(op.softcap == 0 ? 1 : op.softcap);
@@ -304,7 +304,7 @@ void write_pixels(const Backward& op, const PixelSlopes<accumulate_t<S>>& slopes
         if (op.z_scale != 0) v = fma(e, get(slopes.z, i), v);
         if (op.softcap != 0) v *= derivative;
       }
-      write(grad + c * pitch + i, v, width, stream);
+      write(grad + c * pitch + i, v, width, nt_store);
     });
   };
   const auto write_all_classes = [&](auto kind) {

@@ -127,7 +127,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
 // derivative.
 template <class T, bool kArray, bool kMore>
 void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>>& slope, const accumulate_t<T>* u,
-                 const accumulate_t<T>* staged, const accumulate_t<T>* slopes, bool stream) {
+                 const accumulate_t<T>* staged, const accumulate_t<T>* slopes, bool nt_store) {
   using A = accumulate_t<T>;
   const Vector<A> scale = broadcast(slope.scale), share = broadcast(slope.share), z = broadcast(slope.z);
   for_columns<A, 2>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
@@ -141,12 +141,12 @@ void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>
     const Vector<A> e = exponential(v - slope.shift);
     v = fma(e, scale, -rest);
     if constexpr (kMore) v = fma(e, z, v) * load(slopes + i, width);
-    write(grad + i, v, width, stream);
+    write(grad + i, v, width, nt_store);
   });
 }
 
 template <class T>
-void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights, bool stream) {
+void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights, bool nt_store) {
   using A = accumulate_t<T>;
   alignas(64) A u_buffer[kChunk<A> + kLanes<A>], staged[kChunk<A> + kLanes<A>], slopes[kChunk<A> + kLanes<A>];
   const T* const x = static_cast<const T*>(op.x) + row * op.stride;
@@ -176,13 +176,13 @@ void write_row(const Backward& op, int64_t row, wide_t<accumulate_t<T>> weights,
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (plain && fits(slope.shift, slope.scale, slope.share)) {
         done = count / kPair * kPair;
-        slope.share == 0 ? write_gradient<true>(x, grad, done, slope.shift, slope.scale, 0, stream)
-                         : write_gradient<false>(x, grad, done, slope.shift, slope.scale, slope.share, stream);
+        slope.share == 0 ? write_gradient<true>(x, grad, done, slope.shift, slope.scale, 0, nt_store)
+                         : write_gradient<false>(x, grad, done, slope.shift, slope.scale, slope.share, nt_store);
       }
     }
     const auto write_as = [&](auto array, auto further) {
       write_chunk<T, array, further>(x + begin + done, grad + begin + done, count - done, slope, u, staged, slopes,
-                                     stream);
+                                     nt_store);
     };
     const std::true_type yes;
     const std::false_type no;

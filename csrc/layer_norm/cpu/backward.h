@@ -79,8 +79,8 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
 template <class T, int kRows>
 void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t first, int64_t end,
                     accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state,
-                    RowBits<kGroup * kScratch>& bits, bool stream, const RowGradients<accumulate_t<T>>* found = nullptr,
-                    int place = 0) {
+                    RowBits<kGroup * kScratch>& bits, bool nt_store,
+                    const RowGradients<accumulate_t<T>>* found = nullptr, int place = 0) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols;
   const T* const all_x = static_cast<const T*>(op.x);
@@ -162,7 +162,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) dx[r] += load(grad_sum[r] + i, width);
       }
-      inputs.write(dx, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input[r] + i; });
+      inputs.write(dx, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input[r] + i; });
       if (drop) {
         const int64_t element = first * cols + i;
         T* const dropped = static_cast<T*>(op.grad_dropped) + element;
@@ -171,7 +171,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
           dx[r] = select<A>(bits.template lanes<A>(element + r * cols), dx[r] * broadcast<A>(A(op.dropout.scale)),
                             Vector<A>{});
         }
-        dropped_inputs.write(dx, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return dropped + r * cols; });
+        dropped_inputs.write(dx, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return dropped + r * cols; });
       }
     }
     if (weight_sums != nullptr) store(weight_sums + i, load(weight_sums + i, width) + weight_sum, width);
@@ -182,7 +182,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
 // The rows of periods [begin, end) at places [first, last) of theirs.
 template <class T>
 void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first, int64_t last,
-                   accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, bool stream) {
+                   accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, bool nt_store) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols, period = op.period;
   const size_t bytes = size_t((last - first) * cols) * sizeof(A);
@@ -205,7 +205,8 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
       const auto run = [&](auto rows) {
         for (int place = 0; place < count; place += rows) {
           backward_group<T, rows>(op, weight, row + place * period, end * period, at<A>(weight_sums, k * cols),
-                                  at<A>(bias_sums, k * cols), state, bits, stream, is_short ? &found : nullptr, place);
+                                  at<A>(bias_sums, k * cols), state, bits, nt_store, is_short ? &found : nullptr,
+                                  place);
         }
       };
       if (count < most) {
@@ -217,7 +218,7 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
       }
     }
   }
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 }  // namespace

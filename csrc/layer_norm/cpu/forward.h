@@ -24,7 +24,7 @@ struct Row {
   const T* residual;
   T* sum;
   A* kept;
-  bool stream;
+  bool nt_store;
   const RowBits<kScratch>* bits = nullptr;  // of the dropout, or null
   int64_t first_element = 0;                // the logical index of column 0
   A scale = 0;
@@ -39,7 +39,7 @@ struct Row {
         v = select<A>(bits->template lanes<A>(first_element + column), fma(v, broadcast<A>(scale), added), added);
       }
       v = round_to<T>(v);
-      write(sum + column, v, width, stream);
+      write(sum + column, v, width, nt_store);
     }
     if constexpr (kKeeps) store(kept + column, v, All{});
     return v;
@@ -71,7 +71,7 @@ DLKIT_INLINE VectorF32 inverse_root(VectorF32 variance, double eps) {
 // however many there are.
 template <class T, bool kAdds>
 void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const accumulate_t<T>* biases, int64_t first,
-                        int count, bool stream) {
+                        int count, bool nt_store) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
   using RowT = Row<T, kAdds>;
@@ -82,7 +82,7 @@ void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const
   const auto row_of = [&](int r) DLKIT_INLINE_LAMBDA {
     const int64_t row = first + r;
     return RowT{static_cast<const T*>(op.x) + row * op.x_stride, at<const T>(op.residual, row * op.residual_stride),
-                at<T>(op.sum, row * cols), kept + r * pitch, stream};
+                at<T>(op.sum, row * cols), kept + r * pitch, nt_store};
   };
   const bool far = is_far<T>(op.rows, cols);
   const auto fetch_next = [&](int r) {
@@ -146,22 +146,22 @@ void forward_short_rows(const Forward& op, const accumulate_t<T>* weights, const
     for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       V v = x.again(i, width) - centre;
       if constexpr (kFine) v -= rest;
-      write(y + i, scaled(v * scale, weight, bias, i, width), width, stream);
+      write(y + i, scaled(v * scale, weight, bias, i, width), width, nt_store);
     });
   }
 }
 
 template <class T, bool kAdds>
-void forward_all_short_rows(const Forward& op, int64_t begin, int64_t end, bool stream) {
+void forward_all_short_rows(const Forward& op, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   const Widened<T> weight(op.weight, op.parameter_dtype, op.cols), bias(op.bias, op.parameter_dtype, op.cols);
   for (int64_t row = begin; row < end; row += kLanes<A>) {
-    forward_short_rows<T, kAdds>(op, weight.data, bias.data, row, int(min64(kLanes<A>, end - row)), stream);
+    forward_short_rows<T, kAdds>(op, weight.data, bias.data, row, int(min64(kLanes<A>, end - row)), nt_store);
   }
 }
 
 template <class T, bool kAdds>
-void forward_rows(const Forward& op, int64_t begin, int64_t end, bool stream) {
+void forward_rows(const Forward& op, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   using RowT = Row<T, kAdds>;
   const int64_t cols = op.cols;
@@ -187,7 +187,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end, bool stream) {
                 at<const T>(op.residual, row * op.residual_stride),
                 at<T>(op.sum, row * cols),
                 kept.data + row % together * pitch,
-                stream,
+                nt_store,
                 op.dropout.active ? &bits : nullptr,
                 row * cols,
                 A(op.dropout.scale)};
@@ -252,7 +252,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end, bool stream) {
         if (far && slot == 0 && (op.rms || !kFetchEarly)) next.fetch_half(cols / 2 + i / 2);
         Vector<A> v = x.again(i, width) - centre;
         if constexpr (kFine) v -= rest;
-        write(y + i, scaled(v * scale, weight, bias, i, width), width, stream);
+        write(y + i, scaled(v * scale, weight, bias, i, width), width, nt_store);
       });
     }
   }

@@ -93,7 +93,7 @@ void forward_long_rows(const Forward& op) {
     if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd[row];
   }
 
-  const bool stream = should_stream<T>(op.y, op.rows, cols);
+  const bool nt_store = should_stream<T>(op.y, op.rows, cols);
   for_pieces(op.rows, cols, [&](int64_t, int64_t row, int64_t begin, int64_t end) {
     const Widened<T> weight = parameter_piece<T>(op, op.weight, row, begin, end);
     const Widened<T> bias = parameter_piece<T>(op, op.bias, row, begin, end);
@@ -101,7 +101,7 @@ void forward_long_rows(const Forward& op) {
     T* const y = static_cast<T*>(op.y) + row * cols + begin;
     for_columns<A, kSlots>(0, end - begin, [&](int64_t c, int, auto width) DLKIT_INLINE_LAMBDA {
       const V v = (load(values + c, width) - mean[row] - rest[row]) * rstd[row];
-      write(y + c, scaled(v, weight.data, bias.data, c, width), width, stream);
+      write(y + c, scaled(v, weight.data, bias.data, c, width), width, nt_store);
     });
   });
 }
@@ -143,7 +143,7 @@ void backward_long_rows(const Backward& op) {
     }
   }
 
-  const bool stream = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, cols);
+  const bool nt_store = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, cols);
   // The rows of a period by turns, so that a piece of the parameters' gradients is one task's.
   for_pieces(op.period, cols, [&](int64_t, int64_t place, int64_t begin, int64_t end) {
     const Widened<T> weight = parameter_piece<T>(op, op.weight, place, begin, end);
@@ -166,7 +166,7 @@ void backward_long_rows(const Backward& op) {
         if (weight.data != nullptr) w = load(weight.data + c, width);
         V dx = fma(centred, -slope, fma(dy, w, -mean_wdy)) * rstd;
         if (grad_sum != nullptr) dx += load(grad_sum + c, width);
-        write(grad_input + c, dx, width, stream);
+        write(grad_input + c, dx, width, nt_store);
       });
     }
     const auto finish = [&](void* gradient, const A* piece) {
