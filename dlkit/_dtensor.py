@@ -95,7 +95,7 @@ def _batch_norm_placements(given: dict[str, Any]) -> Iterator[tuple[Any, Any, An
 @_sharding("bias_act_dropout_forward")
 def _(given: dict[str, Any]) -> Iterator[Sharding]:
     for data, bias in _bias_placements(given):
-        yield [data, Replicate()], {"input": data, "bias": bias, "state": Replicate()}
+        yield [data, Replicate()], {"input": data, "bias": bias, "rng_state": Replicate()}
 
 
 @_sharding("bias_act_dropout_backward")
@@ -103,7 +103,7 @@ def _(given: dict[str, Any]) -> Iterator[Sharding]:
     for data, bias in _bias_placements(given):
         grad_bias = bias if bias.is_shard() else _sum_over(data)
         results = [data, grad_bias if given["needs_bias"] and given["bias"] is not None else None]
-        yield results, {"grad_output": data, "input": data, "bias": bias, "state": Replicate()}
+        yield results, {"grad_output": data, "input": data, "bias": bias, "rng_state": Replicate()}
 
 
 def _bias_placements(given: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -181,7 +181,7 @@ def _is_whole(input: DTensor) -> bool:
     return all(placement.is_replicate() for placement in input.placements)
 
 
-def _agreed(state: Tensor, input: DTensor) -> Tensor:
+def _agreed(rng_state: Tensor, input: DTensor) -> Tensor:
     """What the first process of the mesh drew."""
     mesh = input.device_mesh
     coordinate = mesh.get_coordinate()
@@ -189,9 +189,9 @@ def _agreed(state: Tensor, input: DTensor) -> Tensor:
         if mesh.size(dim) > 1 and coordinate is not None:
             placements: list[Any] = [Replicate()] * mesh.ndim
             placements[dim] = Partial()
-            own = state if coordinate[dim] == 0 else torch.zeros_like(state)
-            state = DTensor.from_local(own, mesh, placements, run_check=False).full_tensor()
-    return state
+            own = rng_state if coordinate[dim] == 0 else torch.zeros_like(rng_state)
+            rng_state = DTensor.from_local(own, mesh, placements, run_check=False).full_tensor()
+    return rng_state
 
 
 def _state_for(input: DTensor, p: float, generator: Any) -> Tensor:
@@ -202,44 +202,44 @@ def _state_for(input: DTensor, p: float, generator: Any) -> Tensor:
     return _agreed(_ops.dropout_forward.default(one, 0.5, 1, 1.0, 0.0, 0.0, generator)[1], input)
 
 
-def _kept(input: DTensor, state: Tensor, p: float, inner: int) -> Tensor:
+def _kept(input: DTensor, rng_state: Tensor, p: float, inner: int) -> Tensor:
     """Where the elements of this process's part stay; broadcasts against it. One bit for every `inner` elements."""
     shape, size, dim = list(input.shape), 1, input.ndim
     while size != inner:
         dim -= 1
         size, shape[dim] = size * shape[dim], 1
     # The narrowest type that the op takes.
-    ones = torch.ones(shape, dtype=torch.bfloat16, device=state.device)
-    return _part_of(_ops.dropout_apply.default(ones, state, p, 1, 1.0, 0.0, 0.0), input) != 0
+    ones = torch.ones(shape, dtype=torch.bfloat16, device=rng_state.device)
+    return _part_of(_ops.dropout_apply.default(ones, rng_state, p, 1, 1.0, 0.0, 0.0), input) != 0
 
 
 @_rule("dropout_apply")
 def _dropout_apply(
-    op: Any, input: DTensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
+    op: Any, input: DTensor, rng_state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
 ) -> DTensor:
     (x,) = _cut(input)
     part = x.to_local()
     if _is_whole(x):
-        return _like(_ops.dropout_apply.default(part, state, p, inner, scale, shift, dropped), x)
+        return _like(_ops.dropout_apply.default(part, rng_state, p, inner, scale, shift, dropped), x)
     if x.numel() == 0:
         return _like(torch.empty_like(part), x)
-    kept = _ops.dropout_apply.default(part, state, 0.0, 1, scale, shift, dropped)
-    return _like(torch.where(_kept(x, state.to(part.device), p, inner), kept, dropped), x)
+    kept = _ops.dropout_apply.default(part, rng_state, 0.0, 1, scale, shift, dropped)
+    return _like(torch.where(_kept(x, rng_state.to(part.device), p, inner), kept, dropped), x)
 
 
 @_rule("dropout_forward")
 def _dropout_forward(
     op: Any, input: DTensor, p: float, inner: int, scale: float, shift: float, dropped: float, generator: Any = None
 ) -> tuple[DTensor, Tensor]:
-    state = _state_for(input, p, generator)
-    return _dropout_apply(op, input, state, p, inner, scale, shift, dropped), state
+    rng_state = _state_for(input, p, generator)
+    return _dropout_apply(op, input, rng_state, p, inner, scale, shift, dropped), rng_state
 
 
 @_rule("dropout_forward_")
 def _dropout_forward_(
     op: Any,
     input: DTensor,
-    state: Tensor | None,
+    rng_state: Tensor | None,
     p: float,
     inner: int,
     scale: float,
@@ -248,9 +248,9 @@ def _dropout_forward_(
     generator: Any = None,
 ) -> Tensor:
     _check_written(op, input)
-    state = _state_for(input, p, generator) if state is None else state.clone()
-    input.to_local().copy_(_dropout_apply(op, input, state, p, inner, scale, shift, dropped).to_local())
-    return state
+    rng_state = _state_for(input, p, generator) if rng_state is None else rng_state.clone()
+    input.to_local().copy_(_dropout_apply(op, input, rng_state, p, inner, scale, shift, dropped).to_local())
+    return rng_state
 
 
 def _check_written(op: Any, input: DTensor) -> None:
@@ -264,17 +264,17 @@ def _check_written(op: Any, input: DTensor) -> None:
 
 @_rule("dropout_add_forward")
 def _dropout_add_forward(
-    op: Any, input: DTensor, residual: DTensor, state: Tensor | None, p: float, generator: Any = None
+    op: Any, input: DTensor, residual: DTensor, rng_state: Tensor | None, p: float, generator: Any = None
 ) -> tuple[DTensor, Tensor]:
     x, added = _cut(input, residual)
-    state = _state_for(x, p, generator) if state is None else state.clone()
+    rng_state = _state_for(x, p, generator) if rng_state is None else rng_state.clone()
     part, rest = x.to_local(), added.to_local()
     if _is_whole(x) or x.numel() == 0:
-        return _like(_ops.dropout_add_forward.default(part, rest, state, p)[0], x), state
+        return _like(_ops.dropout_add_forward.default(part, rest, rng_state, p)[0], x), rng_state
     scale = 1 / (1 - p) if p < 1 else 0.0
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = torch.add(rest.to(wide), part.to(wide), alpha=scale).to(x.dtype)
-    return _like(torch.where(_kept(x, state.to(part.device), p, 1), total, rest), x), state
+    return _like(torch.where(_kept(x, rng_state.to(part.device), p, 1), total, rest), x), rng_state
 
 
 @_rule("dropout_layer_norm_forward")
@@ -282,7 +282,7 @@ def _(
     op: Any,
     input: DTensor,
     residual: DTensor,
-    state: Tensor | None,
+    rng_state: Tensor | None,
     p: float,
     normalized_ndim: int,
     weight: DTensor | None,
@@ -292,7 +292,7 @@ def _(
     stats: bool,
     generator: Any = None,
 ) -> tuple[Any, ...]:
-    total, drawn = _dropout_add_forward(op, input, residual, state, p, generator)
+    total, drawn = _dropout_add_forward(op, input, residual, rng_state, p, generator)
     norm = _ops.layer_norm_forward.default
     y, _, mean, rstd = norm(total, None, normalized_ndim, weight, bias, eps, rms, stats)
     return y, total, mean, rstd, drawn
@@ -308,7 +308,7 @@ def _(
     rstd: DTensor,
     weight: DTensor | None,
     bias: DTensor | None,
-    state: Tensor,
+    rng_state: Tensor,
     p: float,
     normalized_ndim: int,
     output_mask: Sequence[bool],
@@ -317,12 +317,12 @@ def _(
     wanted = [needs_input or needs_residual, *needs_parameters]
     norm = _ops.layer_norm_backward.default
     grad, *parameters = norm(grad_output, grad_sum, input, mean, rstd, weight, bias, normalized_ndim, wanted)
-    grad_input = _dropped(op, grad, state, p) if needs_input else None
+    grad_input = _dropped(op, grad, rng_state, p) if needs_input else None
     return grad_input, grad if needs_residual else None, *parameters
 
 
-def _dropped(op: Any, input: DTensor, state: Tensor, p: float) -> DTensor:
-    return _dropout_apply(op, input, state, p, 1, 1 / (1 - p) if p < 1 else 0.0, 0.0, 0.0)
+def _dropped(op: Any, input: DTensor, rng_state: Tensor, p: float) -> DTensor:
+    return _dropout_apply(op, input, rng_state, p, 1, 1 / (1 - p) if p < 1 else 0.0, 0.0, 0.0)
 
 
 @_rule("bias_act_dropout_forward")
@@ -330,14 +330,14 @@ def _(
     op: Any,
     input: DTensor,
     bias: DTensor | None,
-    state: Tensor | None,
+    rng_state: Tensor | None,
     activation: int,
     p: float,
     generator: Any = None,
 ) -> Any:
     if p == 0:
         return NotImplemented
-    drawn = _state_for(input, p, generator) if state is None else state.clone()
+    drawn = _state_for(input, p, generator) if rng_state is None else rng_state.clone()
     return _dropped(op, op(input, bias, None, activation, 0.0)[0], drawn, p), drawn
 
 
@@ -347,23 +347,23 @@ def _(
     grad_output: DTensor,
     input: DTensor,
     bias: DTensor | None,
-    state: Tensor,
+    rng_state: Tensor,
     activation: int,
     p: float,
     needs_bias: bool,
 ) -> Any:
-    if p == 0 and isinstance(state, DTensor):
+    if p == 0 and isinstance(rng_state, DTensor):
         return NotImplemented
     mesh = input.device_mesh
-    unused = DTensor.from_local(state, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return op(_dropped(op, grad_output, state, p), input, bias, unused, activation, 0.0, needs_bias)
+    unused = DTensor.from_local(rng_state, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return op(_dropped(op, grad_output, rng_state, p), input, bias, unused, activation, 0.0, needs_bias)
 
 
 @_rule("dropblock2d_apply")
-def _dropblock2d_apply(op: Any, input: DTensor, state: Tensor, p: float, block_size: int) -> DTensor:
+def _dropblock2d_apply(op: Any, input: DTensor, rng_state: Tensor, p: float, block_size: int) -> DTensor:
     (x,) = _cut(input)
     part = x.to_local()
-    factors = _part_of(_ops.dropblock2d_apply.default(_ones(x), state, p, block_size), x)
+    factors = _part_of(_ops.dropblock2d_apply.default(_ones(x), rng_state, p, block_size), x)
     return _like(torch.where(factors != 0, part * factors, 0.0).to(x.dtype), x)
 
 
@@ -375,18 +375,18 @@ def _ones(input: DTensor) -> Tensor:
 
 @_rule("dropblock2d_forward")
 def _dropblock2d_forward(
-    op: Any, input: DTensor, state: Tensor | None, p: float, block_size: int, generator: Any = None
+    op: Any, input: DTensor, rng_state: Tensor | None, p: float, block_size: int, generator: Any = None
 ) -> tuple[DTensor, Tensor]:
-    drawn = _ops.dropblock2d_forward.default(_ones(input), state, p, block_size, generator)[1]
-    if state is None:
+    drawn = _ops.dropblock2d_forward.default(_ones(input), rng_state, p, block_size, generator)[1]
+    if rng_state is None:
         drawn = _agreed(drawn, input)
     return _dropblock2d_apply(op, input, drawn, p, block_size), drawn
 
 
 @_rule("dropblock2d_forward_")
-def _(op: Any, input: DTensor, state: Tensor | None, p: float, block_size: int, generator: Any = None) -> Tensor:
+def _(op: Any, input: DTensor, rng_state: Tensor | None, p: float, block_size: int, generator: Any = None) -> Tensor:
     _check_written(op, input)
-    y, drawn = _dropblock2d_forward(op, input, state, p, block_size, generator)
+    y, drawn = _dropblock2d_forward(op, input, rng_state, p, block_size, generator)
     input.to_local().copy_(y.to_local())
     return drawn
 

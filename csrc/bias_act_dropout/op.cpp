@@ -41,35 +41,35 @@ Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t act
 
 // Nothing is drawn for nothing: an empty input, p = 0, or p = 1.
 template <class Device>
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bias, const OptionalTensor& state,
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bias, const OptionalTensor& rng_state,
                                    int64_t activation, double p, const OptionalGenerator& generator, bool keep_bits) {
   const Device device(input);
   TORCH_CHECK(!keep_bits || input.is_cpu(), "bias_act_dropout: expected keep_bits on cpu, got input on ",
               input.device());
   Tensor y = at::empty(input.sizes(), input.options());
   const bool draws = p > 0 && p < 1 && input.numel() > 0;
-  Tensor drawn = has(state) ? state->clone()
-                 : draws    ? empty_state(input, keep_bits)
-                            : empty_state(input, keep_bits).zero_();
+  Tensor drawn = has(rng_state) ? rng_state->clone()
+                 : draws        ? empty_rng_state(input, keep_bits)
+                                : empty_rng_state(input, keep_bits).zero_();
   if (input.numel() == 0) return {std::move(y), std::move(drawn)};
   const Tensor x = input.contiguous();
   Forward op{};
   const Tensor wide = describe(op, x, bias, activation, p);
   op.y = y.mutable_data_ptr();
-  if (has(state)) {
-    op.dropout.source = source_of(*state, input);
+  if (has(rng_state)) {
+    op.dropout.source = source_of(*rng_state, input);
   } else if (draws) {
     op.dropout.source = draw(device, input, generator);
     op.dropout.state = drawn.mutable_data_ptr<int64_t>();
   }
-  run(device, op, bits_in(drawn, input.numel(), has(state)));
+  run(device, op, bits_in(drawn, input.numel(), has(rng_state)));
   return {std::move(y), std::move(drawn)};
 }
 
 // grad_bias is undefined where it is not asked for.
 template <class Device>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& bias,
-                                    const Tensor& state, int64_t activation, double p, bool needs_bias) {
+                                    const Tensor& rng_state, int64_t activation, double p, bool needs_bias) {
   const Device device(input);
   Tensor grad_input = at::empty(input.sizes(), input.options());
   needs_bias = needs_bias && has(bias);
@@ -88,15 +88,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
     partials = at::empty({partials_bytes(device, op)}, input.options().dtype(at::kByte));
     op.partials = partials.mutable_data_ptr();
   }
-  if (p > 0) op.dropout.source = source_of(state, input);
-  run(device, op, bits_in(state, input.numel(), true));
+  if (p > 0) op.dropout.source = source_of(rng_state, input);
+  run(device, op, bits_in(rng_state, input.numel(), true));
   return {std::move(grad_input), needs_bias ? sum.to(bias->scalar_type()) : Tensor()};
 }
 
-std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor& state,
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor& rng_state,
                                         int64_t, double, const OptionalGenerator&, bool keep_bits) {
   return {at::empty_symint(input.sym_sizes(), input.options()),
-          has(state) ? at::empty_like(*state) : empty_state(input, keep_bits)};
+          has(rng_state) ? at::empty_like(*rng_state) : empty_rng_state(input, keep_bits)};
 }
 
 std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& input, const OptionalTensor& bias, const Tensor&,
@@ -116,7 +116,7 @@ Tensor activate(const Tensor& input, const OptionalTensor& bias, int64_t activat
 }
 
 struct BiasActDropoutBackward : SavingNode<BiasActDropoutBackward, 3> {
-  enum { Input, Bias, State };
+  enum { Input, Bias, RngState };
   int64_t activation = 0;
   double p = 0;
 
@@ -126,13 +126,13 @@ struct BiasActDropoutBackward : SavingNode<BiasActDropoutBackward, 3> {
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     static const auto op = find_op<decltype(backward_meta)>("bias_act_dropout_backward");
     auto [grad_input, grad_bias] =
-        op.call(grads[0], saved[Input], saved[Bias], saved[State], activation, p, task_should_compute_output(1));
+        op.call(grads[0], saved[Input], saved[Bias], saved[RngState], activation, p, task_should_compute_output(1));
     return {task_should_compute_output(0) ? grad_input : Tensor(), grad_bias};
   }
 
   // dropout's own backward, which is linear, then torch's of the activation.
   variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
-    const Tensor grad = p > 0 ? dropout::drop_again(grads[0], saved[State], p) : grads[0];
+    const Tensor grad = p > 0 ? dropout::drop_again(grads[0], saved[RngState], p) : grads[0];
     const auto found = differentiable_gradients(activate(saved[Input], saved[Bias], activation), grad,
                                                 {saved[Input], saved[Bias], Tensor()},
                                                 {task_should_compute_output(0), task_should_compute_output(1), false});
@@ -167,13 +167,13 @@ Tensor bias_act_dropout(const Tensor& input, const OptionalTensor& bias, int64_t
   const OptionalTensor drawn = p > 0 ? draw_for(input, p, stream) : std::nullopt;
   using Node = BiasActDropoutBackward;
   const auto node = node_for<Node>(input, bias);
-  auto [y, state] = below_autograd(
+  auto [y, rng_state] = below_autograd(
       [&] { return op.call(input, bias, drawn, activation, p, generator, node && should_keep_bits(input, p)); });
   if (node) {
     torch::autograd::set_history(y, node);
     node->save(Node::Input, input);
     node->save(Node::Bias, or_undefined(bias));
-    node->save(Node::State, state);
+    node->save(Node::RngState, rng_state);
     node->activation = activation;
     node->p = p;
   }
@@ -202,11 +202,11 @@ DLKIT_DEFINE_OPS(m) {
       " Tensor(a!)? stream=None) -> Tensor",
       DLKIT_RANDOM);
   m.def(
-      "bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? state, int activation, float p,"
-      " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor state)",
+      "bias_act_dropout_forward(Tensor input, Tensor? bias, Tensor? rng_state, int activation, float p,"
+      " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor rng_state)",
       DLKIT_RANDOM);
   m.def(
-      "bias_act_dropout_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor state, int activation,"
+      "bias_act_dropout_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor rng_state, int activation,"
       " float p, bool needs_bias) -> (Tensor grad_input, Tensor grad_bias)",
       DLKIT_PURE);
 }

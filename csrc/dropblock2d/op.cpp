@@ -38,13 +38,13 @@ double seed_probability(double p, int64_t height, int64_t width, const Corners& 
   return p / double(corners.size * corners.size) * double(height * width) / double(corners.rows * corners.columns);
 }
 
-Tensor new_state(const Tensor& input) { return at::zeros({3}, empty_state(input).options()); }
+Tensor new_rng_state(const Tensor& input) { return at::zeros({3}, empty_rng_state(input).options()); }
 
 // `drawn`: seed and offset where they are given; `state` receives or, where it is known, gives all three numbers. Other
 // layouts than the two fast ones go through contiguous memory.
 template <class Device>
 void run(const Device& device, const Tensor& input, Tensor& output, double p, int64_t block_size,
-         const OptionalTensor& drawn, const Tensor& state, bool known, const OptionalGenerator& generator) {
+         const OptionalTensor& drawn, const Tensor& rng_state, bool known, const OptionalGenerator& generator) {
   if (input.numel() == 0) return;
   const bool by_channels = !input.is_contiguous() && input.is_contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor x = by_channels ? input : input.contiguous();
@@ -67,7 +67,7 @@ void run(const Device& device, const Tensor& input, Tensor& output, double p, in
   } else if (seeds < 1) {
     op.source = draw(device, input, generator);
   }
-  op.state = state.mutable_data_ptr<int64_t>();
+  op.state = rng_state.mutable_data_ptr<int64_t>();
   op.known = known;
   const Tensor bits = at::zeros({mask_words(op)}, input.options().dtype(at::kInt));
   op.dropped = reinterpret_cast<uint32_t*>(bits.mutable_data_ptr<int32_t>());
@@ -80,9 +80,9 @@ template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& drawn, double p, int64_t block_size,
                                    const OptionalGenerator& generator) {
   const Device device(input);
-  Tensor y = at::empty_like(input), state = new_state(input);
-  run(device, input, y, p, block_size, drawn, state, false, generator);
-  return {std::move(y), std::move(state)};
+  Tensor y = at::empty_like(input), rng_state = new_rng_state(input);
+  run(device, input, y, p, block_size, drawn, rng_state, false, generator);
+  return {std::move(y), std::move(rng_state)};
 }
 
 template <class Device>
@@ -90,30 +90,30 @@ Tensor forward_(Tensor& input, const OptionalTensor& drawn, double p, int64_t bl
                 const OptionalGenerator& generator) {
   at::assert_no_internal_overlap(input);
   const Device device(input);
-  Tensor state = new_state(input);
-  run(device, input, input, p, block_size, drawn, state, false, generator);
-  return state;
+  Tensor rng_state = new_rng_state(input);
+  run(device, input, input, p, block_size, drawn, rng_state, false, generator);
+  return rng_state;
 }
 
 template <class Device>
-Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t block_size) {
+Tensor apply(const Tensor& input, const Tensor& rng_state, double p, int64_t block_size) {
   const Device device(input);
   Tensor y = at::empty_like(input);
-  const Tensor here = state.to(input.device());
+  const Tensor here = rng_state.to(input.device());
   run(device, input, y, p, block_size, here, here, true, std::nullopt);
   return y;
 }
 
 // Shapes and dtypes of the above, for tracing.
-Tensor state_meta(const Tensor& input) { return at::empty({3}, empty_state(input).options()); }
+Tensor rng_state_meta(const Tensor& input) { return at::empty({3}, empty_rng_state(input).options()); }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const OptionalTensor&, double, int64_t,
                                         const OptionalGenerator&) {
-  return {at::empty_like(input), state_meta(input)};
+  return {at::empty_like(input), rng_state_meta(input)};
 }
 
 Tensor forward_meta_(Tensor& input, const OptionalTensor&, double, int64_t, const OptionalGenerator&) {
-  return state_meta(input);
+  return rng_state_meta(input);
 }
 
 Tensor apply_meta(const Tensor& input, const Tensor&, double, int64_t) { return at::empty_like(input); }
@@ -157,16 +157,16 @@ Tensor scaled(const Tensor& input, const Tensor& factors) {
   return at::where(factors.ne(0), input * factors, 0).to(input.scalar_type());
 }
 
-Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, int64_t block_size) {
+Tensor apply_autograd(const Tensor& input, const Tensor& rng_state, double p, int64_t block_size) {
   const auto call = [&](const Tensor& x) {
-    return below_autograd([&] { return apply_op().call(x, state, p, block_size); });
+    return below_autograd([&] { return apply_op().call(x, rng_state, p, block_size); });
   };
   if (has_tangent(input) || is_transformed()) {
     const auto type = accumulate_type(input.scalar_type());
     return scaled(input, call(at::ones_symint(input.sym_sizes(), input.options().dtype(type))));
   }
   const auto node = node_of(input, p, block_size);
-  return with_history({call(input), state}, node);
+  return with_history({call(input), rng_state}, node);
 }
 
 // The kernel's mask and factor, by torch's own ops.
@@ -215,9 +215,9 @@ void dropblock2d_(Tensor& input, double p, int64_t block_size, const OptionalGen
   const OptionalTensor drawn = draw_for(input, 0, stream);
   const auto node = node_of(input, p, block_size);
   static const auto op = find_op<decltype(forward_meta_)>("dropblock2d_forward_");
-  const Tensor state = below_autograd([&] { return op.call(input, drawn, p, block_size, generator); });
+  const Tensor rng_state = below_autograd([&] { return op.call(input, drawn, p, block_size, generator); });
   mark_written(input, node);
-  if (node) node->save(0, state);
+  if (node) node->save(0, rng_state);
 }
 
 template <class Device>
@@ -252,14 +252,14 @@ DLKIT_DEFINE_OPS(m) {
       " Tensor(b!)? stream=None) -> ()",
       DLKIT_RANDOM);
   m.def(
-      "dropblock2d_forward(Tensor input, Tensor? state, float p, int block_size, Generator? generator=None)"
-      " -> (Tensor y, Tensor state)",
+      "dropblock2d_forward(Tensor input, Tensor? rng_state, float p, int block_size, Generator? generator=None)"
+      " -> (Tensor y, Tensor rng_state)",
       DLKIT_RANDOM);
   m.def(
-      "dropblock2d_forward_(Tensor(a!) input, Tensor? state, float p, int block_size, Generator? generator=None)"
+      "dropblock2d_forward_(Tensor(a!) input, Tensor? rng_state, float p, int block_size, Generator? generator=None)"
       " -> Tensor",
       DLKIT_RANDOM);
-  m.def("dropblock2d_apply(Tensor input, Tensor state, float p, int block_size) -> Tensor", DLKIT_PURE);
+  m.def("dropblock2d_apply(Tensor input, Tensor rng_state, float p, int block_size) -> Tensor", DLKIT_PURE);
 }
 
 DLKIT_IMPLEMENT_KERNELS(dlkit::dropblock2d::implement_kernels)

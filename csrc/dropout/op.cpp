@@ -86,7 +86,7 @@ Layout layout_of(const Tensor& x, int64_t inner) {
 // bits are to be kept. Bits that are at hand serve where memory is in that order.
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
-         const PhiloxSource& source, int64_t* state, const KeptBits& bits) {
+         const PhiloxSource& source, int64_t* rng_state, const KeptBits& bits) {
   const bool in_order = residual.defined() || (bits.data != nullptr && !bits.drawn);
   const Layout layout = in_order ? Layout{input.is_contiguous(), 1, 1, 1} : layout_of(input, form.inner);
   const bool fits = layout.direct && output.strides() == input.strides();
@@ -99,7 +99,7 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
                    .numel = x.numel(),
                    .inner = layout.inner,
                    .source = source,
-                   .state = state,
+                   .state = rng_state,
                    .threshold = drop_threshold(form.p),
                    .scale = form.scale,
                    .shift = form.shift,
@@ -119,85 +119,85 @@ Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output,
   TORCH_CHECK(!keep_bits || (input.is_cpu() && form.inner == 1),
               "dropout: expected keep_bits on cpu, where each element has a bit of its own; got input on ",
               input.device(), ", one bit for ", form.inner, " elements");
-  Tensor state = empty_state(input, keep_bits);
+  Tensor rng_state = empty_rng_state(input, keep_bits);
   const bool draws = form.p < 1 && input.numel() > 0;
   const PhiloxSource source = draws ? draw(device, input, generator) : PhiloxSource{};
   if (input.numel() > 0) {
-    run(device, input, residual, output, form, source, state.mutable_data_ptr<int64_t>(),
-        bits_in(state, input.numel(), false));
+    run(device, input, residual, output, form, source, rng_state.mutable_data_ptr<int64_t>(),
+        bits_in(rng_state, input.numel(), false));
   } else {
-    state.zero_();
+    rng_state.zero_();
   }
-  return state;
+  return rng_state;
 }
 
 // The same with the mask of a state.
 template <class Device>
 void apply_into(const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
-                const Tensor& state) {
+                const Tensor& rng_state) {
   if (input.numel() == 0) return;
-  run(Device(input), input, residual, output, form, source_of(state, input), nullptr,
-      bits_in(state, input.numel(), true));
+  run(Device(input), input, residual, output, form, source_of(rng_state, input), nullptr,
+      bits_in(rng_state, input.numel(), true));
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, double p, int64_t inner, double scale, double shift,
                                    double dropped, const OptionalGenerator& generator, bool keep_bits) {
   Tensor y = at::empty_like(input);
-  Tensor state = forward_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, generator, keep_bits);
-  return {std::move(y), std::move(state)};
+  Tensor rng_state = forward_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, generator, keep_bits);
+  return {std::move(y), std::move(rng_state)};
 }
 
 template <class Device>
-Tensor apply(const Tensor& input, const Tensor& state, double p, int64_t inner, double scale, double shift,
+Tensor apply(const Tensor& input, const Tensor& rng_state, double p, int64_t inner, double scale, double shift,
              double dropped) {
   Tensor y = at::empty_like(input);
-  apply_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, state);
+  apply_into<Device>(input, Tensor(), y, {p, inner, scale, shift, dropped}, rng_state);
   return y;
 }
 
 template <class Device>
-Tensor forward_(Tensor& input, const OptionalTensor& state, double p, int64_t inner, double scale, double shift,
+Tensor forward_(Tensor& input, const OptionalTensor& rng_state, double p, int64_t inner, double scale, double shift,
                 double dropped, const OptionalGenerator& generator, bool keep_bits) {
   at::assert_no_internal_overlap(input);
   const Form<int64_t> form{p, inner, scale, shift, dropped};
-  if (!has(state)) return forward_into<Device>(input, Tensor(), input, form, generator, keep_bits);
-  apply_into<Device>(input, Tensor(), input, form, *state);
-  return state->clone();
+  if (!has(rng_state)) return forward_into<Device>(input, Tensor(), input, form, generator, keep_bits);
+  apply_into<Device>(input, Tensor(), input, form, *rng_state);
+  return rng_state->clone();
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
+std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& rng_state,
                                        double p, const OptionalGenerator& generator, bool keep_bits) {
   Tensor y = at::empty(input.sizes(), input.options());
   const Form<int64_t> form{p, 1, dropout_scale(p), 0, 0};
-  if (!has(state)) {
+  if (!has(rng_state)) {
     Tensor drawn = forward_into<Device>(input, residual, y, form, generator, keep_bits);
     return {std::move(y), std::move(drawn)};
   }
-  apply_into<Device>(input, residual, y, form, *state);
-  return {std::move(y), state->clone()};
+  apply_into<Device>(input, residual, y, form, *rng_state);
+  return {std::move(y), rng_state->clone()};
 }
 
 // Shapes and dtypes of the above, for tracing. A state that was given is returned as it is.
-std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor& state, double,
+std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor& rng_state, double,
                                             const OptionalGenerator&, bool keep_bits) {
   return {at::empty_symint(input.sym_sizes(), input.options()),
-          has(state) ? at::empty_like(*state) : empty_state(input, keep_bits)};
+          has(rng_state) ? at::empty_like(*rng_state) : empty_rng_state(input, keep_bits)};
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, double, c10::SymInt, double, double, double,
                                         const OptionalGenerator&, bool keep_bits) {
-  return {at::empty_like(input), empty_state(input, keep_bits)};
+  return {at::empty_like(input), empty_rng_state(input, keep_bits)};
 }
 
 Tensor apply_meta(const Tensor& input, const Tensor&, double, c10::SymInt, double, double, double) {
   return at::empty_like(input);
 }
 
-Tensor forward_meta_(Tensor& input, const OptionalTensor& state, double, c10::SymInt, double, double, double,
+Tensor forward_meta_(Tensor& input, const OptionalTensor& rng_state, double, c10::SymInt, double, double, double,
                      const OptionalGenerator&, bool keep_bits) {
-  return has(state) ? at::empty_like(*state) : empty_state(input, keep_bits);
+  return has(rng_state) ? at::empty_like(*rng_state) : empty_rng_state(input, keep_bits);
 }
 
 // (seed, offset) of this call from a dlkit.random.Philox, which moves on.
@@ -213,11 +213,11 @@ Tensor philox_draw(Tensor& stream) {
     data[1] = int64_t(offset + kDrawn);
     return {nullptr, nullptr, uint64_t(data[0]), offset};
   });
-  Tensor state = at::empty({2}, stream.options());
-  int64_t* const data = state.mutable_data_ptr<int64_t>();
+  Tensor rng_state = at::empty({2}, stream.options());
+  int64_t* const data = rng_state.mutable_data_ptr<int64_t>();
   data[0] = int64_t(source.seed);
   data[1] = int64_t(source.offset);
-  return state;
+  return rng_state;
 }
 
 Tensor philox_draw_meta(Tensor& stream) { return at::empty_like(stream); }
@@ -227,20 +227,21 @@ const auto& forward_op() {
   return op;
 }
 
-Tensor call_apply(const Tensor& input, const Tensor& state, const Form<c10::SymInt>& form) {
+Tensor call_apply(const Tensor& input, const Tensor& rng_state, const Form<c10::SymInt>& form) {
   static const auto op = find_op<ApplyOp>("dropout_apply");
-  return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped);
+  return op.call(input, rng_state, form.p, form.inner, form.scale, form.shift, form.dropped);
 }
 
-Tensor call_forward_(Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
+Tensor call_forward_(Tensor& input, const OptionalTensor& rng_state, const Form<c10::SymInt>& form,
                      const OptionalGenerator& generator, bool keep_bits) {
   static const auto op = find_op<decltype(forward_meta_)>("dropout_forward_");
-  return op.call(input, state, form.p, form.inner, form.scale, form.shift, form.dropped, generator, keep_bits);
+  return op.call(input, rng_state, form.p, form.inner, form.scale, form.shift, form.dropped, generator, keep_bits);
 }
 
-std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const OptionalTensor& state, const Form<c10::SymInt>& form,
-                                        const OptionalGenerator& generator, bool keep_bits = false) {
-  if (has(state)) return {call_apply(input, *state, form), *state};
+std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const OptionalTensor& rng_state,
+                                        const Form<c10::SymInt>& form, const OptionalGenerator& generator,
+                                        bool keep_bits = false) {
+  if (has(rng_state)) return {call_apply(input, *rng_state, form), *rng_state};
   return forward_op().call(input, form.p, form.inner, form.scale, form.shift, form.dropped, generator, keep_bits);
 }
 
@@ -289,15 +290,15 @@ Tensor select(const Tensor& input, const Tensor& keep, const Form<c10::SymInt>& 
 }
 
 // The pure function where a gradient, a derivative in forward mode or a transform is asked for.
-Tensor apply_autograd(const Tensor& input, const Tensor& state, double p, c10::SymInt inner, double scale, double shift,
-                      double dropped) {
+Tensor apply_autograd(const Tensor& input, const Tensor& rng_state, double p, c10::SymInt inner, double scale,
+                      double shift, double dropped) {
   const Form<c10::SymInt> form{p, inner, scale, shift, dropped};
   if (has_tangent(input) || is_transformed()) {
     const Tensor ones = at::ones_symint(input.sym_sizes(), input.options().dtype(at::kFloat));
-    return select(input, below_autograd([&] { return call_apply(ones, state, {p, inner, 1, 0, 0}); }), form);
+    return select(input, below_autograd([&] { return call_apply(ones, rng_state, {p, inner, 1, 0, 0}); }), form);
   }
   const auto node = node_of(form, input);
-  return with_history({below_autograd([&] { return call_apply(input, state, form); }), state}, node);
+  return with_history({below_autograd([&] { return call_apply(input, rng_state, form); }), rng_state}, node);
 }
 
 // The constants of a call, and torch's checks. mask_ndim: how many leading dimensions the mask has, -1 for all.
@@ -418,10 +419,10 @@ void dropout_(Tensor& input, double p, int64_t mask_ndim, bool alpha, const Opti
   at::assert_no_internal_overlap(input);
   const OptionalTensor drawn = draw_for(input, p, stream);
   const auto node = node_of(form, input);
-  const Tensor state =
+  const Tensor rng_state =
       below_autograd([&] { return call_forward_(input, drawn, form, generator, node && keeps_bits(input, form)); });
   mark_written(input, node);
-  if (node) node->save(0, state);
+  if (node) node->save(0, rng_state);
 }
 
 template <class Device>
@@ -462,14 +463,14 @@ DLKIT_DEFINE_OPS(m) {
       DLKIT_RANDOM);
   m.def(
       "dropout_forward(Tensor input, float p, SymInt inner, float scale, float shift, float dropped,"
-      " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor state)",
+      " Generator? generator=None, bool keep_bits=False) -> (Tensor y, Tensor rng_state)",
       DLKIT_RANDOM);
   m.def(
-      "dropout_forward_(Tensor(a!) input, Tensor? state, float p, SymInt inner, float scale, float shift,"
+      "dropout_forward_(Tensor(a!) input, Tensor? rng_state, float p, SymInt inner, float scale, float shift,"
       " float dropped, Generator? generator=None, bool keep_bits=False) -> Tensor",
       DLKIT_RANDOM);
   m.def(
-      "dropout_apply(Tensor input, Tensor state, float p, SymInt inner, float scale, float shift, float dropped)"
+      "dropout_apply(Tensor input, Tensor rng_state, float p, SymInt inner, float scale, float shift, float dropped)"
       " -> Tensor",
       DLKIT_PURE);
   m.def(
@@ -477,8 +478,8 @@ DLKIT_DEFINE_OPS(m) {
       " -> Tensor",
       DLKIT_RANDOM);
   m.def(
-      "dropout_add_forward(Tensor input, Tensor residual, Tensor? state, float p, Generator? generator=None,"
-      " bool keep_bits=False) -> (Tensor y, Tensor state)",
+      "dropout_add_forward(Tensor input, Tensor residual, Tensor? rng_state, float p, Generator? generator=None,"
+      " bool keep_bits=False) -> (Tensor y, Tensor rng_state)",
       DLKIT_RANDOM);
   m.def("dropout_mask(Tensor input, float p, *, Generator? generator=None, Tensor(a!)? stream=None) -> Tensor",
         DLKIT_RANDOM);

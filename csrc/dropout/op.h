@@ -25,9 +25,9 @@ inline at::Tensor drop(const at::Tensor& input, double p, const OptionalGenerato
 }
 
 // The same with the mask of a state: its own backward, too.
-inline at::Tensor drop_again(const at::Tensor& input, const at::Tensor& state, double p) {
+inline at::Tensor drop_again(const at::Tensor& input, const at::Tensor& rng_state, double p) {
   static const auto op = find_op<ApplyOp>("dropout_apply");
-  return op.call(input, state, p, 1, dropout_scale(p), 0, 0);
+  return op.call(input, rng_state, p, 1, dropout_scale(p), 0, 0);
 }
 
 }  // namespace dlkit::dropout

@@ -176,10 +176,10 @@ struct SavingNode : torch::autograd::Node {
 // y of (y, state): given its node, if there is one, which saves the state.
 template <class Node>
 at::Tensor with_history(std::tuple<at::Tensor, at::Tensor> result, const Node& node) {
-  auto& [y, state] = result;
+  auto& [y, rng_state] = result;
   if (node) {
     torch::autograd::set_history(y, node);
-    node->save(0, state);
+    node->save(0, rng_state);
   }
   return std::move(y);
 }

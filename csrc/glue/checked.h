@@ -28,7 +28,7 @@ enum class Role {
   Residual,   // the same; in a user's call a number on the CPU too, as in an addition
   Parameter,  // of the input's dtype or fp32, where a kernel reads it
   Counter,    // one int64 where a kernel reads it; in a user's call of any type and on any device
-  State       // (seed, offset) of a random stream: int64, on the CPU or on the input's device
+  RngState    // (seed, offset) of a random stream: int64, on the CPU or on the input's device
 };
 
 struct Arguments {
@@ -43,7 +43,7 @@ struct Arguments {
       const std::string& name = argument.name();
       if (name == "input") input = names.size();
       const auto is = [&](auto... options) { return ((name == options) || ...); };
-      roles.push_back(is("state", "stream")                         ? Role::State
+      roles.push_back(is("rng_state", "stream")                     ? Role::RngState
                       : is("num_batches_tracked")                   ? Role::Counter
                       : is("residual")                              ? Role::Residual
                       : is("weight", "bias")                        ? Role::Parameter
@@ -60,17 +60,18 @@ void check_argument(const char* op, const Arguments& arguments, size_t i, const 
   const char* const name = arguments.names[i].c_str();
   const Role role = arguments.roles[i];
   if (tensor.device() != input.device()) {
-    const bool allowed = role == Role::State ? tensor.device().is_cpu()
-                                             : kLevel == Level::Public &&
-                                                   (role == Role::Counter ||
-                                                    (role == Role::Residual && tensor.dim() == 0 && tensor.is_cpu()));
+    const bool allowed =
+        role == Role::RngState
+            ? tensor.device().is_cpu()
+            : kLevel == Level::Public &&
+                  (role == Role::Counter || (role == Role::Residual && tensor.dim() == 0 && tensor.is_cpu()));
     TORCH_CHECK(allowed, op, "(): expected ", name, " on ", input.device(), " (the device of ",
                 arguments.names[arguments.input], "), got ", tensor.device());
   }
   TORCH_CHECK(tensor.layout() == at::kStrided || input.layout() != at::kStrided, op, "(): expected a strided ", name,
               " (as ", arguments.names[arguments.input], " is), got one of layout ", tensor.layout());
   const at::ScalarType type = tensor.scalar_type(), wanted = input.scalar_type();
-  if (role == Role::State) {
+  if (role == Role::RngState) {
     TORCH_CHECK(type == at::kLong && tensor.dim() == 1, op, "(): expected ", name,
                 " of one dimension and of Long, got ", type, " ", tensor.sym_sizes());
   }

@@ -98,14 +98,14 @@ inline PhiloxSource draw(const CudaDevice&, const at::Tensor& input, const Optio
 #endif
 
 // A state on the CPU (a dlkit.random.Philox drew it) serves any device, but a captured graph would replay its value.
-inline PhiloxSource source_of(const at::Tensor& state, const at::Tensor& input) {
-  TORCH_CHECK(state.numel() >= 2 && state.is_contiguous(),
-              "dropout: expected state of 2 adjacent elements or more, got ", state.sizes(), " with strides ",
-              state.strides());
-  const int64_t* data = state.const_data_ptr<int64_t>();
-  if (state.device() == input.device()) return {data, data + 1, 0, 0};
-  TORCH_CHECK(state.device().is_cpu(), "dropout: expected state on ", input.device(),
-              " (the device of input) or cpu, got ", state.device());
+inline PhiloxSource source_of(const at::Tensor& rng_state, const at::Tensor& input) {
+  TORCH_CHECK(rng_state.numel() >= 2 && rng_state.is_contiguous(),
+              "dropout: expected rng_state of 2 adjacent elements or more, got ", rng_state.sizes(), " with strides ",
+              rng_state.strides());
+  const int64_t* data = rng_state.const_data_ptr<int64_t>();
+  if (rng_state.device() == input.device()) return {data, data + 1, 0, 0};
+  TORCH_CHECK(rng_state.device().is_cpu(), "dropout: expected rng_state on ", input.device(),
+              " (the device of input) or cpu, got ", rng_state.device());
 #if defined(DLKIT_WITH_CUDA)
   TORCH_CHECK(
       c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
@@ -121,7 +121,7 @@ Int keep_words(const Int& numel) {
   return (numel + 255) / 256 * 4 + 1;
 }
 
-inline at::Tensor empty_state(const at::Tensor& input, bool keep_bits = false) {
+inline at::Tensor empty_rng_state(const at::Tensor& input, bool keep_bits = false) {
   const auto options = at::TensorOptions().device(input.device()).dtype(at::kLong);
   return keep_bits ? at::empty_symint({keep_words(input.sym_numel()) + 2}, options) : at::empty({2}, options);
 }
@@ -135,9 +135,9 @@ inline bool should_keep_bits(const at::Tensor& input, double p) {
 }
 
 // The bits in a state, if it has any for so many elements.
-inline KeptBits bits_in(const at::Tensor& state, int64_t numel, bool drawn) {
-  if (!state.is_cpu() || state.numel() != keep_words(numel) + 2) return {};
-  return {reinterpret_cast<uint8_t*>(const_cast<int64_t*>(state.const_data_ptr<int64_t>()) + 2), drawn};
+inline KeptBits bits_in(const at::Tensor& rng_state, int64_t numel, bool drawn) {
+  if (!rng_state.is_cpu() || rng_state.numel() != keep_words(numel) + 2) return {};
+  return {reinterpret_cast<uint8_t*>(const_cast<int64_t*>(rng_state.const_data_ptr<int64_t>()) + 2), drawn};
 }
 
 // torch's checks of a call.

@@ -93,8 +93,8 @@ BackwardOutputs empty_gradients(const Norm& norm, std::array<bool, 3> mask) {
 }
 
 // Dropout arguments that are fixed before launch.
-FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* state) {
-  return {source, state, drop_threshold(p), dropout_scale(p), true};
+FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* rng_state) {
+  return {source, rng_state, drop_threshold(p), dropout_scale(p), true};
 }
 
 // The arguments of forward's kernel, what they point to, and its outputs.
@@ -155,7 +155,7 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int6
 
 // Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
 template <class Device>
-DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& state,
+DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& rng_state,
                                       double p, int64_t normalized_ndim, const OptionalTensor& weight,
                                       const OptionalTensor& bias, double eps, bool rms, bool stats,
                                       const OptionalGenerator& generator) {
@@ -169,11 +169,11 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
                   .eps = eps,
                   .rms = rms};
   ForwardCall call(norm, stats);
-  Tensor drawn = has(state) ? state->clone() : empty_state(input);
+  Tensor drawn = has(rng_state) ? rng_state->clone() : empty_rng_state(input);
   if (call.op.rows > 0 && !can_drop(device, call.op)) {
     static const auto add = find_op<dropout::AddForwardOp>("dropout_add_forward");
     Tensor sum;
-    std::tie(sum, drawn) = add.call(input, residual, state, p, generator, false);
+    std::tie(sum, drawn) = add.call(input, residual, rng_state, p, generator, false);
     call.outputs = forward<Device>({.input = sum,
                                     .shape = last_sizes(sum, normalized_ndim),
                                     .weight = weight,
@@ -183,12 +183,12 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
                                    stats);
     std::get<1>(call.outputs) = sum;
   } else if (call.op.rows > 0) {
-    const PhiloxSource source = has(state) ? source_of(*state, input)
-                                : p < 1    ? draw(device, input, generator)
-                                           : PhiloxSource{};
-    call.op.dropout = fused_dropout(p, source, has(state) ? nullptr : drawn.mutable_data_ptr<int64_t>());
+    const PhiloxSource source = has(rng_state) ? source_of(*rng_state, input)
+                                : p < 1        ? draw(device, input, generator)
+                                               : PhiloxSource{};
+    call.op.dropout = fused_dropout(p, source, has(rng_state) ? nullptr : drawn.mutable_data_ptr<int64_t>());
     run_with_partials(device, call.op, input);
-  } else if (!has(state)) {
+  } else if (!has(rng_state)) {
     drawn.zero_();
   }
   auto& [y, sum, mean, rstd] = call.outputs;
@@ -205,7 +205,7 @@ struct Upstream {
 
 // With a state, the gradient of the sum is grad_residual, and grad_input what is left of it behind the dropout.
 template <class Device>
-DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, const OptionalTensor& state, double p,
+DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, const OptionalTensor& rng_state, double p,
                                 std::array<bool, 4> output_mask) {
   const Tensor& input = norm.input;
   const Rows dy = as_rows(upstream.grad_output, norm.ndim());
@@ -237,14 +237,14 @@ DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, cons
               .rms = norm.rms,
               .dropout = {},
               .grad_dropped = nullptr};
-  const bool drops = has(state) && output_mask[0];
+  const bool drops = has(rng_state) && output_mask[0];
   if (drops && cols > 0 && can_drop(device, op)) {
     grad_dropped = at::empty(input.sizes(), input.options());
-    op.dropout = fused_dropout(p, source_of(*state, input), nullptr);
+    op.dropout = fused_dropout(p, source_of(*rng_state, input), nullptr);
     op.grad_dropped = grad_dropped.mutable_data_ptr();
   }
   if (cols > 0) run_with_partials(device, op, input);
-  if (drops && !grad_dropped.defined()) grad_dropped = dropout::drop_again(grad_sum, *state, p);
+  if (drops && !grad_dropped.defined()) grad_dropped = dropout::drop_again(grad_sum, *rng_state, p);
   return {std::move(grad_dropped), output_mask[1] ? std::move(grad_sum) : Tensor(), std::move(grad_weight),
           std::move(grad_bias)};
 }
@@ -263,12 +263,12 @@ BackwardOutputs backward(const Tensor& grad_output, const OptionalTensor& grad_s
 template <class Device>
 DroppedBackwardOutputs dropped_backward(const Tensor& grad_output, const OptionalTensor& grad_sum, const Tensor& input,
                                         const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-                                        const OptionalTensor& bias, const Tensor& state, double p,
+                                        const OptionalTensor& bias, const Tensor& rng_state, double p,
                                         int64_t normalized_ndim, std::array<bool, 4> output_mask) {
   return backward<Device>(
       {.grad_output = grad_output, .grad_sum = grad_sum, .mean = mean, .rstd = rstd},
       {.input = input, .shape = last_sizes(input, normalized_ndim), .weight = weight, .bias = bias, .rms = !has(mean)},
-      state, p, output_mask);
+      rng_state, p, output_mask);
 }
 
 // Shapes and dtypes of the above, for tracing.
@@ -290,7 +290,7 @@ DroppedForwardOutputs dropped_forward_meta(const Tensor& input, const Tensor& re
                                            double, bool rms, bool stats, const OptionalGenerator&) {
   auto [y, sum, mean, rstd] = empty_outputs(
       {.input = input, .residual = residual, .shape = last_sizes(input, normalized_ndim), .rms = rms}, stats);
-  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), empty_state(input)};
+  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), empty_rng_state(input)};
 }
 
 DroppedBackwardOutputs dropped_backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input,
@@ -329,7 +329,7 @@ const auto& dropped_forward_op() {
 // The dropout on the way to a residual add.
 struct DropoutCall {
   double p;
-  OptionalTensor state;  // where a stream gave it
+  OptionalTensor rng_state;  // where a stream gave it
   OptionalGenerator generator;
 };
 
@@ -337,15 +337,15 @@ DroppedForwardOutputs call_forward(const Norm& norm, bool stats, const DropoutCa
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
   if (dropout != nullptr) {
-    return dropped_forward_op().call(input, *residual, dropout->state, dropout->p, norm.ndim(), weight, bias, *eps, rms,
-                                     stats, dropout->generator);
+    return dropped_forward_op().call(input, *residual, dropout->rng_state, dropout->p, norm.ndim(), weight, bias, *eps,
+                                     rms, stats, dropout->generator);
   }
   return std::tuple_cat(forward_op().call(input, residual, norm.ndim(), weight, bias, *eps, rms, stats),
                         std::make_tuple(Tensor()));
 }
 
 struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
-  enum { Input, Mean, Rstd, Weight, State };  // Input: what was normalized, the sum where there is one
+  enum { Input, Mean, Rstd, Weight, RngState };  // Input: what was normalized, the sum where there is one
   Bias bias;
   int64_t normalized_ndim = 0;
   double eps = 0, p = 0;
@@ -361,7 +361,7 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
     const auto wanted = mask();
     // A weight tells the parameters' type as well.
     const Tensor b = saved[Weight].defined() ? Tensor() : bias.stand_in(row_sizes(saved), saved[Input]);
-    if (!saved[State].defined()) {
+    if (!saved[RngState].defined()) {
       static const auto op = find_op<decltype(backward_meta)>("layer_norm_backward");
       return through_dropout(op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b,
                                      normalized_ndim, wanted),
@@ -369,7 +369,7 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
     }
     static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
     auto [grad_dropped, grad_residual, grad_weight, grad_bias] =
-        op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b, saved[State], p,
+        op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b, saved[RngState], p,
                 normalized_ndim, {task_should_compute_output(0), task_should_compute_output(1), wanted[1], wanted[2]});
     return {grad_dropped, grad_residual, grad_weight, grad_bias};
   }
@@ -403,7 +403,7 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
   variable_list through_dropout(const BackwardOutputs& found, const Saved& saved) const {
     const auto& [grad_sum, grad_weight, grad_bias] = found;
     Tensor first = task_should_compute_output(0) ? grad_sum : Tensor();
-    if (first.defined() && saved[State].defined()) first = dropout::drop_again(first, saved[State], p);
+    if (first.defined() && saved[RngState].defined()) first = dropout::drop_again(first, saved[RngState], p);
     return {first, task_should_compute_output(1) ? grad_sum : Tensor(), grad_weight, grad_bias};
   }
 };
@@ -436,7 +436,7 @@ std::tuple<Tensor, Tensor> normalize(const char* name, const Norm& norm, const D
   check_parameter_types(name, input, weight, bias);
   using Node = LayerNormBackward;
   const auto node = node_for<Node>(input, residual, weight, bias);
-  auto [y, sum, mean, rstd, state] = call_forward(norm, bool(node), dropout);
+  auto [y, sum, mean, rstd, rng_state] = call_forward(norm, bool(node), dropout);
   if (node) {
     torch::autograd::set_history(y, node);
     if (sum.defined()) torch::autograd::set_history(sum, node);
@@ -444,7 +444,7 @@ std::tuple<Tensor, Tensor> normalize(const char* name, const Norm& norm, const D
     node->save(Node::Mean, mean);
     node->save(Node::Rstd, rstd);
     node->save(Node::Weight, or_undefined(weight));
-    node->save(Node::State, state);
+    node->save(Node::RngState, rng_state);
     node->bias = Bias(bias);
     node->normalized_ndim = norm.ndim();
     node->eps = *eps;
@@ -649,13 +649,13 @@ DLKIT_DEFINE_OPS(m) {
       " float? eps=None, *, Generator? generator=None, Tensor(a!)? stream=None) -> (Tensor, Tensor)",
       DLKIT_RANDOM);
   m.def(
-      "dropout_layer_norm_forward(Tensor input, Tensor residual, Tensor? state, float p, int normalized_ndim,"
+      "dropout_layer_norm_forward(Tensor input, Tensor residual, Tensor? rng_state, float p, int normalized_ndim,"
       " Tensor? weight, Tensor? bias, float eps, bool rms, bool stats, Generator? generator=None)"
-      " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd, Tensor state)",
+      " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd, Tensor rng_state)",
       DLKIT_RANDOM);
   m.def(
       "dropout_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"
-      " Tensor? weight, Tensor? bias, Tensor state, float p, int normalized_ndim, bool[4] output_mask)"
+      " Tensor? weight, Tensor? bias, Tensor rng_state, float p, int normalized_ndim, bool[4] output_mask)"
       " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
       DLKIT_PURE);
   m.def(

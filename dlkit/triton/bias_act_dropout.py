@@ -63,14 +63,14 @@ def _tile(grad, x, bias, out, index, inside, keep, cols, scale, KIND: tl.constex
 
 @_jit
 def _act_drop(
-    grad, x, bias, out, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64, cols,
+    grad, x, bias, out, rng_state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64, cols,
     scale,
     GIVEN: tl.constexpr, ACTIVE: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 8)[None, :]
     if ACTIVE:
-        seed, counter = _begin(state, seed, offset, GIVEN)
+        seed, counter = _begin(rng_state, seed, offset, GIVEN)
         kept = _kept_bytes(seed, counter, program * BLOCKS + tl.arange(0, BLOCKS), high, low)
         keep = ((kept[:, None] >> lane.to(tl.uint32)) & 1) != 0
     else:
@@ -85,7 +85,7 @@ def _act_drop(
 
 def _launch(
     grad: Tensor | None, input: Tensor, bias: Tensor | None, activation: int, p: float,
-    state: Tensor | None, drawn: tuple[int, int] | None,
+    rng_state: Tensor | None, drawn: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
     """``state`` and ``drawn`` as in dropout's own launch."""
     output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
@@ -100,7 +100,7 @@ def _launch(
     cols = 1 if bias is None else len(bias)
     with torch.cuda.device_of(input):
         _act_drop[(triton.cdiv(input.numel(), _TILE),)](
-            *tensors, output, state, seed, offset, threshold >> 16, threshold & 0xFFFF, input.numel(), cols,
+            *tensors, output, rng_state, seed, offset, threshold >> 16, threshold & 0xFFFF, input.numel(), cols,
             kind(_scale(p)), GIVEN=drawn is None, ACTIVE=p > 0, KIND=activation, ACC=TRITON_TYPE[accumulate],
             BLOCKS=_TILE // 8, num_warps=4,
         )  # fmt: skip
@@ -108,12 +108,12 @@ def _launch(
 
 
 def bias_act_dropout_forward(
-    input: Tensor, bias: Tensor | None, state: Tensor | None, activation: int, p: float,
+    input: Tensor, bias: Tensor | None, rng_state: Tensor | None, activation: int, p: float,
     generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``dropout(act(input + bias))`` with the mask of ``state`` or a new one. Returns (y, state). Keeps no bits."""
-    if state is not None:
-        return _launch(None, input, bias, activation, p, *given_state(input, state)), state.clone()
+    if rng_state is not None:
+        return _launch(None, input, bias, activation, p, *given_state(input, rng_state)), rng_state.clone()
     if p == 0 or input.numel() == 0:
         new: tuple[Tensor, Any] = torch.zeros(2, dtype=torch.int64, device=input.device), (0, 0)
     else:
@@ -122,10 +122,16 @@ def bias_act_dropout_forward(
 
 
 def bias_act_dropout_backward(
-    grad_output: Tensor, input: Tensor, bias: Tensor | None, state: Tensor, activation: int, p: float, needs_bias: bool
+    grad_output: Tensor,
+    input: Tensor,
+    bias: Tensor | None,
+    rng_state: Tensor,
+    activation: int,
+    p: float,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(grad_input, grad_bias), the latter None where it is not asked for."""
-    grad = _launch(grad_output, input, bias, activation, p, *given_state(input, state))
+    grad = _launch(grad_output, input, bias, activation, p, *given_state(input, rng_state))
     if bias is None or not needs_bias:
         return grad, None
     rows = torch.atleast_2d(grad).flatten(end_dim=-2)

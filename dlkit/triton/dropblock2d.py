@@ -24,10 +24,10 @@ _TILE = 512  # elements of a program
 
 @_jit
 def _draw_seeds(
-    kept, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, blocks: tl.int64,
+    kept, rng_state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, blocks: tl.int64,
     GIVEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    seed, counter = _begin(state, seed, offset, GIVEN)
+    seed, counter = _begin(rng_state, seed, offset, GIVEN)
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     tl.store(kept + block, _kept_bytes(seed, counter, block, high, low).to(tl.uint8), mask=block < blocks)
 
@@ -57,20 +57,20 @@ def _dropped(kept, element, inside, rows, columns, width, SIZE: tl.constexpr):
 
 
 @_jit
-def _count(kept, state, numel: tl.int64, rows: tl.int64, columns: tl.int64, width: tl.int64,
+def _count(kept, rng_state, numel: tl.int64, rows: tl.int64, columns: tl.int64, width: tl.int64,
            SIZE: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     element = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = element < numel
     dropped = _dropped(kept, element, inside, rows, columns, width, SIZE) & inside
-    tl.atomic_add(state + 2, tl.sum(dropped.to(tl.int64), 0))
+    tl.atomic_add(rng_state + 2, tl.sum(dropped.to(tl.int64), 0))
 
 
 @_jit
 def _apply(
-    x, y, kept, state, numel: tl.int64, rows: tl.int64, columns: tl.int64, width: tl.int64,
+    x, y, kept, rng_state, numel: tl.int64, rows: tl.int64, columns: tl.int64, width: tl.int64,
     SIZE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    left = tl.maximum(numel - tl.load(state + 2), 1)
+    left = tl.maximum(numel - tl.load(rng_state + 2), 1)
     scale = (numel.to(tl.float64) / left.to(tl.float64)).to(ACC)
     element = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = element < numel
@@ -84,21 +84,21 @@ def _launch(
     generator: torch.Generator | None,
 ) -> Tensor:  # fmt: skip
     """``drawn``: seed and offset where they are given; ``known``: forward's state. Returns the state."""
-    state = torch.zeros(3, dtype=torch.int64, device=input.device) if known is None else known.to(input.device)
+    rng_state = torch.zeros(3, dtype=torch.int64, device=input.device) if known is None else known.to(input.device)
     if input.numel() == 0:
-        return state
+        return rng_state
     samples, channels, height, width = input.shape
     size = min(block_size, height, width)
     rows, columns = height - size + 1, width - size + 1
     probability = p / (size * size) * (height * width) / (rows * columns)
     source: Tensor | None
     if known is not None:
-        source, numbers = given_state(input, state)
+        source, numbers = given_state(input, rng_state)
     else:
         source, numbers = new_state(input, probability, generator) if drawn is None else given_state(input, drawn)
         if source is not None and numbers is None:
-            state[:2] = source
-        source = state  # the kernel writes the numbers there
+            rng_state[:2] = source
+        source = rng_state  # the kernel writes the numbers there
     seed, offset = numbers or (0, 0)
     x = input.contiguous()
     y = output if output.is_contiguous() else torch.empty_like(x)
@@ -112,35 +112,35 @@ def _launch(
             kept, source, seed, offset, threshold >> 16, threshold & 0xFFFF, blocks, GIVEN=numbers is None, TILE=_TILE
         )
         if known is None:
-            _count[grid](kept, state, x.numel(), *shape, SIZE=size, TILE=_TILE)
+            _count[grid](kept, rng_state, x.numel(), *shape, SIZE=size, TILE=_TILE)
         _apply[grid](
-            x, y, kept, state, x.numel(), *shape, SIZE=size, ACC=TRITON_TYPE[accumulate_type(x.dtype)], TILE=_TILE
+            x, y, kept, rng_state, x.numel(), *shape, SIZE=size, ACC=TRITON_TYPE[accumulate_type(x.dtype)], TILE=_TILE
         )
     if y is not output:
         output.copy_(y)
-    return state
+    return rng_state
 
 
 def dropblock2d_forward(
-    input: Tensor, state: Tensor | None, p: float, block_size: int, generator: torch.Generator | None = None
+    input: Tensor, rng_state: Tensor | None, p: float, block_size: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """DropBlock with the seeds of ``state`` or new ones. Returns y, in the input's dtype and memory format, and the
     state, int64 [3]: seed, offset and how many elements were dropped."""
     y = torch.empty_like(input)
-    return y, _launch(input, y, p, block_size, state, None, generator)
+    return y, _launch(input, y, p, block_size, rng_state, None, generator)
 
 
 def dropblock2d_forward_(
-    input: Tensor, state: Tensor | None, p: float, block_size: int, generator: torch.Generator | None = None
+    input: Tensor, rng_state: Tensor | None, p: float, block_size: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """:func:`dropblock2d_forward` in place. Returns the state."""
-    return _launch(input, input, p, block_size, state, None, generator)
+    return _launch(input, input, p, block_size, rng_state, None, generator)
 
 
-def dropblock2d_apply(input: Tensor, state: Tensor, p: float, block_size: int) -> Tensor:
+def dropblock2d_apply(input: Tensor, rng_state: Tensor, p: float, block_size: int) -> Tensor:
     """The pure function of a state that :func:`dropblock2d_forward` returned; its own backward."""
     y = torch.empty_like(input)
-    _launch(input, y, p, block_size, None, state, None)
+    _launch(input, y, p, block_size, None, rng_state, None)
     return y
 
 

@@ -77,15 +77,15 @@ def _own_lane(seed, counter, element):
 
 
 @triton.jit
-def _begin(state, seed, offset, GIVEN: tl.constexpr):
+def _begin(rng_state, seed, offset, GIVEN: tl.constexpr):
     """Seed and counter: from `state` where it is GIVEN, else from the arguments, and then into `state`."""
     if GIVEN:
-        seed = tl.load(state)
-        offset = tl.load(state + 1)
-    elif state is not None:
+        seed = tl.load(rng_state)
+        offset = tl.load(rng_state + 1)
+    elif rng_state is not None:
         if tl.program_id(0) == 0:
-            tl.store(state, seed)
-            tl.store(state + 1, offset)
+            tl.store(rng_state, seed)
+            tl.store(rng_state + 1, offset)
     return seed.to(tl.uint64), offset.to(tl.uint64) >> 2
 
 
@@ -105,11 +105,11 @@ def _sum(x, residual, keep, scale, ACC: tl.constexpr):
 
 @_jit
 def _drop_elements(
-    x, residual, y, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64,
+    x, residual, y, rng_state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64,
     scale, shift, dropped,
     GIVEN: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    seed, counter = _begin(state, seed, offset, GIVEN)
+    seed, counter = _begin(rng_state, seed, offset, GIVEN)
     program = tl.program_id(0).to(tl.int64)
     block = program * BLOCKS + tl.arange(0, BLOCKS)
     kept = _kept_bytes(seed, counter, block, high, low)
@@ -140,12 +140,12 @@ def _drop_elements(
 
 @_jit
 def _drop_runs(
-    x, y, state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, runs: tl.int64, groups: tl.int64,
+    x, y, rng_state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, runs: tl.int64, groups: tl.int64,
     parts: tl.int32, scale, shift, dropped,
     GIVEN: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    seed, counter = _begin(state, seed, offset, GIVEN)
+    seed, counter = _begin(rng_state, seed, offset, GIVEN)
     first = (tl.program_id(0) // parts).to(tl.int64) * ROWS
     start = (tl.program_id(0) % parts).to(tl.int64) * BLOCK
     run = first + tl.arange(0, ROWS)
@@ -170,7 +170,7 @@ _TILE = 2048  # elements of a program: 16 a thread
 
 
 def _launch(
-    input: Tensor, output: Tensor, state: Tensor | None, drawn: tuple[int, int] | None, p: float, inner: int,
+    input: Tensor, output: Tensor, rng_state: Tensor | None, drawn: tuple[int, int] | None, p: float, inner: int,
     scale: float, shift: float, dropped: float, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``drawn``: seed and offset, which go into ``state`` if that is not None; without it ``state`` gives them."""
@@ -181,7 +181,7 @@ def _launch(
     kind: Callable[[float], Any] = tl.constexpr if accumulate == torch.float64 else float
     seed, offset = drawn or (0, 0)
     threshold = int(p * 2.0**32 + 0.5)
-    source = (y, state, seed, offset, threshold >> 16, threshold & 0xFFFF)
+    source = (y, rng_state, seed, offset, threshold >> 16, threshold & 0xFFFF)
     constants = (kind(scale), kind(shift), kind(dropped))
     options: dict[str, Any] = {
         "GIVEN": drawn is None, "AFFINE": shift != 0 or dropped != 0, "ACC": TRITON_TYPE[accumulate], "num_warps": 4,
@@ -234,29 +234,29 @@ def _signed(value: int) -> int:
 
 def new_state(input: Tensor, p: float, generator: torch.Generator | None) -> tuple[Tensor, tuple[int, int] | None]:
     """The state of a call, as ``state`` and ``drawn`` of a launch. Nothing is drawn for p = 0 or 1."""
-    state = torch.empty(2, dtype=torch.int64, device=input.device)
+    rng_state = torch.empty(2, dtype=torch.int64, device=input.device)
     if not 0 < p < 1:
-        return state, (0, 0)
+        return rng_state, (0, 0)
     if not _capturing(input):
-        return state, _draw(input, generator)
+        return rng_state, _draw(input, generator)
     # The generator's numbers are on the device during a capture: drawn there, they differ at each replay.
-    return state.random_(-(2**63), None, generator=generator), None
+    return rng_state.random_(-(2**63), None, generator=generator), None
 
 
-def given_state(input: Tensor, state: Tensor) -> tuple[Tensor | None, tuple[int, int] | None]:
+def given_state(input: Tensor, rng_state: Tensor) -> tuple[Tensor | None, tuple[int, int] | None]:
     """A state that exists, as ``state`` and ``drawn`` of a launch."""
-    if state.device == input.device:
-        return state, None
-    if state.device.type != "cpu":
+    if rng_state.device == input.device:
+        return rng_state, None
+    if rng_state.device.type != "cpu":
         raise RuntimeError(
-            f"dropout: expected state on {input.device} (the device of input) or cpu, got {state.device}"
+            f"dropout: expected rng_state on {input.device} (the device of input) or cpu, got {rng_state.device}"
         )
     if _capturing(input):
         raise RuntimeError(
             "dropout: a dlkit.random.Philox cannot be captured in a CUDA graph, whose replays would all draw the same"
             " mask; use a torch.Generator of the device"
         )
-    seed, offset = state.tolist()
+    seed, offset = rng_state.tolist()
     return None, (seed, offset)
 
 
@@ -266,17 +266,17 @@ def _forward_into(
 ) -> Tensor:  # fmt: skip
     if input.numel() == 0:
         return torch.zeros(2, dtype=torch.int64, device=input.device)
-    state, drawn = new_state(input, p, generator)
-    _launch(input, output, state, drawn, p, inner, scale, shift, dropped, residual)
-    return state
+    rng_state, drawn = new_state(input, p, generator)
+    _launch(input, output, rng_state, drawn, p, inner, scale, shift, dropped, residual)
+    return rng_state
 
 
 def _apply_into(
-    input: Tensor, output: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
+    input: Tensor, output: Tensor, rng_state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float,
     residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     if input.numel() > 0:
-        _launch(input, output, *given_state(input, state), p, inner, scale, shift, dropped, residual)
+        _launch(input, output, *given_state(input, rng_state), p, inner, scale, shift, dropped, residual)
 
 
 def dropout_forward(
@@ -293,22 +293,22 @@ def dropout_forward(
 
 
 def dropout_forward_(
-    input: Tensor, state: Tensor | None, p: float, inner: int, scale: float, shift: float, dropped: float,
+    input: Tensor, rng_state: Tensor | None, p: float, inner: int, scale: float, shift: float, dropped: float,
     generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> Tensor:  # fmt: skip
     """:func:`dropout_forward` in place, with the mask of ``state`` where that is given. Returns the state."""
-    if state is None:
+    if rng_state is None:
         return _forward_into(input, input, p, inner, scale, shift, dropped, generator)
-    _apply_into(input, input, state, p, inner, scale, shift, dropped)
-    return state.clone()
+    _apply_into(input, input, rng_state, p, inner, scale, shift, dropped)
+    return rng_state.clone()
 
 
 def dropout_apply(
-    input: Tensor, state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
+    input: Tensor, rng_state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
 ) -> Tensor:
     """The pure function of a state that :func:`dropout_forward` drew; its own backward with shift and dropped 0."""
     y = torch.empty_like(input)
-    _apply_into(input, y, state, p, inner, scale, shift, dropped)
+    _apply_into(input, y, rng_state, p, inner, scale, shift, dropped)
     return y
 
 
@@ -317,30 +317,31 @@ def _scale(p: float) -> float:
 
 
 def dropout_add_forward(
-    input: Tensor, residual: Tensor, state: Tensor | None, p: float, generator: torch.Generator | None = None,
+    input: Tensor, residual: Tensor, rng_state: Tensor | None, p: float, generator: torch.Generator | None = None,
     keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``dropout(input) + residual``, rounded once, with the mask of ``state`` or a new one. Returns (sum, state)."""
     y = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    if state is None:
+    if rng_state is None:
         return y, _forward_into(input, y, p, 1, _scale(p), 0.0, 0.0, generator, residual)
-    _apply_into(input, y, state, p, 1, _scale(p), 0.0, 0.0, residual)
-    return y, state.clone()
+    _apply_into(input, y, rng_state, p, 1, _scale(p), 0.0, 0.0, residual)
+    return y, rng_state.clone()
 
 
 def dropout_layer_norm_forward(
-    input: Tensor, residual: Tensor, state: Tensor | None, p: float, normalized_ndim: int, weight: Tensor | None,
+    input: Tensor, residual: Tensor, rng_state: Tensor | None, p: float, normalized_ndim: int, weight: Tensor | None,
     bias: Tensor | None, eps: float, rms: bool, stats: bool, generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """:func:`dropout_add_forward`, then the norm of the sum: two kernels. Returns (y, sum, mean, rstd, state)."""
-    sum, drawn = dropout_add_forward(input, residual, state, p, generator)
+    sum, drawn = dropout_add_forward(input, residual, rng_state, p, generator)
     y, _, mean, rstd = layer_norm_forward(sum, None, normalized_ndim, weight, bias, eps, rms, stats)
     return y, sum, mean, rstd, drawn
 
 
 def dropout_layer_norm_backward(
     grad_output: Tensor, grad_sum: Tensor | None, input: Tensor, mean: Tensor | None, rstd: Tensor,
-    weight: Tensor | None, bias: Tensor | None, state: Tensor, p: float, normalized_ndim: int, output_mask: list[bool],
+    weight: Tensor | None, bias: Tensor | None, rng_state: Tensor, p: float, normalized_ndim: int,
+    output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of input, residual, weight and bias; ``input`` is the sum. Two kernels."""
     mask = [output_mask[0] or output_mask[1], *output_mask[2:]]
@@ -349,7 +350,7 @@ def dropout_layer_norm_backward(
     )
     grad_input = None
     if output_mask[0] and grad is not None:
-        grad_input = dropout_apply(grad, state, p, 1, _scale(p), 0.0, 0.0)
+        grad_input = dropout_apply(grad, rng_state, p, 1, _scale(p), 0.0, 0.0)
     return grad_input, grad if output_mask[1] else None, grad_weight, grad_bias
 
 
