@@ -63,8 +63,8 @@ def _tile(grad, x, bias, out, index, inside, keep, cols, scale, KIND: tl.constex
 
 @_jit
 def _act_drop(
-    grad, x, bias, out, rng_state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64, cols,
-    scale,
+    grad, x, bias, out, rng_state, seed: tl.int64, offset: tl.int64, high: tl.int32, low: tl.int32, numel: tl.int64,
+    cols, scale,
     GIVEN: tl.constexpr, ACTIVE: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -87,7 +87,7 @@ def _launch(
     grad: Tensor | None, input: Tensor, bias: Tensor | None, activation: int, p: float,
     rng_state: Tensor | None, drawn: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
-    """``state`` and ``drawn`` as in dropout's own launch."""
+    """``rng_state`` and ``drawn`` as in dropout's own launch."""
     output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if input.numel() == 0:
         return output
@@ -111,7 +111,7 @@ def bias_act_dropout_forward(
     input: Tensor, bias: Tensor | None, rng_state: Tensor | None, activation: int, p: float,
     generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``dropout(act(input + bias))`` with the mask of ``state`` or a new one. Returns (y, state). Keeps no bits."""
+    """``dropout(act(input + bias))`` with the mask of ``rng_state`` or a new one. Returns (y, state). Keeps no bits."""
     if rng_state is not None:
         return _launch(None, input, bias, activation, p, *given_state(input, rng_state)), rng_state.clone()
     if p == 0 or input.numel() == 0:

@@ -124,7 +124,7 @@ def _launch(
 def dropblock2d_forward(
     input: Tensor, rng_state: Tensor | None, p: float, block_size: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """DropBlock with the seeds of ``state`` or new ones. Returns y, in the input's dtype and memory format, and the
+    """DropBlock with the seeds of ``rng_state`` or new ones. Returns y, in the input's dtype and memory format, and the
     state, int64 [3]: seed, offset and how many elements were dropped."""
     y = torch.empty_like(input)
     return y, _launch(input, y, p, block_size, rng_state, None, generator)

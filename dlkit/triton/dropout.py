@@ -78,7 +78,7 @@ def _own_lane(seed, counter, element):
 
 @triton.jit
 def _begin(rng_state, seed, offset, GIVEN: tl.constexpr):
-    """Seed and counter: from `state` where it is GIVEN, else from the arguments, and then into `state`."""
+    """Seed and counter: from `rng_state` where it is GIVEN, else from the arguments, and then into `rng_state`."""
     if GIVEN:
         seed = tl.load(rng_state)
         offset = tl.load(rng_state + 1)
@@ -173,7 +173,7 @@ def _launch(
     input: Tensor, output: Tensor, rng_state: Tensor | None, drawn: tuple[int, int] | None, p: float, inner: int,
     scale: float, shift: float, dropped: float, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``drawn``: seed and offset, which go into ``state`` if that is not None; without it ``state`` gives them."""
+    """``drawn``: seed and offset, which go into ``rng_state`` if that is not None; without it ``rng_state`` gives them."""
     x = input.contiguous()
     y = output if output.is_contiguous() else torch.empty(input.shape, dtype=input.dtype, device=input.device)
     accumulate = accumulate_type(input.dtype)
@@ -233,7 +233,7 @@ def _signed(value: int) -> int:
 
 
 def new_state(input: Tensor, p: float, generator: torch.Generator | None) -> tuple[Tensor, tuple[int, int] | None]:
-    """The state of a call, as ``state`` and ``drawn`` of a launch. Nothing is drawn for p = 0 or 1."""
+    """The state of a call, as ``rng_state`` and ``drawn`` of a launch. Nothing is drawn for p = 0 or 1."""
     rng_state = torch.empty(2, dtype=torch.int64, device=input.device)
     if not 0 < p < 1:
         return rng_state, (0, 0)
@@ -244,7 +244,7 @@ def new_state(input: Tensor, p: float, generator: torch.Generator | None) -> tup
 
 
 def given_state(input: Tensor, rng_state: Tensor) -> tuple[Tensor | None, tuple[int, int] | None]:
-    """A state that exists, as ``state`` and ``drawn`` of a launch."""
+    """A state that exists, as ``rng_state`` and ``drawn`` of a launch."""
     if rng_state.device == input.device:
         return rng_state, None
     if rng_state.device.type != "cpu":
@@ -296,7 +296,7 @@ def dropout_forward_(
     input: Tensor, rng_state: Tensor | None, p: float, inner: int, scale: float, shift: float, dropped: float,
     generator: torch.Generator | None = None, keep_bits: bool = False,
 ) -> Tensor:  # fmt: skip
-    """:func:`dropout_forward` in place, with the mask of ``state`` where that is given. Returns the state."""
+    """:func:`dropout_forward` in place, with the mask of ``rng_state`` where that is given. Returns the state."""
     if rng_state is None:
         return _forward_into(input, input, p, inner, scale, shift, dropped, generator)
     _apply_into(input, input, rng_state, p, inner, scale, shift, dropped)
@@ -320,7 +320,7 @@ def dropout_add_forward(
     input: Tensor, residual: Tensor, rng_state: Tensor | None, p: float, generator: torch.Generator | None = None,
     keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``dropout(input) + residual``, rounded once, with the mask of ``state`` or a new one. Returns (sum, state)."""
+    """``dropout(input) + residual``, rounded once, with the mask of ``rng_state`` or a new one. Returns (sum, state)."""
     y = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if rng_state is None:
         return y, _forward_into(input, y, p, 1, _scale(p), 0.0, 0.0, generator, residual)
