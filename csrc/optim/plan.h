@@ -14,8 +14,9 @@
 namespace dlkit::optim {
 namespace {
 
-// The kernels' ops, of arguments that are checked.
+// What op.cpp has: the kernels' op of a step, alone and behind the checks, and the checked norm.
 void run_step(c10::string_view algorithm, const Lists& lists, const Settings& settings);
+void check_and_step(c10::string_view algorithm, const Lists& lists, const Settings& settings);
 Tensor grad_norm(TensorList grads);
 
 // Tensors that something else holds: no reference is counted. Safe to use only while that holds them.
@@ -206,20 +207,32 @@ class Plan : public torch::CustomClassHolder {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     try {
       if (write_grads) prepare_writing();
-      std::vector<Call> calls;  // all checked before the first is made
-      calls.reserve(runs_.size());
-      for (const Run& whole : runs_) {
-        const Run& run = whole.active();
-        if (run.params.empty()) continue;
-        const auto here = [&](const OptionalTensor& scalar) {
-          return has(scalar) ? OptionalTensor(scalar->to(run.params[0].device(), true)) : std::nullopt;
-        };
-        Call& call = calls.emplace_back(Call{run, here(grad_norm), here(grad_scale), here(found_inf)});
-        for (const Tensor& rate : lr) call.rates.push_back(*here(rate));
-        check(run.algorithm, run.lists(), call.settings(options, max_norm, write_grads, seed));
-      }
-      for (const Call& call : calls) {
-        run_step(call.run.algorithm, call.run.lists(), call.settings(options, max_norm, write_grads, seed));
+      const auto for_runs = [&](const auto& f) {
+        for (const Run& whole : runs_) {
+          const Run& run = whole.active();
+          if (run.params.empty()) continue;
+          const auto here = [&](const OptionalTensor& scalar) {
+            return has(scalar) ? OptionalTensor(scalar->to(run.params[0].device(), true)) : std::nullopt;
+          };
+          std::vector<Tensor> rates;
+          for (const Tensor& rate : lr) rates.push_back(*here(rate));
+          f(run.algorithm, run.lists(),
+            Settings{.groups = run.groups,
+                     .options = options,
+                     .lr = rates,
+                     .grad_norm = here(grad_norm),
+                     .max_norm = max_norm,
+                     .grad_scale = here(grad_scale),
+                     .found_inf = here(found_inf),
+                     .write_grads = write_grads,
+                     .seed = seed});
+        }
+      };
+      if (runs_.size() > 1) {  // all are checked before the first writes
+        for_runs(check);
+        for_runs(run_step);
+      } else {
+        for_runs(check_and_step);
       }
     } catch (...) {
       release(0);
@@ -273,25 +286,6 @@ class Plan : public torch::CustomClassHolder {
     Lists lists() const {
       return {params, grads, {states[0], states[1], states[2]}, {scales[0], scales[1], scales[2]}, remainders,
               ema,    steps};
-    }
-  };
-
-  // One run of a step, and what it takes of the step's arguments on its own device.
-  struct Call {
-    const Run& run;
-    OptionalTensor grad_norm, grad_scale, found_inf;
-    std::vector<Tensor> rates = {};
-    Settings settings(at::ArrayRef<double> options, double max_norm, bool write_grads,
-                      std::optional<int64_t> seed) const {
-      return {.groups = run.groups,
-              .options = options,
-              .lr = rates,
-              .grad_norm = grad_norm,
-              .max_norm = max_norm,
-              .grad_scale = grad_scale,
-              .found_inf = found_inf,
-              .write_grads = write_grads,
-              .seed = seed};
     }
   };
 

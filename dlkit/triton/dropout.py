@@ -173,7 +173,7 @@ def _launch(
     input: Tensor, output: Tensor, rng_state: Tensor | None, drawn: tuple[int, int] | None, p: float, inner: int,
     scale: float, shift: float, dropped: float, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``drawn``: seed and offset, which go into ``rng_state`` if that is not None; without it ``rng_state`` gives them."""
+    """``drawn``: seed and offset, which go into ``rng_state`` if that is not None; without it they come from there."""
     x = input.contiguous()
     y = output if output.is_contiguous() else torch.empty(input.shape, dtype=input.dtype, device=input.device)
     accumulate = accumulate_type(input.dtype)
@@ -320,7 +320,7 @@ def dropout_add_forward(
     input: Tensor, residual: Tensor, rng_state: Tensor | None, p: float, generator: torch.Generator | None = None,
     keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``dropout(input) + residual``, rounded once, with the mask of ``rng_state`` or a new one. Returns (sum, state)."""
+    """``dropout(input) + residual``, rounded once, by the mask of ``rng_state`` or a new one. Returns (sum, state)."""
     y = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     if rng_state is None:
         return y, _forward_into(input, y, p, 1, _scale(p), 0.0, 0.0, generator, residual)
