@@ -14,7 +14,7 @@ import torch
 from dlkit import _C
 from dlkit._undo import Undo
 
-FUNCTIONS = tuple(_C.override_calls())  # kServed in csrc/override.cpp names them
+FUNCTIONS = tuple(_C.override_calls())  # kServed in csrc/glue/override.cpp names them
 
 _lock = threading.Lock()
 _depth = 0
