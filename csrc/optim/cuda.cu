@@ -574,12 +574,10 @@ struct Code {
 static_assert(sizeof(Code) == 1);
 
 // Without a number of blocks to be resident ptxas spills where much is in flight, for one architecture or another:
-// where states are codes, and in RMSprop and Adam with 16-bit parameters or states. Others keep its own choice.
+// where states are codes, with 16-bit parameters, and in RMSprop with 16-bit states. Others keep its own choice.
 template <class T, class S, Algorithm Which>
 constexpr int resident_blocks =
-    sizeof(S) == 1 || (sizeof(T) == 2 && Which != Algorithm::Sgd) || (sizeof(S) == 2 && Which == Algorithm::RmsProp)
-        ? 2
-        : 0;
+    sizeof(S) == 1 || sizeof(T) == 2 || (sizeof(S) == 2 && Which == Algorithm::RmsProp) ? 2 : 0;
 
 template <class T, int PackBytes, class S, Algorithm Which, int ArgumentBytes>
 __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))

@@ -17,12 +17,10 @@ namespace {
 
 using namespace dlkit::cuda;
 
-// A unit is what a block holds in registers: 32 KB of a row, or 8 K elements of one with an odd width or address (fp64:
-// 4 K).
+// A unit is what a block holds in registers: 32 KB of a row; of one with an odd width or address 8 K elements in fp32,
+// and 4 K in 16 bits and fp64, which would spill.
 template <class T, int PackBytes>
-constexpr int unit_packs = PackBytes == 16 ? 4
-                           : sizeof(T) > 4 ? 8
-                                           : 16;  // of a thread
+constexpr int unit_packs = PackBytes == 16 ? 4 : (sizeof(T) == 4 ? 16 : 8);  // of a thread
 template <class T, int PackBytes>
 constexpr int long_resident = PackBytes == 16 && sizeof(T) <= 4 ? 2 : 1;  // blocks: others need 64 to 128 registers
 
