@@ -2,10 +2,11 @@
 
 Who takes part: native as people write it; native_best, torch's own fastest settings (fused AdamW, foreach clipping,
 channels_last convolutions); compile, torch.compile of the model with these; dlkit, replace() and fuse() and its
-AdamW(max_norm=1); dlkit_best, the same in channels_last, where there are convolutions; ceiling, the model as written
-without norms and dropouts under the fused AdamW, about the most that faster ones could give. All start from the same
-weights and see the same batches. Parity first: with dropout off the losses of the first steps agree, or a contestant is
-not timed. Then they take turns, some steps each, so that each finds its own weights in the caches as in training.
+AdamW(max_norm=1); dlkit_best, the same in channels_last, where there are convolutions; dlkit_graph, the same through
+torch.compile(backend="dlkit"); ceiling, the model as written without norms and dropouts under the fused AdamW, about
+the most that faster ones could give. All start from the same weights and see the same batches. Parity first: with
+dropout off the losses of the first steps agree, or a contestant is not timed. Then they take turns, some steps each, so
+that each finds its own weights in the caches as in training.
 
 Twice, each in a process of its own: with memory as it comes, and after dlkit.reuse_cpu_memory(), for every contestant.
 Peak memory is what a process that trains one contestant alone grows by, the model included. Last, by the profiler, what
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 import dlkit
 from dlkit.lab import models as lab
 
-from . import _arguments, _machine, _report
+from . import _arguments, _machine, _report, _zoo
 from ._runner import interleave
 
 MAX_NORM, LR = 1.0, 1e-3
@@ -47,7 +48,7 @@ TOLERANCE = 1e-3
 SAMPLE_S = 0.05
 MEMORY = ("default", "reuse")
 MODELS = ("mlp", "cnn", "transformer", "gpt")
-CONTESTANTS = ("native", "native_best", "compile", "dlkit", "dlkit_best", "ceiling")
+CONTESTANTS = ("native", "native_best", "compile", "dlkit", "dlkit_best", "dlkit_graph", "ceiling")
 
 
 def cnn(image_size: tuple[int, int], classes: int, dropout: float = 0.25) -> nn.Module:
@@ -96,30 +97,45 @@ class Gpt(nn.Module):
 
 
 class Workload(NamedTuple):
-    make: Callable[[], nn.Module]
+    make: Callable[[bool], nn.Module]  # with dropout or without
+    batches: Callable[[], list[tuple[Tensor, Tensor]]]
     batch: int
-    target: float  # speed-up over native on 2 cores that dlkit aims at
+    target: float | None = None  # speed-up over native on 2 cores that dlkit aims at
+
+
+def _images(batch: int) -> list[tuple[Tensor, Tensor]]:
+    """Random inputs and labels; a step costs the same whatever they are."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(batch, *IMAGE, generator=generator), torch.randint(CLASSES, (batch,), generator=generator))
+        for _ in range(BATCHES)
+    ]
+
+
+def _tokens(batch: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(65, (batch, 129), generator=generator) for _ in range(BATCHES)]
+    return [(some[:, :-1], some[:, 1:].flatten()) for some in tokens]
+
+
+def _own(make: Callable[[], nn.Module], batches: Callable[[int], Any], batch: int, target: float) -> Workload:
+    return Workload(
+        lambda dropout: make() if dropout else without_dropout(make()), lambda: batches(batch), batch, target
+    )
 
 
 WORKLOADS = {
-    "mlp": Workload(lambda: lab.mlp(SHAPE, norm=nn.BatchNorm1d, dropout=(0.3, 0.3, 0.2)), 128, 1.7),
-    "cnn": Workload(lambda: cnn(IMAGE, CLASSES), 128, 1.4),
-    "transformer": Workload(lambda: lab.RowTransformer(SHAPE), 32, 1.25),
-    "gpt": Workload(Gpt, 4, 1.2),
+    "mlp": _own(lambda: lab.mlp(SHAPE, norm=nn.BatchNorm1d, dropout=(0.3, 0.3, 0.2)), _images, 128, 1.7),
+    "cnn": _own(lambda: cnn(IMAGE, CLASSES), _images, 128, 1.4),
+    "transformer": _own(lambda: lab.RowTransformer(SHAPE), _images, 32, 1.25),
+    "gpt": _own(Gpt, _tokens, 4, 1.2),
 }
 
 
-def batches(name: str) -> list[tuple[Tensor, Tensor]]:
-    """Random inputs and labels; a step costs the same whatever they are."""
-    generator = torch.Generator().manual_seed(0)
-    size = WORKLOADS[name].batch
-    if name == "gpt":
-        tokens = [torch.randint(65, (size, 129), generator=generator) for _ in range(BATCHES)]
-        return [(some[:, :-1], some[:, 1:].flatten()) for some in tokens]
-    return [
-        (torch.randn(size, *IMAGE, generator=generator), torch.randint(CLASSES, (size,), generator=generator))
-        for _ in range(BATCHES)
-    ]
+@functools.cache
+def workload_of(name: str) -> Workload:
+    """One of WORKLOADS, or of another library: see _zoo.py."""
+    return WORKLOADS[name] if name in WORKLOADS else Workload(*_zoo.load(name))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -132,12 +148,11 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model without its norms and dropouts."""
-    dropped = (nn.Dropout, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+    """The model without its norms and dropouts, whoever wrote them; a norm's own activation stays."""
     for parent in list(without_dropout(model).modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, dropped):
-                setattr(parent, name, nn.Identity())
+            if isinstance(child, nn.Dropout) or "norm" in type(child).__name__.lower():
+                setattr(parent, name, getattr(child, "act", nn.Identity()))
     return model
 
 
@@ -146,7 +161,7 @@ class Trainer:
 
     def __init__(self, contestant: str, model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
         self.data, self.steps = data, 0
-        ours = contestant in ("dlkit", "dlkit_best")
+        ours = contestant.startswith("dlkit")
         self.clips_apart = not ours
         self.foreach = None if contestant == "native" else True
         if ours:
@@ -164,7 +179,10 @@ class Trainer:
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, fused=True)
         self.loss = dlkit.functional.cross_entropy if ours else F.cross_entropy
-        self.model: Callable[[Tensor], Tensor] = torch.compile(model) if contestant == "compile" else model
+        backends = {"compile": "inductor", "dlkit_graph": "dlkit"}
+        self.model: Callable[[Tensor], Tensor] = model
+        if contestant in backends:
+            self.model = torch.compile(model, backend=backends[contestant])
 
     def step(self) -> Tensor:
         inputs, labels = self.data[self.steps % len(self.data)]
@@ -180,8 +198,8 @@ class Trainer:
 
 def trainer(name: str, contestant: str, dropout: bool = True) -> Trainer:
     torch.manual_seed(0)
-    model = WORKLOADS[name].make()
-    return Trainer(contestant, model if dropout else without_dropout(model), batches(name))
+    workload = workload_of(name)
+    return Trainer(contestant, workload.make(dropout and contestant != "ceiling"), workload.batches())
 
 
 def losses(name: str, contestant: str) -> list[float]:
@@ -316,7 +334,8 @@ def run(
         for name in names:
             for memory in MEMORY:
                 reuse = memory == "reuse"
-                taking_part = [one for one in contestants if one != "dlkit_best" or name == "cnn"]
+                images = name == "cnn" or name.startswith("timm:")
+                taking_part = [one for one in contestants if one != "dlkit_best" or images]
                 try:
                     found = apart(measure, name, taking_part, reuse, threads, budget_s)
                 except RuntimeError as error:  # no contestant's exception: its process died
@@ -324,7 +343,7 @@ def run(
                 for contestant, entry in found.items():
                     if entry["status"] == "ok":
                         entry["peak_bytes"] = _memory(name, contestant, reuse, threads)
-                workload = WORKLOADS[name]
+                workload = workload_of(name)
                 entry = {"model": name, "batch": workload.batch, "memory": memory, "contestants": found}
                 report["models"].append(entry | {"target": workload.target})
                 for line in lines(report["models"][-1]):
@@ -361,7 +380,8 @@ def markdown(report: dict[str, Any]) -> str:
         cells = ["-" if time is None else _report.number(time) for time in times.values()]
         native, mine = times.get("native"), times.get("dlkit")
         ratio = f"{native / mine:.2f}" if native and mine else "-"
-        rows.append([f"{entry['model']}, {entry['memory']}", *cells, f"{ratio} ({entry['target']})"])
+        target = f" ({entry['target']})" if entry["target"] else ""
+        rows.append([f"{entry['model']}, {entry['memory']}", *cells, ratio + target])
     shown = [share_line(name, found) for name, found in report.get("shares", {}).items()]
     if report["interrupted"]:
         shown.append(_report.INTERRUPTED)
@@ -429,7 +449,12 @@ def _profile(names: list[str], threads: int, folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", metavar="A,B", help=f"default: {','.join(MODELS)}")
+    parser.add_argument(
+        "--models",
+        metavar="A B",
+        nargs="+",
+        help=f"default: {' '.join(MODELS)}; or timm:NAME and hf:NAME, with options: hf:llama,hidden_size=512",
+    )
     parser.add_argument(
         "--against",
         metavar="A,B",
@@ -439,8 +464,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _arguments.add_common(parser, "a model and allocator, default 20")
 
 
+def _names(given: list[str] | None) -> list[str]:
+    """Each word is a name of another library, with its options, or "a,b" of MODELS."""
+    if given is None:
+        return list(MODELS)
+    names = []
+    for word in given:
+        if _zoo.is_name(word):
+            workload_of(word)  # a name that nobody knows is refused now
+            names.append(word)
+        else:
+            names += _arguments.listed("--models", word, MODELS)
+    return names
+
+
 def main(args: argparse.Namespace) -> int:
-    names = _arguments.listed("--models", args.models, MODELS)
+    names = _names(args.models)
     against = _arguments.listed("--against", args.against, CONTESTANTS)
     _arguments.check_common(args)
     if args.threads:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -110,8 +111,9 @@ def test_a_folder_that_cannot_be_written_loses_no_table(in_process, tmp_path, ca
 def test_every_model_is_fused_and_loses_its_dropout():
     for name in _models.WORKLOADS:
         torch.manual_seed(0)
-        model = _models.without_dropout(_models.WORKLOADS[name].make())
-        (inputs, _), *_ = _models.batches(name)
+        workload = _models.workload_of(name)
+        model = workload.make(False)
+        (inputs, _), *_ = workload.batches()
         assert torch.equal(model(inputs[:2]), model(inputs[:2]))
         trained = _models.trainer(name, "dlkit")
         left = [
@@ -120,8 +122,22 @@ def test_every_model_is_fused_and_loses_its_dropout():
             if type(module).__module__ in ("torch.nn.modules.dropout", "torch.nn.modules.normalization")
         ]
         assert not left
-        bare = _models.bare(_models.WORKLOADS[name].make())
+        bare = _models.bare(workload.make(True))
         assert not any("norm" in type(module).__name__.lower() for module in bare.modules())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["nothing"], "expected --models mlp, cnn"),
+        (["timm:no_such_model"], "timm (has no model|is not installed)"),
+        (["hf:no_such_model"], "transformers (has no model|is not installed)"),
+        (["timm:resnet18,wide"], "expected option=value after the comma, got 'wide'"),
+    ],
+)
+def test_a_model_that_nobody_knows_is_refused_at_once(names, message, capsys):
+    assert bench.main(parsed("models", "--models", *names)) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_profile_names_what_the_step_is_made_of(tmp_path):
