@@ -28,6 +28,7 @@ from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
 EPS = 1e-5
 MOMENTUM = 0.1  # y does not depend on it: training uses the batch's own statistics
 FUNCTIONS = ("batch_norm", "batch_norm_relu", "batch_norm_add_relu", "batch_norm_eval")
+ACTIVATED = ("batch_norm_silu",)  # the loops of the others, with the activation in them: a few sizes
 MODULES = ("BatchNorm1d",)  # variants that go through a module's call
 LAYOUTS = ("contiguous", "channels_last")
 
@@ -112,6 +113,13 @@ def cases(mode: str, device: str) -> list[Case]:
         chosen += [
             ("batch_norm", direction, shape, "fp32") for direction in both for shape in ((2, 3, 4, 4), (8, 64, 14, 14))
         ]
+        chosen += [
+            (variant, direction, shape, dtype)
+            for variant in ACTIVATED
+            for direction in both
+            for shape in ((8, 64, 14, 14), (128, 64, 56, 56))
+            for dtype in ("fp32", "bf16")
+        ]
         if device == "cuda":
             chosen += [(variant, way, (256, 128, 56, 56), "bf16") for variant in FUNCTIONS for way in both]
     chosen += [("BatchNorm1d", "forward_backward", shape, "fp32") for shape in ROWS[:3]]
@@ -168,6 +176,10 @@ def _native_add_relu(*arguments: Any) -> Tensor:
     return nn.functional.batch_norm(*arguments_of_norm).add_(residual).relu_()
 
 
+def _native_silu(*arguments: Any) -> Tensor:
+    return nn.functional.silu(nn.functional.batch_norm(*arguments), inplace=True)
+
+
 def _functional(case: Case, function: Callable[..., Any]) -> Contestant:
     def bind(*tensors: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         x, *residual, weight, bias, mean, var = tensors
@@ -198,6 +210,7 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
         "batch_norm_eval": (nn.functional.batch_norm, dlkit_functional.batch_norm),
         "batch_norm_relu": (_native_relu, dlkit_functional.batch_norm_relu),
         "batch_norm_add_relu": (_native_add_relu, dlkit_functional.batch_norm_relu),
+        "batch_norm_silu": (_native_silu, dlkit_functional.batch_norm_act),
     }
     native, dlkit = pairs[case.variant]
     return {"native": _functional(case, native), "dlkit": _functional(case, dlkit)}
@@ -217,7 +230,7 @@ def _before_relu(case: Case, x: Tensor, *others: Tensor) -> Tensor:
 def reference(case: Case) -> Callable[..., Any]:
     def formula(*tensors: Tensor) -> Tensor:
         z = _before_relu(case, *tensors)
-        return z.relu() if _has_relu(case) else z
+        return z.relu() if _has_relu(case) else nn.functional.silu(z) if case.variant in ACTIVATED else z
 
     return formula
 
@@ -236,9 +249,10 @@ def minimal_bytes(case: Case) -> int:
     channel = case.shape[1] * _parameter_dtype(case).itemsize  # a parameter, its gradient, or a statistic
     # Training reads and writes the running statistics, evaluation reads them; both read weight and bias.
     forward = (2 + _has_residual(case)) * tensor + (6 if _training(case) else 4) * channel
-    # Reads weight (with ReLU bias as well, to find the mask), mean and rstd; writes both parameters' gradients.
+    # Reads weight (with an activation bias as well, to find z), mean and rstd; writes both parameters' gradients.
     backward = (5 if _has_residual(case) else 3) * tensor + 5 * channel
-    backward += channel if _has_relu(case) and not _has_residual(case) else 0
+    finds_z = case.variant in ACTIVATED or (_has_relu(case) and not _has_residual(case))
+    backward += channel if finds_z else 0
     statistics = 2 * channel  # written for backward
     both = forward + statistics + backward
     return {"forward": forward, "backward": backward, "forward_backward": both}[case.direction]

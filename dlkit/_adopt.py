@@ -54,10 +54,10 @@ def class_for_norm(cls: type, proof: _trial.Proof, twin: type | None) -> type:
     return _derived(cls, "norm", (proof.form, rounding, proof.ranks, proof.guards, twin))
 
 
-def class_with_relu(cls: type) -> type:
-    """The class of adopted BatchNorms that end in a ReLU, with the ReLU taken in."""
+def class_with_activation(cls: type) -> type:
+    """The class of adopted norms that end in an activation, with that taken in."""
     original, kind, (form, *facts) = vars(cls)["_dlkit_adopted"]
-    return _derived(original, kind, (form._replace(relu=True), *facts))
+    return _derived(original, kind, (form._replace(acts=True), *facts))
 
 
 def class_for_drop(cls: type, drop: _trial.Drop) -> type:

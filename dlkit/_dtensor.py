@@ -74,7 +74,9 @@ def _(given: dict[str, Any]) -> Iterator[Sharding]:
 @_sharding("batch_norm_backward")
 def _(given: dict[str, Any]) -> Iterator[Sharding]:
     for data, statistics, channels in _batch_norm_placements(given):
-        inputs = dict.fromkeys(("grad_output", "input", "y"), data) | dict.fromkeys(("mean", "rstd"), statistics)
+        inputs = dict.fromkeys(("grad_output", "input", "y_or_residual"), data) | dict.fromkeys(
+            ("mean", "rstd"), statistics
+        )
         summed = channels if channels.is_shard() else _sum_over(data)
         yield _wanted([data, data, summed, summed], given), inputs | {"weight": channels, "bias": channels}
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlkit import functional as F
+from dlkit._activation import layer_activation
 from dlkit.nn._layer import HOOKS
 from dlkit.nn.batch_norm import normalize
 
@@ -38,7 +39,7 @@ class Form(NamedTuple):
     one_plus: bool = False  # the weight is stored less 1
     gate: str = ""  # a second input, in SiLU, multiplies "before" or "after"
     children: tuple[str, ...] = ()  # called on the result, in turn
-    relu: bool = False  # of the children the last is a ReLU, which a BatchNorm takes in, and the others do nothing
+    acts: bool = False  # of the children the last is an activation, which the norm takes in; the others do nothing
     casts: bool = False  # a twin whose result has the input's dtype under autocast too
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class Form(NamedTuple):
         text += layouts.get(self.layout, [])
         text += ["weight 1 + w"] * self.one_plus + ["no weight"] * (self.norm in ("rms", "layer") and not self.weight)
         text += [f"gated {self.gate} it"] * bool(self.gate)
-        text += ["with its ReLU"] if self.relu else [f"then {name}" for name in self.children]
+        text += ["with its activation"] if self.acts else [f"then {name}" for name in self.children]
         return ", ".join(text)
 
 
@@ -63,7 +64,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def computes(form: Form, rounding: Mapping[Dtypes, str], twin: Any = None) -> Callable[..., Tensor]:
     """``forward(module, input)``, or ``(module, input, gate)``, of this form; ``twin``: dlkit's class for "twin"."""
     if form.norm == "twin":
-        return _of_twin(form, twin.forward)
+        return _of_twin(form, twin)
     if form.norm == "frozen":
         return _frozen(form)
 
@@ -123,10 +124,19 @@ def _gated(form: Form, rounding: Mapping[Dtypes, str], norm: Callable[[Any, Tens
     return gated
 
 
-def _of_twin(form: Form, twin: Callable[[Any, Tensor], Tensor]) -> Callable[..., Tensor]:
+def _group_norm_act(module: Any, input: Tensor, residual: None, activation: str, negative_slope: float) -> Tensor:
+    weight, bias = module.weight, module.bias
+    return F.group_norm_act(input, module.num_groups, weight, bias, module.eps, residual, activation, negative_slope)
+
+
+def _of_twin(form: Form, twin_class: Any) -> Callable[..., Tensor]:
+    twin: Callable[[Any, Tensor], Tensor] = twin_class.forward
+    act = _group_norm_act if issubclass(twin_class, torch.nn.GroupNorm) else normalize
+
     def forward(module: Any, input: Tensor) -> Tensor:
-        if form.relu and ends_in_relu(module):
-            return normalize(module, input, None, True)
+        activation = own_activation(module) if form.acts else None
+        if activation is not None:
+            return act(module, input, None, *activation)
         y = twin(module, input)
         if form.casts:
             y = y.to(input.dtype)
@@ -137,15 +147,15 @@ def _of_twin(form: Form, twin: Callable[[Any, Tensor], Tensor]) -> Callable[...,
     return _by_layout(form, forward if form.children or form.casts else twin)
 
 
-def ends_in_relu(module: torch.nn.Module) -> bool:
-    """Whether the last child is a plain ReLU, and the others are plain Identities."""
+def own_activation(module: torch.nn.Module) -> tuple[str, float] | None:
+    """(name, negative_slope) of the last child, if that is a plain activation and the others are plain Identities."""
     children = list(module._modules.values())
-    kinds = [torch.nn.Identity] * (len(children) - 1) + [torch.nn.ReLU]
-    plain = (
-        type(c) is kind and not any(getattr(c, hooks) for hooks in HOOKS)
-        for c, kind in zip(children, kinds, strict=True)
-    )
-    return bool(children) and all(plain)
+    if any(c is None or "forward" in vars(c) or any(getattr(c, hooks) for hooks in HOOKS) for c in children):
+        return None
+    if not children or any(type(child) is not torch.nn.Identity for child in children[:-1]):
+        return None
+    last: Any = children[-1]
+    return layer_activation(last)
 
 
 def _frozen(form: Form) -> Callable[..., Tensor]:

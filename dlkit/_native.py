@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlkit._activation import activated
+
 
 def _widened(norm: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
     """16-bit input with fp32 weights, which torch takes on a CPU alone."""
@@ -25,8 +27,18 @@ def rms_norm(input: Tensor, *args: Any) -> Tensor:
     return _widened(F.rms_norm, input, *args)
 
 
-def group_norm(input: Tensor, *args: Any) -> Tensor:
-    return _widened(F.group_norm, input, *args)
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: int = 0,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    y = _widened(F.group_norm, input, num_groups, weight, bias, eps)
+    return activated(y if residual is None else y + residual, activation, negative_slope)
 
 
 def instance_norm(input: Tensor, *args: Any) -> Tensor:
@@ -54,14 +66,14 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
-    relu: bool,
+    activation: int,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum or 0.0, eps)
-    y = y if residual is None else y + residual
-    return torch.relu(y) if relu else y
+    return activated(y if residual is None else y + residual, activation, negative_slope)
 
 
 def dropout(
@@ -106,8 +118,7 @@ def bias_act_dropout(
     input: Tensor, bias: Tensor | None, activation: int, p: float, *, generator: Any, stream: Any
 ) -> Tensor:
     x = input if bias is None else input + bias
-    y = torch.relu(x) if activation == 0 else F.gelu(x, approximate="none" if activation == 1 else "tanh")
-    y = y.to(input.dtype)
+    y = activated(x, activation, 0.0).to(input.dtype)
     return y if p == 0 else dropout(y, p, -1, False, generator=generator, stream=stream)
 
 

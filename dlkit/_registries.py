@@ -8,6 +8,7 @@ be private to a sample, does not know one when it sees it.
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
-from dlkit.fusion import FUSED
+from dlkit.fusion import ACTING, FUSED
 from dlkit.surgery import TWINS, restore
+
+fused = (*FUSED.values(), *ACTING.values())
 
 
 def _quantization(mappings: ModuleType) -> None:
@@ -31,11 +34,11 @@ def _quantization(mappings: ModuleType) -> None:
             return fuser(is_qat, *map(restore, layers))
 
         def refuse(is_qat: bool, *layers: Any) -> Any:
-            next(layer for layer in layers if type(layer) in FUSED.values())._refuse("torch.ao.quantization")
+            next(layer for layer in layers if type(layer) in fused)._refuse("torch.ao.quantization")
 
         table[tuple(TWINS.get(cls, cls) for cls in classes)] = fuse
-        for relu in (torch.nn.ReLU, torch.nn.Identity):
-            swapped = {norm: FUSED[norm], torch.nn.ReLU: relu}
+        for relu, cls_fused in itertools.product((torch.nn.ReLU, torch.nn.Identity), (FUSED[norm], ACTING[norm])):
+            swapped = {norm: cls_fused, torch.nn.ReLU: relu}
             table[tuple(swapped.get(cls, cls) for cls in classes)] = refuse
 
 
@@ -46,10 +49,10 @@ def _privacy_validators(validators: ModuleType) -> None:
             validator.VALIDATORS[twin] = validator.VALIDATORS[original]
         if original in validator.FIXERS:
             validator.FIXERS[twin] = _restoring(validator.FIXERS[original])
-    for original, fused in FUSED.items():
+    for original, taken in (*FUSED.items(), *ACTING.items()):
         if original in validator.VALIDATORS:
-            validator.VALIDATORS[fused] = validator.VALIDATORS[original]
-            validator.FIXERS[fused] = lambda layer, **_: layer._refuse("opacus")
+            validator.VALIDATORS[taken] = validator.VALIDATORS[original]
+            validator.FIXERS[taken] = lambda layer, **_: layer._refuse("opacus")
 
 
 def _restoring(fix: Callable[..., Any]) -> Callable[..., Any]:

@@ -136,10 +136,10 @@ def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.M
 
 def restore(model: Model, *, report: list[Change] | None = None) -> Model:
     """Undoes :func:`replace` and :func:`dlkit.fuse`: every dlkit layer that has a twin in torch.nn becomes it, in
-    place, and the adds and ReLUs that fused layers took in are where they were.
+    place, and the adds and activations that fused layers took in are where they were.
 
-    A fused layer is left where what it belongs to is not in ``model``: the Sequential with its ReLU, or the module
-    whose forward() calls it. So is one that was made as such.
+    A fused layer is left where what it belongs to is not in ``model``: the Sequential with its activation, or the
+    module whose forward() calls it. So is one that was made as such.
 
     Args:
         model: any module; itself a layer, perhaps.
@@ -177,9 +177,10 @@ def restore(model: Model, *, report: list[Change] | None = None) -> Model:
 
 def can_restore(cls: type) -> bool:
     """Whether :func:`restore` makes layers of torch.nn of those of this class, in the model that they belong to."""
-    from dlkit.fusion import FUSED, TRANSFORMERS
+    from dlkit.fusion import ACTING, FUSED, TRANSFORMERS
 
-    return cls in (*TWINS.values(), *FUSED.values(), *TRANSFORMERS.values()) or _adopt.adopted(cls) is not None
+    fused = (*FUSED.values(), *ACTING.values(), *TRANSFORMERS.values())
+    return cls in (*TWINS.values(), *fused) or _adopt.adopted(cls) is not None
 
 
 def drop_probability(module: torch.nn.Module) -> str:
@@ -198,8 +199,8 @@ def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> st
     cls = type(module)
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: it can be replaced once it has seen an input"
-    if issubclass(cls, (dlkit.nn.batch_norm._BatchNormReLU, dlkit.nn.SyncBatchNormReLU)):
-        return "it does the work of the ReLU behind it too, which cannot be put back here"
+    if issubclass(cls, (dlkit.nn.batch_norm.DoesMore, dlkit.nn.batch_norm.ActsBehind)):
+        return "it does the work of the activation behind it too, which cannot be put back here"
     if isinstance(module, (dlkit.nn.CrossEntropyLoss, dlkit.nn.LinearCrossEntropyLoss)) and module.has_own_options():
         return "it has options that torch's layer has not"
     if cls is not related:

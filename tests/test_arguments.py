@@ -189,6 +189,8 @@ MODULES = {
     "GroupNorm": (2, 6),
     "BatchNorm1d": (6,),
     "BatchNormReLU1d": (6,),
+    "BatchNormAct1d": (6,),
+    "GroupNormAct": (2, 6),
     "InstanceNorm1d": (6,),
     "SyncBatchNorm": (6,),
     "AddLayerNorm": (5,),

@@ -13,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as native
 from support.inputs import TYPES, lay_out, make
-from support.reference import exact
+from support.reference import activation, exact
 from support.tolerance import Yardstick, max_error, ulp
 from torch import Tensor
 
-EPS = 1e-5
+from dlkit._activation import ACTIVATIONS, activated
+
+EPS, SLOPE = 1e-5, 0.2
+KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
 
 SHAPES = [
     (2, 1),
@@ -40,9 +43,13 @@ class Case:
 
     groups: int = 0
     training: bool = True
-    relu: bool = False
+    activation: str = "none"
     residual: bool = False
     affine: bool = True
+
+    @property
+    def number(self) -> int:
+        return ACTIVATIONS.get(self.activation, 0)
 
     def native(self, x, residual, weight, bias, running_mean, running_var):
         """torch's ops on the CPU."""
@@ -52,11 +59,11 @@ class Case:
             y = native.batch_norm(x, running_mean, running_var, weight, bias, self.training, 0.3, EPS)
         if residual is not None:
             y = y + residual
-        return native.relu(y) if self.relu else y
+        return activated(y, self.number, SLOPE)
 
 
 def reference_forward(case: Case, x: Tensor, residual, weight, bias, running_mean, running_var):
-    """(y, mean, rstd) by kernel.h's formulas; y before its ReLU, so that the tests know where rounding decides it."""
+    """(z, mean, rstd, var) by kernel.h's formulas."""
     wide = exact(x)
     channels = (1, -1, *[1] * (x.dim() - 2))
     if case.groups:
@@ -80,7 +87,7 @@ def reference_forward(case: Case, x: Tensor, residual, weight, bias, running_mea
 
 
 def reference_backward(case: Case, grad_output: np.ndarray, x: Tensor, weight, mean, rstd):
-    """(grad_input, grad_weight, grad_bias) of what lies before the residual and the ReLU."""
+    """(grad_input, grad_weight, grad_bias) of what lies before the residual and the activation."""
     channels = (1, -1, *[1] * (x.dim() - 2))
     others = tuple(i for i in range(x.dim()) if i != 1)
     if case.groups:
@@ -104,8 +111,11 @@ def reference_backward(case: Case, grad_output: np.ndarray, x: Tensor, weight, m
 
 
 def undecided(case: Case, z: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Where z is so near 0 that rounding decides what the ReLU does."""
-    return np.abs(z) < 64 * torch.finfo(dtype).eps if case.relu else np.zeros(z.shape, bool)
+    """Where z is so near a kink that rounding decides the activation's derivative."""
+    near = [
+        np.abs(z - kink) < 64 * torch.finfo(dtype).eps * max(1, abs(kink)) for kink in KINKS.get(case.activation, ())
+    ]
+    return np.any(near, 0) if near else np.zeros(z.shape, bool)
 
 
 def check(backend, shape, types, case: Case, channels_last: bool, scale=1.0, shift=0.0):
@@ -126,7 +136,8 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
     channels = shape[1]
     x = lay_out(make(shape, dtype, scale=scale, shift=shift), channels_last)
     residual = lay_out(make(shape, dtype), channels_last) if case.residual else None
-    weight = make((channels,), parameter_dtype, shift=1.0) if case.affine else None
+    wide = 3.0 if case.number > 1 else 1.0  # for both tails of the activation
+    weight = make((channels,), parameter_dtype, shift=1.0, scale=wide) if case.affine else None
     bias = make((channels,), parameter_dtype) if case.affine else None
     grad_output = lay_out(make(shape, dtype), channels_last)
     running = [make((channels,), parameter_dtype), make((channels,), parameter_dtype).abs() + 0.5]
@@ -134,11 +145,12 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
         running = [None, None]
 
     z, mean, rstd, var = reference_forward(case, x, residual, weight, bias, *running)
-    # Where rounding decides what the ReLU does no gradient comes, so that all agree on the mask.
+    # Where rounding decides the derivative no gradient comes, so that all agree on it.
     grad_output[torch.from_numpy(undecided(case, z, dtype))] = 0
-    masked = exact(grad_output) * ((z > 0) if case.relu else 1)
+    value, slope = activation(case.activation, z, SLOPE)
+    masked = exact(grad_output) * slope
     grads = reference_backward(case, masked, x, weight, mean, rstd)
-    expected = {"y": np.maximum(z, 0) if case.relu else z, "grad_input": grads[0]}
+    expected = {"y": value, "grad_input": grads[0]}
     if case.residual:
         expected["grad_residual"] = masked
     if case.affine:
@@ -165,7 +177,19 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
     x_, residual_, weight_, bias_, mean_, var_ = place
     momentum, tracked = 0.3, None
     y, saved_mean, saved_rstd = backend.op("batch_norm_forward")(
-        x_, residual_, weight_, bias_, mean_, var_, tracked, case.groups, case.training, momentum, EPS, case.relu
+        x_,
+        residual_,
+        weight_,
+        bias_,
+        mean_,
+        var_,
+        tracked,
+        case.groups,
+        case.training,
+        momentum,
+        EPS,
+        case.number,
+        SLOPE,
     )
     ours = {"y": y, "running_mean": mean_, "running_var": var_}
     assert y.stride() == theirs["y"].stride()
@@ -175,9 +199,10 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
         size = float(np.abs(exact(x)).max()) if statistic is saved_mean else float(wanted.max())
         assert max_error(statistic, wanted) <= 4 * ulp(size, accumulate)
     mask = [True, case.residual, case.affine, case.affine]
+    known = None if not case.residual or not case.number else y if case.activation == "relu" else residual_
     found = backend.op("batch_norm_backward")(
-        grad_output.to(backend.device), x_, y if case.relu and case.residual else None, weight_, bias_,
-        saved_mean, saved_rstd, case.groups, case.training, case.relu, mask,
+        grad_output.to(backend.device), x_, known, weight_, bias_, saved_mean, saved_rstd, case.groups, case.training,
+        case.number, mask, SLOPE,
     )  # fmt: skip
     for name, grad, wanted in zip(
         ("grad_input", "grad_residual", "grad_weight", "grad_bias"), found, mask, strict=True
@@ -190,12 +215,12 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
 
 BATCH_CASES = [
     Case(),
-    Case(relu=True),
-    Case(relu=True, residual=True),
+    Case(activation="relu"),
+    Case(activation="relu", residual=True),
     Case(training=False),
-    Case(training=False, relu=True, residual=True),
+    Case(training=False, activation="relu", residual=True),
     Case(affine=False),
-    Case(relu=True, affine=False),
+    Case(activation="relu", affine=False),
     Case(residual=True),
 ]
 
@@ -214,6 +239,32 @@ BATCH_CASES = [
 def test_batch_norm(backend, shape, types, case, channels_last):
     if channels_last and len(shape) < 4:
         pytest.skip("one layout")
+    check(backend, shape, types, case, channels_last)
+
+
+# (shape, groups): contiguous in few long slices and in many short ones, in parts, and rows of one element a channel.
+ACTIVATED_SHAPES = [((4, 16, 7, 9), 0), ((2, 3, 33, 31), 0), ((128, 17), 0), ((1, 2, 70, 70), 0), ((5, 64, 3, 3), 0)]
+ACTIVATED_SHAPES += [((2, 12, 16, 33), 4), ((3, 12, 3, 3), 4), ((3, 6), 2), ((2, 4, 20, 20), 2), ((2, 6, 7), 3)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "types", "case"),
+    [
+        pytest.param(
+            *ACTIVATED_SHAPES[(3 * i + 5 * j + k) % 10],
+            types,
+            Case(activation=name, residual=(i + j + k) % 2 == 0, training=(j + k) % 3 > 0, affine=(i + j) % 4 > 0),
+            id=f"{name}-{j}-{k}",
+        )
+        for (i, name), (j, types) in itertools.product(enumerate(ACTIVATIONS), enumerate(TYPES))
+        for k in range(2)
+    ],
+)
+def test_activation_behind(backend, shape, groups, types, case, channels_last):
+    if channels_last and len(shape) < 4:
+        pytest.skip("one layout")
+    case = dataclasses.replace(case, groups=groups, training=case.training or groups > 0)
     check(backend, shape, types, case, channels_last)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import dlkit
 import dlkit.functional as fused
+from dlkit._activation import ACTIVATIONS, activated
 from dlkit._ops import op
 
-EPS = 1e-5
+EPS, SLOPE = 1e-5, 0.2
 
 
 def both_layouts(x: Tensor) -> list[Tensor]:
@@ -403,6 +404,55 @@ def test_residual_broadcasts_and_promotes():
     y = fused.batch_norm_relu(x, None, None, training=True, residual=residual)
     wanted = native.relu(native.batch_norm(x, None, None, training=True) + residual)
     torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, None])
+def test_functions_and_layers_with_an_activation(name):
+    """The public side: residuals that broadcast, evaluation, layers; gradients and their own."""
+    x, residual = (torch.randn(3, 4, 5, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    number, running = ACTIVATIONS.get(name, 0), (torch.randn(4).double(), torch.rand(4).double() + 0.5)
+    options = {"activation": name, "negative_slope": SLOPE}
+    layer = dlkit.nn.BatchNormAct2d(4, dtype=torch.float64, **options)
+    grouped = dlkit.nn.GroupNormAct(2, 4, dtype=torch.float64, **options)
+    for norm in (layer, grouped):
+        norm.weight, norm.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+    for added in (None, residual, residual[:1, :, :1].float()):
+        z = native.batch_norm(x, None, None, weight, bias, True)
+        expected = [activated(z if added is None else z + added, number, SLOPE)]
+        found = [fused.batch_norm_act(x, None, None, weight, bias, True, residual=added, **options), layer(x, added)]
+        assert all(torch.allclose(y, expected[0]) for y in found)
+        z = native.batch_norm(x, *running, weight, bias)
+        expected.append(activated(z if added is None else z + added, number, SLOPE))
+        assert torch.allclose(fused.batch_norm_act(x, *running, weight, bias, residual=added, **options), expected[1])
+        z = native.group_norm(x, 2, weight, bias)
+        expected.append(activated(z if added is None else z + added, number, SLOPE))
+        assert torch.allclose(fused.group_norm_act(x, 2, weight, bias, residual=added, **options), expected[2])
+        assert torch.allclose(grouped(x, added), expected[2])
+
+    def normalize(*leaves):
+        y = fused.batch_norm_act(*leaves[:1], None, None, *leaves[2:], True, residual=leaves[1], **options)
+        return y + fused.group_norm_act(*leaves[:1], 2, *leaves[2:], residual=leaves[1], **options)
+
+    leaves = [t.detach()[:2, :, :2].clone().requires_grad_() for t in (x, residual)]
+    leaves += [t.detach().clone().requires_grad_() for t in (weight, bias)]
+    assert torch.autograd.gradcheck(normalize, leaves)
+    assert torch.autograd.gradgradcheck(normalize, leaves)
+    assert ("leaky_relu" in repr(layer)) == (name == "leaky_relu") and f"activation={name!r}" in repr(grouped)
+
+
+def test_bad_activations():
+    x = torch.randn(3, 4)
+    for wrong, error in (("swish2", ValueError), (torch.relu, TypeError), (1, TypeError)):
+        with pytest.raises(error, match="expected activation to be"):
+            fused.batch_norm_act(x, None, None, training=True, activation=wrong)
+        with pytest.raises(error, match=r"GroupNormAct\(\): expected activation to be"):
+            dlkit.nn.GroupNormAct(2, 4, activation=wrong)
+    with pytest.raises(TypeError, match="negative_slope"):
+        fused.group_norm_act(x, 2, activation="leaky_relu", negative_slope="0.1")
+    for call in (op("group_norm"), torch.ops.dlkit.group_norm):
+        with pytest.raises(ValueError, match="activation from 0 to 7, got 9"):
+            call(x, 2, None, None, EPS, None, 9, 0.01)
 
 
 def test_other_strides():

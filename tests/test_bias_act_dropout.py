@@ -13,9 +13,10 @@ from support.inputs import TYPES, make
 from support.tolerance import Yardstick
 
 import dlkit.functional as fused
+from dlkit._activation import ACTIVATIONS as NUMBERS
 from dlkit.random import Philox
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh")  # as kernel.h numbers them
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh")
 SHAPES = ((19, 37), (7, 3, 64), (5, 1), (1, 300))
 P, SEED, OFFSET = 0.3, 5, 24
 
@@ -51,7 +52,7 @@ def problem(name, dtype, bias_dtype, shape, draw):
 def test_errors_stay_below_torch_s(backend, dtype, bias_dtype, name):
     yardsticks = [Yardstick(part) for part in ("y", "grad_input", "grad_bias")]
     state = torch.tensor([SEED, OFFSET], device=backend.device)
-    activation = ACTIVATIONS.index(name)
+    activation = NUMBERS[name]
     for shape, draw in itertools.product(SHAPES, range(3)):
         x, bias, grad, exact, torchs = problem(name, dtype, bias_dtype, shape, draw)
         x, bias, grad = (t.to(backend.device) for t in (x, bias, grad))
@@ -67,7 +68,7 @@ def test_errors_stay_below_torch_s(backend, dtype, bias_dtype, name):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_without_bias_without_dropout_and_at_any_address(backend, name):
-    activation = ACTIVATIONS.index(name)
+    activation = NUMBERS[name]
     state = torch.zeros(2, dtype=torch.int64, device=backend.device)
     for count, offset in ((1, 0), (9, 1), (256, 0), (2048 + 257, 3)):
         x = make((count + offset,), torch.float32, backend.device, scale=2.0)[offset:]
@@ -93,7 +94,7 @@ def test_extremes(backend, name):
     (slopes,) = torch.autograd.grad(plain(name, leaf).sum(), leaf)
     x = x.to(backend.device)
     state = torch.zeros(2, dtype=torch.int64, device=backend.device)
-    activation = ACTIVATIONS.index(name)
+    activation = NUMBERS[name]
     y, _ = backend.op("bias_act_dropout_forward")(x, None, state, activation, 0.0, None)
     grad, _ = backend.op("bias_act_dropout_backward")(torch.ones_like(x), x, None, state, activation, 0.0, False)
     assert torch.equal(y.cpu().isnan(), expected.isnan())
@@ -161,7 +162,7 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, activation):
     if not backend.instruction_set:
         pytest.skip("bits are kept on the CPU only")
     forward, backward = (backend.op(f"bias_act_dropout_{name}") for name in ("forward", "backward"))
-    code = ACTIVATIONS.index(activation)
+    code = NUMBERS[activation]
     for shape in ((3, 5), (129, 33), (1, 5000)):
         x, grad, bias = (torch.randn(size, dtype=dtype) for size in (shape, shape, shape[1:]))
         torch.manual_seed(3)
@@ -181,7 +182,7 @@ def test_the_sum_of_many_equal_gradients(backend, cols):
     rows = 200_000 if backend.name.startswith("cpu") else 2_000
     x, bias, grad = torch.ones(rows, cols), torch.ones(cols), torch.full((rows, cols), 0.1)
     arguments = (t.to(backend.device) for t in (grad, x, bias, torch.tensor([SEED, OFFSET])))
-    _, grad_bias = backend.op("bias_act_dropout_backward")(*arguments, ACTIVATIONS.index("relu"), 0.0, True)
+    _, grad_bias = backend.op("bias_act_dropout_backward")(*arguments, NUMBERS["relu"], 0.0, True)
     torch.testing.assert_close(grad_bias.cpu(), grad[0] * rows, rtol=1e-5, atol=0)
 
 
@@ -194,12 +195,12 @@ def test_threads_and_streaming_stores_change_nothing():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            y, _ = forward(x, bias, state, 0, P)
-            results.append((y, *backward(grad, x, bias, state, 0, P, True)))
+            y, _ = forward(x, bias, state, 1, P)
+            results.append((y, *backward(grad, x, bias, state, 1, P, True)))
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
-    part = forward(x[:50], bias, state, 0, P)[0], backward(grad[:50], x[:50], bias, state, 0, P, False)[0]
+    part = forward(x[:50], bias, state, 1, P)[0], backward(grad[:50], x[:50], bias, state, 1, P, False)[0]
     assert all(torch.equal(whole[:50], some) for whole, some in zip(results[0], part, strict=False))
 
 

@@ -266,7 +266,7 @@ def test_activations_in_torch_s_terms(name):
     x, bias = torch.randn(6, 8, dtype=torch.bfloat16), torch.randn(8)
     for approximate in ("none", "tanh") if "gelu" in name else (None,):
         options = {} if approximate is None else {"approximate": approximate}
-        number = {None: 0, "none": 1, "tanh": 2}[approximate]
+        number = {None: 1, "none": 2, "tanh": 3}[approximate]
         found = _native.bias_act_dropout(x, bias, number, 0.0, generator=None, stream=None)
         torch.testing.assert_close(found, getattr(F, name)(x, bias, 0.0, **options))
 

@@ -15,6 +15,7 @@ from support.fusible import Block, Plain, assert_same_results, counting, fused_l
 from torch import nn
 
 import dlkit
+from dlkit._activation import layer_activation
 from dlkit.nn.transformer import feed_forward
 
 
@@ -149,9 +150,9 @@ def test_report_names_what_was_fused_and_what_was_left():
     )
     assert (
         "takes in the ReLU after it" in lines["bn1"]
-        and "left as it is: no ReLU follows" in lines["layer2.0.downsample.1"]
+        and "left as it is: no activation follows" in lines["layer2.0.downsample.1"]
     )
-    assert "its forward() leaves adds and ReLUs to the fused layers" in lines["layer1.0"]
+    assert "its forward() leaves adds and activations to the fused layers" in lines["layer1.0"]
     assert list(lines) == [name for name, _ in model.named_modules() if name in lines]
     again: list = []
     classes = [type(module) for module in model.modules()]
@@ -232,6 +233,70 @@ def test_hooks_of_blocks_and_of_other_layers_are_kept():
     model.layer2[0].downsample.register_forward_hook(lambda *_: calls.append("downsample"))
     dlkit.fuse(model)(torch.randn(2, 3, 8, 8))
     assert calls == ["conv", "block", "downsample"]
+
+
+ACTIVATIONS = [nn.ReLU(), nn.ReLU6(True), nn.LeakyReLU(0.2, True), nn.SiLU(True), nn.Hardswish(True)]
+ACTIVATIONS += [nn.GELU(), nn.GELU("tanh")]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)], ids=["batch", "group"])
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=repr)
+def test_each_activation_is_taken_in(act, make):
+    """As a neighbour, behind a traced forward() and an add, and as a norm's own."""
+    residual = AddAct(make(), act)
+    own = OwnAct(make(), act)
+    model = randomised(nn.Sequential(nn.Conv2d(4, 4, 1), make(), act, residual, own).double())
+    fused = dlkit.fuse(copy.deepcopy(model))
+    assert isinstance(fused[2], nn.Identity)
+    layers = fused[1], fused[3].norm, fused[4].norm
+    for layer in layers:
+        name, slope = layer_activation(act)
+        if type(layer) is not dlkit.nn.BatchNormReLU2d:
+            assert layer.activation == name and (name != "leaky_relu" or layer.negative_slope == slope)
+            assert type(layer) in (dlkit.nn.BatchNormAct2d, dlkit.nn.GroupNormAct)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    assert_same_results(copy.deepcopy(model), copy.deepcopy(fused), x)
+    again = pickle.loads(pickle.dumps(fused))
+    assert_same_results(copy.deepcopy(model), copy.deepcopy(again), x)
+    dlkit.restore(again)
+    assert [type(layer) for layer in again.modules()] == [type(layer) for layer in model.modules()]
+    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(again.modules(), model.modules(), strict=True))
+
+
+class AddAct(nn.Module):
+    def __init__(self, norm, act):
+        super().__init__()
+        self.norm, self.act = norm, act
+
+    def forward(self, x):
+        return self.act(self.norm(x * 2) + x)
+
+
+class OwnAct(AddAct):
+    """By functions."""
+
+    def forward(self, x):
+        y = self.norm(x)
+        return FUNCTIONS[type(self.act)](y, self.act)
+
+
+FUNCTIONS = {
+    nn.ReLU: lambda y, _: F.relu(y),
+    nn.ReLU6: lambda y, _: F.relu6(y),
+    nn.LeakyReLU: lambda y, act: F.leaky_relu(y, 0.2, inplace=True),
+    nn.SiLU: lambda y, _: F.silu(y, inplace=True),
+    nn.Hardswish: lambda y, _: F.hardswish(y),
+    nn.GELU: lambda y, act: F.gelu(y, approximate=act.approximate),
+}
+
+
+def test_an_activation_that_changes_after_fusing_raises():
+    block = AddAct(nn.GroupNorm(2, 4), nn.LeakyReLU(0.1))
+    dlkit.fuse(block)
+    block(torch.randn(2, 4, 3))
+    block.act.negative_slope = 0.3
+    with pytest.raises(RuntimeError, match=r"act.negative_slope was 0.1"):
+        block(torch.randn(2, 4, 3))
 
 
 class Variants(Block):

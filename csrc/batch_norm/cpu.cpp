@@ -5,9 +5,12 @@
 // a unit is one statistic group: slices of adjacent elements; with channels_last it is a matrix of rows by channels,
 // one a sample (group_norm) or one in all (batch_norm). Where there are units enough, one task takes a unit through all
 // three steps, so that what fits a cache is read from memory once; else all parts take each step together. apply goes
-// through a part backwards, block by block, from what the caches still hold. Backward's reduce writes the masked
-// gradient where the residual wants it, which apply then reads in place of its sources; with given statistics it writes
-// grad_input as well, and there is no apply.
+// through a part backwards, block by block, from what the caches still hold. Backward's reduce writes the gradient that
+// passed the activation where the residual wants it, which apply then reads in place of its sources; with given
+// statistics it writes grad_input as well, and there is no apply.
+//
+// A ReLU is part of the loops. Other activations are calls on a few vectors at a time, so that they add no loops.
+// Backward works z out again, once: what passed the activation waits for apply where grad_input will be.
 //
 // Statistics take one reading: deviations from a centre, which is the mean so far, go into fp32 sums over a run, and
 // these, with their centre, into a double mean and sum of squared deviations. A run is at most four times what was

@@ -1,5 +1,5 @@
-// Batch norm and group norm on CUDA, with the residual add and the ReLU behind them. What each way moves, in units of
-// one tensor of x's shape (a residual or a y that is read adds one where it is read):
+// Batch norm and group norm on CUDA, with the residual add and the activation behind them. What each way moves, in
+// units of one tensor of x's shape (a residual or a y that is read adds one where it is read):
 //
 //   forward    one block holds whole groups in shared memory where they fit: 2, the least there is. Else a pass for
 //              the statistics and a pass that applies them: 3, less what the second still finds in L2. It walks from
@@ -19,10 +19,14 @@
 // each, would otherwise be 4 blocks, 128 of an H200's 132 multiprocessors idle; apart they are 64 blocks of one warp,
 // which moves the same bytes with 16 times as many multiprocessors' loads in flight. No kernel changes by it.
 //
+// Activations other than the ReLU are in kernels of their own (Acts), the passes alone: a switch inside, and the code
+// of all of them, would cost the others registers.
+//
 // In flight are 4 packs of 16 bytes a thread (backward: 2 of each tensor), 32 KB and more a multiprocessor, where 4.8
 // TB/s and 0.8 us of latency ask for 29 KB on an H200. Not yet run on a GPU.
 #include <algorithm>
 
+#include "../common/cuda/activation.cuh"
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/reduce.cuh"
 #include "../common/cuda/vec.cuh"
@@ -296,7 +300,28 @@ struct Affine {
   __device__ __forceinline__ A operator()(A x, int k) const { return multiply_add(x - mean[k], scale[k], bias[k]); }
 };
 
-template <class T, int PackBytes, int Columns, class A>
+// Calls f(Act()) for an activation that is not inline: any but None and Relu.
+template <class A, class F>
+__device__ __forceinline__ void with_act(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::Gelu:
+      return f(Act<A, Activation::Gelu>());
+    case Activation::GeluTanh:
+      return f(Act<A, Activation::GeluTanh>());
+    case Activation::Silu:
+      return f(Act<A, Activation::Silu>());
+    case Activation::Hardswish:
+      return f(Act<A, Activation::Hardswish>());
+    case Activation::Relu6:
+      return f(Act<A, Activation::Relu6>());
+    case Activation::LeakyRelu:
+      return f(Act<A, Activation::LeakyRelu>());
+    default:
+      return;
+  }
+}
+
+template <class T, int PackBytes, int Columns, bool Acts, class A>
 __device__ __forceinline__ Pack<PackBytes> normalize(const Forward& op, const Affine<A, Columns>& affine,
                                                      const Pack<PackBytes>& x, const Pack<PackBytes>& residual) {
   constexpr int width = PackBytes / sizeof(T);
@@ -309,7 +334,12 @@ __device__ __forceinline__ Pack<PackBytes> normalize(const Forward& op, const Af
 #pragma unroll
     for (int k = 0; k < width; ++k) values[k] += added[k];
   }
-  if (op.relu) {
+  if constexpr (Acts) {
+    with_act<A>(op.activation, [&](auto act) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) values[k] = act.value(values[k], A(op.negative_slope));
+    });
+  } else if (op.activation == Activation::Relu) {
 #pragma unroll
     for (int k = 0; k < width; ++k) values[k] = values[k] < A(0) ? A(0) : values[k];
   }
@@ -420,7 +450,7 @@ __global__ void __launch_bounds__(finish_threads)
   }
 }
 
-template <class T, int PackBytes, bool ChannelsLast>
+template <class T, int PackBytes, bool ChannelsLast, bool Acts>
 __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast> ? 2 : 3)
     forward_apply(const Forward op, const Walk walk) {
   using A = accumulate_t<T>;
@@ -453,7 +483,7 @@ __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast
       for (int i = 0; i < batch; ++i) {
         if (i >= valid) continue;
         store_once<PackBytes>(static_cast<T*>(op.y) + offsets[i],
-                              normalize<T, PackBytes, columns>(op, affine, x[i], residual[i]));
+                              normalize<T, PackBytes, columns, Acts>(op, affine, x[i], residual[i]));
       }
     });
   }
@@ -585,7 +615,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 ? 1 : 2)
         if (op.residual != nullptr) residual = load_once<PackBytes>(static_cast<const T*>(op.residual) + cursor.offset);
         store<PackBytes>(
             static_cast<T*>(op.y) + cursor.offset,
-            normalize<T, PackBytes, columns>(op, affine, load<PackBytes>(memory.pack(walk, 0, i)), residual));
+            normalize<T, PackBytes, columns, false>(op, affine, load<PackBytes>(memory.pack(walk, 0, i)), residual));
         cursor.advance();
       }
     }
@@ -593,24 +623,35 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 ? 1 : 2)
   if (op.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*op.num_batches_tracked;
 }
 
-// grad_output, 0 where y <= 0, y being what forward gave or found from x again. Where y is NaN the gradient passes.
-template <class T, int PackBytes, int Columns, class A>
+// What passes the activation of grad_output. Behind a ReLU, 0 where y <= 0, y being what forward gave or found from x
+// again; where y is NaN the gradient passes. Else `known` is the residual.
+template <class T, int PackBytes, int Columns, bool Acts, class A>
 __device__ __forceinline__ void load_gradient(const Backward& op, const Affine<A, Columns>& affine,
-                                              const Pack<PackBytes>& grad_output, const Pack<PackBytes>& y,
+                                              const Pack<PackBytes>& grad_output, const Pack<PackBytes>& known,
                                               const A (&x)[PackBytes / sizeof(T)], A (&g)[PackBytes / sizeof(T)]) {
   constexpr int width = PackBytes / sizeof(T);
   widen<T, PackBytes>(grad_output, g);
-  if (!op.relu) return;
-  A shown[width];
-  if (op.y != nullptr) {
-    widen<T, PackBytes>(y, shown);
+  if (op.activation == Activation::None) return;
+  A seen[width];
+  const bool reads = op.y_or_residual != nullptr;
+  if (reads) widen<T, PackBytes>(known, seen);
+  if constexpr (Acts) {
+    A z[width];
+#pragma unroll
+    for (int k = 0; k < width; ++k) z[k] = affine(x[k], k % Columns) + (reads ? seen[k] : A(0));
+    with_act<A>(op.activation, [&](auto act) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) g[k] = act.gradient(g[k], z[k], A(op.negative_slope));
+    });
   } else {
+    if (!reads) {
 #pragma unroll
-    for (int k = 0; k < width; ++k) shown[k] = affine(x[k], k % Columns);
-    widen<T, PackBytes>(narrow<T, PackBytes>(shown), shown);
+      for (int k = 0; k < width; ++k) seen[k] = affine(x[k], k % Columns);
+      widen<T, PackBytes>(narrow<T, PackBytes>(seen), seen);
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) g[k] = seen[k] <= A(0) ? A(0) : g[k];
   }
-#pragma unroll
-  for (int k = 0; k < width; ++k) g[k] = shown[k] <= A(0) ? A(0) : g[k];
 }
 
 template <class T, int PackBytes, int Columns, class A>
@@ -652,7 +693,7 @@ struct InputTerms {
 
 // Sum: the pass that adds up, and writes what needs no sums. Otherwise the pass that writes grad_input from `means`:
 // the two sums of each channel in batch norm, mean(wg) and mean(wg * xhat) of each group in group norm.
-template <class T, int PackBytes, bool ChannelsLast, bool Sum>
+template <class T, int PackBytes, bool ChannelsLast, bool Sum, bool Acts>
 __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast> ? 2 : 3)
     backward_pass(const Backward op, const Walk walk, accumulate_t<T>* partial, const accumulate_t<T>* means) {
   using A = accumulate_t<T>;
@@ -660,8 +701,9 @@ __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast
   constexpr int width = Position::width, columns = Position::columns, batch = batch_of<PackBytes> / 2;
   using State = Sums<A, columns>;
   __shared__ A exchange[Sum ? pass_threads / (ChannelsLast ? 2 : 1) * State::size : 1];
-  const bool reads_y = op.relu && op.y != nullptr;
-  const bool reads_x = Sum || (op.grad_input != nullptr && !op.statistics_given) || (op.relu && op.y == nullptr);
+  const bool activates = op.activation != Activation::None, reads_known = activates && op.y_or_residual != nullptr;
+  const bool reads_x =
+      Sum || (op.grad_input != nullptr && !op.statistics_given) || (activates && (Acts || !reads_known));
   for (int64_t block = blockIdx.x; block < walk.blocks(); block += gridDim.x) {
     const Position cursor(walk, Sum ? block : walk.blocks() - 1 - block);
     Affine<A, columns> affine{};
@@ -686,16 +728,16 @@ __global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast
     }
     State sums{};
     each_batch<batch>(cursor, [&](const int64_t (&offsets)[batch], int valid) {
-      Pack<PackBytes> grad_output[batch], x[batch] = {}, y[batch];
+      Pack<PackBytes> grad_output[batch], x[batch] = {}, known[batch];
       load_batch<T, PackBytes>(op.grad_output, offsets, valid, grad_output);
       if (reads_x) load_batch<T, PackBytes>(op.x, offsets, valid, x);
-      if (reads_y) load_batch<T, PackBytes>(op.y, offsets, valid, y);
+      if (reads_known) load_batch<T, PackBytes>(op.y_or_residual, offsets, valid, known);
 #pragma unroll
       for (int i = 0; i < batch; ++i) {
         if (i >= valid) continue;
         A values[width], g[width];
         widen<T, PackBytes>(x[i], values);
-        load_gradient<T, PackBytes>(op, affine, grad_output[i], y[i], values, g);
+        load_gradient<T, PackBytes, columns, Acts>(op, affine, grad_output[i], known[i], values, g);
         if (op.grad_residual != nullptr) {
           store<PackBytes>(static_cast<T*>(op.grad_residual) + offsets[i], narrow<T, PackBytes>(g));
         }
@@ -778,13 +820,13 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 || (ChannelsLast 
   using Position = Cursor<T, PackBytes, ChannelsLast>;
   constexpr int width = Position::width, columns = Position::columns;
   using State = Sums<A, columns>;
-  const bool reads_y = op.relu && op.y != nullptr;
+  const bool masks = op.activation == Activation::Relu, reads_y = masks && op.y_or_residual != nullptr;
   const BlockMemory<A, PackBytes, columns> memory(walk, reads_y ? 3 : 2);
   for (int64_t block = blockIdx.x; block < walk.blocks(); block += gridDim.x) {
     Position cursor(walk, block), again = cursor;
     memory.template fetch<T>(0, op.x, cursor);
     memory.template fetch<T>(1, op.grad_output, cursor);
-    if (reads_y) memory.template fetch<T>(2, op.y, cursor);
+    if (reads_y) memory.template fetch<T>(2, op.y_or_residual, cursor);
     copy_async_commit();
     Affine<A, columns> affine{};
     A rstd[columns] = {};
@@ -797,8 +839,8 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 || (ChannelsLast 
       Pack<PackBytes> y = {};
       if (reads_y) y = load<PackBytes>(memory.pack(walk, 2, i));
       widen<T, PackBytes>(load<PackBytes>(memory.pack(walk, 0, i)), x);
-      load_gradient<T, PackBytes>(op, affine, load<PackBytes>(memory.pack(walk, 1, i)), y, x, g);
-      if (op.relu) store<PackBytes>(memory.pack(walk, 1, i), narrow<T, PackBytes>(g));
+      load_gradient<T, PackBytes, columns, false>(op, affine, load<PackBytes>(memory.pack(walk, 1, i)), y, x, g);
+      if (masks) store<PackBytes>(memory.pack(walk, 1, i), narrow<T, PackBytes>(g));
       if (op.grad_residual != nullptr) {
         store<PackBytes>(static_cast<T*>(op.grad_residual) + again.offset, narrow<T, PackBytes>(g));
         again.advance();
@@ -974,7 +1016,7 @@ bool wide(const Forward& op, bool channels_last) {
          (!channels_last || are_aligned(16, op.weight, op.bias, op.mean, op.rstd, op.running_mean, op.running_var));
 }
 bool wide(const Backward& op, bool channels_last) {
-  return are_aligned(16, op.grad_output, op.x, op.y, op.grad_input, op.grad_residual) &&
+  return are_aligned(16, op.grad_output, op.x, op.y_or_residual, op.grad_input, op.grad_residual) &&
          (!channels_last || are_aligned(16, op.weight, op.bias, op.mean, op.rstd, op.sums));
 }
 
@@ -997,6 +1039,12 @@ void with_types(const Op& op, const F& f) {
   });
 }
 
+// Whether the op's activation takes kernels of its own.
+template <class Op>
+bool acts(const Op& op) {
+  return op.activation != Activation::None && op.activation != Activation::Relu;
+}
+
 // How an op runs: a pure function of the op and the device, because the caller allocates the workspace by it.
 struct Plan {
   Walk walk;
@@ -1009,7 +1057,7 @@ template <class T, int PackBytes, bool ChannelsLast>
 Plan plan(const Forward& op) {
   Plan result{walk_of<T, PackBytes, ChannelsLast>(op.shape), op.statistics == Statistics::Compute, 0, 0, 0};
   // A cumulative average has to count the batch before any block uses the count.
-  if (result.sums && op.y != nullptr && op.momentum >= 0) {
+  if (result.sums && op.y != nullptr && op.momentum >= 0 && !acts(op)) {
     result.shared_bytes = fit_into_blocks<T, PackBytes, ChannelsLast>(result.walk, 1);
   }
   if (result.shared_bytes == 0) {
@@ -1039,8 +1087,9 @@ void forward(const Forward& op, void* stream) {
            finish_threads, 0, stream, op, walk, elements, partial);
   }
   if (op.y != nullptr || op.statistics == Statistics::Running) {
-    launch("batch_norm forward_apply", forward_apply<T, PackBytes, ChannelsLast>, grid, pass_threads, 0, stream, op,
-           walk);
+    const auto apply =
+        acts(op) ? forward_apply<T, PackBytes, ChannelsLast, true> : forward_apply<T, PackBytes, ChannelsLast, false>;
+    launch("batch_norm forward_apply", apply, grid, pass_threads, 0, stream, op, walk);
   }
 }
 
@@ -1051,8 +1100,8 @@ Plan plan(const Backward& op) {
   Plan result{walk_of<T, PackBytes, ChannelsLast>(op.shape),
               !op.sums_given && (through_statistics || parameters || op.sums != nullptr), 0, 0, 0};
   Walk& walk = result.walk;
-  if (result.sums && through_statistics && op.sums == nullptr) {
-    result.shared_bytes = fit_into_blocks<T, PackBytes, ChannelsLast>(walk, op.relu && op.y != nullptr ? 3 : 2);
+  if (result.sums && through_statistics && op.sums == nullptr && !acts(op)) {
+    result.shared_bytes = fit_into_blocks<T, PackBytes, ChannelsLast>(walk, op.y_or_residual != nullptr ? 3 : 2);
   }
   if (result.shared_bytes > 0) {
     if (op.shape.groups > 0 && parameters) result.partial = 2 * walk.columns;
@@ -1086,8 +1135,9 @@ void backward(const Backward& op, void* stream) {
   }
   Backward rest = op;
   if (how.sums) {
-    launch("batch_norm backward_pass", backward_pass<T, PackBytes, ChannelsLast, true>, grid, pass_threads, 0, stream,
-           op, walk, partial, nullptr);
+    const auto pass = acts(op) ? backward_pass<T, PackBytes, ChannelsLast, true, true>
+                               : backward_pass<T, PackBytes, ChannelsLast, true, false>;
+    launch("batch_norm backward_pass", pass, grid, pass_threads, 0, stream, op, walk, partial, nullptr);
     if (op.shape.groups == 0) channels(total);
     if (op.shape.groups > 0 && (op.grad_weight != nullptr || op.grad_bias != nullptr)) channels(nullptr);
     if (op.shape.groups > 0 && total != nullptr) {
@@ -1097,13 +1147,14 @@ void backward(const Backward& op, void* stream) {
     if (op.grad_residual != nullptr) {
       rest.grad_output = op.grad_residual;
       rest.grad_residual = nullptr;
-      rest.relu = false;
+      rest.activation = Activation::None;
     }
     if (op.statistics_given) rest.grad_input = nullptr;
   }
   if (rest.grad_input != nullptr || rest.grad_residual != nullptr) {
-    launch("batch_norm backward_pass", backward_pass<T, PackBytes, ChannelsLast, false>, grid, pass_threads, 0, stream,
-           rest, walk, nullptr, total);
+    const auto pass = acts(rest) ? backward_pass<T, PackBytes, ChannelsLast, false, true>
+                                 : backward_pass<T, PackBytes, ChannelsLast, false, false>;
+    launch("batch_norm backward_pass", pass, grid, pass_threads, 0, stream, rest, walk, nullptr, total);
   }
 }
 

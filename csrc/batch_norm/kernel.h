@@ -1,4 +1,5 @@
-// The contract of batch_norm, group_norm and instance_norm, with a residual add and a ReLU behind them: one family.
+// The contract of batch_norm, group_norm and instance_norm, with a residual add and an activation behind them: one
+// family.
 //
 // x is [batch, channels, space] (all spatial dimensions in one), in memory as written (contiguous) or, with
 // channels_last, as [batch, space, channels]; all tensors of x's shape have the same layout and no gaps. A statistic
@@ -10,9 +11,10 @@
 //   mean, var  of a group (var biased), or given
 //   rstd       = 1 / sqrt(var + eps)
 //   z          = fma(x - mean, rstd * weight, bias) + residual      rounded so in backward too: its mask is forward's
-//   y          = relu ? max(z, 0) : z                       a NaN stays one
+//   y          = act(z)                                     a NaN stays one
 //
-//   g          = relu ? (y <= 0 ? 0 : grad_output) : grad_output        y as it was rounded to its dtype; a NaN passes
+//   g          = act'(z) * grad_output                      but behind a ReLU:
+//   g          = y <= 0 ? 0 : grad_output                   y as it was rounded to its dtype; a NaN passes
 //   grad_residual = g
 //   grad_bias   = sum of g over a channel,  grad_weight = sum of g * (x - mean) * rstd over a channel
 //   wg         = g * weight
@@ -29,6 +31,7 @@
 // itself has. batch, channels and space are at least 1.
 #pragma once
 
+#include "../common/activation.h"
 #include "../common/scalar.h"
 
 namespace dlkit::batch_norm {
@@ -66,21 +69,23 @@ struct Forward {
   DType dtype;            // of x, residual and y
   DType parameter_dtype;  // of weight and bias: dtype or F32
   DType running_dtype;    // of running_mean and running_var: any
-  bool relu;
+  Activation activation;
+  double negative_slope;  // of LeakyRelu
 };
 
 struct Backward {
   const void* grad_output;
   const void* x;
-  const void* y;        // what forward gave; null where !relu, or where there was no residual and y follows from x
-  const void* weight;   // [channels] or null
-  const void* bias;     // [channels] or null; read only to find y from x
-  const void* mean;     // of accumulate, one a group
-  const void* rstd;     // of accumulate, one a group
-  void* grad_input;     // as x, or null
-  void* grad_residual;  // as x, or null
-  void* grad_weight;    // [channels] of parameter_dtype, or null
-  void* grad_bias;      // [channels] of parameter_dtype, or null
+  const void* y_or_residual;  // what g takes beside x: behind a ReLU what forward gave, else forward's residual; null
+                              // where there was no residual, or no activation
+  const void* weight;         // [channels] or null
+  const void* bias;           // [channels] or null; read only to find z from x
+  const void* mean;           // of accumulate, one a group
+  const void* rstd;           // of accumulate, one a group
+  void* grad_input;           // as x, or null
+  void* grad_residual;        // as x, or null
+  void* grad_weight;          // [channels] of parameter_dtype, or null
+  void* grad_bias;            // [channels] of parameter_dtype, or null
   // groups == 0 alone, for statistics that several processes share:
   void* sums;       // [2, channels] of accumulate or null: sum of g, then sum of g * (x - mean); an output unless
                     // sums_given
@@ -90,9 +95,10 @@ struct Backward {
   double count;           // elements of a group: what the means of grad_input divide by
   bool sums_given;        // read sums, do not compute them; grad_weight and grad_bias are null
   bool statistics_given;  // grad_input has no term through mean and var
-  DType dtype;            // of grad_output, x, y, grad_input and grad_residual
+  DType dtype;            // of grad_output, x, y_or_residual, grad_input and grad_residual
   DType parameter_dtype;  // of weight, bias, grad_weight and grad_bias: dtype or F32
-  bool relu;
+  Activation activation;
+  double negative_slope;  // of LeakyRelu
 };
 
 void forward_cpu(const Forward& op);

@@ -1,7 +1,7 @@
-// batch_norm (with a residual add and a ReLU behind it), group_norm and instance_norm as torch ops. The public three
-// check their arguments, then call batch_norm_forward, through an autograd node where a gradient is asked for; the
-// other internal ops are its backward and the halves of both, for statistics that several processes share. Forward-mode
-// derivatives, torch.func transforms and double backward go through differentiable torch formulas.
+// batch_norm and group_norm, with a residual add and an activation behind them, and instance_norm as torch ops. The
+// public three check their arguments, then call batch_norm_forward, through an autograd node where a gradient is asked
+// for; the other internal ops are its backward and the halves of both, for statistics that several processes share.
+// Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
 #include "../glue/op.h"
 
 #include <ATen/autocast_mode.h>
@@ -10,10 +10,10 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/instance_norm.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "../glue/activation.h"
 #include "../glue/autograd.h"
 #include "../glue/checked.h"
 #include "kernel.h"
@@ -92,11 +92,17 @@ auto statistics_sizes(c10::ArrayRef<Int> sizes, Int groups) {
   return result;
 }
 
+Activation to_activation(int64_t number) {
+  TORCH_CHECK_VALUE(number >= 0 && number < kActivations, "batch_norm: expected activation from 0 to ",
+                    kActivations - 1, ", got ", number);
+  return static_cast<Activation>(number);
+}
+
 template <class Device>
 ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                        const OptionalTensor& bias, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, int64_t groups,
-                       bool training, double momentum, double eps, bool relu) {
+                       bool training, double momentum, double eps, int64_t activation, double negative_slope) {
   const Layout layout(input, groups);
   const Parameters parameters(input, weight, bias);
   const Tensor added = layout.like(residual);
@@ -126,7 +132,8 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, cons
              type,
              dtype_of(parameters.type),
              old_mean.defined() ? dtype_of(old_mean.scalar_type()) : type,
-             relu};
+             to_activation(activation),
+             negative_slope};
   run_with_workspace<Device>(input, op);
   if (input.numel() == 0 && training && has(num_batches_tracked)) num_batches_tracked->add_(1);
   if (training && has(running_mean) && !running_mean->is_contiguous()) running_mean->copy_(old_mean);
@@ -134,14 +141,22 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, cons
   return {std::move(y), std::move(mean), std::move(rstd)};
 }
 
-Backward backward_arguments(const Layout& layout, const Tensor& grad_output, const Tensor& y,
-                            const Parameters& parameters, const Tensor& mean, const Tensor& rstd, bool relu) {
+// Whether backward works z out again, of which the bias is a part. A ReLU's mask follows from y, where there is one.
+bool finds_z(Activation activation, bool has_y_or_residual) {
+  return activation != Activation::None && !(activation == Activation::Relu && has_y_or_residual);
+}
+
+Backward backward_arguments(const Layout& layout, const Tensor& grad_output, const Tensor& y_or_residual,
+                            const Parameters& parameters, const Tensor& mean, const Tensor& rstd, int64_t activation,
+                            double negative_slope) {
   Backward op{};
   op.grad_output = grad_output.const_data_ptr();
   op.x = layout.x.const_data_ptr();
-  op.y = data_or_null(y);
+  op.activation = to_activation(activation);
+  op.negative_slope = negative_slope;
+  op.y_or_residual = data_or_null(y_or_residual);
   op.weight = data_or_null(parameters.weight);
-  if (relu && !y.defined()) op.bias = data_or_null(parameters.bias);
+  if (finds_z(op.activation, y_or_residual.defined())) op.bias = data_or_null(parameters.bias);
   op.mean = mean.const_data_ptr();
   op.rstd = rstd.const_data_ptr();
   op.shape = layout.shape;
@@ -150,18 +165,17 @@ Backward backward_arguments(const Layout& layout, const Tensor& grad_output, con
       double(shape.space) * (shape.groups == 0 ? double(shape.batch) : double(shape.channels) / double(shape.groups));
   op.dtype = dtype_of(layout.x.scalar_type());
   op.parameter_dtype = dtype_of(parameters.type);
-  op.relu = relu;
   return op;
 }
 
 template <class Device>
-BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
+BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y_or_residual,
                          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                         const Tensor& rstd, int64_t groups, bool training, bool relu,
-                         std::array<bool, 4> output_mask) {
+                         const Tensor& rstd, int64_t groups, bool training, int64_t activation,
+                         std::array<bool, 4> output_mask, double negative_slope) {
   const Layout layout(input, groups);
   const Parameters parameters(input, weight, bias);
-  const Tensor dy = layout.like(grad_output), saved_y = layout.like(y);
+  const Tensor dy = layout.like(grad_output), known = layout.like(y_or_residual);
   const auto parameter_options = accumulate_options(input).dtype(parameters.type);
   Tensor grad_input, grad_residual, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = layout.empty();
@@ -173,7 +187,7 @@ BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const O
     if (grad_bias.defined()) grad_bias.zero_();
     return {std::move(grad_input), std::move(grad_residual), std::move(grad_weight), std::move(grad_bias)};
   }
-  Backward op = backward_arguments(layout, dy, saved_y, parameters, mean, rstd, relu);
+  Backward op = backward_arguments(layout, dy, known, parameters, mean, rstd, activation, negative_slope);
   op.grad_input = mutable_data_or_null(grad_input);
   op.grad_residual = mutable_data_or_null(grad_residual);
   op.grad_weight = mutable_data_or_null(grad_weight);
@@ -184,9 +198,9 @@ BackwardOutputs backward(const Tensor& grad_output, const Tensor& input, const O
   run_with_workspace<Device>(input, op);
   if (out_of_range) {  // rare: gradients or deviations of about 1e19 and more, or of which little is left
     const auto wide = [](const OptionalTensor& t) { return has(t) ? OptionalTensor(t->to(at::kDouble)) : t; };
-    const auto found =
-        backward<Device>(dy.to(at::kDouble), layout.x.to(at::kDouble), wide(y), wide(weight), wide(bias),
-                         mean.to(at::kDouble), rstd.to(at::kDouble), groups, training, relu, output_mask);
+    const auto found = backward<Device>(dy.to(at::kDouble), layout.x.to(at::kDouble), wide(y_or_residual), wide(weight),
+                                        wide(bias), mean.to(at::kDouble), rstd.to(at::kDouble), groups, training,
+                                        activation, output_mask, negative_slope);
     const auto as = [](const Tensor& t, const Tensor& like) {
       return like.defined() ? t.to(like.scalar_type()) : like;
     };
@@ -214,7 +228,8 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t groups) {
 
 template <class Device>
 Tensor apply(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
-             const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool relu) {
+             const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, int64_t activation,
+             double negative_slope) {
   const Layout layout(input, 0);
   const Parameters parameters(input, weight, bias);
   const Tensor added = layout.like(residual), m = mean.contiguous(), r = rstd.contiguous();
@@ -231,23 +246,26 @@ Tensor apply(const Tensor& input, const OptionalTensor& residual, const Optional
   op.statistics = Statistics::Given;
   op.dtype = op.running_dtype = dtype_of(input.scalar_type());
   op.parameter_dtype = dtype_of(parameters.type);
-  op.relu = relu;
+  op.activation = to_activation(activation);
+  op.negative_slope = negative_slope;
   run_with_workspace<Device>(input, op);
   return y;
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& grad_output, const Tensor& input,
-                                                 const OptionalTensor& y, const OptionalTensor& weight,
+                                                 const OptionalTensor& y_or_residual, const OptionalTensor& weight,
                                                  const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                                                 bool relu, std::array<bool, 2> output_mask) {
+                                                 int64_t activation, std::array<bool, 2> output_mask,
+                                                 double negative_slope) {
   const Layout layout(input, 0);
   const Parameters parameters(input, weight, bias);
-  const Tensor dy = layout.like(grad_output), saved_y = layout.like(y), m = mean.contiguous(), r = rstd.contiguous();
+  const Tensor dy = layout.like(grad_output), known = layout.like(y_or_residual), m = mean.contiguous(),
+               r = rstd.contiguous();
   Tensor sums = empty_for(input, {2, input.size(1)}, accumulate_options(input)), grad_weight, grad_bias;
   if (output_mask[0]) grad_weight = empty_for(input, {input.size(1)}, accumulate_options(input).dtype(parameters.type));
   if (output_mask[1]) grad_bias = empty_for(input, {input.size(1)}, accumulate_options(input).dtype(parameters.type));
-  Backward op = backward_arguments(layout, dy, saved_y, parameters, m, r, relu);
+  Backward op = backward_arguments(layout, dy, known, parameters, m, r, activation, negative_slope);
   op.grad_weight = mutable_data_or_null(grad_weight);
   op.grad_bias = mutable_data_or_null(grad_bias);
   op.sums = sums.mutable_data_ptr();
@@ -256,18 +274,20 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums(const Tensor& grad_output, cons
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> backward_apply(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
-                                          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                                          const Tensor& rstd, const Tensor& sums, bool relu,
-                                          std::array<bool, 2> output_mask) {
+std::tuple<Tensor, Tensor> backward_apply(const Tensor& grad_output, const Tensor& input,
+                                          const OptionalTensor& y_or_residual, const OptionalTensor& weight,
+                                          const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                          const Tensor& sums, int64_t activation, std::array<bool, 2> output_mask,
+                                          double negative_slope) {
   const Layout layout(input, 0);
   const Parameters parameters(input, weight, bias);
-  const Tensor dy = layout.like(grad_output), saved_y = layout.like(y), m = mean.contiguous(), r = rstd.contiguous();
+  const Tensor dy = layout.like(grad_output), known = layout.like(y_or_residual), m = mean.contiguous(),
+               r = rstd.contiguous();
   const Tensor given = sums.contiguous();
   Tensor grad_input, grad_residual;
   if (output_mask[0]) grad_input = layout.empty();
   if (output_mask[1]) grad_residual = layout.empty();
-  Backward op = backward_arguments(layout, dy, saved_y, parameters, m, r, relu);
+  Backward op = backward_arguments(layout, dy, known, parameters, m, r, activation, negative_slope);
   op.grad_input = mutable_data_or_null(grad_input);
   op.grad_residual = mutable_data_or_null(grad_residual);
   op.sums = given.mutable_data_ptr();
@@ -288,7 +308,7 @@ Tensor channels_meta(const Tensor& input, at::ScalarType type) {
 
 ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                             const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::SymInt groups,
-                            bool, double, double, bool) {
+                            bool, double, double, int64_t, double) {
   const auto like = [&] {
     return at::empty_symint(statistics_sizes(input.sym_sizes(), groups), accumulate_options(input));
   };
@@ -296,8 +316,8 @@ ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor&, const Op
 }
 
 BackwardOutputs backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&, const OptionalTensor& weight,
-                              const OptionalTensor& bias, const Tensor&, const Tensor&, c10::SymInt, bool, bool,
-                              std::array<bool, 4> output_mask) {
+                              const OptionalTensor& bias, const Tensor&, const Tensor&, c10::SymInt, bool, int64_t,
+                              std::array<bool, 4> output_mask, double) {
   const at::ScalarType type = parameter_type(input, weight, bias);
   return {output_mask[0] ? like_input_meta(input) : Tensor(), output_mask[1] ? like_input_meta(input) : Tensor(),
           output_mask[2] ? channels_meta(input, type) : Tensor(),
@@ -312,14 +332,14 @@ std::tuple<Tensor, Tensor> statistics_meta(const Tensor& input, c10::SymInt grou
 }
 
 Tensor apply_meta(const Tensor& input, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                  const Tensor&, const Tensor&, bool) {
+                  const Tensor&, const Tensor&, int64_t, double) {
   return like_input_meta(input);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_sums_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
                                                       const OptionalTensor& weight, const OptionalTensor& bias,
-                                                      const Tensor&, const Tensor&, bool,
-                                                      std::array<bool, 2> output_mask) {
+                                                      const Tensor&, const Tensor&, int64_t,
+                                                      std::array<bool, 2> output_mask, double) {
   const at::ScalarType type = parameter_type(input, weight, bias);
   return {at::empty_symint({2, input.sym_size(1)}, accumulate_options(input)),
           output_mask[0] ? channels_meta(input, type) : Tensor(),
@@ -328,15 +348,19 @@ std::tuple<Tensor, Tensor, Tensor> backward_sums_meta(const Tensor&, const Tenso
 
 std::tuple<Tensor, Tensor> backward_apply_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
                                                const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                               const Tensor&, const Tensor&, bool, std::array<bool, 2> output_mask) {
+                                               const Tensor&, const Tensor&, int64_t, std::array<bool, 2> output_mask,
+                                               double) {
   return {output_mask[0] ? like_input_meta(input) : Tensor(), output_mask[1] ? like_input_meta(input) : Tensor()};
 }
 
 // What one call computes, beside its tensors.
 struct Options {
   c10::SymInt groups = 0;  // 0: batch_norm
-  bool training = true, relu = false;
+  bool training = true;
   double eps = 1e-5;
+  int64_t activation = 0;     // a number, which a compiler keeps
+  double negative_slope = 0;  // of LeakyRelu
+  Activation kind() const { return static_cast<Activation>(activation); }
 };
 
 // x normalized by torch's own differentiable ops, where the statistics are x's own.
@@ -365,42 +389,44 @@ bool is_for_torch(const Tensor& input, const Optionals&... others) {
 ForwardOutputs call_forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& running_mean,
                             const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                            const c10::SymInt& groups, bool training, double momentum, double eps, bool relu) {
-  return forward_op().call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, groups,
-                           training, momentum, eps, relu);
+                            double momentum, const Options& options) {
+  return forward_op().call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                           options.groups, options.training, momentum, options.eps, options.activation,
+                           options.negative_slope);
 }
 
-BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y,
+BackwardOutputs call_backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& y_or_residual,
                               const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                              const Tensor& rstd, const c10::SymInt& groups, bool training, bool relu,
-                              std::array<bool, 4> output_mask) {
+                              const Tensor& rstd, const Options& options, std::array<bool, 4> output_mask) {
   static const auto op = find_op<decltype(backward_meta)>("batch_norm_backward");
-  return op.call(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask);
+  return op.call(grad_output, input, y_or_residual, weight, bias, mean, rstd, options.groups, options.training,
+                 options.activation, output_mask, options.negative_slope);
 }
 
 struct BatchNormBackward : SavingNode<BatchNormBackward, 6> {
-  // Y and Bias only where the ReLU's mask is found from the one or, without a residual, from the other.
-  enum { Input, Y, Weight, MaskBias, Mean, Rstd };
+  // YOrResidual and MaskBias only where what passes the activation is found from them.
+  enum { Input, YOrResidual, Weight, MaskBias, Mean, Rstd };
   Options options;
   Bias bias;
   bool residual = false;
 
   std::string name() const override { return "DlkitBatchNormBackward"; }
   auto fields() const {
-    return std::tie(options.groups, options.training, options.relu, options.eps, bias.type, residual);
+    return std::tie(options.groups, options.training, options.eps, options.activation, options.negative_slope,
+                    bias.type, residual);
   }
 
   variable_list backward(const variable_list& grads, const Saved& saved) override {
     // A weight tells the parameters' type as well.
     const Tensor b = saved[Weight].defined() ? saved[MaskBias] : bias_of(saved);
-    return gradients(grads[0], call_backward(grads[0], saved[Input], saved[Y], saved[Weight], b, saved[Mean],
-                                             saved[Rstd], options.groups, options.training, options.relu, mask()));
+    return gradients(grads[0], call_backward(grads[0], saved[Input], saved[YOrResidual], saved[Weight], b, saved[Mean],
+                                             saved[Rstd], options, mask()));
   }
 
   // torch's own backward of the same function.
   variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const Tensor& result = saved[Y];
+    const Tensor& known = saved[YOrResidual];
     const std::array<Tensor, 3> sources{alias(saved[Input]), alias(saved[Weight]), alias(bias_of(saved))};
     const Tensor z =
         in_accumulate_type(sources[0], sources[1], sources[2], [&](const Tensor& t, const auto& p, const auto& q) {
@@ -413,8 +439,15 @@ struct BatchNormBackward : SavingNode<BatchNormBackward, 6> {
           if (has(p)) scaled = scaled * p->view(along);
           return has(q) ? scaled + q->view(along) : scaled;
         });
-    // Where the result is NaN the gradient passes, as through torch's ReLU.
-    const Tensor g = options.relu ? grads[0].masked_fill((result.defined() ? result : z.detach()) <= 0, 0) : grads[0];
+    Tensor g = grads[0];
+    if (options.kind() == Activation::Relu) {
+      // Where the result is NaN the gradient passes, as through torch's ReLU.
+      g = g.masked_fill((known.defined() ? known : z.detach()) <= 0, 0);
+    } else if (options.kind() != Activation::None) {
+      const Tensor sum = known.defined() ? z + known : z.view_as(z);
+      const Tensor y = activated(sum, options.kind(), options.negative_slope);
+      g = differentiable_gradients(y, g, {sum, Tensor(), Tensor()}, {true, false, false})[0];
+    }
     const auto wanted = mask();
     // torch's batch_norm exchanges elements of a gradient that lies in another order than its input.
     const std::array<Tensor, 3> found =
@@ -429,14 +462,15 @@ struct BatchNormBackward : SavingNode<BatchNormBackward, 6> {
   }
 
   std::array<bool, 4> mask() const {
-    return {task_should_compute_output(0), task_should_compute_output(1) && options.relu, task_should_compute_output(2),
+    const bool activates = options.kind() != Activation::None;
+    return {task_should_compute_output(0), task_should_compute_output(1) && activates, task_should_compute_output(2),
             task_should_compute_output(3)};
   }
 
   variable_list gradients(const Tensor& grad_output, const BackwardOutputs& found) const {
     const auto& [grad_input, grad_residual, grad_weight, grad_bias] = found;
-    // Without a ReLU the residual's gradient is what came.
-    const bool as_it_came = task_should_compute_output(1) && !options.relu;
+    // Without an activation the residual's gradient is what came.
+    const bool as_it_came = task_should_compute_output(1) && options.kind() == Activation::None;
     return {grad_input, as_it_came ? grad_output : grad_residual, grad_weight, grad_bias};
   }
 };
@@ -450,16 +484,20 @@ ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, co
   using Node = BatchNormBackward;
   const auto node = node_for<Node>(input, residual, weight, bias);
   ForwardOutputs outputs = below_autograd([&] {
-    return call_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, options.groups,
-                        options.training, momentum, options.eps, options.relu);
+    return call_forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                        options);
   });
   if (node) {
     const auto& [y, mean, rstd] = outputs;
     torch::autograd::set_history(y, node);
     node->save(Node::Input, input);
-    if (has(residual) && options.relu) node->save(Node::Y, y, true);
+    if (has(residual) && options.kind() == Activation::Relu) {
+      node->save(Node::YOrResidual, y, true);
+    } else if (has(residual) && options.kind() != Activation::None) {
+      node->save(Node::YOrResidual, *residual);
+    }
     node->save(Node::Weight, or_undefined(weight));
-    if (options.relu && !has(residual)) node->save(Node::MaskBias, or_undefined(bias));
+    if (finds_z(options.kind(), has(residual))) node->save(Node::MaskBias, or_undefined(bias));
     node->bias = Bias(bias);
     node->save(Node::Mean, mean);
     node->save(Node::Rstd, rstd);
@@ -507,10 +545,21 @@ bool is_plain_counter(const Tensor& input, const Tensor& counter) {
   return counter.scalar_type() == at::kLong && counter.device() == input.device() && counter.dim() == 0;
 }
 
+// x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
+bool is_apart(const Tensor& input, const OptionalTensor& residual) {
+  return has(residual) &&
+         (residual->scalar_type() != input.scalar_type() || !residual->sym_sizes().equals(input.sym_sizes()));
+}
+
+// What stands behind a norm, by torch's own ops.
+Tensor behind(const Tensor& y, const OptionalTensor& residual, int64_t activation, double negative_slope) {
+  return activated(has(residual) ? y + *residual : y, to_activation(activation), negative_slope);
+}
+
 Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& residual, const OptionalTensor& num_batches_tracked, bool training,
-                       std::optional<double> momentum, double eps, bool relu) {
+                       std::optional<double> momentum, double eps, int64_t activation, double negative_slope) {
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
   if (training) {
@@ -518,6 +567,7 @@ Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTens
                       "(): expected more than 1 value per channel when training, got input of shape ",
                       input.sym_sizes());
   }
+  to_activation(activation);  // before anything is written
   check_running(name, input, running_mean, running_var, !training);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
@@ -529,9 +579,7 @@ Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTens
   const bool odd_momentum = training && momentum.has_value() && !(*momentum >= 0);
   const bool fallback = is_for_torch(input, residual, weight, bias) || odd_momentum;
   if (!fallback) check_parameter_types(name, input, weight, bias);
-  // x + residual broadcasts and promotes as torch's addition does; the kernel wants one shape and one type.
-  const bool apart = has(residual) && (residual->scalar_type() != input.scalar_type() ||
-                                       !residual->sym_sizes().equals(input.sym_sizes()));
+  const bool apart = is_apart(input, residual);
   const bool counted = training && has(num_batches_tracked);
   const bool counted_here = counted && (fallback || !is_plain_counter(input, *num_batches_tracked));
   if (counted_here) {
@@ -543,31 +591,30 @@ Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTens
     const Tensor y = in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::batch_norm(t, w, b, running_mean, running_var, training, factor, eps, true);
     });
-    const Tensor z = has(residual) ? y + *residual : y;
-    return relu ? at::relu(z) : z;
+    return behind(y, residual, activation, negative_slope);
   }
-  const Options options{0, training, relu && !apart, eps};
+  Options options{0, training, eps};
+  if (!apart) options.activation = activation, options.negative_slope = negative_slope;
   const Tensor y = std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean,
                                          running_var, counted && !counted_here ? num_batches_tracked : std::nullopt,
                                          momentum.value_or(-1), options));
-  if (!apart) return y;
-  return relu ? at::relu(y + *residual) : y + *residual;
+  return apart ? behind(y, residual, activation, negative_slope) : y;
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
-                  bool relu) {
+                  int64_t activation, double negative_slope) {
   constexpr const char* name = "batch_norm";
   // torch checks this of batch_norm alone.
   TORCH_CHECK_VALUE(!(eps < 0) && !(training && eps == 0), name, "(): expected eps ",
                     training ? "greater than 0 when training" : "of at least 0", ", got ", eps);
   return normalize_batch(name, input, running_mean, running_var, weight, bias, residual, num_batches_tracked, training,
-                         momentum, eps, relu);
+                         momentum, eps, activation, negative_slope);
 }
 
 Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
-                  double eps) {
+                  double eps, const OptionalTensor& residual, int64_t activation, double negative_slope) {
   constexpr const char* name = "group_norm";
   TORCH_CHECK(input.dim() >= 2, name, "(): expected input of at least 2 dimensions [N, C, ...], got shape ",
               input.sym_sizes());
@@ -585,14 +632,19 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
               " and num_groups ", num_groups);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
-  const Options options{num_groups, true, false, eps};
-  if (is_for_torch(input, weight, bias)) {
-    return in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
+  to_activation(activation);  // before anything is written
+  Options options{num_groups, true, eps};
+  if (is_for_torch(input, residual, weight, bias)) {
+    const Tensor y = in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return native_norm(t, w, b, options);
     });
+    return behind(y, residual, activation, negative_slope);
   }
   check_parameter_types(name, input, weight, bias);
-  return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, options));
+  const bool apart = is_apart(input, residual);
+  if (!apart) options.activation = activation, options.negative_slope = negative_slope;
+  const Tensor y = std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, {}, {}, {}, 0, options));
+  return apart ? behind(y, residual, activation, negative_slope) : y;
 }
 
 Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -605,7 +657,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
               input.sym_sizes());
   check_running(name, input, running_mean, running_var, !use_input_stats);
   if (!use_input_stats)
-    return normalize_batch(name, input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, false);
+    return normalize_batch(name, input, running_mean, running_var, weight, bias, {}, {}, false, momentum, eps, 0, 0);
   check_vector(name, "weight", input, weight);
   check_vector(name, "bias", input, bias);
   if (is_for_torch(input, weight, bias)) {
@@ -614,7 +666,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
     });
   }
   check_parameter_types(name, input, weight, bias);
-  const Options options{input.sym_size(1), true, false, eps};
+  const Options options{input.sym_size(1), true, eps};
   if (!has(running_mean)) return std::get<0>(normalize(input, {}, weight, bias, {}, {}, {}, 0, options));
   TORCH_SYM_CHECK(input.sym_numel().sym_ne(0), name, "(): expected elements to take statistics of, got none");
   // Running statistics of each sample's channels that start anew: the mean and the unbiased variance themselves.
@@ -633,11 +685,13 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, co
 
 // Autocast on CUDA runs torch's group_norm in fp32; batch_norm and instance_norm keep the type that comes.
 Tensor group_norm_autocast(const Tensor& input, c10::SymInt num_groups, const OptionalTensor& weight,
-                           const OptionalTensor& bias, double eps) {
+                           const OptionalTensor& bias, double eps, const OptionalTensor& residual, int64_t activation,
+                           double negative_slope) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
   const auto to_fp32 = [](const auto& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA); };
   return find_op<decltype(group_norm)>("group_norm")
-      .call(to_fp32(input), num_groups, to_fp32(weight), to_fp32(bias), eps);
+      .call(to_fp32(input), num_groups, to_fp32(weight), to_fp32(bias), eps, to_fp32(residual), activation,
+            negative_slope);
 }
 
 template <class Device>
@@ -663,10 +717,14 @@ DLKIT_DEFINE_OPS(m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,"
-      " Tensor? residual, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, bool relu)"
+      " Tensor? residual, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, int activation,"
+      " float negative_slope=0.01)"
       " -> Tensor",
       tags);
-  m.def("group_norm(Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps) -> Tensor", tags);
+  m.def(
+      "group_norm(Tensor input, SymInt num_groups, Tensor? weight, Tensor? bias, float eps,"
+      " Tensor? residual=None, int activation=0, float negative_slope=0.01) -> Tensor",
+      tags);
   m.def(
       "instance_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,"
       " bool use_input_stats, float momentum, float eps) -> Tensor",
@@ -675,26 +733,31 @@ DLKIT_DEFINE_OPS(m) {
       "batch_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
       " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, SymInt groups, bool training, float momentum, float "
       "eps,"
-      " bool relu) -> (Tensor y, Tensor mean, Tensor rstd)",
+      " int activation, float negative_slope=0.01) -> (Tensor y, Tensor mean, Tensor rstd)",
       tags);
   m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean,"
-      " Tensor rstd, SymInt groups, bool training, bool relu, bool[4] output_mask)"
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? y_or_residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean,"
+      " Tensor rstd, SymInt groups, bool training, int activation, bool[4] output_mask, float negative_slope=0.01)"
       " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
       tags);
   m.def("batch_norm_statistics(Tensor input, SymInt groups) -> (Tensor mean, Tensor var)", tags);
   m.def(
       "batch_norm_apply(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-      " bool relu) -> Tensor",
+      " int activation, float negative_slope=0.01) -> Tensor",
       tags);
   m.def(
-      "batch_norm_backward_sums(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean,"
-      " Tensor rstd, bool relu, bool[2] output_mask) -> (Tensor sums, Tensor grad_weight, Tensor grad_bias)",
+      "batch_norm_backward_sums(Tensor grad_output, Tensor input, Tensor? y_or_residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean,"
+      " Tensor rstd, int activation, bool[2] output_mask, float negative_slope=0.01) -> (Tensor sums, Tensor "
+      "grad_weight, Tensor grad_bias)",
       tags);
   m.def(
-      "batch_norm_backward_apply(Tensor grad_output, Tensor input, Tensor? y, Tensor? weight, Tensor? bias, Tensor "
+      "batch_norm_backward_apply(Tensor grad_output, Tensor input, Tensor? y_or_residual, Tensor? weight, Tensor? "
+      "bias, Tensor "
       "mean,"
-      " Tensor rstd, Tensor sums, bool relu, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_residual)",
+      " Tensor rstd, Tensor sums, int activation, bool[2] output_mask, float negative_slope=0.01) -> (Tensor "
+      "grad_input, Tensor grad_residual)",
       tags);
 }
 

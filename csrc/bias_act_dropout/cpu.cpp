@@ -1,7 +1,7 @@
 // dropout(act(x + bias)) on the CPU. Chunks of kChunk elements: their keep bits first, then row by row what lies in
 // them. Bytes moved: x and y, each once; backward x, grad_output and grad_input, each once, and one partial row of
 // grad_bias a block of rows, summed in a fixed order.
-#include "../common/cpu/math.h"
+#include "../common/cpu/activation.h"
 #include "../common/cpu/parallel.h"
 #include "../common/cpu/partials.h"
 #include "../common/cpu/philox.h"
@@ -16,40 +16,6 @@ using namespace dlkit::DLKIT_ISA;
 
 constexpr int64_t kStepElements = kKeepStep * kBlockElements;
 constexpr int64_t kChunk = 2048;
-
-// act(x), and g * act'(x).
-template <class A, Activation kActivation>
-struct Act {
-  using V = Vector<A>;
-  // The logistic function of 2 sqrt(2 / pi) (x + 0.044715 x^3), which is (1 + tanh of half of that) / 2.
-  static constexpr A kLinear = A(1.5957691216057308), kCubic = kLinear * A(0.044715);
-
-  DLKIT_INLINE_MEMBER static V value(V x) {
-    if constexpr (kActivation == Activation::Relu) return x <= A(0) ? V{} : x;  // NaN stays
-    if constexpr (kActivation == Activation::Gelu) return x * normal<A>(x).distribution;
-    if constexpr (kActivation == Activation::GeluTanh) {
-      const V u = x * fma(x * x, broadcast<A>(kCubic), broadcast<A>(kLinear));
-      const V e = exp_of_negative<A>(-absolute<A>(u), V{});
-      return x * (u < A(0) ? e : broadcast<A>(1)) * reciprocal(A(1) + e);
-    }
-  }
-
-  DLKIT_INLINE_MEMBER static V gradient(V g, V x) {
-    if constexpr (kActivation == Activation::Relu) return x <= A(0) ? V{} : g;
-    if constexpr (kActivation == Activation::Gelu) {
-      const Normal<A> n = normal<A>(x);
-      return g * fma(x * A(0.3989422804014327), n.exponential, n.distribution);
-    }
-    if constexpr (kActivation == Activation::GeluTanh) {
-      const V square = x * x;
-      const V u = x * fma(square, broadcast<A>(kCubic), broadcast<A>(kLinear));
-      const V e = exp_of_negative<A>(-absolute<A>(u), V{});
-      const V inverse = reciprocal(A(1) + e);
-      const V slope = fma(square, broadcast<A>(3 * kCubic), broadcast<A>(kLinear));
-      return g * fma(x * slope, e * inverse * inverse, (u < A(0) ? e : broadcast<A>(1)) * inverse);
-    }
-  }
-};
 
 // Calls f(element, column, width, the element's keep bits) for each vector of elements [begin, end).
 template <class A, class F>

@@ -3,8 +3,7 @@
 // grad_output and grad_input, each once. For grad_bias a thread keeps to its columns and walks down the rows of its
 // block, so that sums stay in registers; the block's 8 rows of threads meet in shared memory, blocks in a second
 // kernel, all in a fixed order that the shape alone decides. Not yet run on a GPU.
-#include <cmath>
-
+#include "../common/cuda/activation.cuh"
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/partials.cuh"
 #include "../common/cuda/philox.cuh"
@@ -18,36 +17,6 @@ namespace {
 using namespace dlkit::cuda;
 
 constexpr int threads = 256, lanes = 32, thread_rows = threads / lanes;
-
-// act(x), and g * act'(x), as in cpu.cpp.
-template <class A, Activation Kind>
-struct Act {
-  static constexpr A linear = A(1.5957691216057308), cubic = linear * A(0.044715);
-
-  __device__ __forceinline__ static A distribution(A x) { return A(0.5) * A(erfc(x * A(-0.7071067811865476))); }
-
-  __device__ __forceinline__ static A value(A x) {
-    if constexpr (Kind == Activation::Relu) {
-      return x <= A(0) ? A(0) : x;  // NaN stays
-    } else if constexpr (Kind == Activation::Gelu) {
-      return x * distribution(x);
-    } else {
-      return x / (A(1) + A(exp(-x * (linear + cubic * (x * x)))));
-    }
-  }
-
-  __device__ __forceinline__ static A gradient(A g, A x) {
-    if constexpr (Kind == Activation::Relu) {
-      return x <= A(0) ? A(0) : g;
-    } else if constexpr (Kind == Activation::Gelu) {
-      return g * (distribution(x) + x * A(0.3989422804014327) * A(exp(A(-0.5) * x * x)));
-    } else {
-      const A square = x * x, u = x * (linear + cubic * square);
-      const A e = A(exp(u < A(0) ? u : -u)), inverse = A(1) / (A(1) + e);
-      return g * ((u < A(0) ? e : A(1)) * inverse + x * (linear + 3 * cubic * square) * (e * inverse * inverse));
-    }
-  }
-};
 
 __device__ __forceinline__ int64_t column_of(int64_t element, int64_t cols) {
   if ((element | cols) >> 32 == 0) return uint32_t(element) % uint32_t(cols);  // a fifth of a 64-bit division

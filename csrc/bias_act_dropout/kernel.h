@@ -12,13 +12,13 @@
 
 #include <type_traits>
 
+#include "../common/activation.h"
 #include "../common/philox.h"
 
 namespace dlkit::bias_act_dropout {
 
-enum class Activation : int64_t { Relu = 0, Gelu = 1, GeluTanh = 2 };
-
-// Calls f with the activation as a constant. Internal linkage, for the reason given in scalar.h.
+// Calls f with the activation as a constant: of all the three that follow a matrix product. Internal linkage, for the
+// reason given in scalar.h.
 template <class F>
 [[maybe_unused]] static void with_activation(Activation activation, const F& f) {
   switch (activation) {
@@ -28,6 +28,8 @@ template <class F>
       return f(std::integral_constant<Activation, Activation::Gelu>());
     case Activation::GeluTanh:
       return f(std::integral_constant<Activation, Activation::GeluTanh>());
+    default:
+      return;  // op.cpp refuses it
   }
 }
 

@@ -5,10 +5,9 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 
+#include "../glue/activation.h"
 #include "../glue/autograd.h"
 #include "../glue/checked.h"
 #include "kernel.h"
@@ -23,9 +22,15 @@ DLKIT_RUN_WITH(KeptBits, Forward, forward)
 DLKIT_RUN_WITH(KeptBits, Backward, backward)
 DLKIT_ASK(partials_bytes, Backward, backward_partials)
 
+void check_activation(int64_t activation) {
+  TORCH_CHECK_VALUE(activation >= 1 && activation <= 3, "bias_act_dropout(): expected activation 1, 2 or 3, got ",
+                    activation);
+}
+
 // What both kernels' arguments share. A bias of 16 bits is widened here: a row of it is nothing beside the input.
 template <class Op>
 Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t activation, double p) {
+  check_activation(activation);
   const Tensor wide = has(bias) ? bias->contiguous().to(accumulate_type(x.scalar_type())) : Tensor();
   op.x = x.const_data_ptr();
   op.bias = data_or_null(wide);
@@ -109,9 +114,7 @@ std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& input, con
 Tensor activate(const Tensor& input, const OptionalTensor& bias, int64_t activation) {
   return in_accumulate_type(input, bias, std::nullopt,
                             [&](const Tensor& x, const OptionalTensor& b, const OptionalTensor&) {
-                              const Tensor sum = has(b) ? x + *b : x;
-                              if (activation == int64_t(Activation::Relu)) return at::relu(sum);
-                              return at::gelu(sum, activation == int64_t(Activation::Gelu) ? "none" : "tanh");
+                              return activated(has(b) ? x + *b : x, static_cast<Activation>(activation));
                             });
 }
 
@@ -151,7 +154,7 @@ void check(const Tensor& input, const OptionalTensor& bias, int64_t activation, 
            const OptionalGenerator& generator, const OptionalTensor& stream) {
   constexpr auto name = "bias_act_dropout";
   check_dropout(name, input, p, generator, stream);
-  TORCH_CHECK_VALUE(activation >= 0 && activation <= 2, name, "(): expected activation 0, 1 or 2, got ", activation);
+  check_activation(activation);
   if (!has(bias)) return;
   TORCH_CHECK(input.dim() > 0 && bias->dim() == 1 && bias->sym_size(0) == input.sym_size(-1), name,
               "(): expected bias of one dimension, as long as the last one of input ", input.sym_sizes(),

@@ -43,12 +43,12 @@ struct Arguments {
       const std::string& name = argument.name();
       if (name == "input") input = names.size();
       const auto is = [&](auto... options) { return ((name == options) || ...); };
-      roles.push_back(is("rng_state", "stream")                     ? Role::RngState
-                      : is("num_batches_tracked")                   ? Role::Counter
-                      : is("residual")                              ? Role::Residual
-                      : is("weight", "bias")                        ? Role::Parameter
-                      : is("input", "grad_output", "grad_sum", "y") ? Role::LikeInput
-                                                                    : Role::Other);
+      roles.push_back(is("rng_state", "stream")                                 ? Role::RngState
+                      : is("num_batches_tracked")                               ? Role::Counter
+                      : is("residual")                                          ? Role::Residual
+                      : is("weight", "bias")                                    ? Role::Parameter
+                      : is("input", "grad_output", "grad_sum", "y_or_residual") ? Role::LikeInput
+                                                                                : Role::Other);
       names.push_back(name);
     }
   }

@@ -96,21 +96,22 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   if (!serves(BatchNorm, input, weight, bias, running_mean, running_var))
     return at::compositeimplicitautograd::batch_norm(input, weight, bias, running_mean, running_var, training, momentum,
                                                      eps, cudnn);
-  static const auto op = find_op<Tensor(
-      const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double, bool)>("batch_norm");
+  static const auto op =
+      find_op<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>,
+                     double, int64_t, double)>("batch_norm");
   const TorchItself inside;
-  return op.call(input, running_mean, running_var, weight, bias, {}, {}, training, momentum, eps, false);
+  return op.call(input, running_mean, running_var, weight, bias, {}, {}, training, momentum, eps, 0, 0);
 }
 
 Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps, bool cudnn) {
   if (!serves(GroupNorm, input, weight, bias))
     return at::compositeimplicitautograd::group_norm(input, groups, weight, bias, eps, cudnn);
-  static const auto op =
-      find_op<Tensor(const Tensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&, double)>("group_norm");
+  static const auto op = find_op<Tensor(const Tensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&,
+                                        double, const OptionalTensor&, int64_t, double)>("group_norm");
   const TorchItself inside;
-  return op.call(input, groups, weight, bias, eps);
+  return op.call(input, groups, weight, bias, eps, {}, 0, 0);
 }
 
 Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -2,7 +2,14 @@
 
 import torch.fx
 
-from dlkit.functional._batch_norm import batch_norm, batch_norm_relu, group_norm, instance_norm
+from dlkit.functional._batch_norm import (
+    batch_norm,
+    batch_norm_act,
+    batch_norm_relu,
+    group_norm,
+    group_norm_act,
+    instance_norm,
+)
 from dlkit.functional._bias_act_dropout import bias_gelu_dropout, bias_relu_dropout
 from dlkit.functional._cross_entropy import cross_entropy
 from dlkit.functional._dropblock2d import dropblock2d
@@ -31,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "alpha_dropout",
     "batch_norm",
+    "batch_norm_act",
     "batch_norm_relu",
     "bias_gelu_dropout",
     "bias_relu_dropout",
@@ -46,6 +54,7 @@ __all__ = [
     "dropout_add_rms_norm",
     "feature_alpha_dropout",
     "group_norm",
+    "group_norm_act",
     "instance_norm",
     "layer_norm",
     "linear_cross_entropy",

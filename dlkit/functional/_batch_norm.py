@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from dlkit._activation import ACTIVATIONS, number_of
 from dlkit._ops import op
 from dlkit.functional._arguments import check_flag, number, raise_channels
 
@@ -51,9 +52,7 @@ def batch_norm(
 
     Source: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_.
     """
-    return _normalize_batch(
-        "batch_norm", input, running_mean, running_var, weight, bias, None, training, momentum, eps, False
-    )
+    return _normalize_batch("batch_norm", input, running_mean, running_var, weight, bias, None, training, momentum, eps)
 
 
 def refuse_batch_norm(
@@ -67,10 +66,12 @@ def refuse_batch_norm(
     residual: Any,
     momentum: Any,
     eps: Any,
+    negative_slope: Any,
 ) -> NoReturn:
     """Raises TypeError where an argument was of the wrong Python type, as torch does, else the error itself."""
     tensors = {"input": input, "running_mean": running_mean, "running_var": running_var, "weight": weight}
-    raise_channels(name, error, tensors | {"bias": bias, "residual": residual}, momentum=momentum, eps=eps)
+    numbers = {"momentum": momentum, "eps": eps, "negative_slope": negative_slope}
+    raise_channels(name, error, tensors | {"bias": bias, "residual": residual}, **numbers)
 
 
 def _normalize_batch(
@@ -84,17 +85,31 @@ def _normalize_batch(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool,
+    activation: int = 0,
+    negative_slope: float = 0.01,
 ) -> Tensor:
     if momentum is None:
         number(name, "momentum", momentum)  # None is for layers, which count
     check_flag(name, "training", training)
     try:
         return _batch_norm(
-            input, running_mean, running_var, weight, bias, residual, None, training, momentum, eps, relu
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            residual,
+            None,
+            training,
+            momentum,
+            eps,
+            activation,
+            negative_slope,
         )
     except (RuntimeError, ValueError) as error:
-        refuse_batch_norm(name, error, input, running_mean, running_var, weight, bias, residual, momentum, eps)
+        refuse_batch_norm(
+            name, error, input, running_mean, running_var, weight, bias, residual, momentum, eps, negative_slope
+        )
 
 
 def batch_norm_relu(
@@ -138,7 +153,78 @@ def batch_norm_relu(
     <https://arxiv.org/abs/1512.03385>`_.
     """
     return _normalize_batch(
-        "batch_norm_relu", input, running_mean, running_var, weight, bias, residual, training, momentum, eps, True
+        "batch_norm_relu",
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        training,
+        momentum,
+        eps,
+        ACTIVATIONS["relu"],
+    )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | None = "silu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """``act(batch_norm(input) + residual)`` in one pass over memory, with :func:`batch_norm`'s statistics.
+
+    Backward works the activation out again: ``input`` and ``residual`` are all that is kept. With "relu" it is
+    :func:`batch_norm_relu`.
+
+    Args:
+        input: ``[N, C, *]`` of 2 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last.
+        running_mean: ``[C]``, any floating dtype; None together with ``running_var``.
+        running_var: the same for the unbiased variance.
+        weight: ``[C]``, in the input's dtype or fp32, or None.
+        bias: ``[C]``, in the dtype of ``weight``, or None.
+        training: normalize by the batch's statistics and move the running ones.
+        momentum: the share of the batch in the new running statistics.
+        eps: added to the variance; above 0 in training, and not below 0 in evaluation.
+        residual: broadcasts and promotes with the normalized input as in an addition, or None; the fast case is the
+            input's shape and dtype.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "hardswish", "relu6", "leaky_relu", or None.
+        negative_slope: of "leaky_relu".
+
+    Returns:
+        The input's shape, dtype and memory format, rounded once; with a residual of another shape or dtype, those of
+        the sum.
+
+    Raises:
+        ValueError: another activation, one value per channel in training, eps out of range, only one running statistic.
+        RuntimeError: a shape, dtype or device does not fit; in evaluation, a running statistic is missing.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
+
+    Sources: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, `Searching for Activation Functions
+    <https://arxiv.org/abs/1710.05941>`_.
+    """
+    return _normalize_batch(
+        "batch_norm_act",
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        training,
+        momentum,
+        eps,
+        number_of("batch_norm_act", activation),
+        negative_slope,
     )
 
 
@@ -165,14 +251,68 @@ def group_norm(
 
     Source: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
     """
+    return _normalize_groups("group_norm", input, num_groups, weight, bias, eps)
+
+
+def _normalize_groups(
+    name: str,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: int = 0,
+    negative_slope: float = 0.01,
+) -> Tensor:
     if isinstance(num_groups, (bool, float)):
-        raise TypeError(f"group_norm(): expected num_groups to be an int, got {type(num_groups).__name__}")
+        raise TypeError(f"{name}(): expected num_groups to be an int, got {type(num_groups).__name__}")
     try:
-        return _group_norm(input, num_groups, weight, bias, eps)
+        return _group_norm(input, num_groups, weight, bias, eps, residual, activation, negative_slope)
     except (RuntimeError, ValueError) as error:
-        raise_channels(
-            "group_norm", error, {"input": input, "weight": weight, "bias": bias}, num_groups=num_groups, eps=eps
-        )
+        tensors = {"input": input, "weight": weight, "bias": bias, "residual": residual}
+        raise_channels(name, error, tensors, num_groups=num_groups, eps=eps, negative_slope=negative_slope)
+
+
+def group_norm_act(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | None = "silu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """``act(group_norm(input) + residual)`` in one pass over memory, with :func:`group_norm`'s statistics.
+
+    Backward works the activation out again: ``input`` and ``residual`` are all that is kept.
+
+    Args:
+        input: ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
+        num_groups: into how many groups of adjacent channels C is divided.
+        weight: ``[C]``, in the input's dtype or fp32, or None.
+        bias: ``[C]``, in the dtype of ``weight``, or None.
+        eps: added to the variance.
+        residual: broadcasts and promotes with the normalized input as in an addition, or None; the fast case is the
+            input's shape and dtype.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "hardswish", "relu6", "leaky_relu", or None.
+        negative_slope: of "leaky_relu".
+
+    Returns:
+        The input's shape, dtype and memory format, rounded once; with a residual of another shape or dtype, those of
+        the sum.
+
+    Raises:
+        ValueError: another activation, one value per group, or ``num_groups`` below 1.
+        RuntimeError: a shape, dtype or device does not fit.
+        NotImplementedError: input is not of a floating type.
+        TypeError: an argument is of the wrong Python type.
+
+    Source: `Group Normalization <https://arxiv.org/abs/1803.08494>`_.
+    """
+    number = number_of("group_norm_act", activation)
+    return _normalize_groups("group_norm_act", input, num_groups, weight, bias, eps, residual, number, negative_slope)
 
 
 def instance_norm(

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dlkit._activation import ACTIVATIONS
 from dlkit._ops import op
 from dlkit.functional._arguments import Generator, check_flag, check_probability, check_tensors, split_generator
 
@@ -46,7 +47,8 @@ def bias_gelu_dropout(
     """
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"bias_gelu_dropout(): expected approximate to be none or tanh, got {approximate!r}")
-    return _activate("bias_gelu_dropout", input, bias, 1 if approximate == "none" else 2, p, training, generator)
+    activation = ACTIVATIONS["gelu" if approximate == "none" else "gelu_tanh"]
+    return _activate("bias_gelu_dropout", input, bias, activation, p, training, generator)
 
 
 def bias_relu_dropout(
@@ -82,7 +84,7 @@ def bias_relu_dropout(
     Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
     <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
-    return _activate("bias_relu_dropout", input, bias, 0, p, training, generator)
+    return _activate("bias_relu_dropout", input, bias, ACTIVATIONS["relu"], p, training, generator)
 
 
 def _activate(

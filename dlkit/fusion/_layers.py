@@ -1,8 +1,8 @@
-"""Single layers: what a BatchNorm becomes where it takes in a ReLU and back, and why a layer is left as it is.
+"""Single layers: what a norm becomes where it takes in an activation and back, and why a layer is left as it is.
 
-Between BatchNorm and ReLU may stand what does nothing: an Identity, a dropout or stochastic depth with a probability of
-0. It stays where it is, since it does nothing to a ReLU's result either. Before a residual add it is left out, and the
-new forward() raises if it has begun to do something.
+Between norm and activation may stand what does nothing: an Identity, a dropout or stochastic depth with a probability
+of 0. It stays where it is, since it does nothing to an activation's result either. Before a residual add it is left
+out, and the new forward() raises if it has begun to do something.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dlkit.nn
+from dlkit._activation import layer_activation
 from dlkit.nn._layer import HOOKS
 from dlkit.surgery import TWINS, drop_probability, why_not_plain
 
@@ -24,9 +25,23 @@ FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     dlkit.nn.BatchNorm3d: dlkit.nn.BatchNormReLU3d,
     dlkit.nn.SyncBatchNorm: dlkit.nn.SyncBatchNormReLU,
 }
+# With any other activation, which is an attribute of theirs.
+ACTING: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.BatchNorm1d: dlkit.nn.BatchNormAct1d,
+    torch.nn.BatchNorm2d: dlkit.nn.BatchNormAct2d,
+    torch.nn.BatchNorm3d: dlkit.nn.BatchNormAct3d,
+    torch.nn.SyncBatchNorm: dlkit.nn.SyncBatchNormAct,
+    torch.nn.GroupNorm: dlkit.nn.GroupNormAct,
+    dlkit.nn.BatchNorm1d: dlkit.nn.BatchNormAct1d,
+    dlkit.nn.BatchNorm2d: dlkit.nn.BatchNormAct2d,
+    dlkit.nn.BatchNorm3d: dlkit.nn.BatchNormAct3d,
+    dlkit.nn.SyncBatchNorm: dlkit.nn.SyncBatchNormAct,
+    dlkit.nn.GroupNorm: dlkit.nn.GroupNormAct,
+}
+NORMS = (_BatchNorm, torch.nn.GroupNorm)
 # By what a fused layer is now: it may have been synchronised since.
 PLAIN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    fused: plain for plain, fused in FUSED.items() if plain.__module__.startswith("dlkit.")
+    fused: plain for plain, fused in (*FUSED.items(), *ACTING.items()) if plain.__module__.startswith("dlkit.")
 }
 
 
@@ -35,9 +50,9 @@ class Left(Exception):
 
 
 def why_left(layer: torch.nn.Module) -> str:
-    """Why a BatchNorm or ReLU layer may not be taken for what its class says; empty if it may."""
-    if type(layer) not in FUSED and type(layer) is not torch.nn.ReLU:
-        return why_not_plain(layer, next((cls for cls in FUSED if isinstance(layer, cls)), _BatchNorm))
+    """Why a norm or activation may not be taken for what its class says; empty if it may."""
+    if type(layer) not in ACTING and layer_activation(layer) is None:
+        return why_not_plain(layer, next((cls for cls in ACTING if isinstance(layer, cls)), _BatchNorm))
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     return "it has hooks, which would see other values" if any(getattr(layer, hooks) for hooks in HOOKS) else ""
@@ -56,13 +71,18 @@ def does_nothing(layer: Any) -> list[tuple[str, Any]] | None:
     return [(p, getattr(layer, p))] if p and not getattr(layer, p) else None
 
 
-def become_fused(layer: torch.nn.Module) -> None:
-    layer.__class__ = FUSED[type(layer)]
-    vars(layer)["_dlkit_took_in"] = True  # not made so: restore() may put the ReLU back
+def become_fused(layer: torch.nn.Module, activation: tuple[str, float]) -> None:
+    if activation[0] == "relu" and type(layer) in FUSED:
+        layer.__class__ = FUSED[type(layer)]
+    else:
+        layer.__class__ = ACTING[type(layer)]
+        vars(layer)["activation"], vars(layer)["negative_slope"] = activation
+    vars(layer)["_dlkit_took_in"] = True  # not made so: restore() may put the activation back
 
 
 def become_plain(layer: torch.nn.Module) -> None:
-    del vars(layer)["_dlkit_took_in"]
+    for name in ("_dlkit_took_in", "activation", "negative_slope"):
+        vars(layer).pop(name, None)
     layer.__class__ = PLAIN[type(layer)]
 
 

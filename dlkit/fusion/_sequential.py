@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from dlkit._activation import layer_activation
 from dlkit.fusion._layers import become_fused, become_plain, does_nothing, took_in, why_left
 
 
@@ -19,16 +20,18 @@ def fuse_sequential(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
         name, relu = following.get(path, ("", None))
         while name and does_nothing(relu) is not None:
             name, relu = following.get(name, ("", None))
-        if type(relu) is not torch.nn.ReLU:
-            reasons[path] = "no ReLU follows it"
+        activation = None if relu is None else layer_activation(relu)
+        if relu is None or activation is None:
+            reasons[path] = "no activation follows it"
         elif why_left(relu):
-            reasons[path] = f"the ReLU after it is left: {why_left(relu)}"
+            reasons[path] = f"the activation after it is left: {why_left(relu)}"
         else:
-            become_fused(owner.get_submodule(path))
+            become_fused(owner.get_submodule(path), activation)
             identity = torch.nn.Identity().train(relu.training)
-            vars(identity)["_dlkit_relu"] = relu  # for restore(); no child of it, so that names and hooks stay
+            # The activation, for restore(); no child of it, so that names and hooks stay.
+            vars(identity)["_dlkit_relu"] = relu
             owner.register_module(name, identity)
-            reasons[path] = f"takes in the ReLU after it ({name})"
+            reasons[path] = f"takes in the {type(relu).__name__} after it ({name})"
             reasons[name] = f"its work is done by the layer before it ({path})"
     return reasons
 
@@ -48,6 +51,6 @@ def unfuse_sequential(owner: torch.nn.Module) -> dict[str, str]:
             continue
         become_plain(layer)
         owner.register_module(relu_path, original.train(relu.training))
-        reasons[path] = f"leaves the ReLU to the layer after it ({relu_path}) again"
+        reasons[path] = f"leaves the activation to the layer after it ({relu_path}) again"
         reasons[relu_path] = "is back"
     return reasons

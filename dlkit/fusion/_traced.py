@@ -1,28 +1,37 @@
-"""A forward() that calls BatchNorms: its graph is matched, and loses the adds and ReLUs that the BatchNorms take in."""
+"""A forward() that calls norms: its graph is matched, and loses the adds and activations that the norms take in."""
 
 import operator
 from typing import Any, NamedTuple
 
 import torch
 
+from dlkit._activation import GELUS, layer_activation
 from dlkit.fusion._derived import class_for
 from dlkit.fusion._layers import Left, become_fused, become_plain, does_nothing, took_in, why_left
 from dlkit.fusion._tracing import trace
 from dlkit.surgery import label
 
-RELUS = (torch.relu, torch.relu_, torch.nn.functional.relu, "relu", "relu_")
+FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((torch.relu, torch.relu_, torch.nn.functional.relu, "relu", "relu_"), "relu"),
+    torch.nn.functional.silu: "silu",
+    torch.nn.functional.hardswish: "hardswish",
+    torch.nn.functional.relu6: "relu6",
+    torch.nn.functional.gelu: "gelu",
+    torch.nn.functional.leaky_relu: "leaky_relu",
+}
 ADDS = (operator.add, torch.add, "add")
 ADDS_IN_PLACE = (operator.iadd, "add_")
 
 
 class _Match(NamedTuple):
-    """A BatchNorm call and what follows it."""
+    """The call of a norm and what follows it."""
 
     norm: torch.fx.Node
     add: torch.fx.Node | None
     relu: torch.fx.Node
     between: list[torch.fx.Node]  # calls that do nothing, between norm and add
-    guards: list[tuple[str, Any]]  # what tells that they do nothing
+    guards: list[tuple[str, Any]]  # what tells that they do nothing, and what the activation does
+    activation: tuple[str, float]
 
 
 def fuse_traced(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
@@ -45,13 +54,14 @@ def fuse_traced(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
                 raise Left(f"{where} calls it {len(calls[path])} times")
             match = _match(owner, calls[path][0])
             if match.relu in taken:
-                raise Left("the ReLU after it is done by another layer")
+                raise Left("the activation after it is done by another layer")
         except Left as left:
             reasons[path] = str(left)
         else:
             matches[path] = match
             taken.add(match.relu)
-            reasons[path] = f"takes in the {'add and the ReLU' if match.add else 'ReLU'} after it in {where}"
+            what = "ReLU" if match.activation[0] == "relu" else match.activation[0]
+            reasons[path] = f"takes in the {'add and the ' * bool(match.add)}{what} after it in {where}"
     if matches:
         for match in matches.values():
             _rewrite(graph, match)
@@ -59,10 +69,10 @@ def fuse_traced(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
         fused = {*matches, *(path for paths in earlier for path in paths)}
         guards += tuple(guard for match in matches.values() for guard in match.guards)
         owner_class = class_for(owner, graph, guards, tuple(sorted(fused)))
-        for path in matches:
-            become_fused(owner.get_submodule(path))
+        for path, match in matches.items():
+            become_fused(owner.get_submodule(path), match.activation)
         owner.__class__ = owner_class
-        reasons[""] = "its forward() leaves adds and ReLUs to the fused layers"
+        reasons[""] = "its forward() leaves adds and activations to the fused layers"
     return reasons
 
 
@@ -75,12 +85,12 @@ def unfuse_traced(owner: torch.nn.Module) -> dict[str, str]:
     for layer in layers.values():
         become_plain(layer)
     owner.__class__ = spec[0]
-    leaves = f"leaves the ReLU to forward() of {label(spec[0])} again"
+    leaves = f"leaves the activation to forward() of {label(spec[0])} again"
     return {**dict.fromkeys(layers, leaves), "": "its own forward() is back"}
 
 
 def _is_later_operand(calls: list[torch.fx.Node]) -> bool:
-    """Where both terms of an add are BatchNorm calls, the first is the one to fuse."""
+    """Where both terms of an add are calls of norms, the first is the one to fuse."""
     users = list(calls[0].users) if calls else []
     return bool(users) and users[0].args[:1] != (calls[0],)
 
@@ -94,10 +104,10 @@ def _match(owner: torch.nn.Module, norm: torch.fx.Node) -> _Match:
         between.append(after)
         guards += [(f"{after.target}.{name}", value) for name, value in found]
         after = _only_user(after)
-    if _is_relu(owner, after):
-        return _Match(norm, None, after, [], [])
+    if (activation := _activation_at(owner, after)) is not None:
+        return _Match(norm, None, after, [], _settings(owner, after), activation)
     if after.op == "call_module" or after.target not in (*ADDS, *ADDS_IN_PLACE):
-        raise Left("no ReLU follows it")
+        raise Left("no activation follows it")
     if after.kwargs or len(after.args) != 2 or not all(isinstance(term, torch.fx.Node) for term in after.args):
         raise Left("what follows it is not the sum of two tensors")
     if len(after.all_input_nodes) != 2:
@@ -107,15 +117,15 @@ def _match(owner: torch.nn.Module, norm: torch.fx.Node) -> _Match:
     relu = _only_user(after)
     while relu.op == "call_module" and does_nothing(owner.get_submodule(str(relu.target))) is not None:
         relu = _only_user(relu)
-    if not _is_relu(owner, relu):
-        raise Left("an add follows it, and no ReLU")
+    if (activation := _activation_at(owner, relu)) is None:
+        raise Left("an add follows it, and no activation")
     # The call moves to where the add is; on the way its input could change in place.
     node = norm.next
     while node is not after:
         if norm.args[0] in node.all_input_nodes:
             raise Left("its input is used between it and the add")
         node = node.next
-    return _Match(norm, after, relu, between[1:], guards)
+    return _Match(norm, after, relu, between[1:], guards + _settings(owner, relu), activation)
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node:
@@ -124,21 +134,40 @@ def _only_user(node: torch.fx.Node) -> torch.fx.Node:
     return next(iter(node.users))
 
 
-def _is_relu(owner: torch.nn.Module, node: torch.fx.Node) -> bool:
+def _activation_at(owner: torch.nn.Module, node: torch.fx.Node) -> tuple[str, float] | None:
+    """(name, negative_slope) of the activation that a node computes; None if it computes something else."""
     if node.op == "call_module":
         layer = owner.get_submodule(str(node.target))
-        return type(layer) is torch.nn.ReLU and not why_left(layer)
-    return node.op in ("call_function", "call_method") and node.target in RELUS
+        return None if why_left(layer) else layer_activation(layer)
+    name = FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if name is None or name == "relu":
+        return None if name is None else (name, 0.0)
+    if len(node.args) < 1 or any(isinstance(value, torch.fx.Node) for value in (*node.args[1:], *node.kwargs.values())):
+        return None
+    if name == "gelu":
+        form = GELUS.get(str(node.kwargs.get("approximate", "none")))
+        return None if form is None else (form, 0.0)
+    slope = (*node.args[1:2], 0.01)[0] if name == "leaky_relu" else 0.0
+    slope = node.kwargs.get("negative_slope", slope)
+    return (name, float(slope)) if isinstance(slope, (int, float)) else None
+
+
+def _settings(owner: torch.nn.Module, node: torch.fx.Node) -> list[tuple[str, Any]]:
+    """The attributes of an activation's layer, by name and value, that a fused layer has taken over."""
+    if node.op != "call_module":
+        return []
+    settings = vars(owner.get_submodule(str(node.target)))
+    return [(f"{node.target}.{name}", settings[name]) for name in ("approximate", "negative_slope") if name in settings]
 
 
 def _rewrite(graph: torch.fx.Graph, match: _Match) -> None:
-    norm, add, relu, between, _ = match
+    norm, add, relu, between, *_ = match
     residual = tuple(term for term in add.all_input_nodes if term is not (between or [norm])[-1]) if add else ()
     with graph.inserting_before(add or norm):
         fused = graph.call_module(str(norm.target), norm.args + residual)
         if add is not None and add.target in ADDS_IN_PLACE:
             fused = graph.call_method("type_as", (fused, norm.args[0]))  # a wider residual does not promote the sum
-    # What does nothing between norm and ReLU, or add and ReLU, is called on the result.
+    # What does nothing between norm and activation, or add and activation, is called on the result.
     relu.replace_all_uses_with(relu.args[0] if isinstance(relu.args[0], torch.fx.Node) else fused)
     (add or norm).replace_all_uses_with(fused)
     for node in (relu, add, *reversed(between), norm):

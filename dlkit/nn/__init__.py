@@ -5,6 +5,9 @@ from dlkit.nn.batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
@@ -24,9 +27,9 @@ from dlkit.nn.dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
-from dlkit.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from dlkit.nn.group_norm import GroupNorm, GroupNormAct, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from dlkit.nn.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
-from dlkit.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormReLU
+from dlkit.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct, SyncBatchNormReLU
 from dlkit.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
@@ -36,6 +39,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
@@ -52,6 +58,7 @@ __all__ = [
     "DropoutAddRMSNorm",
     "FeatureAlphaDropout",
     "GroupNorm",
+    "GroupNormAct",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
@@ -60,6 +67,7 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "SyncBatchNorm",
+    "SyncBatchNormAct",
     "SyncBatchNormReLU",
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",

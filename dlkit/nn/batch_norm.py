@@ -1,4 +1,4 @@
-"""BatchNorm, alone and with the residual add and the ReLU that follow it."""
+"""BatchNorm, alone and with the residual add and the activation that follow it."""
 
 import re
 import sys
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
+from dlkit._activation import number_of
 from dlkit._ops import op
 from dlkit.functional._batch_norm import refuse_batch_norm
 from dlkit.nn._layer import Layer
@@ -18,7 +19,13 @@ _batch_norm = op("batch_norm")
 _TorchBatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
-def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def normalize(
+    layer: _TorchBatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
     """What every BatchNorm layer computes, in training and in evaluation."""
     layer._check_input_dim(input)
     training = bool(layer.training)
@@ -44,7 +51,8 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
             use_batch,
             momentum,
             eps,
-            relu,
+            number_of(type(layer).__name__, activation),
+            negative_slope,
         )
     except (RuntimeError, ValueError) as error:
         refuse_batch_norm(
@@ -58,6 +66,7 @@ def normalize(layer: _TorchBatchNorm, input: Tensor, residual: Tensor | None, re
             residual,
             0.0 if momentum is None else momentum,
             eps,
+            negative_slope,
         )
 
 
@@ -68,7 +77,7 @@ class _BatchNorm(Layer, _TorchBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._call_node(input)
-        return normalize(self, input, None, False)
+        return normalize(self, input)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -100,7 +109,7 @@ _CONVERSIONS = re.compile("convert|fuse|fold|fr[eo]ez|frozen|merge|replace|sync"
 
 def _guarded(name: str) -> Any:
     """An attribute of a layer that does more than a BatchNorm, and which is one to ``isinstance``: weight decay, hooks
-    and freezing go by that. What makes another layer of it would lose the ReLU in silence, as
+    and freezing go by that. What makes another layer of it would lose the activation in silence, as
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``: all such tools read these attributes,
     and functions with such names may not.
     """
@@ -110,7 +119,8 @@ def _guarded(name: str) -> Any:
             caller = sys._getframe(1)
             if _CONVERSIONS.search(caller.f_code.co_name) and not caller.f_globals["__name__"].startswith("dlkit."):
                 raise TypeError(
-                    f"{type(layer).__name__} does the work of the ReLU behind it too, which {caller.f_code.co_name}() "
+                    f"{type(layer).__name__} does the work of the activation behind it too, which "
+                    f"{caller.f_code.co_name}() "
                     "would lose; call dlkit.restore(model) first, which undoes dlkit.fuse() (to synchronise: "
                     "dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(model) knows these layers)"
                 )
@@ -123,17 +133,42 @@ def _guarded(name: str) -> Any:
 
 
 class DoesMore:
-    """Mixed into what is a BatchNorm and a ReLU: see :func:`_guarded`."""
+    """Mixed into what is a BatchNorm and an activation: see :func:`_guarded`."""
 
     eps = _guarded("eps")
     num_features = _guarded("num_features")
+
+
+class ActsBehind:
+    """Mixed into norms with an activation behind them, which is an attribute."""
+
+    activation: str | None
+    negative_slope: float
+
+    def __init__(
+        self, *args: Any, activation: str | None = "silu", negative_slope: float = 0.01, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        number_of(type(self).__name__, activation)
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"  # type: ignore[misc]
+
+
+class _BatchNormAct(ActsBehind, DoesMore, _BatchNorm):
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
+        return normalize(self, input, residual, self.activation, self.negative_slope)
 
 
 class _BatchNormReLU(DoesMore, _BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._call_node(input, residual)
-        return normalize(self, input, residual, True)
+        return normalize(self, input, residual, "relu")
 
 
 class BatchNormReLU1d(_BatchNormReLU, BatchNorm1d):
@@ -160,4 +195,46 @@ class BatchNormReLU3d(_BatchNormReLU, BatchNorm3d):
     Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s. Shapes: input, residual and output
     ``[N, C, D, H, W]``, contiguous or channels_last_3d. Dtypes and errors are those of
     :func:`dlkit.functional.batch_norm_relu`.
+    """
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    """``act(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm1d`'s, with two arguments more, by keyword.
+    Shapes: input, residual and output
+    ``[N, C]`` or ``[N, C, L]``. Dtypes and errors are those of
+    :func:`dlkit.functional.batch_norm_act`.
+
+    Args:
+        activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
+        negative_slope: of "leaky_relu".
+    """
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    """``act(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm2d`'s, with two arguments more, by keyword.
+    Shapes: input, residual and output
+    ``[N, C, H, W]``, contiguous or channels_last. Dtypes and errors are those of
+    :func:`dlkit.functional.batch_norm_act`.
+
+    Args:
+        activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
+        negative_slope: of "leaky_relu".
+    """
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    """``act(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s, with two arguments more, by keyword.
+    Shapes: input, residual and output
+    ``[N, C, D, H, W]``, contiguous or channels_last_3d. Dtypes and errors are those of
+    :func:`dlkit.functional.batch_norm_act`.
+
+    Args:
+        activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
+        negative_slope: of "leaky_relu".
     """

@@ -7,6 +7,7 @@ from torch.fx import Proxy
 
 from dlkit import functional as F
 from dlkit.nn._layer import Layer
+from dlkit.nn.batch_norm import ActsBehind
 from dlkit.nn.layer_norm import affine
 
 
@@ -22,6 +23,26 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
             return self._call_node(input)
         weight, bias = affine(self)
         return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class GroupNormAct(ActsBehind, GroupNorm):
+    """``act(group_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
+
+    Arguments, parameters and state_dict are :class:`torch.nn.GroupNorm`'s, with two arguments more, by keyword. Shapes:
+    input, residual and output ``[N, C, *]``, contiguous or channels_last. Dtypes and errors are those of
+    :func:`dlkit.functional.group_norm_act`.
+
+    Args:
+        activation: "silu", or another that :func:`dlkit.functional.group_norm_act` has.
+        negative_slope: of "leaky_relu".
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
+        weight, bias = affine(self)
+        rest = (residual, self.activation, self.negative_slope)
+        return F.group_norm_act(input, self.num_groups, weight, bias, self.eps, *rest)
 
 
 _TorchInstanceNorm = torch.nn.modules.instancenorm._InstanceNorm

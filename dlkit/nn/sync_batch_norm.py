@@ -19,11 +19,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
+from dlkit._activation import ACTIVATIONS, activated, number_of
 from dlkit.nn._layer import Layer
 from dlkit.nn.batch_norm import (
+    ActsBehind,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
@@ -90,15 +95,16 @@ class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._call_node(input)
-        return _forward(self, input, None, False)
+        return _forward(self, input)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
         """Turns every BatchNorm layer of ``module``, torch's or dlkit's, into its synchronised form, in place.
 
         As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but the layers stay the same objects, with their
-        hooks. BatchNormReLU layers become :class:`SyncBatchNormReLU`. Layers of other classes that derive from
-        BatchNorm may do something else: they are left as they are, with a warning.
+        hooks. BatchNormReLU layers become :class:`SyncBatchNormReLU`, BatchNormAct layers :class:`SyncBatchNormAct`.
+        Layers of other classes that derive from BatchNorm may do something else: they are left as they are, with a
+        warning.
 
         Args:
             module: any module; itself a layer, perhaps.
@@ -127,7 +133,24 @@ class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._call_node(input, residual)
-        return _forward(self, input, residual, True)
+        return _forward(self, input, residual, "relu")
+
+
+class SyncBatchNormAct(ActsBehind, DoesMore, SyncBatchNorm):
+    """``act(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``.
+
+    Arguments, parameters, state_dict and errors are :class:`SyncBatchNorm`'s, with two arguments more, by keyword.
+    Shapes: input, residual and output ``[N, C, *]``.
+
+    Args:
+        activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
+        negative_slope: of "leaky_relu".
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._call_node(input, residual)
+        return _forward(self, input, residual, self.activation, self.negative_slope)
 
 
 SYNCHRONISED: dict[type[torch.nn.Module], type[SyncBatchNorm]] = {
@@ -135,20 +158,28 @@ SYNCHRONISED: dict[type[torch.nn.Module], type[SyncBatchNorm]] = {
     **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d), SyncBatchNorm),
     **dict.fromkeys((torch.nn.SyncBatchNorm, SyncBatchNorm), SyncBatchNorm),
     **dict.fromkeys((BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, SyncBatchNormReLU), SyncBatchNormReLU),
+    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct), SyncBatchNormAct),
 }
 
 
-def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _forward(
+    layer: SyncBatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
     layer._check_input_dim(input)
     layer._check_non_zero_input_channels(input)
     group = layer.process_group or (dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
     if not layer.training or group is None or dist.get_world_size(group) <= 1:
-        return normalize(layer, input, residual, relu)
+        return normalize(layer, input, residual, activation, negative_slope)
+    number = number_of(type(layer).__name__, activation)
     apart = residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype)
     if apart or not _has_kernel(input.device.type):
-        y = _forward(layer, input, None, False) if apart else _native_forward(layer, input)
+        y = _forward(layer, input) if apart else _native_forward(layer, input)
         y = y if residual is None else y + residual
-        return torch.relu(y) if relu else y
+        return activated(y, number, negative_slope)
     tracked = layer.track_running_stats
     running_mean, running_var = (layer.running_mean, layer.running_var) if tracked else (None, None)
     if residual is not None and residual.device != input.device:
@@ -164,7 +195,8 @@ def _forward(layer: SyncBatchNorm, input: Tensor, residual: Tensor | None, relu:
         layer.num_batches_tracked if tracked else None,
         layer.momentum,
         layer.eps,
-        relu,
+        number,
+        negative_slope,
         group,
     )
 
@@ -204,7 +236,8 @@ class _Synchronised(torch.autograd.Function):
         num_batches_tracked: Tensor | None,
         momentum: float | None,
         eps: float,
-        relu: bool,
+        activation: int,
+        negative_slope: float,
         group: Any,
     ) -> Tensor:
         exact_mean, exact_var, count = _global_statistics(input, group)
@@ -223,26 +256,31 @@ class _Synchronised(torch.autograd.Function):
         accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
         mean, rstd = exact_mean.to(accumulate), (exact_var + eps).rsqrt().to(accumulate)
         empty = input.numel() == 0
-        y = torch.empty_like(input) if empty else _apply(input, residual, weight, bias, mean, rstd, relu)
-        ctx.relu, ctx.group = relu, group
-        # The bias's values only where the ReLU's mask is found from them, else its type alone.
-        kept_bias = bias if bias is None or (relu and residual is None) else torch.empty_like(bias)
-        ctx.save_for_backward(input, y if relu and residual is not None else None, weight, kept_bias, mean, rstd, count)
+        rest = (residual, weight, bias, mean, rstd, activation, negative_slope)
+        y = torch.empty_like(input) if empty else _apply(input, *rest)
+        ctx.activation, ctx.negative_slope, ctx.group = activation, negative_slope, group
+        # Behind a ReLU its mask is found from y, else what passes the activation from input and residual. The bias's
+        # values only where they are part of that, else its type alone.
+        known = None if residual is None or activation == 0 else y if activation == ACTIVATIONS["relu"] else residual
+        finds = activation != 0 and not (activation == ACTIVATIONS["relu"] and residual is not None)
+        kept_bias = bias if bias is None or finds else torch.empty_like(bias)
+        ctx.save_for_backward(input, known, weight, kept_bias, mean, rstd, count)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, y, weight, bias, mean, rstd, count = ctx.saved_tensors
+        input, known, weight, bias, mean, rstd, count = ctx.saved_tensors
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         empty = input.numel() == 0
-        saved = (grad_output, input, y, weight, bias, mean, rstd)
+        saved = (grad_output, input, known, weight, bias, mean, rstd)
+        slope = {"negative_slope": ctx.negative_slope}
         if empty:
             sums = mean.new_zeros(2, mean.numel())
             grad_weight = torch.zeros_like(weight) if needs_weight else None
             grad_bias = torch.zeros_like(bias) if needs_bias else None
         else:
-            sums, grad_weight, grad_bias = _backward_sums(*saved, ctx.relu, [needs_weight, needs_bias])
+            sums, grad_weight, grad_bias = _backward_sums(*saved, ctx.activation, [needs_weight, needs_bias], **slope)
         if needs_input:
             dist.all_reduce(sums, group=ctx.group)
             sums = sums / count
@@ -250,8 +288,10 @@ class _Synchronised(torch.autograd.Function):
             grad_input = torch.empty_like(input) if needs_input else None
             grad_residual = torch.empty_like(input) if needs_residual else None
         else:
-            grad_input, grad_residual = _backward_apply(*saved, sums, ctx.relu, [needs_input, needs_residual])
-        return grad_input, grad_residual, grad_weight, grad_bias, *[None] * 7
+            grad_input, grad_residual = _backward_apply(
+                *saved, sums, ctx.activation, [needs_input, needs_residual], **slope
+            )
+        return grad_input, grad_residual, grad_weight, grad_bias, *[None] * 8
 
 
 def _global_statistics(input: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Batch, group and instance normalisation in Triton, with a residual add and a ReLU behind the first, in any layout.
+"""Batch, group and instance normalisation in Triton, with a residual add and an activation behind the first
+two, in any layout.
 
 Every layout is one view in memory order, [outer, rows, channels, columns], whose statistics are over rows, columns
 and group_channels adjacent channels: batch_norm has outer 1, group_norm has a sample there; channels_last counts
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ._activation import activation, activation_gradient
 from ._common import TRITON_TYPE, accumulate_type, dense, inverse_root, scalar
 
 # The innermost extent (columns, or channels where there is one column) reaches the kernels in units of VEC elements:
@@ -217,7 +219,7 @@ def _merge_statistics(
 def _apply(
     x, residual, weight, bias, y, mean, rstd, running_mean, running_var, num_batches_tracked,
     rows, channels, columns, channel_blocks, column_blocks, row_pieces, piece_rows, groups, group_channels,
-    eps: tl.float64, RELU: tl.constexpr,
+    eps: tl.float64, negative_slope: tl.float64, KIND: tl.constexpr,
     ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -243,8 +245,7 @@ def _apply(
     value = tl.fma(value - center, slope, shift)
     if residual is not None:
         value += tl.load(residual + start + at, mask=inside, other=0.0).to(ACC)
-    if RELU:
-        value = tl.where(value <= 0, 0.0, value)  # NaN stays
+    value = activation(value, scalar(negative_slope, ACC), KIND)
     tl.store(y + start + at, value.to(y.dtype.element_ty), mask=inside)
     if num_batches_tracked is not None:
         tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1, mask=tl.program_id(0) == 0)
@@ -252,13 +253,17 @@ def _apply(
 
 @_jit
 def _backward_pieces(
-    grad_output, x, y, weight, bias, mean, rstd, sums, grad_sums, product_sums, grad_input, grad_residual, statistics,
-    rows, channels, columns, channel_blocks, column_blocks, row_pieces, piece_rows, groups, group_channels,
-    RELU: tl.constexpr, WEIGHTED: tl.constexpr, LAST_FIRST: tl.constexpr, STAGES: tl.constexpr,
+    grad_output, x, known, weight, bias, mean, rstd, sums, grad_sums, product_sums, grad_input, grad_residual,
+    statistics, rows, channels, columns, channel_blocks, column_blocks, row_pieces, piece_rows, groups, group_channels,
+    negative_slope: tl.float64,
+    KIND: tl.constexpr, WEIGHTED: tl.constexpr, LAST_FIRST: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Both passes: the first sums up, the second has the sums (WEIGHTED: of weight * g) and writes grad_input."""
+    """Both passes: the first sums up, the second has the sums (WEIGHTED: of weight * g) and writes grad_input.
+
+    ``known``: behind a ReLU y, behind other activations the residual; None where there was no residual.
+    """
     channels, columns = _extents(channels, columns, VEC, BLOCK)
     outer, line, height, channel, start, at, within, _ = _place(
         rows, channels, columns, channel_blocks, column_blocks, row_pieces, piece_rows,
@@ -282,15 +287,20 @@ def _backward_pieces(
         inside = within & (row < height - tile * ROWS)
         here = start + tile * ROWS * channels * columns
         grad = tl.load(grad_output + here + at, mask=inside, other=0.0).to(ACC)
-        if product_sums is not None or sums is not None or (RELU and y is None):
+        if product_sums is not None or sums is not None or KIND > 1 or (KIND == 1 and known is None):
             deviation = tl.load(x + here + at, mask=inside, other=0.0).to(ACC) - center
-        if RELU:
+        if KIND == 1:
             # y as forward wrote it, or found again from x with forward's own rounding.
-            if y is not None:
-                result = tl.load(y + here + at, mask=inside, other=0.0)
+            if known is not None:
+                result = tl.load(known + here + at, mask=inside, other=0.0)
             else:
                 result = tl.fma(deviation, slope, shift).to(x.dtype.element_ty)
             grad = tl.where(result <= 0, 0.0, grad)  # where the result is NaN the gradient passes
+        elif KIND > 1:
+            z = tl.fma(deviation, slope, shift)
+            if known is not None:
+                z += tl.load(known + here + at, mask=inside, other=0.0).to(ACC)
+            grad = activation_gradient(grad, z, scalar(negative_slope, ACC), KIND)
         if grad_sums is not None:
             grad_sum += grad
         if product_sums is not None:
@@ -478,7 +488,8 @@ def _statistics(
 
 def _normalise(
     view: _View, input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, relu: bool, running: Sequence[Tensor | None] = (None,) * 3, eps: float = 0.0,
+    mean: Tensor, rstd: Tensor, kind: int, slope: float, running: Sequence[Tensor | None] = (None,) * 3,
+    eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(input)
     weight, bias = dense(weight), dense(bias)
@@ -486,7 +497,7 @@ def _normalise(
         residual = _like(input, residual)
     view.launch(
         _apply, input, residual, weight, bias, y, mean, rstd, *running, piece_rows=view.tile_rows,
-        groups=view.groups, group_channels=view.group_channels, eps=eps, RELU=relu,
+        groups=view.groups, group_channels=view.group_channels, eps=eps, negative_slope=slope, KIND=kind,
     )  # fmt: skip
     return y
 
@@ -494,11 +505,11 @@ def _normalise(
 def batch_norm_forward(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
-    groups: int, training: bool, momentum: float, eps: float, relu: bool,
+    groups: int, training: bool, momentum: float, eps: float, activation: int, negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Normalises ``input`` [N, C, *] over a channel (``groups`` 0) or over each sample's groups of channels.
 
-    Returns ``(y, mean, rstd)``: y = relu(normalised + residual) in the input's dtype and layout; mean and rstd [C] or
+    Returns ``(y, mean, rstd)``: y = act(normalised + residual) in the input's dtype and layout; mean and rstd [C] or
     [N, groups] in fp32 (fp64 for fp64). In training the statistics are the batch's and the running ones are updated,
     with a negative momentum to the average over ``num_batches_tracked``; else they are the running ones.
     Formulas: https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html and torch.nn.GroupNorm.html.
@@ -516,7 +527,7 @@ def batch_norm_forward(
             running = (None, None, num_batches_tracked)
         else:
             running = (running_mean, running_var, None)
-        y = _normalise(view, input, residual, weight, bias, mean, rstd, relu, running, eps)
+        y = _normalise(view, input, residual, weight, bias, mean, rstd, activation, negative_slope, running, eps)
     for theirs, updated in zip(given, (running_mean, running_var), strict=True):
         if training and theirs is not None and updated is not None and updated is not theirs:
             theirs.copy_(updated)
@@ -536,22 +547,23 @@ def batch_norm_statistics(input: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def batch_norm_apply(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, relu: bool,
+    mean: Tensor, rstd: Tensor, activation: int, negative_slope: float = 0.01,
 ) -> Tensor:  # fmt: skip
     """y of :func:`batch_norm_forward` with ``groups`` 0, from given statistics."""
     input = _like(input, input)
     with torch.cuda.device_of(input):
-        return _normalise(_view(input, 0), input, residual, weight, bias, mean, rstd, relu)
+        view = _view(input, 0)
+        return _normalise(view, input, residual, weight, bias, mean, rstd, activation, negative_slope)
 
 
 def _backward(
-    grad_output: Tensor, input: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, groups: int, training: bool, relu: bool, output_mask: Sequence[bool],
+    grad_output: Tensor, input: Tensor, y_or_residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, groups: int, training: bool, kind: int, output_mask: Sequence[bool], slope: float,
     sums: Tensor | None = None, sums_given: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """All of backward; with ``sums`` its first half alone, which writes them, or its second, which is given them."""
     input, grad_output = _like(input, input), _like(input, grad_output)
-    y = _like(input, y) if relu and y is not None else None
+    known = _like(input, y_or_residual) if kind and y_or_residual is not None else None
     view = _view(input, groups)
     grad_input = torch.empty_like(input) if output_mask[0] else None
     grad_residual = torch.empty_like(input) if output_mask[1] else None
@@ -562,8 +574,9 @@ def _backward(
         for wanted in output_mask[2:]
     )
     weight, bias = dense(weight), dense(bias)
-    tensors = (input, y, weight, bias, mean, rstd)
+    tensors = (input, known, weight, bias, mean, rstd)
     constants = {"groups": view.groups, "group_channels": view.group_channels, "WEIGHTED": groups > 0}
+    constants["negative_slope"] = slope
     second_pass = training and grad_input is not None
     with torch.cuda.device_of(input):
         if not sums_given:
@@ -576,7 +589,7 @@ def _backward(
             ]
             view.launch(
                 _backward_pieces, grad_output, *tensors, None, *partials, None if second_pass else grad_input,
-                grad_residual, view.statistics, piece_rows=view.piece_rows, RELU=relu, LAST_FIRST=False, STAGES=2,
+                grad_residual, view.statistics, piece_rows=view.piece_rows, KIND=kind, LAST_FIRST=False, STAGES=2,
                 **constants,
             )  # fmt: skip
             if groups and sums is not None:
@@ -590,46 +603,51 @@ def _backward(
                     ENTRIES=tile_entries, CHANNELS=tile_channels, num_warps=_WARPS,
                 )  # fmt: skip
             if second_pass and grad_residual is not None:
-                grad_output, relu = grad_residual, False
+                grad_output, kind = grad_residual, 0
         if sums_given or second_pass:
             view.launch(
                 _backward_pieces, grad_output, *tensors, sums, None, None, grad_input,
-                grad_residual if sums_given else None, view.statistics, piece_rows=view.tile_rows, RELU=relu,
+                grad_residual if sums_given else None, view.statistics, piece_rows=view.tile_rows, KIND=kind,
                 LAST_FIRST=True, STAGES=1, **constants,
             )  # fmt: skip
     return grad_input, grad_residual, grad_weight, grad_bias
 
 
 def batch_norm_backward(
-    grad_output: Tensor, input: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, groups: int, training: bool, relu: bool, output_mask: list[bool],
+    grad_output: Tensor, input: Tensor, y_or_residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, groups: int, training: bool, activation: int, output_mask: list[bool],
+    negative_slope: float = 0.01,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(grad_input, grad_residual, grad_weight, grad_bias) of :func:`batch_norm_forward`, None for those that
     ``output_mask`` does not ask for.
 
-    Behind a ReLU the mask is y > 0, or is found again from ``input`` where y is None (there was no residual then).
+    ``y_or_residual``: y behind a ReLU, whose mask is y > 0; behind other activations the residual. Where it is None
+    there was no residual, and ``input`` tells all.
     """
-    return _backward(grad_output, input, y, weight, bias, mean, rstd, groups, training, relu, output_mask)
+    given = (grad_output, input, y_or_residual, weight, bias, mean, rstd)
+    return _backward(*given, groups, training, activation, output_mask, negative_slope)
 
 
 def batch_norm_backward_sums(
-    grad_output: Tensor, input: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, relu: bool, output_mask: list[bool],
+    grad_output: Tensor, input: Tensor, y_or_residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, activation: int, output_mask: list[bool], negative_slope: float = 0.01,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(sums, grad_weight, grad_bias); sums [2, C]: of g, the gradient through the ReLU, and of g * (input - mean)."""
+    """(sums, grad_weight, grad_bias); sums [2, C]: of g, what passes the activation, and of g * (input - mean)."""
     sums = mean.new_empty((2, mean.numel()))
     mask = (False, False, *output_mask)
-    gradients = _backward(grad_output, input, y, weight, bias, mean, rstd, 0, True, relu, mask, sums)
+    given = (grad_output, input, y_or_residual, weight, bias, mean, rstd)
+    gradients = _backward(*given, 0, True, activation, mask, negative_slope, sums)
     return sums, *gradients[2:]
 
 
 def batch_norm_backward_apply(
-    grad_output: Tensor, input: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, sums: Tensor, relu: bool, output_mask: list[bool],
+    grad_output: Tensor, input: Tensor, y_or_residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, sums: Tensor, activation: int, output_mask: list[bool], negative_slope: float = 0.01,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(grad_input, grad_residual) from the sums over all processes, divided by the count of their elements."""
     mask = (*output_mask, False, False)
-    return _backward(grad_output, input, y, weight, bias, mean, rstd, 0, True, relu, mask, sums, sums_given=True)[:2]
+    given = (grad_output, input, y_or_residual, weight, bias, mean, rstd)
+    return _backward(*given, 0, True, activation, mask, negative_slope, sums, sums_given=True)[:2]
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

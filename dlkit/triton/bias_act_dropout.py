@@ -14,38 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activation import activation, activation_gradient
 from ._common import TRITON_TYPE, accumulate_type
 from .dropout import _TILE, _begin, _jit, _kept_bytes, _scale, given_state, new_state
-
-
-@triton.jit
-def _value(x, KIND: tl.constexpr):
-    """act(x); KIND as kernel.h numbers the activations."""
-    if KIND == 0:
-        return tl.where(x <= 0, 0.0, x)  # NaN stays
-    elif KIND == 1:
-        return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
-    else:
-        u = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
-        e = tl.exp(-tl.abs(u))
-        return x * (tl.where(u < 0, e, 1.0) / (1.0 + e))
-
-
-@triton.jit
-def _gradient(g, x, KIND: tl.constexpr):
-    """g * act'(x)."""
-    if KIND == 0:
-        return tl.where(x <= 0, 0.0, g)
-    elif KIND == 1:
-        distribution = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        return g * (distribution + x * 0.3989422804014327 * tl.exp(-0.5 * x * x))
-    else:
-        square = x * x
-        u = x * (1.5957691216057308 + 0.07135481627260025 * square)
-        e = tl.exp(-tl.abs(u))
-        inverse = 1.0 / (1.0 + e)
-        slope = 1.5957691216057308 + 0.21406444881780073 * square
-        return g * (tl.where(u < 0, e, 1.0) * inverse + x * slope * (e * inverse * inverse))
 
 
 @triton.jit
@@ -55,9 +26,9 @@ def _tile(grad, x, bias, out, index, inside, keep, cols, scale, KIND: tl.constex
     if bias is not None:
         value += tl.load(bias + index % cols, mask=inside).to(ACC)
     if grad is not None:
-        value = _gradient(tl.load(grad + index, mask=inside).to(ACC) * scale, value, KIND)
+        value = activation_gradient(tl.load(grad + index, mask=inside).to(ACC) * scale, value, 0.0, KIND)
     else:
-        value = _value(value, KIND) * scale
+        value = activation(value, 0.0, KIND) * scale
     tl.store(out + index, tl.where(keep, value, 0.0).to(out.dtype.element_ty), mask=inside)
 
 

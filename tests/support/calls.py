@@ -10,6 +10,7 @@ import torch.nn.functional as native
 from torch import Tensor
 
 import dlkit.functional as fused
+from dlkit._activation import ACTIVATIONS, activated
 
 
 class Call(NamedTuple):
@@ -55,6 +56,16 @@ def _batch_norm_relu(*arguments, residual=None):
     return native.relu(y if residual is None else y + residual)
 
 
+def _batch_norm_act(*arguments, residual=None, activation="silu"):
+    y = native.batch_norm(*arguments)
+    return activated(y if residual is None else y + residual, ACTIVATIONS[activation], 0.01)
+
+
+def _group_norm_act(*arguments, residual=None, activation="silu"):
+    y = native.group_norm(*arguments)
+    return activated(y if residual is None else y + residual, ACTIVATIONS[activation], 0.01)
+
+
 REFERENCE = SimpleNamespace(
     layer_norm=native.layer_norm,
     rms_norm=native.rms_norm,
@@ -64,6 +75,8 @@ REFERENCE = SimpleNamespace(
     add_layer_norm=_add_layer_norm,
     add_rms_norm=_add_rms_norm,
     batch_norm_relu=_batch_norm_relu,
+    batch_norm_act=_batch_norm_act,
+    group_norm_act=_group_norm_act,
     bias_gelu_dropout=lambda input, bias, p: native.gelu(input + bias),
     bias_relu_dropout=lambda input, bias, p: native.relu(input + bias),
     cross_entropy=native.cross_entropy,
@@ -112,7 +125,17 @@ NORMS = {
     "batch_norm_relu, residual": Call(
         lambda F, x, r, w, b: F.batch_norm_relu(x, None, None, w, b, True, residual=r), ("NCLL", "NCLL", "C", "C")
     ),
+    "batch_norm_act": Call(lambda F, x, w, b: F.batch_norm_act(x, None, None, w, b, True), ("NCL", "C", "C")),
+    "batch_norm_act, residual": Call(
+        lambda F, x, r, w, b: F.batch_norm_act(x, None, None, w, b, True, residual=r, activation="gelu"),
+        ("NCLL", "NCLL", "C", "C"),
+    ),
     "group_norm": Call(lambda F, x, w, b: F.group_norm(x, 2, w, b), ("NCL", "C", "C")),
+    "group_norm_act": Call(lambda F, x, w, b: F.group_norm_act(x, 2, w, b), ("NCL", "C", "C")),
+    "group_norm_act, residual": Call(
+        lambda F, x, r, w, b: F.group_norm_act(x, 2, w, b, residual=r, activation="gelu_tanh"),
+        ("NCLL", "NCLL", "C", "C"),
+    ),
     "instance_norm": Call(lambda F, x, w, b: F.instance_norm(x, None, None, w, b), ("NCL", "C", "C")),
     "instance_norm, running": Call(_with_running(lambda F: F.instance_norm), ("NCL", "C", "C", "C")),
     "instance_norm, evaluation": Call(

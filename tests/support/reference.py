@@ -119,10 +119,20 @@ def _normal_distribution(x: np.longdouble) -> np.longdouble:
     return np.longdouble(mpmath.nstr(mpmath.ncdf(mpmath.mpf(float(x)) + float(x - np.longdouble(float(x)))), 25))
 
 
-def activation(name: str, x: np.ndarray):
-    """relu, gelu or gelu_tanh of x, and its derivative."""
-    if name == "relu":
-        return np.maximum(x, 0), (x > 0).astype(np.longdouble)
+def activation(name: str, x: np.ndarray, negative_slope: float = 0.01):
+    """An activation of x by the name that dlkit gives it, and its derivative."""
+    if name in ("none", "relu", "leaky_relu"):
+        slope = np.longdouble({"none": 1, "relu": 0, "leaky_relu": negative_slope}[name])
+        slope = np.where(x > 0, 1, slope)
+        return x * slope, slope
+    if name == "relu6":
+        return np.clip(x, 0, 6), ((x > 0) & (x < 6)).astype(np.longdouble)
+    if name == "hardswish":
+        slope = np.where(x <= -3, 0, np.where(x < 3, x / 3 + np.longdouble(0.5), 1))
+        return x * np.clip(x + 3, 0, 6) / 6, slope
+    if name == "silu":
+        share = 1 / (1 + np.exp(-x))
+        return x * share, share + x * share * (1 - share)
     if name == "gelu":
         with mpmath.workdps(30):
             distribution = np.vectorize(_normal_distribution, [np.longdouble])(x)

@@ -116,7 +116,13 @@ def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
 
     def both(
-        *shape: int, last: bool = False, groups: int = 0, training: bool = True, relu: bool = False, add: bool = False
+        *shape: int,
+        last: bool = False,
+        groups: int = 0,
+        training: bool = True,
+        relu: bool = False,
+        add: bool = False,
+        activation: int = 0,
     ) -> None:
         layout = torch.channels_last if last else torch.contiguous_format
         x = torch.empty(shape, dtype=dtype, memory_format=layout)
@@ -124,9 +130,10 @@ def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
         tracked = torch.zeros((), dtype=torch.int64)
         running = (None, None, None) if groups else (weight, weight, tracked)
         residual = x if add else None
-        y, mean, rstd = op.batch_norm_forward(x, residual, weight, weight, *running, groups, training, 0.1, 1e-5, relu)
+        kind = activation or int(relu)
+        y, mean, rstd = op.batch_norm_forward(x, residual, weight, weight, *running, groups, training, 0.1, 1e-5, kind)
         mask = [True, add, True, True]
-        op.batch_norm_backward(x, x, y if add else None, weight, weight, mean, rstd, groups, training, relu, mask)
+        op.batch_norm_backward(x, x, y if add else None, weight, weight, mean, rstd, groups, training, kind, mask)
 
     yield "add relu 32x64x56x56", True, partial(both, 32, 64, 56, 56, relu=True, add=True)
     if dtype == torch.float64:
@@ -135,6 +142,8 @@ def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
     if dtype == torch.float16:
         return
     yield "relu 64x256x7x7", False, partial(both, 64, 256, 7, 7, relu=True)
+    yield "add silu 32x64x56x56", True, partial(both, 32, 64, 56, 56, activation=4, add=True)
+    yield "group_norm gelu 8x256x28x28", True, partial(both, 8, 256, 28, 28, groups=32, activation=2)
     yield "group_norm 8x256x28x28", True, partial(both, 8, 256, 28, 28, groups=32)
     if dtype == torch.float32:
         yield "evaluation 32x64x56x56", True, partial(both, 32, 64, 56, 56, training=False, relu=True)
@@ -190,10 +199,10 @@ def _bias_act_dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callab
         _, state = op.bias_act_dropout_forward(x, bias, None, activation, 0.1)
         op.bias_act_dropout_backward(x, x, bias, state, activation, 0.1, False)
 
-    yield "gelu", True, partial(both, 1, bias)
+    yield "gelu", True, partial(both, 2, bias)
     if dtype_name == "bfloat16":
-        yield "relu", True, partial(both, 0, bias)
-        yield "tanh, no bias", True, partial(both, 2, None)
+        yield "relu", True, partial(both, 1, bias)
+        yield "tanh, no bias", True, partial(both, 3, None)
 
 
 def _cross_entropy_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:

@@ -259,8 +259,8 @@ struct ForwardChannelsLast {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    const bool relu = op.relu,
-               stream = matrix.has_whole_lines<T>(op.y) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
+    const Behind<A> behind(op);
+    const bool stream = matrix.has_whole_lines<T>(op.y) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const residual = rows_of(op.residual, unit);
@@ -272,7 +272,7 @@ struct ForwardChannelsLast {
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         if (residual != nullptr) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
         const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
-        forward_values<together()>(x, residual, relu, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+        forward_values<together()>(x, residual, behind, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
           outputs.write(z, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
         });
       });
@@ -299,17 +299,16 @@ struct BackwardChannelsLast {
 
   bool streams() const {
     return matrix.has_whole_lines<T>(op.grad_input) && matrix.has_whole_lines<T>(op.grad_residual) &&
-           should_stream<T>(op.shape, matrix.rows * matrix.cols);
+           !is_applied_in_place(op) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
   }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
-    const Mask mask = mask_of(op);
+    const Passing<T> passing = Passing<T>(op, mask_of(op)).from(unit * matrix.rows * matrix.cols);
     const bool stream = streams();
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const T *const x = rows_of(op.x, unit), *const grad_output = rows_of(op.grad_output, unit);
-    const T* const y = rows_of(op.y, unit);
     T* const grad_input = op.statistics_given ? rows_of(op.grad_input, unit) : nullptr;
-    T* const grad_residual = rows_of(op.grad_residual, unit);
+    T* const passed = rows_of(passed_gradient(op), unit);
     const Scratch<A> own = scratch(unit, part, parts);
     A *const g_sums = own.offset, *const gx_sums = own.slope;  // not yet what they are named for
     spread_statistics(op, own, matrix, unit);
@@ -322,18 +321,18 @@ struct BackwardChannelsLast {
           const Channel<V> c = own.forward_channel(i);
           fetch_rows_ahead<together()>(x + row * cols, i, cols);
           fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
-          if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
+          if (passing.source != nullptr) fetch_rows_ahead<together()>(passing.source + row * cols, i, cols);
           V g_sum = {}, gx_sum = {};
           const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
           V centred[together()], g[together()];
           repeat(together, [&](int r) DLKIT_INLINE_LAMBDA { centred[r] = load(x + index(r), width) - c.mean; });
-          masked_gradients(mask, grad_output, y, width, centred, c, g, index);
+          masked_gradients(passing, grad_output, width, centred, c, g, index);
           repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
             g_sum += g[r];
             gx_sum = fma(g[r], centred[r], gx_sum);
           });
-          if (grad_residual != nullptr) {
-            residuals.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
+          if (passed != nullptr) {
+            residuals.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
           }
           if (grad_input != nullptr) {
             repeat(together, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
@@ -401,12 +400,11 @@ struct BackwardChannelsLast {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    const Mask mask = applied_mask(op);
+    const Passing<T> passing = Passing<T>(op, applied_mask(op)).from(unit * matrix.rows * matrix.cols);
     const bool stream = streams();
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const grad_output = rows_of(applied_gradient(op), unit);
-    const T* const y = rows_of(op.y, unit);
     T* const grad_input = rows_of(op.grad_input, unit);
     T* const grad_residual = op.sums_given ? rows_of(op.grad_residual, unit) : nullptr;
     for_rows_backwards<T>(begin, end, cols, [&](int64_t row, auto together) DLKIT_INLINE_LAMBDA {
@@ -415,7 +413,7 @@ struct BackwardChannelsLast {
         const Channel<V> c = own.channel(i);
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         fetch_rows_ahead<together()>(grad_output + row * cols, i, cols);
-        if (mask == Mask::FromY) fetch_rows_ahead<together()>(y + row * cols, i, cols);
+        if (passing.source != nullptr) fetch_rows_ahead<together()>(passing.source + row * cols, i, cols);
         const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
         const auto write_to = [&](auto& rows, T* output) DLKIT_INLINE_LAMBDA {
           return [&, output](const auto& g) DLKIT_INLINE_LAMBDA {
@@ -423,7 +421,7 @@ struct BackwardChannelsLast {
             rows.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
           };
         };
-        backward_values<together()>(mask, x, grad_output, y, width, c, index, write_to(residuals, grad_residual),
+        backward_values<together()>(passing, x, grad_output, width, c, index, write_to(residuals, grad_residual),
                                     write_to(inputs, grad_input));
       });
     });

@@ -150,10 +150,10 @@ struct ForwardContiguous {
   void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end, bool stream) const {
     const T *const x = static_cast<const T*>(op.x) + base, *const residual = at<const T>(op.residual, base);
     T* const y = static_cast<T*>(op.y) + base;
-    const bool relu = op.relu;
+    const Behind<A> behind(op);
     for_elements(y, stream, begin, end, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
       const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
-      forward_values<count()>(x, residual, relu, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+      forward_values<count()>(x, residual, behind, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
         write_all(z, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
       });
     });
@@ -187,7 +187,7 @@ struct BackwardContiguous {
   bool streams() const {
     const bool two = op.grad_residual != nullptr && op.grad_input != nullptr && (op.statistics_given || op.sums_given);
     const bool are_lines = kLineVectors<T> == 1 && (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
-    return (!two || are_lines) && should_stream<T>(op.shape, op.shape.space);
+    return (!two || are_lines) && !is_applied_in_place(op) && should_stream<T>(op.shape, op.shape.space);
   }
   int64_t sums_a_part() const { return op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1; }
 
@@ -199,7 +199,7 @@ struct BackwardContiguous {
   }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
-    const Mask mask = mask_of(op);
+    const Passing<T> whole(op, mask_of(op));
     const bool stream = streams();
     const Group group = group_of(op.shape, unit);
     Sums* const found = sums + (unit * parts + part) * sums_a_part();
@@ -227,10 +227,10 @@ struct BackwardContiguous {
       const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), 0, 0) : shared;
       const T* const x = static_cast<const T*>(op.x) + base;
       const T* const grad_output = static_cast<const T*>(op.grad_output) + base;
-      const T* const y = mask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
+      const Passing<T> passing = whole.from(base);
       T* const grad_input = op.statistics_given ? at<T>(op.grad_input, base) : nullptr;
-      T* const grad_residual = at<T>(op.grad_residual, base);
-      const T* const written = grad_input != nullptr ? grad_input : grad_residual;
+      T* const passed = at<T>(passed_gradient(op), base);
+      const T* const written = grad_input != nullptr ? grad_input : passed;
       Sums& into = found[group.own_channels ? slice : 0];
       while (begin < end) {
         const int64_t stop = min64(end, begin + room);
@@ -242,16 +242,16 @@ struct BackwardContiguous {
             fetch_ahead(grad_output + group.pitch + index(r), r);
             centred[r] = keep(load(x + index(r), width) - c.mean, width);
           });
-          if (mask == Mask::FromY) {
-            repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { fetch_ahead(y + group.pitch + index(r), r); });
+          if (passing.source != nullptr) {
+            repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { fetch_ahead(passing.source + group.pitch + index(r), r); });
           }
-          masked_gradients(mask, grad_output, y, width, centred, c, g, index);
+          masked_gradients(passing, grad_output, width, centred, c, g, index);
           repeat(count, [&](int r) DLKIT_INLINE_LAMBDA {
             g_sums[r] += g[r];
             gx_sums[r] = fma(g[r], centred[r], gx_sums[r]);
           });
-          if (grad_residual != nullptr) {
-            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual + index(r); });
+          if (passed != nullptr) {
+            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
           }
           if (grad_input != nullptr) {
             repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
@@ -308,7 +308,7 @@ struct BackwardContiguous {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    const Mask mask = applied_mask(op);
+    const Passing<T> whole(op, applied_mask(op));
     const bool stream = streams();
     const Group group = group_of(op.shape, unit);
     const auto [offset, slope] = gradient_of(group, unit, parts);
@@ -320,7 +320,7 @@ struct BackwardContiguous {
           const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), offset, slope) : shared;
           const T* const x = static_cast<const T*>(op.x) + base;
           const T* const grad_output = static_cast<const T*>(applied_gradient(op)) + base;
-          const T* const y = mask == Mask::FromY ? static_cast<const T*>(op.y) + base : nullptr;
+          const Passing<T> passing = whole.from(base);
           T* const grad_input = at<T>(op.grad_input, base);
           T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
           for_elements(grad_input != nullptr ? grad_input : grad_residual, stream, begin, end,
@@ -332,7 +332,7 @@ struct BackwardContiguous {
                              write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
                            };
                          };
-                         backward_values<count()>(mask, x, grad_output, y, width, c, index, write_to(grad_residual),
+                         backward_values<count()>(passing, x, grad_output, width, c, index, write_to(grad_residual),
                                                   write_to(grad_input));
                        });
         });

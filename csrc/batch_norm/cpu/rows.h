@@ -10,11 +10,11 @@ namespace {
 
 bool groups_are_rows(const Forward& op) {
   return op.shape.groups > 0 && op.shape.space == 1 && op.statistics == Statistics::Compute && op.y != nullptr &&
-         op.var == nullptr && op.running_mean == nullptr && op.residual == nullptr && !op.relu;
+         op.var == nullptr && op.running_mean == nullptr && op.residual == nullptr && op.activation == Activation::None;
 }
 bool groups_are_rows(const Backward& op) {
   return op.shape.groups > 0 && op.shape.space == 1 && !op.statistics_given && !op.sums_given &&
-         op.grad_residual == nullptr && !op.relu;
+         op.grad_residual == nullptr && op.activation == Activation::None;
 }
 
 // Where things lie in the workspace, in bytes from its start. It is made of presence, types and sizes alone, so that it

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../../common/cpu/activation.h"
 #include "../../common/cpu/moments.h"
 #include "../../common/cpu/parallel.h"
 #include "../../common/cpu/simd.h"
@@ -181,11 +182,19 @@ struct Channel {
   V mean, scale, bias, offset, slope;
 };
 
+template <class A>
+struct Behind {
+  Activation activation;
+  A negative_slope;
+  template <class Op>
+  explicit Behind(const Op& op) : activation(op.activation), negative_slope(A(op.negative_slope)) {}
+};
+
 // Forward's results for several vectors of a channel each, the r-th at index(r), go to write(); `residual` may be null.
 // Flags that are the same for a whole pass are branches here, in forward and backward, one for all of these vectors: a
-// loop for each combination of them was half of the library.
+// loop for each combination of them was half of the library. Of the activations the ReLU alone is inline.
 template <int kCount, class T, class Width, class Index, class Write>
-DLKIT_INLINE void forward_values(const T* x, const T* residual, bool relu, Width width,
+DLKIT_INLINE void forward_values(const T* x, const T* residual, const Behind<accumulate_t<T>>& behind, Width width,
                                  const Channel<Vector<accumulate_t<T>>>& c, const Index& index, const Write& write) {
   using V = Vector<accumulate_t<T>>;
   constexpr std::integral_constant<int, kCount> kAll;
@@ -194,50 +203,96 @@ DLKIT_INLINE void forward_values(const T* x, const T* residual, bool relu, Width
   if (residual != nullptr) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(residual + index(r), width); });
   }
-  if (relu) repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
+  if (behind.activation == Activation::Relu) {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
+  } else if (behind.activation != Activation::None) {
+    activate<accumulate_t<T>>(behind.activation, behind.negative_slope, z, kCount);
+  }
   write(z);
 }
 
-// Where the ReLU's mask comes from.
-enum class Mask { None, FromX, FromY };
+// Where the gradients that pass the activation come from: a ReLU's mask from y, or from x where y follows from it;
+// others from z, which is worked out again.
+enum class Mask { None, FromX, FromY, FromZ };
 
-// The gradients that pass the ReLU, of vectors as in forward_values.
+// How backward finds them: `source` is y or the residual, or null.
+template <class T>
+struct Passing {
+  Mask mask;
+  Behind<accumulate_t<T>> behind;
+  const T* source;
+  Passing(const Backward& op, Mask mask)
+      : mask(mask),
+        behind(op),
+        source(mask == Mask::FromY || mask == Mask::FromZ ? static_cast<const T*>(op.y_or_residual) : nullptr) {}
+  // The same for what begins at an offset.
+  DLKIT_INLINE_MEMBER Passing from(int64_t offset) const {
+    Passing passing = *this;
+    passing.source = at<const T>(source, offset);
+    return passing;
+  }
+};
+
+// The gradients that pass the activation, of vectors as in forward_values.
 template <class T, int kCount, class V, class Width, class Index>
-DLKIT_INLINE void masked_gradients(Mask mask, const T* grad_output, const T* y, Width width, const V (&centred)[kCount],
-                                   const Channel<V>& c, V (&g)[kCount], const Index& index) {
+DLKIT_INLINE void masked_gradients(const Passing<T>& passing, const T* grad_output, Width width,
+                                   const V (&centred)[kCount], const Channel<V>& c, V (&g)[kCount],
+                                   const Index& index) {
   constexpr std::integral_constant<int, kCount> kAll;
   repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(grad_output + index(r), width); });
   // Where the result is NaN the gradient passes, as through torch's ReLU.
-  if (mask == Mask::FromY) {
-    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(y + index(r), width) <= 0 ? V{} : g[r]; });
-  } else if (mask == Mask::FromX) {
+  if (passing.mask == Mask::FromY) {
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(passing.source + index(r), width) <= 0 ? V{} : g[r]; });
+  } else if (passing.mask == Mask::FromX) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA {
       g[r] = fma(centred[r], c.scale, c.bias) <= rounds_to_zero(T()) ? V{} : g[r];
     });
+  } else if (passing.mask == Mask::FromZ) {
+    V z[kCount];
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = fma(centred[r], c.scale, c.bias); });
+    if (passing.source != nullptr) {
+      repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(passing.source + index(r), width); });
+    }
+    const auto& behind = passing.behind;
+    activation_gradients<accumulate_t<T>>(behind.activation, behind.negative_slope, z, g, kCount);
   }
 }
 
-// Backward's apply of vectors as in forward_values: the gradients that pass the ReLU go to write_residual(), then those
-// of the input to write_input().
+// Backward's apply of vectors as in forward_values: the gradients that pass the activation go to write_residual(), then
+// those of the input to write_input().
 template <int kCount, class T, class Width, class Index, class WriteResidual, class WriteInput>
-DLKIT_INLINE void backward_values(Mask mask, const T* x, const T* grad_output, const T* y, Width width,
+DLKIT_INLINE void backward_values(const Passing<T>& passing, const T* x, const T* grad_output, Width width,
                                   const Channel<Vector<accumulate_t<T>>>& c, const Index& index,
                                   const WriteResidual& write_residual, const WriteInput& write_input) {
   constexpr std::integral_constant<int, kCount> kAll;
   Vector<accumulate_t<T>> centred[kCount], g[kCount];
   repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { centred[r] = load(x + index(r), width) - c.mean; });
-  masked_gradients(mask, grad_output, y, width, centred, c, g, index);
+  masked_gradients(passing, grad_output, width, centred, c, g, index);
   write_residual(g);
   repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = fma(centred[r], -c.slope, fma(g[r], c.scale, -c.offset)); });
   write_input(g);
 }
 
-// Whether reduce left the masked gradient where the residual's goes, for apply to read.
-bool is_masked(const Backward& op) { return op.grad_residual != nullptr && !op.sums_given; }
-const void* applied_gradient(const Backward& op) { return is_masked(op) ? op.grad_residual : op.grad_output; }
+Mask mask_of(const Backward& op) {
+  if (op.activation == Activation::None) return Mask::None;
+  if (op.activation != Activation::Relu) return Mask::FromZ;
+  return op.y_or_residual != nullptr ? Mask::FromY : Mask::FromX;
+}
 
-Mask mask_of(const Backward& op) { return !op.relu ? Mask::None : op.y != nullptr ? Mask::FromY : Mask::FromX; }
-Mask applied_mask(const Backward& op) { return is_masked(op) ? Mask::None : mask_of(op); }
+// Where reduce leaves the gradient that passed the activation for apply to read, or null: where the residual's goes, or
+// where grad_input goes if to work it out again takes longer.
+void* passed_gradient(const Backward& op) {
+  if (op.sums_given || op.grad_residual != nullptr) return op.sums_given ? nullptr : op.grad_residual;
+  return mask_of(op) == Mask::FromZ && !op.statistics_given ? op.grad_input : nullptr;
+}
+bool is_applied_in_place(const Backward& op) {
+  return op.grad_input != nullptr && passed_gradient(op) == op.grad_input;
+}
+const void* applied_gradient(const Backward& op) {
+  const void* const passed = passed_gradient(op);
+  return passed != nullptr ? passed : op.grad_output;
+}
+Mask applied_mask(const Backward& op) { return passed_gradient(op) != nullptr ? Mask::None : mask_of(op); }
 
 // Whether outputs go past the caches: larger than these, and written in runs of `run` elements at a time.
 template <class T>

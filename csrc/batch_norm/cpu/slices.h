@@ -15,13 +15,18 @@ constexpr int64_t kTile = 4096, kTileGroups = 64;  // elements of a tile where a
 bool has_short_slices(const Shape& shape) {
   return shape.groups > 0 && !shape.channels_last && shape.space > 1 && shape.space <= kShortSlice;
 }
+// An activation is applied to a whole tile, and so where a group is no larger.
+template <class Op>
+bool fits_tile(const Op& op) {
+  return op.activation == Activation::None || op.shape.channels / op.shape.groups * op.shape.space <= kTile;
+}
 bool has_short_slices(const Forward& op) {
   return has_short_slices(op.shape) && op.statistics == Statistics::Compute && op.y != nullptr &&
-         op.residual == nullptr && !op.relu;
+         op.residual == nullptr && fits_tile(op);
 }
 bool has_short_slices(const Backward& op) {
   return has_short_slices(op.shape) && !op.statistics_given && !op.sums_given && op.grad_residual == nullptr &&
-         !op.relu;
+         op.y_or_residual == nullptr && fits_tile(op);
 }
 
 // outputs[k][slice] = the sum over a slice of what f(slice)(i, width, terms) adds to terms[k]. Lanes past the end must
@@ -105,6 +110,20 @@ DLKIT_INLINE void sum_groups(int64_t groups, int64_t elements, double (&totals)[
   }
 }
 
+// The activation of a tile's z, and what passes it of the gradient g: in place, vectors and all.
+constexpr int64_t kTileRoom = kTile + kVectorBytes;
+template <class A>
+void activate_tile(const Forward& op, A* z, int64_t count) {
+  const int vectors = int((count + kLanes<A> - 1) / kLanes<A>);
+  activate<A>(op.activation, A(op.negative_slope), reinterpret_cast<Vector<A>*>(z), vectors);
+}
+template <class A>
+void pass_tile(const Backward& op, const A* z, A* g, int64_t count) {
+  const int vectors = int((count + kLanes<A> - 1) / kLanes<A>);
+  activation_gradients<A>(op.activation, A(op.negative_slope), reinterpret_cast<const Vector<A>*>(z),
+                          reinterpret_cast<Vector<A>*>(g), vectors);
+}
+
 template <class T>
 void forward_slices(const Forward& op) {
   using A = accumulate_t<T>;
@@ -144,17 +163,30 @@ void forward_slices(const Forward& op) {
     T* const y = static_cast<T*>(op.y) + first;
     alignas(64) T kept[kTile];
     const bool stream = past_caches && groups * elements <= kTile && uintptr_t(y) % 64 == 0;
-    T* const output = stream ? kept : y;
-    for (int64_t slice = 0, g = 0; g < groups; ++g) {
-      const V mean = broadcast<A>(means[first_group + g]);
-      const A rstd = rstds[first_group + g];
-      const int64_t channel = (first_group + g) % op.shape.groups * size;
-      for (int64_t k = 0; k < size; ++k, ++slice) {
-        const V scale = broadcast<A>(rstd * values.weight[channel + k]), bias = broadcast<A>(values.bias[channel + k]);
-        for_columns<A, 1>(slice * space, (slice + 1) * space, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-          store(output + i, fma(load(x + i, width) - mean, scale, bias), width);
-        });
+    const auto normalize = [&](auto* output) {
+      for (int64_t slice = 0, g = 0; g < groups; ++g) {
+        const V mean = broadcast<A>(means[first_group + g]);
+        const A rstd = rstds[first_group + g];
+        const int64_t channel = (first_group + g) % op.shape.groups * size;
+        for (int64_t k = 0; k < size; ++k, ++slice) {
+          const V scale = broadcast<A>(rstd * values.weight[channel + k]),
+                  bias = broadcast<A>(values.bias[channel + k]);
+          for_columns<A, 1>(slice * space, (slice + 1) * space, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+            store(output + i, fma(load(x + i, width) - mean, scale, bias), width);
+          });
+        }
       }
+    };
+    T* const output = stream ? kept : y;
+    if (op.activation == Activation::None) {
+      normalize(output);
+    } else {
+      alignas(64) A z[kTileRoom];
+      normalize(z);
+      activate_tile(op, z, groups * elements);
+      for_columns<A, 1>(0, groups * elements, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        store(output + i, load(z + i, width), width);
+      });
     }
     if (stream) stream_copy(kept, y, groups * elements);
   });
@@ -170,45 +202,61 @@ void backward_slices(const Backward& op) {
   for_tiles(shape, [&](int64_t first_group, int64_t groups) {
     const int64_t first = first_group * size;
     const T* x = static_cast<const T*>(op.x) + first * space;
-    const T* grad_output = static_cast<const T*>(op.grad_output) + first * space;
-    A *const g_sums = values.first + first, *const gx_sums = values.second + first;
-    sum_slices<A, 2>(groups * size, space, {g_sums, gx_sums}, [&](int64_t slice) DLKIT_INLINE_LAMBDA {
-      const Vector<A> mean = broadcast<A>(means[first_group + (size == 1 ? slice : slice / size)]);
-      return [x = x + slice * space, g = grad_output + slice * space, mean](int64_t i, auto width, auto* terms)
-                 DLKIT_INLINE_LAMBDA {
-                   const Vector<A> gradient = load(g + i, width);
-                   terms[0] += gradient;
-                   terms[1] = fma(gradient, keep(load(x + i, width) - mean, width), terms[1]);
-                 };
-    });
-    T* grad_input = at<T>(op.grad_input, first * space);
+    const T* given = static_cast<const T*>(op.grad_output) + first * space;
     const int64_t ahead = groups * size * space;  // the next tile: memory would rest while this one is worked on
-    for (int64_t group = 0; group < groups; ++group) {
-      const A mean = means[first_group + group], rstd = rstds[first_group + group];
-      const A* const weight = values.weight + (first_group + group) % shape.groups * size;
-      A *const g_sum = g_sums + group * size, *const gx_sum = gx_sums + group * size;
-      double g = 0, gx = 0;
-      for (int64_t k = 0; k < size; ++k) {
-        g += double(weight[k]) * double(g_sum[k]);
-        gx += double(weight[k]) * double(gx_sum[k]);
-        gx_sum[k] *= rstd;  // grad_weight's share
+    const auto backward_tile = [&](const auto* gradients) {
+      A *const g_sums = values.first + first, *const gx_sums = values.second + first;
+      sum_slices<A, 2>(groups * size, space, {g_sums, gx_sums}, [&](int64_t slice) DLKIT_INLINE_LAMBDA {
+        const Vector<A> mean = broadcast<A>(means[first_group + (size == 1 ? slice : slice / size)]);
+        return [x = x + slice * space, g = gradients + slice * space, mean](int64_t i, auto width, auto* terms)
+                   DLKIT_INLINE_LAMBDA {
+                     const Vector<A> gradient = load(g + i, width);
+                     terms[0] += gradient;
+                     terms[1] = fma(gradient, keep(load(x + i, width) - mean, width), terms[1]);
+                   };
+      });
+      T* grad_input = at<T>(op.grad_input, first * space);
+      for (int64_t group = 0; group < groups; ++group) {
+        const A mean = means[first_group + group], rstd = rstds[first_group + group];
+        const A* const weight = values.weight + (first_group + group) % shape.groups * size;
+        A *const g_sum = g_sums + group * size, *const gx_sum = gx_sums + group * size;
+        double g = 0, gx = 0;
+        for (int64_t k = 0; k < size; ++k) {
+          g += double(weight[k]) * double(g_sum[k]);
+          gx += double(weight[k]) * double(gx_sum[k]);
+          gx_sum[k] *= rstd;  // grad_weight's share
+        }
+        if (grad_input == nullptr) continue;
+        const auto [offset, slope] = GroupGradient<A>(op, double(rstd), g, gx);
+        for (int64_t k = 0; k < size; ++k) {
+          const Vector<A> scale = broadcast<A>(rstd * weight[k]), tilt = broadcast<A>(-slope);
+          for_columns<A, 1>(0, space, [&, offset = offset](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+            prefetch<kLanes<A>>(x + ahead + i);
+            prefetch<kLanes<A>>(given + ahead + i);
+            const Vector<A> centred = load(x + i, width) - mean;
+            store(grad_input + i, fma(centred, tilt, fma(load(gradients + i, width), scale, broadcast<A>(-offset))),
+                  width);
+          });
+          x += space;
+          given += space;
+          gradients += space;
+          grad_input += space;
+        }
       }
-      if (grad_input == nullptr) continue;
-      const auto [offset, slope] = GroupGradient<A>(op, double(rstd), g, gx);
-      for (int64_t k = 0; k < size; ++k) {
-        const Vector<A> scale = broadcast<A>(rstd * weight[k]), tilt = broadcast<A>(-slope);
-        for_columns<A, 1>(0, space, [&, offset = offset](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
-          prefetch<kLanes<A>>(x + ahead + i);
-          prefetch<kLanes<A>>(grad_output + ahead + i);
-          const Vector<A> centred = load(x + i, width) - mean;
-          store(grad_input + i, fma(centred, tilt, fma(load(grad_output + i, width), scale, broadcast<A>(-offset))),
-                width);
-        });
-        x += space;
-        grad_output += space;
-        grad_input += space;
-      }
+    };
+    if (op.activation == Activation::None) return backward_tile(given);
+    alignas(64) A z[kTileRoom], g[kTileRoom];
+    for (int64_t slice = 0; slice < groups * size; ++slice) {
+      const int64_t group = first_group + slice / size, channel = group % shape.groups * size + slice % size;
+      const Vector<A> mean = broadcast<A>(means[group]), scale = broadcast<A>(rstds[group] * values.weight[channel]);
+      const Vector<A> bias = broadcast<A>(values.bias[channel]);
+      for_columns<A, 1>(slice * space, (slice + 1) * space, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+        store(z + i, fma(load(x + i, width) - mean, scale, bias), width);
+        store(g + i, load(given + i, width), width);
+      });
     }
+    pass_tile(op, z, g, groups * size * space);
+    backward_tile(static_cast<const A*>(g));
   });
   // The parameters' gradients: over the batch in order.
   const auto add_up = [&](const A* of_slices, void* gradient) {
