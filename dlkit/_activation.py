@@ -39,7 +39,9 @@ def activated(z: Tensor, number: int, negative_slope: float) -> Tensor:
         return F.gelu(z, approximate="none" if number == 2 else "tanh")
     if number == 7:
         return F.leaky_relu(z, negative_slope)
-    return {1: torch.relu, 4: F.silu, 5: F.hardswish, 6: F.relu6}[number](z)
+    functions: dict[int, Any] = {1: torch.relu, 4: F.silu, 5: F.hardswish, 6: F.relu6}
+    y: Tensor = functions[number](z)
+    return y
 
 
 def layer_activation(layer: torch.nn.Module) -> tuple[str, float] | None:

@@ -575,7 +575,7 @@ def _backward(
     )
     weight, bias = dense(weight), dense(bias)
     tensors = (input, known, weight, bias, mean, rstd)
-    constants = {"groups": view.groups, "group_channels": view.group_channels, "WEIGHTED": groups > 0}
+    constants: dict[str, Any] = {"groups": view.groups, "group_channels": view.group_channels, "WEIGHTED": groups > 0}
     constants["negative_slope"] = slope
     second_pass = training and grad_input is not None
     with torch.cuda.device_of(input):
