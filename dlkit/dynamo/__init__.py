@@ -114,7 +114,7 @@ def dlkit_inductor(
     report, others = _report(options)
     fused = fuse_graph(module)
     modes = list_mode_options(mode) if mode else {}
-    compiled = compile_fx(module, list(example_inputs), config_patches={**modes, **others})
+    compiled: Any = compile_fx(module, list(example_inputs), config_patches={**modes, **others})
     if report is not None:  # inductor may have asked for another capture instead
         report += fused
     return compiled
