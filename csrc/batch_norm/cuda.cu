@@ -385,7 +385,8 @@ __device__ __forceinline__ void store_partial(const State& state, int first, con
 template <int PackBytes>
 constexpr int batch_of = PackBytes == 16 ? 4 : 8;
 
-// Threads with 8 columns, or with doubles, need more registers than others: one resident block fewer.
+// Threads with 8 columns, or with doubles, need more registers than others: one resident block fewer. So does backward
+// of an activation.
 template <class T, int PackBytes, bool ChannelsLast>
 constexpr bool heavy = sizeof(T) > 4 || (ChannelsLast && PackBytes / sizeof(T) == 8);
 
@@ -631,26 +632,28 @@ __device__ __forceinline__ void load_gradient(const Backward& op, const Affine<A
                                               const A (&x)[PackBytes / sizeof(T)], A (&g)[PackBytes / sizeof(T)]) {
   constexpr int width = PackBytes / sizeof(T);
   widen<T, PackBytes>(grad_output, g);
-  if (op.activation == Activation::None) return;
-  A seen[width];
   const bool reads = op.y_or_residual != nullptr;
-  if (reads) widen<T, PackBytes>(known, seen);
   if constexpr (Acts) {
-    A z[width];
+    A z[width], residual[width];
+    if (reads) widen<T, PackBytes>(known, residual);
 #pragma unroll
-    for (int k = 0; k < width; ++k) z[k] = affine(x[k], k % Columns) + (reads ? seen[k] : A(0));
+    for (int k = 0; k < width; ++k) z[k] = affine(x[k], k % Columns) + (reads ? residual[k] : A(0));
     with_act<A>(op.activation, [&](auto act) {
 #pragma unroll
       for (int k = 0; k < width; ++k) g[k] = act.gradient(g[k], z[k], A(op.negative_slope));
     });
   } else {
-    if (!reads) {
+    if (op.activation != Activation::Relu) return;
+    A y[width];
+    if (reads) {
+      widen<T, PackBytes>(known, y);
+    } else {
 #pragma unroll
-      for (int k = 0; k < width; ++k) seen[k] = affine(x[k], k % Columns);
-      widen<T, PackBytes>(narrow<T, PackBytes>(seen), seen);
+      for (int k = 0; k < width; ++k) y[k] = affine(x[k], k % Columns);
+      widen<T, PackBytes>(narrow<T, PackBytes>(y), y);
     }
 #pragma unroll
-    for (int k = 0; k < width; ++k) g[k] = seen[k] <= A(0) ? A(0) : g[k];
+    for (int k = 0; k < width; ++k) g[k] = y[k] <= A(0) ? A(0) : g[k];
   }
 }
 
@@ -694,7 +697,7 @@ struct InputTerms {
 // Sum: the pass that adds up, and writes what needs no sums. Otherwise the pass that writes grad_input from `means`:
 // the two sums of each channel in batch norm, mean(wg) and mean(wg * xhat) of each group in group norm.
 template <class T, int PackBytes, bool ChannelsLast, bool Sum, bool Acts>
-__global__ void __launch_bounds__(pass_threads, heavy<T, PackBytes, ChannelsLast> ? 2 : 3)
+__global__ void __launch_bounds__(pass_threads, (heavy<T, PackBytes, ChannelsLast> ? 2 : 3) - int(Acts))
     backward_pass(const Backward op, const Walk walk, accumulate_t<T>* partial, const accumulate_t<T>* means) {
   using A = accumulate_t<T>;
   using Position = Cursor<T, PackBytes, ChannelsLast>;
