@@ -501,8 +501,8 @@ def test_inductor_drops_and_takes_options():
     torch.testing.assert_close(compiled(data(6, C))[0], Of(pre_norm)(data(6, C))[0])
 
 
-@pytest.mark.parametrize("backend", ["dlkit", "dlkit_inductor"])
-def test_autocast(backend):
+@pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])
+def test_autocast(compiler):
     """Inside of what is compiled, and around it."""
 
     def inside(m, x):
@@ -515,33 +515,33 @@ def test_autocast(backend):
         model, inputs = Of(inside).float(), [data(6, C, dtype=torch.float32)]
         with torch.autocast("cpu", torch.bfloat16, enabled=around):
             expected, _ = run(model, inputs)
-            found, fused = run(model, inputs, backend)
+            found, fused = run(model, inputs, compiler)
         assert [entry.op for entry in fused] == ["layer_norm", "layer_norm"]
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", ["dlkit", "dlkit_inductor"])
-def test_dynamic_shapes(backend):
+@pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])
+def test_dynamic_shapes(compiler):
     model, fused = Of(pre_norm), []
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True, options={"report": fused})
+    compiled = torch.compile(model, backend=compiler, fullgraph=True, dynamic=True, options={"report": fused})
     for rows in (6, 7, 12, 31):
         torch.testing.assert_close(compiled(data(rows, C)), model(data(rows, C)))
     assert [entry.op for entry in fused] == CASES["pre-norm"][1]  # once
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("backend", ["dlkit", "dlkit_inductor"])
+@pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_checkpoint(backend, p):
+def test_checkpoint(compiler, p):
     def function(m, x):
         return checkpoint(lambda x: pre_norm(m, x)[0], x, use_reentrant=False)
 
     if p == 0:
-        assert assert_same(Of(function), [data(6, C)], backend) == CASES["pre-norm"][1]
+        assert assert_same(Of(function), [data(6, C)], compiler) == CASES["pre-norm"][1]
     else:
-        found, _ = run(Of(function, p), [data(6, C)], backend)
+        found, _ = run(Of(function, p), [data(6, C)], compiler)
         expected, _ = run(Of(lambda m, x: pre_norm_of_dlkit(m, x)[0], p), [data(6, C)])
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
