@@ -26,7 +26,7 @@ void backward_typed(const Backward& op) {
   if (has_few_long_rows(op)) return backward_long_rows<T>(op);
   using A = accumulate_t<T>;
   const bool nt_store = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, op.cols) &&
-                        uintptr_t(op.grad_dropped) % 64 == 0;
+                        uintptr_t(op.grad_residual) % 64 == 0;
   const auto [blocks, tiles] = cut(op);
   const bool has_weight = op.grad_weight != nullptr, has_bias = op.grad_bias != nullptr;
   const int64_t periods = op.rows / op.period, parameters = op.period * op.cols;

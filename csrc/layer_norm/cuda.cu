@@ -72,7 +72,7 @@ bool wide(const Backward& op, int64_t element) {
   return op.cols * element % 16 == 0 && wide_rows(op.x, op.x_stride, element, op.rows) &&
          wide_rows(op.grad_output, op.grad_output_stride, element, op.rows) &&
          wide_rows(op.grad_sum, op.grad_sum_stride, element, op.rows) &&
-         are_aligned(16, op.weight, op.grad_input, op.grad_dropped);
+         are_aligned(16, op.weight, op.grad_input, op.grad_residual);
 }
 
 // Calls f(T(), std::integral_constant<int, PackBytes>()).

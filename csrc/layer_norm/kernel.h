@@ -7,9 +7,10 @@
 //   rstd = 1 / sqrt(mean((sum - mean)^2) + eps)
 //   y    = xhat * weight + bias
 //
-//   wdy        = grad_output * weight
-//   grad_input = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + grad_sum      (no mean(wdy) for RMSNorm)
-//   grad_weight = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
+//   wdy           = grad_output * weight
+//   grad_residual = rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)) + grad_sum      (no mean(wdy) for RMSNorm)
+//   grad_input    = grad_residual, or drop(grad_residual) with op.dropout
+//   grad_weight   = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
 //
 // Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that
 // the element type itself has. weight, bias and their gradients are [period, cols]: row r takes row r % period, which
@@ -51,16 +52,16 @@ struct Backward {
   const void* rstd;      // [rows] of accumulate
   const void* weight;    // [period, cols] or null
   void* grad_input;      // or null
+  void* grad_residual;   // exactly where dropout is active; null otherwise, since it is grad_input
   void* grad_weight;     // [period, cols] of parameter_dtype, or null
   void* grad_bias;       // [period, cols] of parameter_dtype, or null
   void* partials;        // backward_partials_*() bytes, 64-byte aligned; null where that is 0
   int64_t rows, cols;
   int64_t grad_output_stride, grad_sum_stride, x_stride;
-  DType dtype;            // of grad_output, grad_sum, x and grad_input
+  DType dtype;            // of grad_output, grad_sum, x, grad_input and grad_residual
   DType parameter_dtype;  // of weight, grad_weight and grad_bias: dtype or F32
   bool rms;
-  FusedDropout dropout;  // forward's, where can_drop_*() says yes; then, with grad_input:
-  void* grad_dropped;    // gradient of the x that was dropped, drop(grad_input), where that of the sum is grad_input
+  FusedDropout dropout;  // forward's; only with grad_input, and where can_drop_*() says yes
   int64_t period = 1;
 };
 

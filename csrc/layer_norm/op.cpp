@@ -213,9 +213,9 @@ DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, cons
   const Rows x = as_rows(input, norm.ndim());
   const Tensor w = contiguous_or_undefined(norm.weight);
   const Device device(input);
-  auto [grad_sum, grad_weight, grad_bias] =
+  auto [grad_residual, grad_weight, grad_bias] =
       empty_gradients(norm, {output_mask[0] || output_mask[1], output_mask[2], output_mask[3]});
-  Tensor grad_dropped;
+  Tensor grad_input;
   const auto [rows, cols] = shape_of(input, norm.ndim());
   Backward op{.grad_output = dy.data(),
               .grad_sum = ds.data(),
@@ -223,7 +223,8 @@ DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, cons
               .mean = data_or_null(upstream.mean),
               .rstd = upstream.rstd.const_data_ptr(),
               .weight = data_or_null(w),
-              .grad_input = mutable_data_or_null(grad_sum),
+              .grad_input = mutable_data_or_null(grad_residual),
+              .grad_residual = nullptr,
               .grad_weight = mutable_data_or_null(grad_weight),
               .grad_bias = mutable_data_or_null(grad_bias),
               .partials = nullptr,
@@ -235,17 +236,17 @@ DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, cons
               .dtype = dtype_of(input.scalar_type()),
               .parameter_dtype = dtype_of(norm.parameters()),
               .rms = norm.rms,
-              .dropout = {},
-              .grad_dropped = nullptr};
+              .dropout = {}};
   const bool drops = has(rng_state) && output_mask[0];
   if (drops && cols > 0 && can_drop(device, op)) {
-    grad_dropped = at::empty(input.sizes(), input.options());
+    grad_input = at::empty(input.sizes(), input.options());
     op.dropout = fused_dropout(p, source_of(*rng_state, input), nullptr);
-    op.grad_dropped = grad_dropped.mutable_data_ptr();
+    op.grad_residual = op.grad_input;
+    op.grad_input = grad_input.mutable_data_ptr();
   }
   if (cols > 0) run_with_partials(device, op, input);
-  if (drops && !grad_dropped.defined()) grad_dropped = dropout::drop_again(grad_sum, *rng_state, p);
-  return {std::move(grad_dropped), output_mask[1] ? std::move(grad_sum) : Tensor(), std::move(grad_weight),
+  if (drops && !grad_input.defined()) grad_input = dropout::drop_again(grad_residual, *rng_state, p);
+  return {std::move(grad_input), output_mask[1] ? std::move(grad_residual) : Tensor(), std::move(grad_weight),
           std::move(grad_bias)};
 }
 
@@ -368,10 +369,10 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
                              saved);
     }
     static const auto op = find_op<decltype(dropped_backward_meta)>("dropout_layer_norm_backward");
-    auto [grad_dropped, grad_residual, grad_weight, grad_bias] =
+    auto [grad_input, grad_residual, grad_weight, grad_bias] =
         op.call(grad_output, grad_sum, saved[Input], saved[Mean], saved[Rstd], saved[Weight], b, saved[RngState], p,
                 normalized_ndim, {task_should_compute_output(0), task_should_compute_output(1), wanted[1], wanted[2]});
-    return {grad_dropped, grad_residual, grad_weight, grad_bias};
+    return {grad_input, grad_residual, grad_weight, grad_bias};
   }
 
   // torch's own backward of the same function.

@@ -538,7 +538,7 @@ void step(const Step& op) {
   if (op.found_inf != nullptr && *op.found_inf != 0) return;
   double factor = 1;
   if (op.grad_scale != nullptr) factor /= double(*op.grad_scale);
-  if (op.grad_norm != nullptr) factor *= clip_coefficient(read(op.grad_norm, op.norm_type), op.max_norm);
+  if (op.grad_norm != nullptr) factor *= clip_coefficient(read(op.grad_norm, op.norm_dtype), op.max_norm);
   parallel_for(op.first_block[op.tensor_count], kGrainBlocks, [&](int64_t first, int64_t last) {
     for_blocks(op.tensors, op.first_block, op.tensor_count, first, last, [&](int64_t i, int64_t begin, int64_t end) {
       const Tensor& tensor = op.tensors[i];
@@ -566,7 +566,7 @@ void norm(const Norm& op) {
   double sum = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += op.partials[chunk];
   const double root = std::sqrt(sum);
-  if (op.norm_type == DType::F64) {
+  if (op.norm_dtype == DType::F64) {
     *static_cast<double*>(op.norm) = root;
   } else {
     *static_cast<float*>(op.norm) = float(root);
@@ -574,7 +574,7 @@ void norm(const Norm& op) {
 }
 
 void clip(const Clip& op) {
-  const double factor = clip_coefficient(read(op.norm, op.norm_type), op.max_norm);
+  const double factor = clip_coefficient(read(op.norm, op.norm_dtype), op.max_norm);
   if (factor == 1) return;
   parallel_for(op.first_block[op.count], kGrainBlocks, [&](int64_t first, int64_t last) {
     for_blocks(op.grads, op.first_block, op.count, first, last, [&](int64_t i, int64_t begin, int64_t end) {

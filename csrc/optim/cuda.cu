@@ -59,7 +59,7 @@ void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk,
   common.found_inf = op.found_inf;
   common.max_norm = op.max_norm;
   common.seed = op.seed;
-  common.norm_type = op.norm_type;
+  common.norm_dtype = op.norm_dtype;
   common.write_grads = op.write_grads;
 
   MultiTensorLauncher<StepCommon> launcher(
@@ -102,7 +102,7 @@ void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk,
                 are_aligned(std::min<size_t>(16, std::max<size_t>(1, width * element_bytes[slot])), arrays.at[slot]);
     }
     const uint32_t bits = uint32_t(records - 1) | (aligned ? kAligned : 0) |
-                          (tensor.step_type == DType::F64 ? kDoubleStep : 0) |
+                          (tensor.step_dtype == DType::F64 ? kDoubleStep : 0) |
                           uint32_t(tensor.grad_dtype) << kGradShift;
     uint64_t* entry = launcher.add(divide_up(tensor.numel, chunk), bits);
     entry[1] = uint64_t(tensor.numel);
@@ -139,7 +139,7 @@ void advance_counters(const Step& op, void* stream) {
     const Tensor& tensor = op.tensors[i];
     if (tensor.step == nullptr) continue;
     if (launcher.is_full()) launcher.flush();
-    *launcher.add(0, 0) = reinterpret_cast<uint64_t>(tensor.step) | (tensor.step_type == DType::F64 ? 1 : 0);
+    *launcher.add(0, 0) = reinterpret_cast<uint64_t>(tensor.step) | (tensor.step_dtype == DType::F64 ? 1 : 0);
   }
   launcher.flush();
 }
@@ -210,7 +210,7 @@ void norm_cuda(const Norm& op, void* stream) {
     });
   }
   launch("optim_grad_norm", finish_norm, dim3(1), dim3(1024), 0, stream, op.partials, norm_partials_cuda(op), op.norm,
-         op.norm_type);
+         op.norm_dtype);
 }
 
 void clip_cuda(const Clip& op, void* stream) {
@@ -218,7 +218,7 @@ void clip_cuda(const Clip& op, void* stream) {
   for (const DType dtype : kDTypes) {
     with_type(dtype, [&](auto type) {
       using T = decltype(type);
-      launch_grads<T>(op.grads, op.count, dtype, ClipCommon{op.norm, op.norm_type, op.max_norm}, chunk,
+      launch_grads<T>(op.grads, op.count, dtype, ClipCommon{op.norm, op.norm_dtype, op.max_norm}, chunk,
                       {"optim_clip_grads_", scale_grads<T, 16, kArgumentBytes>, scale_grads<T, 16, kFewArgumentBytes>},
                       stream);
     });

@@ -58,7 +58,7 @@ struct Tensor {
   int32_t group;
   DType dtype;       // of param
   DType grad_dtype;  // any where dtype is not F64, but F64; else F64
-  DType step_type;   // F32 or F64
+  DType step_dtype;  // F32 or F64
   StateType state_type;
 };
 
@@ -73,7 +73,7 @@ struct Step {
   double max_norm;
   uint64_t seed;  // of all stochastic rounding; see stochastic_block() in math.h
   Algorithm algorithm;
-  DType norm_type;   // of grad_norm: F32 or F64
+  DType norm_dtype;  // of grad_norm: F32 or F64
   bool write_grads;  // write g back, before weight decay and the sign of maximize
 };
 
@@ -91,7 +91,7 @@ struct Norm {
   int64_t count;
   double* partials;  // [norm_partials_*()]
   void* norm;        // one value
-  DType norm_type;   // F32 or F64
+  DType norm_dtype;  // F32 or F64
 };
 
 // grad = grad * min(1, max_norm / (norm + 1e-6)); untouched where that is 1.
@@ -100,7 +100,7 @@ struct Clip {
   const int64_t* first_block;
   int64_t count;
   const void* norm;
-  DType norm_type;
+  DType norm_dtype;
   double max_norm;
 };
 

@@ -9,8 +9,8 @@
 namespace dlkit::optim {
 
 // A norm, F32 or F64.
-DLKIT_HOST_DEVICE double read(const void* scalar, DType type) {
-  return type == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
+DLKIT_HOST_DEVICE double read(const void* scalar, DType dtype) {
+  return dtype == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
 }
 
 // A tensor's hyperparameters as the formulas want them, computed in fp64 and rounded once.

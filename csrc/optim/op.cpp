@@ -146,7 +146,7 @@ void step(Algorithm algorithm, const Lists& lists, const Settings& settings) {
   op.grad_scale = static_cast<const float*>(data_or_null(settings.grad_scale));
   op.found_inf = static_cast<const float*>(data_or_null(settings.found_inf));
   op.grad_norm = data_or_null(settings.grad_norm);
-  if (has(settings.grad_norm)) op.norm_type = dtype_of(settings.grad_norm->scalar_type());
+  if (has(settings.grad_norm)) op.norm_dtype = dtype_of(settings.grad_norm->scalar_type());
 
   const auto on_host = [&](const Tensor& step) { return kHost || step.device() != first.device(); };
   if (op.found_inf != nullptr && !lists.steps.empty() && on_host(lists.steps[0])) {
@@ -165,13 +165,13 @@ void step(Algorithm algorithm, const Lists& lists, const Settings& settings) {
     arranger.begin(lists.params[i], coded);
     tensor.param = arranger.place(lists.params[i], true);
     // Kernels read any gradient of up to 32 bits beside any such parameter.
-    const at::ScalarType grad_type = c10::toRealValueType(lists.grads[i].scalar_type());
+    const at::ScalarType grad_dtype = c10::toRealValueType(lists.grads[i].scalar_type());
     std::optional<at::ScalarType> as;
-    if (grad_type != arranger.type() && (grad_type == at::kDouble || arranger.type() == at::kDouble)) {
+    if (grad_dtype != arranger.type() && (grad_dtype == at::kDouble || arranger.type() == at::kDouble)) {
       as = arranger.type() == at::kDouble ? at::kDouble : at::kFloat;  // not 16 bits, which would round it more
     }
     tensor.grad = arranger.place(lists.grads[i], settings.write_grads, as);
-    tensor.grad_dtype = dtype_of(as.value_or(grad_type));
+    tensor.grad_dtype = dtype_of(as.value_or(grad_dtype));
     tensor.dtype = dtype_of(arranger.type());
     tensor.state_type = StateType(tensor.dtype);
     for (int s = 0; s < kStates; ++s) {
@@ -189,7 +189,7 @@ void step(Algorithm algorithm, const Lists& lists, const Settings& settings) {
     tensor.bias_correction1 = tensor.bias_correction2 = 1;
     if (!lists.steps.empty() && !on_host(lists.steps[i])) {
       tensor.step = lists.steps[i].mutable_data_ptr();
-      tensor.step_type = dtype_of(lists.steps[i].scalar_type());
+      tensor.step_dtype = dtype_of(lists.steps[i].scalar_type());
     }
   }
   if (!lists.steps.empty()) {  // from here on nothing raises
@@ -241,7 +241,7 @@ Tensor norm(TensorList grads) {
           .count = int64_t(arrays.size()),
           .partials = nullptr,
           .norm = result.mutable_data_ptr(),
-          .norm_type = wide ? DType::F64 : DType::F32};
+          .norm_dtype = wide ? DType::F64 : DType::F32};
   const Tensor sums = at::empty({partials(device, op)}, options.dtype(at::kDouble));
   op.partials = sums.mutable_data_ptr<double>();
   run(device, op);
@@ -257,7 +257,7 @@ void clip_(TensorList grads, const Tensor& grad_norm, double max_norm) {
                 .first_block = first_block.data(),
                 .count = int64_t(arrays.size()),
                 .norm = grad_norm.const_data_ptr(),
-                .norm_type = dtype_of(grad_norm.scalar_type()),
+                .norm_dtype = dtype_of(grad_norm.scalar_type()),
                 .max_norm = max_norm};
   run(Device(grads[0]), op);
   arranger.finish();

@@ -113,8 +113,8 @@ def optim_step_kernel_(
             wide = [row[column] for column in (PARAM, GRAD, *range(STATE, STATE + 3), REMAINDER, EMA)]
             vec, align = vector(narrow, arranger.numel, wide)
             row[NUMEL] = arranger.numel // vec
-            step_type = steps[i].dtype if on_device else None
-            key = (groups[i], correction1, correction2, dtype, grad_dtype, state_dtype, step_type, vec, align)
+            step_dtype = steps[i].dtype if on_device else None
+            key = (groups[i], correction1, correction2, dtype, grad_dtype, state_dtype, step_dtype, vec, align)
             launches.setdefault(key, []).append(row)
 
     for step, t in zip(steps, counted_steps, strict=False):
@@ -122,7 +122,7 @@ def optim_step_kernel_(
     with torch.cuda.device_of(params[0]):
         tables = []
         for key, rows in launches.items():
-            group, correction1, correction2, dtype, grad_dtype, state_dtype, step_type, vec, align = key
+            group, correction1, correction2, dtype, grad_dtype, state_dtype, step_dtype, vec, align = key
             table, chunks = table_of(rows, vec, device)
             own = of_group[group]
             numbers = [
@@ -131,7 +131,7 @@ def optim_step_kernel_(
             ]  # fmt: skip
             rounds = seed is not None
             maps = dynamic_maps(device) if state_dtype == torch.uint8 else None
-            counted = None if step_type is None else TYPE[step_type]
+            counted = None if step_dtype is None else TYPE[step_dtype]
             kernels.step[(chunks,)](
                 table, len(rows), maps, lr[group] if lr else None, grad_norm, grad_scale, found_inf,
                 *map(bits_of, numbers), seed or 0,

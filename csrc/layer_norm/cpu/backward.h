@@ -122,7 +122,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
     place = 0;
   }
   const T *x[kRows], *grad_output[kRows], *grad_sum[kRows];
-  T* grad_input[kRows];
+  T* grad_residual[kRows];  // grad_input where there is no dropout
   A mean[kRows], rstd[kRows], mean_wdy[kRows], slope[kRows];
 #pragma GCC unroll 4  // so that the arrays are registers
   for (int r = 0; r < kRows; ++r) {
@@ -130,7 +130,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
     x[r] = all_x + row * op.x_stride;
     grad_output[r] = all_grad_output + row * op.grad_output_stride;
     grad_sum[r] = at<const T>(op.grad_sum, row * op.grad_sum_stride);
-    grad_input[r] = at<T>(op.grad_input, row * cols);
+    grad_residual[r] = at<T>(drop ? op.grad_residual : op.grad_input, row * cols);
     mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
     rstd[r] = static_cast<const A*>(op.rstd)[row];
     mean_wdy[r] = input ? found->mean_wdy[place + r] : A(0);
@@ -162,10 +162,10 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) dx[r] += load(grad_sum[r] + i, width);
       }
-      inputs.write(dx, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input[r] + i; });
+      inputs.write(dx, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return grad_residual[r] + i; });
       if (drop) {
         const int64_t element = first * cols + i;
-        T* const dropped = static_cast<T*>(op.grad_dropped) + element;
+        T* const dropped = static_cast<T*>(op.grad_input) + element;
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           dx[r] = select<A>(bits.template lanes<A>(element + r * cols), dx[r] * broadcast<A>(A(op.dropout.scale)),

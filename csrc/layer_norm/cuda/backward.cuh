@@ -109,16 +109,16 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
         const unsigned char* slot = from + i * Lanes * PackBytes + phase(op.grad_sum, row, op.grad_sum_stride);
         widen<T, PackBytes>(load<PackBytes>(slot + 2 * tensor_bytes), grad_sum);
       }
-      const Pack<PackBytes> grad_input = gradients(i).input(means, rstd, grad_sum);
-      store<PackBytes>(static_cast<T*>(op.grad_input) + row * op.cols + at * width, grad_input);
+      const Pack<PackBytes> grad_residual = gradients(i).input(means, rstd, grad_sum);
+      const int64_t element = row * op.cols + at * width;
+      store<PackBytes>(static_cast<T*>(Drop ? op.grad_residual : op.grad_input) + element, grad_residual);
       if constexpr (Drop) {
-        const int64_t element = row * op.cols + at * width;
         const uint32_t keep = keep_pack(op.dropout, read(op.dropout.source), element);
         A dropped[width];
-        widen<T, PackBytes>(grad_input, dropped);
+        widen<T, PackBytes>(grad_residual, dropped);
 #pragma unroll
         for (int k = 0; k < width; ++k) dropped[k] = keep >> k & 1 ? dropped[k] * A(op.dropout.scale) : A(0);
-        store<PackBytes>(static_cast<T*>(op.grad_dropped) + element, narrow<T, PackBytes>(dropped));
+        store<PackBytes>(static_cast<T*>(op.grad_input) + element, narrow<T, PackBytes>(dropped));
       }
     }
   }

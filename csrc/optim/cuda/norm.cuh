@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) metadata.common.partials[int64_t(metadata.words[entry + 3]) + chunk] = sums[0];
 }
 
-__global__ void __launch_bounds__(1024) finish_norm(const double* partials, int64_t count, void* norm, DType type) {
+__global__ void __launch_bounds__(1024) finish_norm(const double* partials, int64_t count, void* norm, DType dtype) {
   __shared__ double exchange[32][1];
   double sums[1] = {0};
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < count; i += 1024) sums[0] += partials[i];
   group_sum<1024>(sums, exchange);
   if (threadIdx.x != 0) return;
-  if (type == DType::F64) {
+  if (dtype == DType::F64) {
     *static_cast<double*>(norm) = sqrt(sums[0]);
   } else {
     *static_cast<float*>(norm) = float(sqrt(sums[0]));
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(1024) finish_norm(const double* partials, int6
 
 struct ClipCommon {
   const void* norm;
-  DType norm_type;
+  DType norm_dtype;
   double max_norm;
 };
 
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), batch = 4;
   const ClipCommon& common = metadata.common;
-  const double coefficient = clip_coefficient(read(common.norm, common.norm_type), common.max_norm);
+  const double coefficient = clip_coefficient(read(common.norm, common.norm_dtype), common.max_norm);
   if (coefficient == 1) return;
   const A factor = A(coefficient);
   const int entry = find_entry(metadata, blockIdx.x);

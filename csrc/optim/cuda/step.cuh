@@ -27,7 +27,7 @@ struct StepCommon {
   const float* found_inf;
   double max_norm;
   uint64_t seed;
-  DType norm_type;
+  DType norm_dtype;
   bool write_grads;
   int8_t slot[kSlots];  // the word of an entry that holds this array, or -1: no tensor of the launch has it
   Record records[records_that_fit];
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
     double factor = 1;
     if (common.grad_scale != nullptr) factor /= double(*common.grad_scale);
     if (common.grad_norm != nullptr) {
-      factor *= clip_coefficient(read(common.grad_norm, common.norm_type), common.max_norm);
+      factor *= clip_coefficient(read(common.grad_norm, common.norm_dtype), common.max_norm);
     }
     const double lr = record.group.lr_pointer != nullptr ? double(*record.group.lr_pointer) : record.group.lr;
     double bias_correction1 = record.bias_correction1, root_bias_correction2 = record.root_bias_correction2;

@@ -135,12 +135,12 @@ struct Absent {};
 
 // Calls f(G()): G the gradient's type beside a parameter of T.
 template <class T, class F>
-__device__ __forceinline__ void with_grad_type(DType type, const F& f) {
+__device__ __forceinline__ void with_grad_dtype(DType dtype, const F& f) {
   if constexpr (std::is_same_v<T, double>) {
     f(double());
-  } else if (type == DType::F32) {
+  } else if (dtype == DType::F32) {
     f(float());
-  } else if (type == DType::BF16) {
+  } else if (dtype == DType::BF16) {
     f(BFloat16());
   } else {
     f(Float16());
@@ -154,8 +154,8 @@ struct Grads {
   accumulate_t<T> parts[Width / Part][Part];
 
   template <bool Full>
-  __device__ __forceinline__ void load_from(const void* from, DType type, int at, int present) {
-    with_grad_type<T>(type, [&](auto kind) {
+  __device__ __forceinline__ void load_from(const void* from, DType dtype, int at, int present) {
+    with_grad_dtype<T>(dtype, [&](auto kind) {
       Packs<decltype(kind), Width, Part> packs;
       packs.template load_from<Full>(static_cast<const decltype(kind)*>(from) + at, present);
 #pragma unroll
@@ -163,8 +163,8 @@ struct Grads {
     });
   }
   template <bool Full>
-  __device__ __forceinline__ void store_to(void* to, DType type, int at, int present) const {
-    with_grad_type<T>(type, [&](auto kind) {
+  __device__ __forceinline__ void store_to(void* to, DType dtype, int at, int present) const {
+    with_grad_dtype<T>(dtype, [&](auto kind) {
       Packs<decltype(kind), Width, Part> packs;
 #pragma unroll
       for (int i = 0; i < Width / Part; ++i) packs.narrow_from(parts[i], i);
