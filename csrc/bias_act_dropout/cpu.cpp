@@ -125,7 +125,7 @@ void for_chunks(int64_t numel, const F& f) {
 }  // namespace
 
 void forward(const CpuForward& op) {
-  write_state(read(op.dropout.source), op.dropout.state);
+  write_state(read(op.dropout.source), op.dropout.rng_state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const bool stream = should_stream<T>(op.y, op.rows, op.cols);

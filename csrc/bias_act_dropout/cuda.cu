@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(threads) forward_elements(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int Count = count_of<PackBytes>;
   const PhiloxState state = op.dropout.active ? read(op.dropout.source) : PhiloxState{};
-  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.dropout.state);
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.dropout.rng_state);
   const A* const bias = static_cast<const A*>(op.bias);
   const A scale = A(op.dropout.scale);
   const int64_t numel = op.rows * op.cols;

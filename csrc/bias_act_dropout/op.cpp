@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bi
     op.dropout.source = source_of(*rng_state, input);
   } else if (draws) {
     op.dropout.source = draw(device, input, generator);
-    op.dropout.state = drawn.mutable_data_ptr<int64_t>();
+    op.dropout.rng_state = drawn.mutable_data_ptr<int64_t>();
   }
   run(device, op, bits_in(drawn, input.numel(), has(rng_state)));
   return {std::move(y), std::move(drawn)};

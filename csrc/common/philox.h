@@ -51,7 +51,7 @@ DLKIT_HOST_DEVICE void write_state(const PhiloxState& state, int64_t* output) {
 // A dropout as a part of another op: keep ? x * scale : 0.
 struct FusedDropout {
   PhiloxSource source{};
-  int64_t* state = nullptr;  // [2]: receives what was read from source; or null
+  int64_t* rng_state = nullptr;  // [2]: receives what was read from source; or null
   uint64_t threshold = 0;
   double scale = 1;
   bool active = false;

@@ -113,8 +113,8 @@ void drop_blocks(const DropBlock2d& op) {
     dropped += marked;
   });
   if (!op.known) {
-    write_state(state, op.state);
-    op.state[2] = dropped;
+    write_state(state, op.rng_state);
+    op.rng_state[2] = dropped;
   }
   const double scale = scale_of(op);
   with_data_type(op.dtype, [&](auto type) {

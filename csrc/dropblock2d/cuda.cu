@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(threads, 4) mark(const DropBlock2d op, int64_t
     }
   }
   if (op.known) return;
-  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.state);
-  if (fresh > 0) atomicAdd(reinterpret_cast<unsigned long long*>(op.state + 2), fresh);
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.rng_state);
+  if (fresh > 0) atomicAdd(reinterpret_cast<unsigned long long*>(op.rng_state + 2), fresh);
 }
 
 template <class T, int PackBytes, int Packs>

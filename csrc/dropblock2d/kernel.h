@@ -25,8 +25,8 @@ struct DropBlock2d {
   int64_t channels;       // 1: a plane's elements are adjacent. Else the planes of a sample take turns, so many of them
   int64_t size;           // from 1 to the smaller of height and width
   PhiloxSource source;
-  int64_t* state;      // [3]: seed, offset, how many elements are dropped. Zero at first where not `known`, and written
-  bool known;          // what state says, as backward does
+  int64_t* rng_state;  // [3]: seed, offset, how many elements are dropped. Zero at first where not `known`, and written
+  bool known;          // what rng_state says, as backward does
   uint64_t threshold;  // drop_threshold(the probability of a seed)
   uint32_t* dropped;   // [mask_words()], zero at first: scratch, a bit an element
   DType dtype;
@@ -35,7 +35,7 @@ struct DropBlock2d {
 DLKIT_HOST_DEVICE int64_t numel(const DropBlock2d& op) { return op.planes * op.height * op.width; }
 
 DLKIT_HOST_DEVICE double scale_of(const DropBlock2d& op) {
-  const int64_t kept = numel(op) - op.state[2];
+  const int64_t kept = numel(op) - op.rng_state[2];
   return double(numel(op)) / double(kept > 0 ? kept : 1);
 }
 

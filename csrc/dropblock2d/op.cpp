@@ -40,8 +40,8 @@ double seed_probability(double p, int64_t height, int64_t width, const Corners& 
 
 Tensor new_rng_state(const Tensor& input) { return at::zeros({3}, empty_rng_state(input).options()); }
 
-// `drawn`: seed and offset where they are given; `state` receives or, where it is known, gives all three numbers. Other
-// layouts than the two fast ones go through contiguous memory.
+// `drawn`: seed and offset where they are given; `rng_state` receives or, where it is known, gives all three numbers.
+// Other layouts than the two fast ones go through contiguous memory.
 template <class Device>
 void run(const Device& device, const Tensor& input, Tensor& output, double p, int64_t block_size,
          const OptionalTensor& drawn, const Tensor& rng_state, bool known, const OptionalGenerator& generator) {
@@ -67,7 +67,7 @@ void run(const Device& device, const Tensor& input, Tensor& output, double p, in
   } else if (seeds < 1) {
     op.source = draw(device, input, generator);
   }
-  op.state = rng_state.mutable_data_ptr<int64_t>();
+  op.rng_state = rng_state.mutable_data_ptr<int64_t>();
   op.known = known;
   const Tensor bits = at::zeros({mask_words(op)}, input.options().dtype(at::kInt));
   op.dropped = reinterpret_cast<uint32_t*>(bits.mutable_data_ptr<int32_t>());

@@ -329,7 +329,7 @@ bool should_stream(const Dropout& op) {
 
 void drop(const CpuDropout& op) {
   const PhiloxState state = read(op.source);
-  write_state(state, op.state);
+  write_state(state, op.rng_state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const bool nt_store = should_stream<T>(op);

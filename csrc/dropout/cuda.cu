@@ -24,7 +24,7 @@ constexpr int threads = 256, warps = threads / 32;
 
 __device__ __forceinline__ PhiloxState begin(const Dropout& op) {
   const PhiloxState state = read(op.source);
-  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.state);
+  if (blockIdx.x == 0 && threadIdx.x == 0) write_state(state, op.rng_state);
   return state;
 }
 

@@ -33,7 +33,7 @@ struct Dropout {
   int64_t numel;
   int64_t inner;  // at least 1
   PhiloxSource source;
-  int64_t* state;      // [2]: receives the seed and the offset that were read from source; or null
+  int64_t* rng_state;  // [2]: receives the seed and the offset that were read from source; or null
   uint64_t threshold;  // drop_threshold(p)
   double scale, shift, dropped;
   DType dtype;

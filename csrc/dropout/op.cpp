@@ -99,7 +99,7 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
                    .numel = x.numel(),
                    .inner = layout.inner,
                    .source = source,
-                   .state = rng_state,
+                   .rng_state = rng_state,
                    .threshold = drop_threshold(form.p),
                    .scale = form.scale,
                    .shift = form.shift,

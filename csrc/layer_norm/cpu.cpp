@@ -56,7 +56,7 @@ void backward_typed(const Backward& op) {
 }  // namespace
 
 void forward(const Forward& op) {
-  write_state(read(op.dropout.source), op.dropout.state);
+  write_state(read(op.dropout.source), op.dropout.rng_state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     op.residual != nullptr ? forward_typed<T, true>(op) : forward_typed<T, false>(op);

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, forward_resident<T, PackByt
   constexpr int width = PackBytes / sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
   __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
   const int lane = threadIdx.x % Lanes;
-  if (Drop && blockIdx.x == 0 && threadIdx.x == 0) write_state(read(op.dropout.source), op.dropout.state);
+  if (Drop && blockIdx.x == 0 && threadIdx.x == 0) write_state(read(op.dropout.source), op.dropout.rng_state);
   for (int64_t first = int64_t(blockIdx.x) * rows_per_block; first < op.rows;
        first += int64_t(gridDim.x) * rows_per_block) {
     const int64_t row = first + threadIdx.x / Lanes;
