@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from dlkit import functional
+
 _ops = torch.ops.dlkit
 
 # The ops that have shardings, and those that have a rule.
@@ -122,6 +124,12 @@ def _sum_over(data: Any) -> Any:
 
 def _wanted(results: list[Any], given: dict[str, Any]) -> list[Any]:
     return [placement if wanted else None for placement, wanted in zip(results, given["output_mask"], strict=True)]
+
+
+# An op may have its shardings in the file of its function: SHARDINGS, {kernel op: a function as those above}.
+for _file in list(vars(functional).values()):
+    for _name, _shardings in getattr(_file, "SHARDINGS", {}).items():
+        _sharding(_name)(_shardings)
 
 
 # Rules.

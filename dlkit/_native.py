@@ -1,6 +1,6 @@
 """dlkit's ops in torch's own terms: what exported and traced programs hold, so that they run where dlkit is not.
 
-Signatures are those of the ops' schemas.
+Signatures are those of the ops' schemas. An op may have its form in its own file, and give it to dlkit._ops.op.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def dropout(
     generator: torch.Generator | None = None,
     stream: Tensor | None = None,
 ) -> Tensor:
-    _refuse_generator(generator, stream)
+    refuse_generator(generator, stream)
     if mask_ndim == -1:
         return (torch.alpha_dropout if alpha else torch.dropout)(input, p, training)
     drop = torch.feature_alpha_dropout if alpha else torch.feature_dropout
@@ -120,21 +120,6 @@ def bias_act_dropout(
     x = input if bias is None else input + bias
     y = activated(x, activation, 0.0).to(input.dtype)
     return y if p == 0 else dropout(y, p, -1, False, generator=generator, stream=stream)
-
-
-def dropblock2d(input: Tensor, p: float, block_size: int, *, generator: Any, stream: Any) -> Tensor:
-    _refuse_generator(generator, stream)
-    height, width = input.shape[2:]
-    size = min(block_size, height, width)
-    rows, columns = height - size + 1, width - size + 1
-    probability = p / size**2 * height * width / (rows * columns)
-    seeds = (torch.rand_like(input[:, :, :rows, :columns], dtype=torch.float32) < probability).float()
-    keep = F.max_pool2d(F.pad(seeds, [size - 1] * 4), size, 1) == 0
-    return torch.where(keep, input * (keep.numel() / keep.sum().clamp(min=1)), 0.0)
-
-
-def dropblock2d_(input: Tensor, *args: Any, **generators: Any) -> None:
-    input.copy_(dropblock2d(input, *args, **generators))
 
 
 def cross_entropy(
@@ -171,7 +156,7 @@ def linear_cross_entropy(
     return cross_entropy(F.linear(input, linear_weight, linear_bias), target, *args)
 
 
-def _refuse_generator(generator: torch.Generator | None, stream: Tensor | None) -> None:
+def refuse_generator(generator: torch.Generator | None, stream: Tensor | None) -> None:
     if generator is not None or stream is not None:
         raise RuntimeError(
             "an exported or traced program draws from torch's default generator: leave generator out, and "

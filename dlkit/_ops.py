@@ -23,15 +23,18 @@ def _serve_dtensors() -> None:
 _serve_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # TorchDynamo calls it while it traces
 
 
-def op(name: str) -> Callable[..., Any]:
+def op(name: str, native: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """``torch.ops.dlkit.<name>``, its arguments by position in the schema's order, keyword-only ones too.
 
     A call costs 1.5 us less than by ``torch.ops`` (csrc/glue/call.cpp). TorchDynamo cannot look into a C function and
     gets the overload itself. Programs that torch.export, torch.jit.trace and torch.onnx make are for other places,
-    where dlkit may not be: they get torch's own ops (dlkit._native). So do the weights of
-    :func:`torch.nn.utils._per_sample_grad.call_for_per_sample_grads`, which know only those.
+    where dlkit may not be: they get ``native``, the same in torch's own ops, by default dlkit._native's function of
+    that name. So do the weights of :func:`torch.nn.utils._per_sample_grad.call_for_per_sample_grads`, which know only
+    those.
     """
     overload = getattr(torch.ops.dlkit, name).default
+    if native is not None:
+        setattr(_native, name, native)  # for whoever asks for the op again
     native = getattr(_native, name)
     arguments = overload._schema.arguments
     keywords = [argument.name for argument in arguments if argument.kwarg_only]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from support import of_ops
 
 import dlkit
 import dlkit.functional as fused
@@ -15,7 +16,6 @@ X = torch.linspace(-2, 3, 120).sin().view(4, 6, 5) * torch.arange(1.0, 6)
 ROW, CHANNELS = torch.ones(5), torch.ones(6)
 STATS, ROW_STATS = torch.ones(6), torch.ones(4, 6, 1)
 STATE = torch.tensor([3, 4])
-PLANES = torch.ones(2, 3, 6, 6)
 COUNTER = torch.tensor(0)
 CLASSES, ROWS, WEIGHT = torch.tensor([[1, 0, 5, 2, 3]] * 4), torch.ones(2, 20), torch.ones(6, 3)
 FEATURES, LABELS = X[0, :, :3], torch.arange(6)
@@ -51,11 +51,6 @@ CALLS = {
     "bias_act_dropout": (X, ROW, 1, 0.5, None, STATE),
     "bias_act_dropout_forward": (X, ROW, STATE, 1, 0.5, None),
     "bias_act_dropout_backward": (X, X, ROW, STATE, 1, 0.5, True),
-    "dropblock2d": (PLANES, 0.5, 2, None, STATE),
-    "dropblock2d_": (PLANES, 0.5, 2, None, STATE),
-    "dropblock2d_forward": (PLANES, STATE, 0.5, 2, None),
-    "dropblock2d_forward_": (PLANES, STATE, 0.5, 2, None),
-    "dropblock2d_apply": (PLANES, torch.tensor([3, 4, 9]), 0.5, 2),
     "cross_entropy": (X, CLASSES, CHANNELS, *LOSS, False, False),
     "cross_entropy_forward": (X, CLASSES, CHANNELS, *LOSS, False),
     "cross_entropy_backward": (torch.ones(()), X, CLASSES, CHANNELS, ROWS, torch.ones(2), *LOSS),
@@ -63,7 +58,7 @@ CALLS = {
     "linear_cross_entropy": (FEATURES, WEIGHT, LABELS, CHANNELS, CHANNELS, *LOSS, False),
     "linear_cross_entropy_forward": (FEATURES, WEIGHT, LABELS, CHANNELS, CHANNELS, *LOSS, False, [True] * 3),
     "linear_cross_entropy_backward": (CHANNELS, FEATURES, WEIGHT, LABELS, CHANNELS, CHANNELS, *LOSS[1:], [True] * 3),
-}
+} | of_ops.table("OP_ARGUMENTS")
 
 
 def schema_of(name):

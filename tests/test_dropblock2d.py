@@ -16,6 +16,31 @@ from dlkit.random import Philox, use
 P, SEED, OFFSET = 0.3, 5, 24
 # Planes with and without whole words, several tasks of the CPU, rows wider than what is read at a time.
 SHAPES = ((3, 4, 12, 9), (2, 70, 7, 7), (5, 3, 28, 28), (1, 3, 5, 130), (1, 2, 150, 121), (2, 1, 1, 1))
+
+# Tables for tests of all ops: support/of_ops.py.
+PLANES, STATE = torch.ones(2, 3, 6, 6), torch.tensor([3, 4])
+OP_ARGUMENTS = {
+    "dropblock2d": (PLANES, 0.5, 2, None, STATE),
+    "dropblock2d_": (PLANES, 0.5, 2, None, STATE),
+    "dropblock2d_forward": (PLANES, STATE, 0.5, 2, None),
+    "dropblock2d_forward_": (PLANES, STATE, 0.5, 2, None),
+    "dropblock2d_apply": (PLANES, torch.tensor([3, 4, 9]), 0.5, 2),
+}
+OP_RANDOM = {
+    "dropblock2d": (lambda F, x, **more: F.dropblock2d(x, 0.3, 2, **more), ("NCLL",)),
+    "dropblock2d, in place": (lambda F, x, **more: F.dropblock2d(x * 1, 0.3, 2, inplace=True, **more), ("NCLL",)),
+}
+OP_LAYERS = {"DropBlock2d": ((0.4, 2), ((4, 8, 4, 4),))}
+
+
+def aot_cases(op, dtype):
+    """Counting and applying, the state drawn and given."""
+    x = torch.zeros(2, 3, 28, 28, dtype=dtype)
+    yield "forward", False, functools.partial(op.dropblock2d_forward, x, None, 0.1, 7)
+    if dtype == torch.float32:
+        yield "apply", False, functools.partial(op.dropblock2d_apply, x, torch.zeros(3, dtype=torch.int64), 0.1, 3)
+
+
 SIZES = (1, 2, 3, 7, 9, 50, 70)
 LAYOUTS = {
     "contiguous": lambda x: x,

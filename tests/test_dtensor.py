@@ -519,6 +519,18 @@ def test_nobody_waits_for_an_import():
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
+def test_shardings_in_the_file_of_a_function():
+    code = """if True:
+        import torch, dlkit
+        torch.library.define("dlkit::doubled", "(Tensor input) -> Tensor")
+        dlkit.functional._dropblock2d.SHARDINGS = {"doubled": lambda given: []}
+        from dlkit import _dtensor
+        assert "doubled" in _dtensor._sharded
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
 def test_compiled(tmp_path):
     """By a mesh of this one process: TorchDynamo's imports take seconds."""
     from torch.distributed.tensor import Shard

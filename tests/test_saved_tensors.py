@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from support import layers
 from torch.utils import checkpoint as checkpointing
 
 import dlkit
@@ -84,7 +85,6 @@ LAYERS = {
     "FeatureAlphaDropout": (PLANES, lambda: NN.FeatureAlphaDropout(0.3)),
     "DropoutAdd": (ROWS, lambda: Twice(NN.DropoutAdd(0.3))),
     "DropPath": (ROWS, lambda: NN.DropPath(0.3)),
-    "DropBlock2d": (PLANES, lambda: NN.DropBlock2d(0.3, 2)),
     "DropConnectLinear": (ROWS, lambda: NN.DropConnectLinear(FEATURES, FEATURES, p=0.3)),
     "bias_gelu_dropout": (ROWS, lambda: Function(functools.partial(F.bias_gelu_dropout, p=0.3), FEATURES)),
     "bias_relu_dropout": (ROWS, lambda: Function(functools.partial(F.bias_relu_dropout, p=0.3), FEATURES)),
@@ -100,6 +100,9 @@ LAYERS = {
     "TransformerEncoderLayer": (ROWS, lambda: Encoder(False)),
     "TransformerEncoderLayer-norm_first": (ROWS, lambda: Encoder(True)),
 }
+for name, case in layers.OF_OPS.items():
+    assert case.shapes in ((ROWS,), (PLANES,), (ROWS, ROWS), (PLANES, PLANES)), f"{name}: expected {ROWS} or {PLANES}"
+    LAYERS[name] = case.shapes[0], case.make if len(case.shapes) == 1 else lambda case=case: Twice(case.make())
 
 
 def mixing(shape):

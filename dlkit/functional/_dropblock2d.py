@@ -1,12 +1,33 @@
 """DropBlock."""
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dlkit._native import refuse_generator
 from dlkit._ops import op
 from dlkit.functional._arguments import Generator, check_flag, check_probability, check_tensors, split_generator
 
-_dropblock2d = op("dropblock2d")
-_dropblock2d_ = op("dropblock2d_")
+
+def _native(input: Tensor, p: float, block_size: int, *, generator: Any, stream: Any) -> Tensor:
+    refuse_generator(generator, stream)
+    height, width = input.shape[2:]
+    size = min(block_size, height, width)
+    rows, columns = height - size + 1, width - size + 1
+    probability = p / size**2 * height * width / (rows * columns)
+    seeds = (torch.rand_like(input[:, :, :rows, :columns], dtype=torch.float32) < probability).float()
+    keep = F.max_pool2d(F.pad(seeds, [size - 1] * 4), size, 1) == 0
+    return torch.where(keep, input * (keep.numel() / keep.sum().clamp(min=1)), 0.0)
+
+
+def _native_(input: Tensor, *args: Any, **generators: Any) -> None:
+    input.copy_(_native(input, *args, **generators))
+
+
+_dropblock2d = op("dropblock2d", _native)
+_dropblock2d_ = op("dropblock2d_", _native_)
 
 
 def dropblock2d(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dlkit.functional as fused
 from dlkit._activation import ACTIVATIONS, activated
+from support import of_ops
 
 
 class Call(NamedTuple):
@@ -18,6 +19,7 @@ class Call(NamedTuple):
 
     function: Callable
     shapes: tuple[str, ...]
+    native: Callable | None = None  # of the tensors, where REFERENCE has no such function
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """dlkit's results."""
@@ -25,7 +27,7 @@ class Call(NamedTuple):
 
     def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """torch's; only of what draws nothing."""
-        return as_tuple(self.function(REFERENCE, *tensors))
+        return as_tuple(self.native(*tensors) if self.native else self.function(REFERENCE, *tensors))
 
     def tensors(self, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [torch.randn([sizes[letter] for letter in shape]).to(dtype).requires_grad_() for shape in self.shapes]
@@ -160,8 +162,6 @@ RANDOM = {
     "alpha_dropout": Call(lambda F, x, **more: F.alpha_dropout(x, 0.5, True, **more), ("NLC",)),
     "feature_alpha_dropout": Call(lambda F, x, **more: F.feature_alpha_dropout(x, 0.5, True, **more), ("NCL",)),
     "drop_path": Call(lambda F, x, **more: F.drop_path(x, 0.5, **more), ("NLC",)),
-    "dropblock2d": Call(lambda F, x, **more: F.dropblock2d(x, 0.3, 2, **more), ("NCLL",)),
-    "dropblock2d, in place": Call(lambda F, x, **more: F.dropblock2d(x * 1, 0.3, 2, inplace=True, **more), ("NCLL",)),
     "dropout_add": Call(lambda F, x, r, **more: F.dropout_add(x, r, 0.5, **more), ("NLC", "NLC")),
     "dropout_add, broadcast": Call(lambda F, x, r, **more: F.dropout_add(x, r, 0.5, **more), ("NLC", "LC")),
     "dropout_add_layer_norm": Call(
@@ -175,4 +175,6 @@ RANDOM = {
     "bias_gelu_dropout": Call(lambda F, x, b, **more: F.bias_gelu_dropout(x, b, 0.5, **more), ("NLC", "C")),
     "bias_relu_dropout": Call(lambda F, x, b, **more: F.bias_relu_dropout(x, b, 0.5, **more), ("NLC", "C")),
 }
+NORMS |= {name: Call(*row) for name, row in of_ops.table("OP_CALLS").items()}
+RANDOM |= {name: Call(*row) for name, row in of_ops.table("OP_RANDOM").items()}
 CALLS = NORMS | RANDOM

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 import dlkit
+from support import of_ops
 
 
 class Case(NamedTuple):
@@ -62,7 +63,6 @@ CASES = {
         Case(_NN.AlphaDropout, (0.4,), (_ROWS,)),
         Case(_NN.FeatureAlphaDropout, (0.4,), (_IMAGES,)),
         Case(_NN.DropPath, (0.4,), (_ROWS,)),
-        Case(_NN.DropBlock2d, (0.4, 2), (_IMAGES,)),
         Case(_NN.DropConnectLinear, (8, 5), (_ROWS,)),
         Case(_NN.DropoutAdd, (0.4,), (_ROWS, _ROWS)),
         Case(_NN.DropoutAddLayerNorm, (8, 0.4), (_ROWS, _ROWS)),
@@ -74,4 +74,6 @@ CASES = {
         Case(_NN.TransformerDecoderLayer, (8, 2, 16, 0.4), (_ROWS, _ROWS)),
     )
 }
+OF_OPS = {name: Case(getattr(_NN, name), *row) for name, row in of_ops.table("OP_LAYERS").items()}
+CASES |= OF_OPS
 assert set(CASES) == set(_NN.__all__)

@@ -177,17 +177,6 @@ def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], ob
         yield "runs of 65536", True, partial(apply, 65536, 65536)
 
 
-def _dropblock2d_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Counting and applying, the state drawn and given."""
-    import torch
-
-    op = _load("dropblock2d")
-    x = torch.zeros(2, 3, 28, 28, dtype=getattr(torch, dtype_name))
-    yield "forward", False, partial(op.dropblock2d_forward, x, None, 0.1, 7)
-    if dtype_name == "float32":
-        yield "apply", False, partial(op.dropblock2d_apply, x, torch.zeros(3, dtype=torch.int64), 0.1, 3)
-
-
 def _bias_act_dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """Both directions of each activation, with a bias and without."""
     import torch
@@ -279,7 +268,14 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
     yield "clip", True, partial(op.optim_clip_grads_kernel_, grads, torch.ones((), dtype=average), 1.0)
 
 
-CASES = [function for name, function in list(globals().items()) if name.endswith("_cases")]
+def _cases(name: str, dtype: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """Those of one file of dlkit/triton: from above, else by aot_cases in the op's own test file."""
+    if own := globals().get(f"_{name}_cases"):
+        return own(dtype)
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch
+
+    return importlib.import_module(f"test_{name}").aot_cases(_load(name), getattr(torch, dtype))
 
 
 def _compile_here(capability: int) -> list[Result]:
@@ -310,9 +306,9 @@ def _compile_here(capability: int) -> list[Result]:
     JITFunction.run = warm_up
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     results, seen = [], set()
-    for cases in CASES:
+    for file in sorted((ROOT / "dlkit" / "triton").glob("[!_]*.py")):
         for dtype in DTYPES:
-            for case, vectorised, call in cases(dtype):
+            for case, vectorised, call in _cases(file.stem, dtype):
                 compiled.clear()
                 call()
                 for kernel in compiled:
