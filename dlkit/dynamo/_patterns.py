@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from dlkit._activation import ACTIVATIONS, GELUS
 from dlkit.dynamo._graph import WIDE, Captured, _constant
 from dlkit.functional._cross_entropy import reduction_number
 
@@ -231,14 +232,16 @@ def batch_norm_relu(graph: Captured, node: Node) -> Node | None:
     if found is None or not graph.alike(node, found[0][0]):
         return None
     erased = [norm] if norm is given else [given, norm]
-    return graph.replace(what, {node: None}, erased, "batch_norm", *found[0], residual, None, *found[1], True)
+    return graph.replace(
+        what, {node: None}, erased, "batch_norm", *found[0], residual, None, *found[1], ACTIVATIONS["relu"]
+    )
 
 
 def batch_norm(graph: Captured, node: Node) -> Node | None:
     found = _batch_norm(graph, node)
     if found is None:
         return None
-    return graph.replace("F.batch_norm", {node: None}, [], "batch_norm", *found[0], None, None, *found[1], False)
+    return graph.replace("F.batch_norm", {node: None}, [], "batch_norm", *found[0], None, None, *found[1], 0)
 
 
 def channel_norm(graph: Captured, node: Node) -> Node | None:
@@ -279,7 +282,7 @@ def act_dropout(graph: Captured, node: Node) -> Node | None:
     erased = [act] if dropout else []
     spelled = matched(graph, TANH_GELU, act) if name == "mul" else None
     if spelled is not None:
-        x, number, what = spelled["x"], 2, "GELU in elementary ops"
+        x, number, what = spelled["x"], ACTIVATIONS["gelu_tanh"], "GELU in elementary ops"
         erased += [one for one in spelled.nodes if one is not act]
         if any(user not in spelled.nodes for one in spelled.nodes if one is not act for user in one.users):
             return None
@@ -287,12 +290,12 @@ def act_dropout(graph: Captured, node: Node) -> Node | None:
             return None
     elif name == "gelu":
         approximate: Any = act.kwargs.get("approximate", operands[1] if len(operands) > 1 else "none")
-        x, number, what = operands[0], {"none": 1, "tanh": 2}.get(approximate), "GELU"
+        x, number, what = operands[0], ACTIVATIONS.get(GELUS.get(approximate, "")), "GELU"
     elif name == "relu" and (act.target in (torch.relu, torch.nn.functional.relu, "relu")):
         in_place = act.kwargs.get("inplace", len(operands) > 1 and operands[1])
         if in_place and not graph.consumed(operands[0], act):
             return None
-        x, number, what = operands[0], 0, "ReLU"
+        x, number, what = operands[0], ACTIVATIONS["relu"], "ReLU"
     else:
         return None
     if number is None or not graph.alike(node, act, x):

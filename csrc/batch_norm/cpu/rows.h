@@ -62,24 +62,26 @@ void forward_rows(const Forward& op) {
   const Shape& shape = op.shape;
   const int64_t cols = shape.channels / shape.groups;
   const Room<A> room(op);
-  layer_norm::forward_cpu({op.x,
-                           nullptr,
-                           room.converted(op.workspace, room.weight, op.weight, shape, op.parameter_dtype),
-                           room.converted(op.workspace, room.bias, op.bias, shape, op.parameter_dtype),
-                           op.y,
-                           nullptr,
-                           op.mean,
-                           op.rstd,
-                           shape.batch * shape.groups,
-                           cols,
-                           cols,
-                           0,
-                           op.eps,
-                           op.dtype,
-                           kDType<A>,
-                           false,
-                           {},
-                           shape.groups});
+  layer_norm::forward_cpu({
+      .x = op.x,
+      .residual = nullptr,
+      .weight = room.converted(op.workspace, room.weight, op.weight, shape, op.parameter_dtype),
+      .bias = room.converted(op.workspace, room.bias, op.bias, shape, op.parameter_dtype),
+      .y = op.y,
+      .sum = nullptr,
+      .mean = op.mean,
+      .rstd = op.rstd,
+      .rows = shape.batch * shape.groups,
+      .cols = cols,
+      .x_stride = cols,
+      .residual_stride = 0,
+      .eps = op.eps,
+      .dtype = op.dtype,
+      .parameter_dtype = kDType<A>,
+      .rms = false,
+      .dropout = {},
+      .period = shape.groups,
+  });
 }
 
 // Backward as layer_norm sees it, with `op`'s own parameters and gradients: what the size of its partials takes.
@@ -87,27 +89,29 @@ template <class A>
 layer_norm::Backward rows_of(const Backward& op) {
   const Shape& shape = op.shape;
   const int64_t cols = shape.channels / shape.groups;
-  return {op.grad_output,
-          nullptr,
-          op.x,
-          op.mean,
-          op.rstd,
-          op.weight,
-          op.grad_input,
-          op.grad_weight,
-          op.grad_bias,
-          nullptr,
-          shape.batch * shape.groups,
-          cols,
-          cols,
-          0,
-          cols,
-          op.dtype,
-          kDType<A>,
-          false,
-          {},
-          nullptr,
-          shape.groups};
+  return {
+      .grad_output = op.grad_output,
+      .grad_sum = nullptr,
+      .x = op.x,
+      .mean = op.mean,
+      .rstd = op.rstd,
+      .weight = op.weight,
+      .grad_input = op.grad_input,
+      .grad_residual = nullptr,
+      .grad_weight = op.grad_weight,
+      .grad_bias = op.grad_bias,
+      .partials = nullptr,
+      .rows = shape.batch * shape.groups,
+      .cols = cols,
+      .grad_output_stride = cols,
+      .grad_sum_stride = 0,
+      .x_stride = cols,
+      .dtype = op.dtype,
+      .parameter_dtype = kDType<A>,
+      .rms = false,
+      .dropout = {},
+      .period = shape.groups,
+  };
 }
 
 template <class A>
