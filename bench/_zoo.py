@@ -65,6 +65,8 @@ def _import(library: str) -> ModuleType:
         return importlib.import_module(library)
     except ImportError:
         raise BadInput(f"{library} is not installed; run: pip install {library}") from None
+    except Exception as error:  # one of its own dependencies does not fit
+        raise BadInput(f"{library} cannot be imported: {str(error).splitlines()[0]}") from None
 
 
 def _timm(model: str, options: dict[str, Any]) -> Any:

@@ -130,8 +130,8 @@ def test_every_model_is_fused_and_loses_its_dropout():
     ("names", "message"),
     [
         (["nothing"], "expected --models mlp, cnn"),
-        (["timm:no_such_model"], "timm (has no model|is not installed)"),
-        (["hf:no_such_model"], "transformers (has no model|is not installed)"),
+        (["timm:no_such_model"], "timm (has no model|is not installed|cannot be imported)"),
+        (["hf:no_such_model"], "transformers (has no model|is not installed|cannot be imported)"),
         (["timm:resnet18,wide"], "expected option=value after the comma, got 'wide'"),
     ],
 )
