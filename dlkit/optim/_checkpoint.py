@@ -29,7 +29,7 @@ class CheckpointedOptimizer(MasterOptimizer):
 
         Args:
             consolidate: everything in fp32 under torch's names, so that a run can go on without dlkit: states in full,
-                masters as ``master_param`` (also :meth:`master_parameters`), none of dlkit's options in groups. Such a
+                masters as ``master_param`` (also ``master_parameters()``), none of dlkit's options in groups. Such a
                 state dict can be loaded by dlkit, too.
 
         Raises:

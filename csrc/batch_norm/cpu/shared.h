@@ -205,8 +205,11 @@ DLKIT_INLINE void forward_values(const T* x, const T* residual, const Behind<acc
   }
   if (behind.activation == Activation::Relu) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
-  } else if (behind.activation != Activation::None) {
-    activate<accumulate_t<T>>(behind.activation, behind.negative_slope, z, kCount);
+  } else if (behind.activation != Activation::None) [[unlikely]] {
+    V called[kCount];  // a copy: what a call takes the address of stays in memory, in the other branches too
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { called[r] = z[r]; });
+    activate<accumulate_t<T>>(behind.activation, behind.negative_slope, called, kCount);
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = called[r]; });
   }
   write(z);
 }
@@ -247,14 +250,16 @@ DLKIT_INLINE void masked_gradients(const Passing<T>& passing, const T* grad_outp
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA {
       g[r] = fma(centred[r], c.scale, c.bias) <= rounds_to_zero(T()) ? V{} : g[r];
     });
-  } else if (passing.mask == Mask::FromZ) {
-    V z[kCount];
+  } else if (passing.mask == Mask::FromZ) [[unlikely]] {
+    V z[kCount], called[kCount];  // copies, as in forward_values
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { called[r] = g[r]; });
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = fma(centred[r], c.scale, c.bias); });
     if (passing.source != nullptr) {
       repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(passing.source + index(r), width); });
     }
     const auto& behind = passing.behind;
-    activation_gradients<accumulate_t<T>>(behind.activation, behind.negative_slope, z, g, kCount);
+    activation_gradients<accumulate_t<T>>(behind.activation, behind.negative_slope, z, called, kCount);
+    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = called[r]; });
   }
 }
 
