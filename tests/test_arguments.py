@@ -34,7 +34,7 @@ CALLS = {
     "dropout_layer_norm_forward": (X, X, STATE, 0.5, 1, ROW, ROW, 1e-5, False, True, None),
     "dropout_layer_norm_backward": (X, X, X, ROW_STATS, ROW_STATS, ROW, ROW, STATE, 0.5, 1, [True] * 4),
     "batch_norm": (X, STATS, STATS, CHANNELS, CHANNELS, X, COUNTER, True, 0.1, 1e-5, True),
-    "group_norm": (X, 2, CHANNELS, CHANNELS, 1e-5),
+    "group_norm": (X, 2, CHANNELS, CHANNELS, 1e-5, X),
     "instance_norm": (X, STATS, STATS, CHANNELS, CHANNELS, True, 0.1, 1e-5),
     "batch_norm_forward": (X, X, CHANNELS, CHANNELS, STATS, STATS, COUNTER, 0, True, 0.1, 1e-5, True),
     "batch_norm_backward": (X, X, X, CHANNELS, CHANNELS, STATS, STATS, 0, True, True, [True] * 4),

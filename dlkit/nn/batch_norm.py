@@ -146,9 +146,16 @@ class ActsBehind:
     negative_slope: float
 
     def __init__(
-        self, *args: Any, activation: str | None = "silu", negative_slope: float = 0.01, **options: Any
+        self,
+        *args: Any,
+        activation: str | None = "silu",
+        negative_slope: float = 0.01,
+        device: Any = None,  # by name, as torch.nn.utils.skip_init looks for it
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(*args, **options)
+        given = {"device": device, "dtype": dtype}
+        super().__init__(*args, **options, **{name: value for name, value in given.items() if value is not None})
         number_of(type(self).__name__, activation)
         self.activation, self.negative_slope = activation, negative_slope
 
