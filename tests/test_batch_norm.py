@@ -17,6 +17,7 @@ from support.reference import activation, exact
 from support.tolerance import Yardstick, max_error, ulp
 from torch import Tensor
 
+import dlkit.functional as fused
 from dlkit._activation import ACTIVATIONS, activated
 
 EPS, SLOPE = 1e-5, 0.2
@@ -580,3 +581,44 @@ def test_parameters_may_be_views(backend, groups):
     strided = [torch.stack([v] * 3, 1)[:, 1] for v in views]
     for one, other in zip(run(*strided), run(*views), strict=True):
         assert torch.equal(one, other)
+
+
+LARGE = [
+    ("batch_norm", (8, 3, 5, 7)),
+    ("batch_norm", (40, 3)),
+    ("batch_norm", (2, 3, 300, 5)),
+    ("instance_norm", (8, 3, 5, 7)),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("large", "grad_scale"), [(1e25, 1.0), (1e37, 1.0), (1.0, 1e37), (1e25, 1e25)])
+@pytest.mark.parametrize(("name", "shape"), LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_whose_squares_overflow(name, shape, large, grad_scale, channels_last, dtype):
+    """torch's BatchNorm adds fp32 up in fp64; only one channel is that large. Evaluated in fp64 it is exact."""
+    if channels_last and len(shape) < 4:
+        pytest.skip("has no channels_last form")
+    x = lay_out(make(shape, torch.float32), channels_last)
+    x[:, 1] *= large
+    x = x.to(dtype).requires_grad_()
+    weight, bias = make((3,), torch.float32).requires_grad_(), make((3,), torch.float32).requires_grad_()
+    grad = (make(shape, torch.float32) * grad_scale).to(dtype)
+    options = {"training": True} if name == "batch_norm" else {}
+    running = [torch.zeros(3), torch.ones(3)]
+    y = getattr(fused, name)(x, *running, weight, bias, **options)
+    found = [y, *running, *torch.autograd.grad(y, (x, weight, bias), grad)]
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    exact_running = [torch.zeros(3).double(), torch.ones(3).double()]
+    exact = getattr(native, name)(wide[0], *exact_running, *wide[1:], **options)
+    wanted = [exact, *exact_running, *torch.autograd.grad(exact, wide, grad.double())]
+    for ours, right in zip(found, wanted, strict=True):
+        channels = [1, *(d for d in range(ours.dim()) if d != 1)] if ours.dim() > 1 else [0]
+        for one, other in zip(ours.permute(channels), right.permute(channels), strict=True):
+            size = other.abs().max().item()
+            if size > torch.finfo(ours.dtype).max:
+                assert one.abs().max() == math.inf
+            else:
+                torch.testing.assert_close(
+                    one, other.to(ours.dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6 * size
+                )

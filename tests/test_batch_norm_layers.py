@@ -1,7 +1,6 @@
 """batch_norm, group_norm and instance_norm for torch: graphs, compilers, layers and bad input."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -153,50 +152,6 @@ def test_running_statistics_of_instances(dtype, scale, eps):
     native.instance_norm(x.double(), *right, momentum=0.1, eps=eps)
     for one, other in zip(ours, right, strict=True):
         torch.testing.assert_close(one, other.to(dtype))
-
-
-LARGE = [
-    ("batch_norm", (8, 3, 5, 7)),
-    ("batch_norm", (40, 3)),
-    ("batch_norm", (2, 3, 300, 5)),
-    ("instance_norm", (8, 3, 5, 7)),
-]
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("large", "grad_scale"), [(1e25, 1.0), (1e37, 1.0), (1.0, 1e37), (1e25, 1e25)])
-@pytest.mark.parametrize(("name", "shape"), LARGE, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values_whose_squares_overflow(name, shape, large, grad_scale, channels_last, dtype, request):
-    """torch's BatchNorm adds fp32 up in fp64; only one channel is that large. Evaluated in fp64 it is exact."""
-    if channels_last and len(shape) < 4:
-        pytest.skip("has no channels_last form")
-    if request.node.callspec.id == "torch.float32-batch_norm-(8, 3, 5, 7)-1.0-1e+37-contiguous":
-        reason = "with these inputs one of the results is 2.2e-5 off, 1e-5 allowed: not explained yet"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
-    x = lay_out(make(shape, torch.float32), channels_last)
-    x[:, 1] *= large
-    x = x.to(dtype).requires_grad_()
-    weight, bias = make((3,), torch.float32).requires_grad_(), make((3,), torch.float32).requires_grad_()
-    grad = (make(shape, torch.float32) * grad_scale).to(dtype)
-    options = {"training": True} if name == "batch_norm" else {}
-    running = [torch.zeros(3), torch.ones(3)]
-    y = getattr(fused, name)(x, *running, weight, bias, **options)
-    found = [y, *running, *torch.autograd.grad(y, (x, weight, bias), grad)]
-    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    exact_running = [torch.zeros(3).double(), torch.ones(3).double()]
-    exact = getattr(native, name)(wide[0], *exact_running, *wide[1:], **options)
-    wanted = [exact, *exact_running, *torch.autograd.grad(exact, wide, grad.double())]
-    for ours, right in zip(found, wanted, strict=True):
-        channels = [1, *(d for d in range(ours.dim()) if d != 1)] if ours.dim() > 1 else [0]
-        for one, other in zip(ours.permute(channels), right.permute(channels), strict=True):
-            size = other.abs().max().item()
-            if size > torch.finfo(ours.dtype).max:
-                assert one.abs().max() == math.inf
-            else:
-                torch.testing.assert_close(
-                    one, other.to(ours.dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6 * size
-                )
 
 
 @pytest.mark.parametrize("frozen", list(itertools.product([False, True], repeat=3)))
