@@ -655,7 +655,10 @@ def _dropout_messages(
         training.append("p is taken as the probability to keep; it is the probability to drop")
     elif not _close(dropped, p):
         training.append(f"drops {dropped:.3f} of the elements, expected p = {p}")
-    keep = 1 - dropped if training else 1 - p
+    # Where the rate is the layer's own, only its draws tell it: within six of their deviations.
+    keep, off_by = 1 - p, 0.03
+    if training:
+        keep, off_by = 1 - dropped, 6 * float(np.sqrt(dropped / max(kept.sum(), 1)))
     factors = y[kept] / x[kept]
     factor, spread = float(factors.mean()), float(np.ptp(factors))
     scaled_in_evaluation = not off and (_same(evaluated, x * (1 - p)) or _same(evaluated, x * p))
@@ -663,7 +666,7 @@ def _dropout_messages(
         training.append("the output is not finite")
     elif spread > 1e-4 * abs(factor):
         training.append("the elements that are kept are not all multiplied by the same number")
-    elif _close(factor, 1 / keep, 0.03 / keep):
+    elif _close(factor, 1 / keep, off_by / keep):
         pass
     elif abs(factor - 1) < 1e-4 and scaled_in_evaluation:
         training.append(
