@@ -129,7 +129,7 @@ void forward(const CpuForward& op) {
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     const bool stream = should_stream<T>(op.y, op.rows, op.cols);
-    with_activation(op.activation, [&](auto activation) {
+    with_supported_activation(op.activation, [&](auto activation) {
       for_chunks(op.rows * op.cols,
                  [&](int64_t begin, int64_t end) { forward_elements<T, activation>(op, begin, end, stream); });
     });
@@ -141,7 +141,7 @@ void backward(const CpuBackward& op) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const bool stream = should_stream<T>(op.grad_input, op.rows, op.cols);
-    with_activation(op.activation, [&](auto activation) {
+    with_supported_activation(op.activation, [&](auto activation) {
       if (op.grad_bias == nullptr) {
         return for_chunks(op.rows * op.cols, [&](int64_t begin, int64_t end) {
           backward_elements<T, activation>(op, begin, end, nullptr, stream);

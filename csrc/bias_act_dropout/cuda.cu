@@ -168,7 +168,7 @@ bool is_whole(const Backward& op) {
 template <class Op, class F>
 void dispatch(const Op& op, const F& f) {
   with_type(op.dtype, [&](auto type) {
-    with_activation(op.activation, [&](auto activation) {
+    with_supported_activation(op.activation, [&](auto activation) {
       with_count(is_whole(op), [&](auto count) { f(type, activation, count); });
     });
   });

@@ -10,27 +10,15 @@
 // x; on the CPU it reads the mask where forward kept its bits.
 #pragma once
 
-#include <type_traits>
-
 #include "../common/activation.h"
 #include "../common/philox.h"
 
 namespace dlkit::bias_act_dropout {
 
-// Calls f with the activation as a constant: of all the three that follow a matrix product. Internal linkage, for the
-// reason given in scalar.h.
+// Calls f with the activation as a constant: one of the three that follow a matrix product. op.cpp refuses others.
 template <class F>
-[[maybe_unused]] static void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::Relu:
-      return f(std::integral_constant<Activation, Activation::Relu>());
-    case Activation::Gelu:
-      return f(std::integral_constant<Activation, Activation::Gelu>());
-    case Activation::GeluTanh:
-      return f(std::integral_constant<Activation, Activation::GeluTanh>());
-    default:
-      return;  // op.cpp refuses it
-  }
+[[maybe_unused]] static void with_supported_activation(Activation activation, const F& f) {
+  with_activation<Activation::Relu, Activation::Gelu, Activation::GeluTanh>(activation, f);
 }
 
 struct Forward {

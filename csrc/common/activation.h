@@ -1,8 +1,9 @@
-// The activations that an op may do behind what it computes, by number: the fast call from Python knows no strings.
-// dlkit/functional/_activation.py has their names.
+// The activations that may follow what an op computes, by number: the fast call from Python knows no strings.
+// dlkit/_activation.py has their names.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace dlkit {
 
@@ -17,5 +18,11 @@ enum class Activation : int64_t {
   LeakyRelu = 7  // x > 0 ? x : negative_slope * x
 };
 constexpr int64_t kActivations = 8;
+
+// Calls f with the activation as a constant if it is one of Kinds. Internal linkage, for the reason given in scalar.h.
+template <Activation... Kinds, class F>
+[[maybe_unused]] static constexpr void with_activation(Activation activation, const F& f) {
+  (void)((activation == Kinds && (f(std::integral_constant<Activation, Kinds>()), true)) || ...);
+}
 
 }  // namespace dlkit

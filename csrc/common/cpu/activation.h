@@ -63,26 +63,12 @@ struct Act {
   }
 };
 
+// Calls f(Act()) for any activation but None.
 template <class A, class F>
 DLKIT_INLINE void with_act(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::None:
-      return;
-    case Activation::Relu:
-      return f(Act<A, Activation::Relu>());
-    case Activation::Gelu:
-      return f(Act<A, Activation::Gelu>());
-    case Activation::GeluTanh:
-      return f(Act<A, Activation::GeluTanh>());
-    case Activation::Silu:
-      return f(Act<A, Activation::Silu>());
-    case Activation::Hardswish:
-      return f(Act<A, Activation::Hardswish>());
-    case Activation::Relu6:
-      return f(Act<A, Activation::Relu6>());
-    case Activation::LeakyRelu:
-      return f(Act<A, Activation::LeakyRelu>());
-  }
+  with_activation<Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Hardswish,
+                  Activation::Relu6, Activation::LeakyRelu>(activation,
+                                                            [&](auto kind) DLKIT_INLINE_LAMBDA { f(Act<A, kind>()); });
 }
 
 // The activation of a few vectors that a loop has in hand, in place, and g * act'(z) likewise. Calls, so that a kernel
