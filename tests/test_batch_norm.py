@@ -177,21 +177,11 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
     place = [None if t is None else t.to(backend.device) for t in (x, residual, weight, bias, *running)]
     x_, residual_, weight_, bias_, mean_, var_ = place
     momentum, tracked = 0.3, None
-    y, saved_mean, saved_rstd = backend.op("batch_norm_forward")(
-        x_,
-        residual_,
-        weight_,
-        bias_,
-        mean_,
-        var_,
-        tracked,
-        case.groups,
-        case.training,
-        momentum,
-        EPS,
-        case.number,
-        SLOPE,
-    )
+    y, saved_mean, saved_rstd = backend.call(
+        "batch_norm_forward", input=x_, residual=residual_, weight=weight_, bias=bias_, running_mean=mean_,
+        running_var=var_, num_batches_tracked=tracked, groups=case.groups, training=case.training, momentum=momentum,
+        eps=EPS, activation=case.number, negative_slope=SLOPE,
+    )  # fmt: skip
     ours = {"y": y, "running_mean": mean_, "running_var": var_}
     assert y.stride() == theirs["y"].stride()
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -201,9 +191,10 @@ def check_draw(backend, shape, types, case: Case, channels_last, scale, shift, y
         assert max_error(statistic, wanted) <= 4 * ulp(size, accumulate)
     mask = [True, case.residual, case.affine, case.affine]
     known = None if not case.residual or not case.number else y if case.activation == "relu" else residual_
-    found = backend.op("batch_norm_backward")(
-        grad_output.to(backend.device), x_, known, weight_, bias_, saved_mean, saved_rstd, case.groups, case.training,
-        case.number, mask, SLOPE,
+    found = backend.call(
+        "batch_norm_backward", grad_output=grad_output.to(backend.device), input=x_, y_or_residual=known,
+        weight=weight_, bias=bias_, mean=saved_mean, rstd=saved_rstd, groups=case.groups, training=case.training,
+        activation=case.number, output_mask=mask, negative_slope=SLOPE,
     )  # fmt: skip
     for name, grad, wanted in zip(
         ("grad_input", "grad_residual", "grad_weight", "grad_bias"), found, mask, strict=True
@@ -314,14 +305,16 @@ def test_any_parameter_may_be_missing(backend, shape, groups, channels_last, typ
         wanted = torch.autograd.grad(expected, leaves, grad_output.double())
         weight, bias = (None if t is None else t.to(backend.device) for t in (weight, bias))
         x_ = x.to(backend.device)
-        y, mean, rstd = backend.op("batch_norm_forward")(
-            x_, None, weight, bias, None, None, None, groups, True, 0.1, EPS, False
-        )
+        y, mean, rstd = backend.call(
+            "batch_norm_forward", input=x_, weight=weight, bias=bias, groups=groups, training=True, momentum=0.1,
+            eps=EPS, activation=0,
+        )  # fmt: skip
         torch.testing.assert_close(y.cpu().double(), expected.detach(), atol=tolerance, rtol=tolerance)
         for mask in itertools.product(*([True, False] if here else [False] for here in (True, *present))):
-            grads = backend.op("batch_norm_backward")(
-                grad_output.to(backend.device), x_, None, weight, bias, mean, rstd, groups, True, False,
-                [mask[0], False, *mask[1:]],
+            grads = backend.call(
+                "batch_norm_backward", grad_output=grad_output.to(backend.device), input=x_, weight=weight, bias=bias,
+                mean=mean, rstd=rstd, groups=groups, training=True, activation=0,
+                output_mask=[mask[0], False, *mask[1:]],
             )  # fmt: skip
             for grad, value, asked in zip((grads[0], *grads[2:]), wanted, mask, strict=True):
                 assert (grad is not None) == asked
@@ -399,7 +392,10 @@ def test_fp64_variance_of_a_large_mean(backend, shape, mean):
     layouts = (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]
     for laid_out in (x.contiguous(memory_format=layout).to(backend.device) for layout in layouts):
         means, variances = (torch.zeros(shape[1], dtype=torch.float64, device=backend.device) for _ in range(2))
-        backend.op("batch_norm_forward")(laid_out, None, None, None, means, variances, None, 0, True, 1.0, EPS, False)
+        backend.call(
+            "batch_norm_forward", input=laid_out, running_mean=means, running_var=variances, groups=0, training=True,
+            momentum=1.0, eps=EPS, activation=0,
+        )  # fmt: skip
         assert np.abs(exact(variances) / wanted - 1).max() < bound
 
 
@@ -407,7 +403,9 @@ def test_fp64_variance_of_a_large_mean(backend, shape, mean):
 def test_sums_of_equal_terms(backend, space):
     """A lane that adds up equal terms errs the same way each time."""
     x = make((4, 2, 1), torch.float32).expand(4, 2, space).to(backend.device)
-    rstd = backend.op("batch_norm_forward")(x, None, None, None, None, None, None, 0, True, 0.1, EPS, False)[2]
+    rstd = backend.call(
+        "batch_norm_forward", input=x, groups=0, training=True, momentum=0.1, eps=EPS, activation=0
+    )[2]
     wanted = 1 / np.sqrt(exact(x).swapaxes(0, 1).reshape(2, -1).var(1) + EPS)
     assert np.abs(exact(rstd) / wanted - 1).max() < 4 * torch.finfo(torch.float32).eps
 
@@ -416,7 +414,10 @@ def test_cumulative_average(backend):
     tracked = torch.tensor(4, device=backend.device)
     x = make((6, 5), torch.float32).to(backend.device)
     mean, var = torch.ones(5, device=backend.device), torch.ones(5, device=backend.device)
-    backend.op("batch_norm_forward")(x, None, None, None, mean, var, tracked, 0, True, -1.0, EPS, False)
+    backend.call(
+        "batch_norm_forward", input=x, running_mean=mean, running_var=var, num_batches_tracked=tracked, groups=0,
+        training=True, momentum=-1.0, eps=EPS, activation=0,
+    )  # fmt: skip
     assert tracked.item() == 5
     torch.testing.assert_close(mean, 0.8 + 0.2 * x.mean(0))
     torch.testing.assert_close(var, 0.8 + 0.2 * x.var(0))
@@ -444,12 +445,14 @@ def test_the_number_of_multiprocessors_changes_no_bit(backend, shape, groups, mo
     results = []
     for count in ("1", "8", "200"):
         monkeypatch.setenv("DLKIT_CUDA_ON_CPU_SMS", count)
-        y, mean, rstd = backend.op("batch_norm_forward")(
-            x, None, weight, bias, None, None, None, groups, True, 0.1, EPS, False
-        )
-        grads = backend.op("batch_norm_backward")(
-            grad, x, None, weight, bias, mean, rstd, groups, True, False, [True, False, True, True]
-        )
+        y, mean, rstd = backend.call(
+            "batch_norm_forward", input=x, weight=weight, bias=bias, groups=groups, training=True, momentum=0.1,
+            eps=EPS, activation=0,
+        )  # fmt: skip
+        grads = backend.call(
+            "batch_norm_backward", grad_output=grad, input=x, weight=weight, bias=bias, mean=mean, rstd=rstd,
+            groups=groups, training=True, activation=0, output_mask=[True, False, True, True],
+        )  # fmt: skip
         results.append([y, mean, rstd, *grads])
     for other in results[1:]:
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -464,22 +467,30 @@ def test_shared_statistics(backend, channels_last, relu):
         make((4, 6, 5, 3), torch.float32).contiguous(memory_format=formats).to(backend.device) for _ in "abc"
     )
     weight, bias = make((6,), torch.float32).to(backend.device), make((6,), torch.float32).to(backend.device)
-    y, mean, rstd = backend.op("batch_norm_forward")(
-        x, residual, weight, bias, None, None, None, 0, True, 0.1, EPS, relu
-    )
+    y, mean, rstd = backend.call(
+        "batch_norm_forward", input=x, residual=residual, weight=weight, bias=bias, groups=0, training=True,
+        momentum=0.1, eps=EPS, activation=relu,
+    )  # fmt: skip
     found_mean, var = backend.op("batch_norm_statistics")(x, 0)
     torch.testing.assert_close(found_mean, mean)
     torch.testing.assert_close((var + EPS).rsqrt(), rstd)
-    again = backend.op("batch_norm_apply")(x, residual, weight, bias, mean, rstd, relu)
+    again = backend.call(
+        "batch_norm_apply", input=x, residual=residual, weight=weight, bias=bias, mean=mean, rstd=rstd, activation=relu
+    )
     assert torch.equal(again, y)
     saved = y if relu else None
-    wanted = backend.op("batch_norm_backward")(grad, x, saved, weight, bias, mean, rstd, 0, True, relu, [True] * 4)
-    sums, grad_weight, grad_bias = backend.op("batch_norm_backward_sums")(
-        grad, x, saved, weight, bias, mean, rstd, relu, [True, True]
-    )
-    grad_input, grad_residual = backend.op("batch_norm_backward_apply")(
-        grad, x, saved, weight, bias, mean, rstd, sums / 60, relu, [True, True]
-    )
+    wanted = backend.call(
+        "batch_norm_backward", grad_output=grad, input=x, y_or_residual=saved, weight=weight, bias=bias, mean=mean,
+        rstd=rstd, groups=0, training=True, activation=relu, output_mask=[True] * 4,
+    )  # fmt: skip
+    sums, grad_weight, grad_bias = backend.call(
+        "batch_norm_backward_sums", grad_output=grad, input=x, y_or_residual=saved, weight=weight, bias=bias, mean=mean,
+        rstd=rstd, activation=relu, output_mask=[True, True],
+    )  # fmt: skip
+    grad_input, grad_residual = backend.call(
+        "batch_norm_backward_apply", grad_output=grad, input=x, y_or_residual=saved, weight=weight, bias=bias,
+        mean=mean, rstd=rstd, sums=sums / 60, activation=relu, output_mask=[True, True],
+    )  # fmt: skip
     for one, other in zip((grad_input, grad_residual, grad_weight, grad_bias), wanted, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -543,9 +554,10 @@ def test_running_statistics_of_each_group(backend, shape, channels_last):
     """Mean and unbiased variance themselves, however large eps is."""
     x = lay_out(make(shape, torch.float32), channels_last)
     mean, var = (torch.zeros(shape[:2], device=backend.device) for _ in "ab")
-    backend.op("batch_norm_forward")(
-        x.to(backend.device), None, None, None, mean, var, None, shape[1], True, 1.0, 1e6, False
-    )
+    backend.call(
+        "batch_norm_forward", input=x.to(backend.device), running_mean=mean, running_var=var, groups=shape[1],
+        training=True, momentum=1.0, eps=1e6, activation=0,
+    )  # fmt: skip
     wanted = exact(x).reshape(*shape[:2], -1)
     assert max_error(mean, wanted.mean(2)) <= 4 * ulp(1, torch.float32)
     assert np.abs(exact(var) / wanted.var(2, ddof=1) - 1).max() <= 4 * torch.finfo(torch.float32).eps
@@ -562,9 +574,10 @@ def test_parameters_may_be_views(backend, groups):
         y, mean, rstd = backend.op("batch_norm_forward")(
             x, None, weight, bias, *running, None, groups, True, 0.3, EPS, not groups
         )
-        grads = backend.op("batch_norm_backward")(
-            grad, x, None, weight, bias, mean, rstd, groups, True, not groups, [True, False, True, True]
-        )
+        grads = backend.call(
+            "batch_norm_backward", grad_output=grad, input=x, weight=weight, bias=bias, mean=mean, rstd=rstd,
+            groups=groups, training=True, activation=not groups, output_mask=[True, False, True, True],
+        )  # fmt: skip
         return [t for t in (y, *running, *grads) if t is not None]
 
     views = [several.T[:, i].clone() for i in range(4)]

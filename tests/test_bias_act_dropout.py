@@ -56,8 +56,13 @@ def test_errors_stay_below_torch_s(backend, dtype, bias_dtype, name):
     for shape, draw in itertools.product(SHAPES, range(3)):
         x, bias, grad, exact, torchs = problem(name, dtype, bias_dtype, shape, draw)
         x, bias, grad = (t.to(backend.device) for t in (x, bias, grad))
-        y, returned = backend.op("bias_act_dropout_forward")(x, bias, state, activation, P, None)
-        gradients = backend.op("bias_act_dropout_backward")(grad, x, bias, state, activation, P, True)
+        y, returned = backend.call(
+            "bias_act_dropout_forward", input=x, bias=bias, rng_state=state, activation=activation, p=P
+        )
+        gradients = backend.call(
+            "bias_act_dropout_backward", grad_output=grad, input=x, bias=bias, rng_state=state, activation=activation,
+            p=P, needs_bias=True,
+        )  # fmt: skip
         assert torch.equal(returned, state)
         for yardstick, found, own, expected in zip(yardsticks, (y, *gradients), torchs, exact, strict=True):
             yardstick.add(found.cpu(), own, expected)
@@ -73,8 +78,11 @@ def test_without_bias_without_dropout_and_at_any_address(backend, name):
     for count, offset in ((1, 0), (9, 1), (256, 0), (2048 + 257, 3)):
         x = make((count + offset,), torch.float32, backend.device, scale=2.0)[offset:]
         grad = make((count,), torch.float32, backend.device)
-        y, _ = backend.op("bias_act_dropout_forward")(x, None, None, activation, 0.0, None)
-        found, none = backend.op("bias_act_dropout_backward")(grad, x, None, state, activation, 0.0, True)
+        y, _ = backend.call("bias_act_dropout_forward", input=x, activation=activation, p=0.0)
+        found, none = backend.call(
+            "bias_act_dropout_backward", grad_output=grad, input=x, rng_state=state, activation=activation, p=0.0,
+            needs_bias=True,
+        )  # fmt: skip
         leaf = x.double().requires_grad_()
         expected = plain(name, leaf)
         (slopes,) = torch.autograd.grad(expected, leaf, grad.double())
@@ -95,15 +103,20 @@ def test_extremes(backend, name):
     x = x.to(backend.device)
     state = torch.zeros(2, dtype=torch.int64, device=backend.device)
     activation = NUMBERS[name]
-    y, _ = backend.op("bias_act_dropout_forward")(x, None, state, activation, 0.0, None)
-    grad, _ = backend.op("bias_act_dropout_backward")(torch.ones_like(x), x, None, state, activation, 0.0, False)
+    y, _ = backend.call("bias_act_dropout_forward", input=x, rng_state=state, activation=activation, p=0.0)
+    grad, _ = backend.call(
+        "bias_act_dropout_backward", grad_output=torch.ones_like(x), input=x, rng_state=state, activation=activation,
+        p=0.0, needs_bias=False,
+    )  # fmt: skip
     assert torch.equal(y.cpu().isnan(), expected.isnan())
     torch.testing.assert_close(y.cpu(), expected.detach().float(), equal_nan=True)
     finite = x.cpu().abs() < 1e15  # squares beyond fp32 make NaN in torch's fp32 too
     torch.testing.assert_close(grad.cpu()[finite], slopes.float()[finite])
     # What is dropped is 0 whatever it was.
     everything = torch.full((300,), math.nan, device=backend.device)
-    assert not backend.op("bias_act_dropout_forward")(everything, None, state, activation, 1.0, None)[0].any()
+    assert not backend.call(
+        "bias_act_dropout_forward", input=everything, rng_state=state, activation=activation, p=1.0
+    )[0].any()
 
 
 # The torch-facing side.

@@ -81,14 +81,16 @@ def test_the_paper_s_mask_and_scale(backend, block_size, layout):
         keep = kept(shape, P, block_size)
         x = LAYOUTS[layout](torch.randn(shape)).to(backend.device)
         given = torch.tensor([SEED, OFFSET], device=backend.device)
-        y, state = backend.op("dropblock2d_forward")(x, given, P, block_size, None)
+        y, state = backend.call("dropblock2d_forward", input=x, rng_state=given, p=P, block_size=block_size)
         assert state.tolist() == [SEED, OFFSET, keep.numel() - int(keep.sum())]
         expected = torch.where(keep, x.cpu() * scale_of(keep), 0)
         assert torch.equal(y.cpu(), expected)
         assert y.stride() == torch.empty_like(x).stride()
         assert torch.equal(backend.op("dropblock2d_apply")(x, state, P, block_size), y)
         again = x.clone()
-        assert torch.equal(backend.op("dropblock2d_forward_")(again, given, P, block_size, None), state)
+        assert torch.equal(
+            backend.call("dropblock2d_forward_", input=again, rng_state=given, p=P, block_size=block_size), state
+        )
         assert torch.equal(again, y)
 
 
@@ -104,7 +106,7 @@ def test_types_addresses_and_what_is_not_a_number(backend, dtype):
         x = flat[offset:].view(shape)
         x[~keep] = math.nan
         x = flat.to(backend.device)[offset:].view(shape)
-        y, _ = backend.op("dropblock2d_forward")(x, given, P, 3, None)
+        y, _ = backend.call("dropblock2d_forward", input=x, rng_state=given, p=P, block_size=3)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         expected = torch.where(keep, x.cpu().to(wide) * scale_of(keep), 0).to(dtype)
         assert y.dtype == dtype

@@ -37,7 +37,9 @@ def state_of(seed, offset, device="cpu"):
 
 def apply(backend, x, seed, offset, p, inner=1, scale=1.0, shift=0.0, dropped=0.0):
     state = state_of(seed, offset, x.device)
-    return backend.op("dropout_apply")(x, state, p, inner, scale, shift, dropped)
+    return backend.call(
+        "dropout_apply", input=x, rng_state=state, p=p, inner=inner, scale=scale, shift=shift, dropped=dropped
+    )
 
 
 def mask_of(backend, count, seed, offset, p, inner=1):
@@ -119,11 +121,18 @@ def test_forward_returns_the_state_it_drew(backend):
     x = make((1234,), torch.float32, backend.device)
     states = []
     for _ in range(2):
-        y, state = backend.op("dropout_forward")(x, 0.25, 1, 4 / 3, 0.0, 0.0, None)
+        y, state = backend.call("dropout_forward", input=x, p=0.25, inner=1, scale=4 / 3, shift=0.0, dropped=0.0)
         assert state.dtype == torch.int64 and state.shape == (2,) and state.device == x.device
-        assert torch.equal(y, backend.op("dropout_apply")(x, state, 0.25, 1, 4 / 3, 0.0, 0.0))
+        assert torch.equal(
+            y,
+            backend.call(
+                "dropout_apply", input=x, rng_state=state, p=0.25, inner=1, scale=4 / 3, shift=0.0, dropped=0.0
+            ),
+        )
         again = x.clone()
-        backend.op("dropout_forward_")(again, state, 0.25, 1, 4 / 3, 0.0, 0.0, None)
+        backend.call(
+            "dropout_forward_", input=again, rng_state=state, p=0.25, inner=1, scale=4 / 3, shift=0.0, dropped=0.0
+        )
         assert torch.equal(y, again)
         states.append(state.tolist())
     assert states[0] != states[1]
@@ -137,7 +146,7 @@ def test_residual_add(backend, dtype):
         mask = reference.keep_mask(5, 8, 0.3, count)
         x[torch.from_numpy(~mask).to(backend.device)] = math.nan
         state = state_of(5, 8, backend.device)
-        y, returned = backend.op("dropout_add_forward")(x, residual, state, 0.3, None)
+        y, returned = backend.call("dropout_add_forward", input=x, residual=residual, rng_state=state, p=0.3)
         assert torch.equal(returned, state) and y.dtype == dtype
         exact = np.where(mask, reference.exact(x) / 0.7, 0) + reference.exact(residual)
         expected = torch.from_numpy(exact.astype(np.float64))
@@ -206,25 +215,34 @@ def test_dropout_add_and_norm_in_one_pass(backend, shape, dtype, rms):
     cols, p, device = shape[1], 0.3, backend.device
     x, residual, grad, grad_sum = (make(shape, dtype, device) for _ in range(4))
     weight, bias = make((cols,), dtype, device), None if rms else make((cols,), dtype, device)
-    y, total, mean, rstd, state = backend.op("dropout_layer_norm_forward")(
-        x, residual, state_of(9, 0, device), p, 1, weight, bias, 1e-5, rms, True, None
-    )
-    expected_total = backend.op("dropout_add_forward")(x, residual, state, p, None)[0]
+    y, total, mean, rstd, state = backend.call(
+        "dropout_layer_norm_forward", input=x, residual=residual, rng_state=state_of(9, 0, device), p=p,
+        normalized_ndim=1, weight=weight, bias=bias, eps=1e-5, rms=rms, stats=True,
+    )  # fmt: skip
+    expected_total = backend.call("dropout_add_forward", input=x, residual=residual, rng_state=state, p=p)[0]
     assert torch.equal(total, expected_total)
-    expected = backend.op("layer_norm_forward")(total, None, 1, weight, bias, 1e-5, rms, True)
+    expected = backend.call(
+        "layer_norm_forward", input=total, normalized_ndim=1, weight=weight, bias=bias, eps=1e-5, rms=rms, stats=True
+    )
     for found, wanted in ((y, expected[0]), (mean, expected[2]), (rstd, expected[3])):
         # Sums in another order may tip a rounding to the output's dtype.
         assert (found is None and wanted is None) or torch.allclose(
             found, wanted, rtol=max(1e-5, torch.finfo(found.dtype).eps), atol=1e-5
         )
     mask = [True, True, True, not rms]
-    found = backend.op("dropout_layer_norm_backward")(
-        grad, grad_sum, total, mean, rstd, weight, bias, state, p, 1, mask
-    )
-    wanted = backend.op("layer_norm_backward")(grad, grad_sum, total, mean, rstd, weight, bias, 1, mask[1:])
+    found = backend.call(
+        "dropout_layer_norm_backward", grad_output=grad, grad_sum=grad_sum, input=total, mean=mean, rstd=rstd,
+        weight=weight, bias=bias, rng_state=state, p=p, normalized_ndim=1, output_mask=mask,
+    )  # fmt: skip
+    wanted = backend.call(
+        "layer_norm_backward", grad_output=grad, grad_sum=grad_sum, input=total, mean=mean, rstd=rstd, weight=weight,
+        bias=bias, normalized_ndim=1, output_mask=mask[1:],
+    )  # fmt: skip
     assert torch.equal(found[1], wanted[0])
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[2:], wanted[1:], strict=True))
-    dropped = backend.op("dropout_apply")(wanted[0], state, p, 1, 1 / (1 - p), 0.0, 0.0)
+    dropped = backend.call(
+        "dropout_apply", input=wanted[0], rng_state=state, p=p, inner=1, scale=1 / (1 - p), shift=0.0, dropped=0.0
+    )
     assert torch.equal(found[0] == 0, dropped == 0)
     assert torch.allclose(found[0], dropped, rtol=2 * torch.finfo(dtype).eps, atol=0)
 

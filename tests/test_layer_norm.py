@@ -122,9 +122,10 @@ def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardst
         tensor = tensor.to(backend.device)
         return strided(tensor, layout) if tensor.dim() == 2 else tensor
 
-    y, total, mean, rstd = backend.op("layer_norm_forward")(
-        place(x), place(residual), 1, place(weight), place(bias), eps, rms, True
-    )
+    y, total, mean, rstd = backend.call(
+        "layer_norm_forward", input=place(x), residual=place(residual), normalized_ndim=1, weight=place(weight),
+        bias=place(bias), eps=eps, rms=rms, stats=True,
+    )  # fmt: skip
     assert y.is_contiguous()
     assert torch.equal(total.cpu(), normalized) if with_residual else total is None
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -136,9 +137,10 @@ def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardst
         assert max_error(statistic, exact_statistic) <= 4 * ulp(size, accumulate)
 
     mask = [True, with_weight, with_bias]
-    grads = backend.op("layer_norm_backward")(
-        place(grad_output), place(grad_sum), place(normalized), mean, rstd, place(weight), place(bias), 1, mask
-    )
+    grads = backend.call(
+        "layer_norm_backward", grad_output=place(grad_output), grad_sum=place(grad_sum), input=place(normalized),
+        mean=mean, rstd=rstd, weight=place(weight), bias=place(bias), normalized_ndim=1, output_mask=mask,
+    )  # fmt: skip
     for name, ours, native_result in zip(wanted, (y, *grads), theirs, strict=True):
         assert (ours is not None) == wanted[name], name
         if wanted[name]:
@@ -182,7 +184,9 @@ def test_only_the_gradients_asked_for(backend, mask, cols):
     op = backend.op("layer_norm_backward")
     x, grad_output = (make((20, cols), torch.float32, backend.device) for _ in range(2))
     weight, bias = (make((cols,), torch.float32, backend.device) for _ in range(2))
-    _, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, bias, 1e-5, False, True)
+    _, _, mean, rstd = backend.call(
+        "layer_norm_forward", input=x, normalized_ndim=1, weight=weight, bias=bias, eps=1e-5, rms=False, stats=True
+    )
     everything = op(grad_output, None, x, mean, rstd, weight, bias, 1, [True] * 3)
     some = op(grad_output, None, x, mean, rstd, weight, bias, 1, list(mask))
     for wanted, all_of_it, part in zip(mask, everything, some, strict=True):
@@ -196,7 +200,9 @@ def test_backward_needs_no_bias_beside_a_weight(backend, types):
     """Autograd's node leaves it out: no kernel reads it, and the weight tells the dtype."""
     x, dy = make((9, 40), types[0], backend.device), make((9, 40), types[0], backend.device)
     weight, bias = (make((40,), types[1], backend.device) for _ in range(2))
-    _, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, bias, 1e-5, False, True)
+    _, _, mean, rstd = backend.call(
+        "layer_norm_forward", input=x, normalized_ndim=1, weight=weight, bias=bias, eps=1e-5, rms=False, stats=True
+    )
     op = backend.op("layer_norm_backward")
     whole = op(dy, None, x, mean, rstd, weight, bias, 1, [True] * 3)
     without = op(dy, None, x, mean, rstd, weight, None, 1, [True] * 3)
@@ -242,8 +248,13 @@ def test_parameters_may_be_views(backend):
     weight, bias = (make((7,), torch.float32).to(backend.device) for _ in "ab")
 
     def run(weight, bias):
-        y, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, bias, 1e-5, False, True)
-        return y, *backend.op("layer_norm_backward")(grad, None, x, mean, rstd, weight, bias, 1, [True] * 3)
+        y, _, mean, rstd = backend.call(
+            "layer_norm_forward", input=x, normalized_ndim=1, weight=weight, bias=bias, eps=1e-5, rms=False, stats=True
+        )
+        return y, *backend.call(
+            "layer_norm_backward", grad_output=grad, input=x, mean=mean, rstd=rstd, weight=weight, bias=bias,
+            normalized_ndim=1, output_mask=[True] * 3,
+        )  # fmt: skip
 
     strided = [torch.stack([t] * 3, 1)[:, 1] for t in (weight, bias)]
     for one, other in zip(run(*strided), run(weight, bias), strict=True):
@@ -261,9 +272,14 @@ def test_no_rows(backend):
 @pytest.mark.parametrize("rms", [False, True])
 def test_rows_without_columns(backend, rms):
     x, weight = torch.empty(3, 0, device=backend.device), torch.empty(0, device=backend.device)
-    y, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, weight, 1e-5, rms, True)
+    y, _, mean, rstd = backend.call(
+        "layer_norm_forward", input=x, normalized_ndim=1, weight=weight, bias=weight, eps=1e-5, rms=rms, stats=True
+    )
     assert y.shape == (3, 0) and rstd.shape == (3, 1)
-    gradients = backend.op("layer_norm_backward")(y, None, x, mean, rstd, weight, weight, 1, [True, True, True])
+    gradients = backend.call(
+        "layer_norm_backward", grad_output=y, input=x, mean=mean, rstd=rstd, weight=weight, bias=weight,
+        normalized_ndim=1, output_mask=[True, True, True],
+    )  # fmt: skip
     assert [gradient.shape for gradient in gradients] == [(3, 0), (0,), (0,)]
 
 
@@ -286,9 +302,14 @@ def test_a_row_does_not_depend_on_the_others(backend, cols, dtype):
     weight = make((cols,), torch.float32, backend.device)
 
     def run(x, grad):
-        y, _, mean, rstd = backend.op("layer_norm_forward")(x, None, 1, weight, None, 1e-5, False, True)
+        y, _, mean, rstd = backend.call(
+            "layer_norm_forward", input=x, normalized_ndim=1, weight=weight, eps=1e-5, rms=False, stats=True
+        )
         mask = [True, True, False]
-        return y, backend.op("layer_norm_backward")(grad, None, x, mean, rstd, weight, None, 1, mask)[0]
+        return y, backend.call(
+            "layer_norm_backward", grad_output=grad, input=x, mean=mean, rstd=rstd, weight=weight, normalized_ndim=1,
+            output_mask=mask,
+        )[0]  # fmt: skip
 
     whole = run(x, grad)
     for begin, end in ((0, 1), (2, 7), (rows - 1, rows)):
@@ -303,7 +324,9 @@ def test_a_row_does_not_depend_on_the_others(backend, cols, dtype):
 def test_nan_and_infinity_spread_as_in_torch(backend, rms, cols):
     x = make((5, cols), torch.float32)
     x[1, 3], x[2, 7], x[3, 9] = math.nan, math.inf, -math.inf
-    y = backend.op("layer_norm_forward")(x.to(backend.device), None, 1, None, None, 1e-5, rms, False)[0].cpu()
+    y = backend.call(
+        "layer_norm_forward", input=x.to(backend.device), normalized_ndim=1, eps=1e-5, rms=rms, stats=False
+    )[0].cpu()
     expected = native_norm(x, None, None, None, 1e-5, rms)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.allclose(y[expected.isfinite()], expected[expected.isfinite()], atol=1e-5)

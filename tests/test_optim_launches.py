@@ -21,7 +21,6 @@ def cloned(lists):
 def test_many_tensors_of_many_groups(backend, algorithm):
     count = 24 if backend.name == "triton" and backend.device == "cpu" else 150
     group_count = min(40, count)
-    step = backend.op("optim_step_kernel_")
     row = SGD if algorithm == "sgd" else ADAM
     options = [value * (1 + g / 100) if k < 2 else value for g in range(group_count) for k, value in enumerate(row)]
     param, grad, first = (tensors(count, torch.float32, backend.device) for _ in range(3))
@@ -32,9 +31,10 @@ def test_many_tensors_of_many_groups(backend, algorithm):
 
     def run(lists, groups, options):
         p, g, s1, s2, t = lists
-        step(
-            algorithm, p, g, s1, s2, [], [], [], [], [], [], t, groups, options, [], None, 0.0, None, None, False, None
-        )
+        backend.call(
+            "optim_step_kernel_", algorithm=algorithm, params=p, grads=g, state1=s1, state2=s2, steps=t, groups=groups,
+            options=options, max_norm=0.0, write_grads=False,
+        )  # fmt: skip
 
     run(together, groups, options)
     for i, group in enumerate(groups):

@@ -49,7 +49,7 @@ DLKIT_INLINE Vector<A> biased(const T* x, int64_t i, const A* bias, int64_t colu
 }
 
 template <class T, Activation kActivation>
-void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool stream) {
+void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
@@ -57,14 +57,14 @@ void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool str
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     write(static_cast<T*>(op.y) + i,
-                          select<A>(keep, Act<A, kActivation>::value(x) * scale, Vector<A>{}), width, stream);
+                          select<A>(keep, Act<A, kActivation>::value(x) * scale, Vector<A>{}), width, nt_store);
                   });
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 // `sums`: of the gradient over the rows, or null.
 template <class T, Activation kActivation>
-void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool stream) {
+void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool nt_store) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
@@ -74,10 +74,10 @@ void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumu
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     const Vector<A> g = load(static_cast<const T*>(op.grad_output) + i, width) * scale;
                     const Vector<A> gradient = select<A>(keep, Act<A, kActivation>::gradient(g, x), Vector<A>{});
-                    write(static_cast<T*>(op.grad_input) + i, gradient, width, stream);
+                    write(static_cast<T*>(op.grad_input) + i, gradient, width, nt_store);
                     if (sums != nullptr) store(sums + column, load(sums + column, width) + gradient, width);
                   });
-  if (stream) streaming_fence();
+  if (nt_store) streaming_fence();
 }
 
 // Past the caches where the output is larger than them, in whole aligned vectors.
@@ -103,12 +103,12 @@ bool has_runs(const Backward& op, int64_t blocks) { return op.rows > run_of(op) 
 // all rows are one.
 template <class T, Activation kActivation>
 void backward_rows(const CpuBackward& op, int64_t first, int64_t last, accumulate_t<T>* sums, accumulate_t<T>* run_sums,
-                   bool stream) {
+                   bool nt_store) {
   using A = accumulate_t<T>;
   const int64_t run = run_sums == nullptr ? last - first : run_of(op);
   for (int64_t row = first; row < last; row += run) {
     A* const to = row == first ? sums : run_sums;
-    backward_elements<T, kActivation>(op, row * op.cols, min64(row + run, last) * op.cols, to, stream);
+    backward_elements<T, kActivation>(op, row * op.cols, min64(row + run, last) * op.cols, to, nt_store);
     if (to == sums) continue;
     for_columns<A, 1>(0, op.cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
       store(sums + i, load(sums + i, width) + load(run_sums + i, width), width);
@@ -128,10 +128,10 @@ void forward(const CpuForward& op) {
   write_state(read(op.dropout.source), op.dropout.rng_state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool stream = should_stream<T>(op.y, op.rows, op.cols);
+    const bool nt_store = should_stream<T>(op.y, op.rows, op.cols);
     with_supported_activation(op.activation, [&](auto activation) {
       for_chunks(op.rows * op.cols,
-                 [&](int64_t begin, int64_t end) { forward_elements<T, activation>(op, begin, end, stream); });
+                 [&](int64_t begin, int64_t end) { forward_elements<T, activation>(op, begin, end, nt_store); });
     });
   });
 }
@@ -140,11 +140,11 @@ void backward(const CpuBackward& op) {
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const bool stream = should_stream<T>(op.grad_input, op.rows, op.cols);
+    const bool nt_store = should_stream<T>(op.grad_input, op.rows, op.cols);
     with_supported_activation(op.activation, [&](auto activation) {
       if (op.grad_bias == nullptr) {
         return for_chunks(op.rows * op.cols, [&](int64_t begin, int64_t end) {
-          backward_elements<T, activation>(op, begin, end, nullptr, stream);
+          backward_elements<T, activation>(op, begin, end, nullptr, nt_store);
         });
       }
       const int64_t blocks = row_blocks(op);
@@ -153,7 +153,7 @@ void backward(const CpuBackward& op) {
         for (int64_t block = begin; block < end; ++block) {
           const int64_t first = op.rows * block / blocks, last = op.rows * (block + 1) / blocks;
           A* const run_sums = has_runs(op, blocks) ? partials + (blocks + block) * op.cols : nullptr;
-          backward_rows<T, activation>(op, first, last, partials + block * op.cols, run_sums, stream);
+          backward_rows<T, activation>(op, first, last, partials + block * op.cols, run_sums, nt_store);
         }
       });
       sum_partials<A>(partials, blocks, op.cols, op.cols, op.grad_bias);

@@ -85,7 +85,7 @@ DLKIT_INLINE uint32_t lanes_from(const uint8_t* bits, int64_t element) {
   return uint32_t(bits[element / 8]) >> element % 8;
 }
 
-// Calls apply(i, stream, All()) for all vectors of a step. The branch is out here: in the loop it costs bf16 a sixth of
+// Calls apply(i, nt_store, All()) for all vectors of a step. The branch is out here: in the loop it costs bf16 a sixth of
 // its time with AVX2.
 template <class A, class F>
 DLKIT_INLINE void apply_step(bool nt_store, const F& apply) {

@@ -1,4 +1,4 @@
-"""The backends that the parity tests run over, behind one call: backend.op("layer_norm_forward")(*arguments).
+"""The backends that the parity tests run over, as one: backend.call("layer_norm_forward", input=x, eps=1e-5, ...).
 
 cpu-default, cpu-avx2, cpu-avx512, cpu-avx512_bf16   the C++ kernels, by instruction set
 cuda-on-cpu                         the CUDA kernels' own source on fibers (python setup.py build_cuda_on_cpu)
@@ -36,6 +36,24 @@ class Backend:
     instruction_set: str = ""
     draws: int = 32  # of inputs, in a parity test of small tensors: fewer where a call is slow
     ulps: int = 1  # beyond torch's own error
+
+    def call(self, name: str, **given):
+        """The op with arguments by the names of its schema. Optional tensors may be left out, and lists of tensors."""
+        values = []
+        for argument in getattr(torch.ops.dlkit, name).default._schema.arguments:
+            if argument.name in given:
+                values.append(given.pop(argument.name))
+            elif argument.has_default_value():
+                values.append(argument.default_value)
+            elif str(argument.type).startswith("Optional"):
+                values.append(None)
+            elif str(argument.type) == "List[Tensor]":
+                values.append([])
+            else:
+                raise TypeError(f"{name}: {argument.name} is missing")
+        if given:
+            raise TypeError(f"{name} has no {', '.join(given)}")
+        return self.op(name)(*values)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

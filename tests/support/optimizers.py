@@ -126,12 +126,13 @@ class Op:
         row = list(self.row)
         if self.first:  # torch's first step fills the buffer with the gradient, undamped
             row[OPTIONS.index("dampening")] = 0.0
-        states = [self.states.get(key, []) for key in STATES[self.algorithm]] + [[], []]
-        scales = [self.scales.get(key, []) for key in STATES[self.algorithm]] + [[], []]
-        self.backend.op(self.op)(
-            self.algorithm, self.params, grads, *states[:3], *scales[:3], extras["remainders"], extras["ema"],
-            self.steps, [0] * len(grads), row, [], extras["grad_norm"], extras["max_norm"], grad_scale, found_inf,
-            write_grads, extras["seed"],
+        numbered = {}
+        for number, key in enumerate(STATES[self.algorithm], 1):
+            numbered |= {f"state{number}": self.states.get(key, []), f"scales{number}": self.scales.get(key, [])}
+        self.backend.call(
+            self.op, algorithm=self.algorithm, params=self.params, grads=grads, steps=self.steps,
+            groups=[0] * len(grads), options=row, grad_scale=grad_scale, found_inf=found_inf, write_grads=write_grads,
+            **numbered, **extras,
         )  # fmt: skip
         self.first = False
 

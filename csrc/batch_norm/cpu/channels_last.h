@@ -260,7 +260,7 @@ struct ForwardChannelsLast {
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
     const Behind<A> behind(op);
-    const bool stream = matrix.has_whole_lines<T>(op.y) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
+    const bool nt_store = matrix.has_whole_lines<T>(op.y) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const residual = rows_of(op.residual, unit);
@@ -273,11 +273,11 @@ struct ForwardChannelsLast {
         if (residual != nullptr) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
         const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
         forward_values<together()>(x, residual, behind, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
-          outputs.write(z, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
+          outputs.write(z, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
         });
       });
     });
-    if (stream) streaming_fence();
+    if (nt_store) streaming_fence();
   }
 };
 
@@ -297,14 +297,14 @@ struct BackwardChannelsLast {
     return tensor == nullptr ? nullptr : static_cast<Element*>(tensor) + unit * matrix.rows * matrix.cols;
   }
 
-  bool streams() const {
+  bool nt_stores() const {
     return matrix.has_whole_lines<T>(op.grad_input) && matrix.has_whole_lines<T>(op.grad_residual) &&
            !is_applied_in_place(op) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
   }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
     const Passing<T> passing = Passing<T>(op, mask_of(op)).from(unit * matrix.rows * matrix.cols);
-    const bool stream = streams();
+    const bool nt_store = nt_stores();
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const T *const x = rows_of(op.x, unit), *const grad_output = rows_of(op.grad_output, unit);
     T* const grad_input = op.statistics_given ? rows_of(op.grad_input, unit) : nullptr;
@@ -332,11 +332,11 @@ struct BackwardChannelsLast {
             gx_sum = fma(g[r], centred[r], gx_sum);
           });
           if (passed != nullptr) {
-            residuals.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
+            residuals.write(g, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
           }
           if (grad_input != nullptr) {
             repeat(together, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
-            inputs.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
+            inputs.write(g, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
           }
           store(g_sums + i, load(g_sums + i, All{}) + g_sum, All{});
           store(gx_sums + i, load(gx_sums + i, All{}) + gx_sum, All{});
@@ -345,7 +345,7 @@ struct BackwardChannelsLast {
       add_to(own.first, g_sums, cols);
       add_to(own.second, gx_sums, cols);
     }
-    if (stream) streaming_fence();
+    if (nt_store) streaming_fence();
   }
 
   void finish(int64_t unit, int64_t parts) const {
@@ -401,7 +401,7 @@ struct BackwardChannelsLast {
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
     const Passing<T> passing = Passing<T>(op, applied_mask(op)).from(unit * matrix.rows * matrix.cols);
-    const bool stream = streams();
+    const bool nt_store = nt_stores();
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
     const T *const x = rows_of(op.x, unit), *const grad_output = rows_of(applied_gradient(op), unit);
@@ -418,14 +418,14 @@ struct BackwardChannelsLast {
         const auto write_to = [&](auto& rows, T* output) DLKIT_INLINE_LAMBDA {
           return [&, output](const auto& g) DLKIT_INLINE_LAMBDA {
             if (output == nullptr) return;
-            rows.write(g, i, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
+            rows.write(g, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
           };
         };
         backward_values<together()>(passing, x, grad_output, width, c, index, write_to(residuals, grad_residual),
                                     write_to(inputs, grad_input));
       });
     });
-    if (stream) streaming_fence();
+    if (nt_store) streaming_fence();
   }
 };
 

@@ -54,7 +54,7 @@ struct ForwardContiguous {
   Moments* moments;  // [units, parts]
 
   Moments* moments_of(int64_t unit, int64_t part, int64_t parts) const { return moments + unit * parts + part; }
-  bool streams() const { return should_stream<T>(op.shape, op.shape.space); }
+  bool nt_stores() const { return should_stream<T>(op.shape, op.shape.space); }
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
     Group group = group_of(op.shape, unit);
@@ -131,14 +131,14 @@ struct ForwardContiguous {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    const bool stream = streams();
+    const bool nt_store = nt_stores();
     const Group group = group_of(op.shape, unit);
     const Channel<V> shared = channel_of(unit, group.channel);
     for_slices(group, part, parts, true, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
       const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice)) : shared;
-      apply_slice(c, group.base + slice * group.pitch, begin, end, stream);
+      apply_slice(c, group.base + slice * group.pitch, begin, end, nt_store);
     });
-    if (stream) streaming_fence();
+    if (nt_store) streaming_fence();
   }
 
   Channel<V> channel_of(int64_t unit, int64_t channel) const {
@@ -147,14 +147,14 @@ struct ForwardContiguous {
             broadcast<A>(read_or<A>(op.bias, op.parameter_dtype, channel, 0)), V{}, V{}};
   }
 
-  void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end, bool stream) const {
+  void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end, bool nt_store) const {
     const T *const x = static_cast<const T*>(op.x) + base, *const residual = at<const T>(op.residual, base);
     T* const y = static_cast<T*>(op.y) + base;
     const Behind<A> behind(op);
-    for_elements(y, stream, begin, end, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
+    for_elements(y, nt_store, begin, end, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
       const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
       forward_values<count()>(x, residual, behind, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
-        write_all(z, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
+        write_all(z, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
       });
     });
   }
@@ -163,14 +163,14 @@ struct ForwardContiguous {
   void apply_in_memory_order() const {
     const auto [units, parts, unit_elements] = plan(op.shape);
     for (int64_t unit = 0; unit < units; ++unit) finish(unit, parts);
-    const bool stream = streams();
+    const bool nt_store = nt_stores();
     parallel_for(op.shape.batch * op.shape.channels, max64(1, kGrain / op.shape.space),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t channel = i % op.shape.channels;
-                     apply_slice(channel_of(channel, channel), i * op.shape.space, 0, op.shape.space, stream);
+                     apply_slice(channel_of(channel, channel), i * op.shape.space, 0, op.shape.space, nt_store);
                    }
-                   if (stream) streaming_fence();
+                   if (nt_store) streaming_fence();
                  });
   }
 };
@@ -184,7 +184,7 @@ struct BackwardContiguous {
 
   // A pass with two outputs turns from one to the other after a few vectors. Past the caches it goes only where these
   // are whole lines: where a vector is one, and both outputs are aligned alike.
-  bool streams() const {
+  bool nt_stores() const {
     const bool two = op.grad_residual != nullptr && op.grad_input != nullptr && (op.statistics_given || op.sums_given);
     const bool are_lines = kLineVectors<T> == 1 && (uintptr_t(op.grad_input) - uintptr_t(op.grad_residual)) % 64 == 0;
     return (!two || are_lines) && !is_applied_in_place(op) && should_stream<T>(op.shape, op.shape.space);
@@ -200,7 +200,7 @@ struct BackwardContiguous {
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
     const Passing<T> whole(op, mask_of(op));
-    const bool stream = streams();
+    const bool nt_store = nt_stores();
     const Group group = group_of(op.shape, unit);
     Sums* const found = sums + (unit * parts + part) * sums_a_part();
     for (int64_t i = 0; i < sums_a_part(); ++i) found[i] = {};
@@ -251,14 +251,14 @@ struct BackwardContiguous {
             gx_sums[r] = fma(g[r], centred[r], gx_sums[r]);
           });
           if (passed != nullptr) {
-            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
+            write_all(g, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
           }
           if (grad_input != nullptr) {
             repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { g[r] *= c.scale; });
-            write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
+            write_all(g, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return grad_input + index(r); });
           }
         };
-        for_elements(written, stream && written != nullptr, begin, stop, step);
+        for_elements(written, nt_store && written != nullptr, begin, stop, step);
         room -= stop - begin;
         begin = stop;
         if (room > 0) continue;
@@ -271,7 +271,7 @@ struct BackwardContiguous {
     });
     end_block();
     end_run(found[0]);
-    if (stream) streaming_fence();
+    if (nt_store) streaming_fence();
   }
 
   // Adds the parts up into the first, and writes what a channel of batch_norm gives.
@@ -309,34 +309,35 @@ struct BackwardContiguous {
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
     const Passing<T> whole(op, applied_mask(op));
-    const bool stream = streams();
+    const bool nt_store = nt_stores();
     const Group group = group_of(op.shape, unit);
     const auto [offset, slope] = gradient_of(group, unit, parts);
     const Channel<V> shared = channel_of(unit, group.channel, offset, slope);
-    for_slices(
-        group, part, parts, true,
-        [&, offset = offset, slope = slope](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
-          const int64_t base = group.base + slice * group.pitch;
-          const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), offset, slope) : shared;
-          const T* const x = static_cast<const T*>(op.x) + base;
-          const T* const grad_output = static_cast<const T*>(applied_gradient(op)) + base;
-          const Passing<T> passing = whole.from(base);
-          T* const grad_input = at<T>(op.grad_input, base);
-          T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
-          for_elements(grad_input != nullptr ? grad_input : grad_residual, stream, begin, end,
-                       [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
-                         const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
-                         const auto write_to = [&](T* output) DLKIT_INLINE_LAMBDA {
-                           return [&, output](const auto& g) DLKIT_INLINE_LAMBDA {
-                             if (output == nullptr) return;
-                             write_all(g, width, stream, [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
-                           };
-                         };
-                         backward_values<count()>(passing, x, grad_output, width, c, index, write_to(grad_residual),
-                                                  write_to(grad_input));
-                       });
-        });
-    if (stream) streaming_fence();
+    for_slices(group, part, parts, true,
+               [&, offset = offset, slope = slope](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
+                 const int64_t base = group.base + slice * group.pitch;
+                 const Channel<V> c =
+                     group.own_channels ? channel_of(unit, group.channel_of(slice), offset, slope) : shared;
+                 const T* const x = static_cast<const T*>(op.x) + base;
+                 const T* const grad_output = static_cast<const T*>(applied_gradient(op)) + base;
+                 const Passing<T> passing = whole.from(base);
+                 T* const grad_input = at<T>(op.grad_input, base);
+                 T* const grad_residual = op.sums_given ? at<T>(op.grad_residual, base) : nullptr;
+                 for_elements(grad_input != nullptr ? grad_input : grad_residual, nt_store, begin, end,
+                              [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
+                                const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
+                                const auto write_to = [&](T* output) DLKIT_INLINE_LAMBDA {
+                                  return [&, output](const auto& g) DLKIT_INLINE_LAMBDA {
+                                    if (output == nullptr) return;
+                                    write_all(g, width, nt_store,
+                                              [&](int r) DLKIT_INLINE_LAMBDA { return output + index(r); });
+                                  };
+                                };
+                                backward_values<count()>(passing, x, grad_output, width, c, index,
+                                                         write_to(grad_residual), write_to(grad_input));
+                              });
+               });
+    if (nt_store) streaming_fence();
   }
 };
 

@@ -305,13 +305,13 @@ bool should_stream(const Shape& shape, int64_t run) {
   return is_beyond_caches<T>(shape.batch * shape.channels * shape.space) && run * int64_t(sizeof(T)) >= 1024;
 }
 
-// Calls f(i, count, width) over [begin, end), where `stream` with the vectors of `output` at aligned addresses.
+// Calls f(i, count, width) over [begin, end). With nt_store the vectors of `output` begin at aligned addresses.
 template <class T, class F>
-DLKIT_INLINE void for_elements(const T* output, bool stream, int64_t begin, int64_t end, const F& f) {
+DLKIT_INLINE void for_elements(const T* output, bool nt_store, int64_t begin, int64_t end, const F& f) {
   using A = accumulate_t<T>;
   constexpr int64_t kBytes = kLanes<A> * int64_t(sizeof(T));
   const int64_t past = int64_t(uintptr_t(output + begin) % kBytes) / int64_t(sizeof(T));
-  if (stream && past > 0) {
+  if (nt_store && past > 0) {
     const int64_t head = min64(kLanes<A> - past, end - begin);
     f(begin, std::integral_constant<int, 1>(), First{head});
     begin += head;

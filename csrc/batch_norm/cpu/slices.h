@@ -162,7 +162,7 @@ void forward_slices(const Forward& op) {
     finish_groups<A>(op, first_group, groups, exact_means, m2s, double(elements), running_factor(op));
     T* const y = static_cast<T*>(op.y) + first;
     alignas(64) T kept[kTile];
-    const bool stream = past_caches && groups * elements <= kTile && uintptr_t(y) % 64 == 0;
+    const bool nt_store = past_caches && groups * elements <= kTile && uintptr_t(y) % 64 == 0;
     const auto normalize = [&](auto* output) {
       for (int64_t slice = 0, g = 0; g < groups; ++g) {
         const V mean = broadcast<A>(means[first_group + g]);
@@ -177,7 +177,7 @@ void forward_slices(const Forward& op) {
         }
       }
     };
-    T* const output = stream ? kept : y;
+    T* const output = nt_store ? kept : y;
     if (op.activation == Activation::None) {
       normalize(output);
     } else {
@@ -188,7 +188,7 @@ void forward_slices(const Forward& op) {
         store(output + i, load(z + i, width), width);
       });
     }
-    if (stream) stream_copy(kept, y, groups * elements);
+    if (nt_store) stream_copy(kept, y, groups * elements);
   });
 }
 
