@@ -20,6 +20,17 @@ def pytest_addoption(parser):
     )  # fmt: skip
 
 
+def pytest_make_parametrize_id(val):
+    """Shapes and dtypes as people write them: 2x3x4, float32, bfloat16/float32 for an input and its parameters."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, tuple) and val and all(isinstance(one, torch.dtype) for one in val):
+        return "/".join(pytest_make_parametrize_id(one) for one in val)
+    if isinstance(val, tuple) and val and all(type(one) is int for one in val):
+        return "x".join(map(str, val))
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     """Marks what is seen from a test or its file. The longest come first, so that the processes finish together."""
     for item in items:

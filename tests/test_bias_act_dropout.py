@@ -48,7 +48,7 @@ def problem(name, dtype, bias_dtype, shape, draw):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "bias_dtype"), TYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "bias_dtype"), TYPES)
 def test_errors_stay_below_torch_s(backend, dtype, bias_dtype, name):
     yardsticks = [Yardstick(part) for part in ("y", "grad_input", "grad_bias")]
     state = torch.tensor([SEED, OFFSET], device=backend.device)

@@ -82,7 +82,7 @@ def run(backend, x, target, weight, grad, reduction, *rest):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES)
 def test_errors_stay_below_torch_s(backend, dtype, weight_dtype, option):
     """In units of each tensor's largest element, over all shapes: a power of two makes them comparable."""
     if dtype != weight_dtype and not OPTIONS[option][1]:

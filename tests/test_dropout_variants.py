@@ -370,7 +370,7 @@ MASKS = {
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("masks", MASKS)
 def test_masked_rows_are_torch_s(masks, need_weights, dtype):

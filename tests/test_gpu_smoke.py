@@ -45,7 +45,7 @@ def check_norm(name, shape, dtype, layout=torch.contiguous_format):
             assert error <= 8 * torch.finfo(dtype).eps, (name, shape, dtype, error)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norms(width, dtype):
     for name in NORMS:

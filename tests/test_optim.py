@@ -48,7 +48,7 @@ def test_parity(backend, variant, dtype):
 MIXED = [(a, b) for a in DTYPES for b in DTYPES if a != b]
 
 
-@pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED)
 def test_gradients_of_another_dtype(backend, dtype, grad_dtype):
     """Taken as they are, not rounded to the parameter's dtype first; fp64 on either side is converted."""
     for variant in (VARIANTS[0], VARIANTS[7], VARIANTS[10]):
@@ -63,7 +63,7 @@ def test_gradients_of_another_dtype(backend, dtype, grad_dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "odd offset", "strided"])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_gradients_of_another_dtype_are_not_rounded(backend, state_dtype, layout):
     """Bit for bit the step of fp32 parameters and gradients, but for the parameters' own rounding."""
     pairs = [(a, b) for a, b in MIXED if a != torch.float64]
@@ -99,7 +99,7 @@ def scalar(value, backend, dtype=torch.float32):
     return torch.tensor(value, dtype=dtype, device=backend.device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_norm(backend, dtype):
     grads = [grad.to(backend.device) for grad in gradients([*SIZES, (40_000,)], dtype, 0)]
     expected = math.sqrt(sum(float((exact(grad) ** 2).sum()) for grad in grads))
@@ -109,7 +109,7 @@ def test_norm(backend, dtype):
     assert torch.equal(found, backend.op("optim_grad_norm_kernel")(grads))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_clip_grads(backend, dtype):
     grads = [grad.to(backend.device) for grad in gradients(SIZES, dtype, 0)]
     norm = backend.op("optim_grad_norm_kernel")(grads)

@@ -22,7 +22,7 @@ from dlkit._dynamic_map import dynamic_map
 from dlkit.optim import _int8
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=name_of)
 def test_a_remainder_makes_16_bits_exact(backend, variant, dtype):
     """The halves together take the very steps of an fp32 parameter."""
@@ -44,7 +44,7 @@ def test_a_remainder_makes_16_bits_exact(backend, variant, dtype):
                 assert ((joined - high.cpu().float()).abs() <= 2.0**-8 * joined.abs()).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_parameter_written_to_keeps_what_was_written(backend, dtype):
     """All 16-bit values, with remainders that are left from others: steps of zero change no bit of them."""
     high = torch.arange(-(2**15), 2**15).short()
@@ -74,7 +74,7 @@ def test_a_parameter_written_to_keeps_what_was_written(backend, dtype):
     assert not any(rest[~finite].any() or rest[high == 0].any() for rest in halves)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_near_zero(backend, dtype):
     """fp16 keeps what is too small for it, of either sign; what is too small for bf16 is zero."""
     least = 2.0**-25 if dtype == torch.float16 else 2.0**-134  # in magnitude, of what bf16's rounding does not make 0
@@ -90,8 +90,8 @@ def test_masters_near_zero(backend, dtype):
         assert torch.equal(join(ours.params[0].cpu(), halves[0].cpu()).double(), expected * least)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_in_another_type(backend, dtype, state_dtype):
     for variant in (VARIANTS[3], VARIANTS[11]):
         params = starting_params(dtype)
@@ -105,7 +105,7 @@ def test_states_in_another_type(backend, dtype, state_dtype):
         assert all(torch.equal(a, b) for a, b in zip(ours.params, wide.params, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_8_bit_states(backend, dtype):
     """Each step is that of fp32 states, from the decoded and to the encoded ones."""
     for variant in (VARIANTS[1], VARIANTS[6], VARIANTS[11]):
@@ -202,7 +202,7 @@ def test_8_bit_conversions_know_neither_layout_nor_default_device():
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_average_of_the_weights(backend, dtype):
     params = starting_params(dtype)
     average = torch.float64 if dtype == torch.float64 else torch.float32
@@ -217,7 +217,7 @@ def test_average_of_the_weights(backend, dtype):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding(backend, dtype):
     """Up as often as the part cut off says, to a neighbour always, by the definition of the stream."""
     start = torch.cat([torch.full((4000,), 1.0), torch.full((4000,), -3.0), torch.full((96,), 2.0**-20)]).to(dtype)
@@ -245,7 +245,7 @@ def test_stochastic_rounding(backend, dtype):
 TYPES_OF_STATES = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
 
 
-@pytest.mark.parametrize(("dtype", "state_dtype"), TYPES_OF_STATES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("dtype", "state_dtype"), TYPES_OF_STATES)
 def test_stochastic_states(backend, dtype, state_dtype):
     """Each state by a stream of its own, the others to nearest, and the parameter as if they were exact."""
     sizes = [(2000,), (40,)]

@@ -315,7 +315,6 @@ def test_a_step_that_raises_leaves_no_scale_behind(fused):
         (torch.float64, torch.float32),
         (torch.float32, torch.float64),
     ],
-    ids=lambda dtype: str(dtype)[6:],
 )
 def test_gradients_of_another_dtype(name, dtype, grad_dtype):
     """As if parameter, state and gradient were all in the wider one, and the parameter rounded."""

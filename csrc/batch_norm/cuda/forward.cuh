@@ -299,7 +299,9 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) > 4 ? 1 : 2)
       A rstd[columns];
       memory.load_groups(0, cursor, affine.mean);
       memory.load_groups(1, cursor, rstd);
-      affine.template load_parameters<T>(op, walk.channel(cursor.column), rstd);
+      // cursor.column again, which would take registers from there to here.
+      const int64_t column = (block * walk.units_per_block + cursor.unit) * columns;
+      affine.template load_parameters<T>(op, walk.channel(column), rstd);
 #pragma unroll 2
       for (int i = 0; i < cursor.steps; ++i) {
         Pack<PackBytes> residual = {};
