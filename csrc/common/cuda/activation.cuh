@@ -5,7 +5,6 @@
 
 #include "../activation.h"
 #include "launch.cuh"
-#include "vec.cuh"
 
 namespace dlkit::cuda {
 
@@ -37,7 +36,7 @@ struct Act {
     if constexpr (Kind == Activation::Relu) {
       return x <= A(0) ? A(0) : g;
     } else if constexpr (Kind == Activation::Gelu) {
-      return g * multiply_add(x * A(0.3989422804014327), A(exp(A(-0.5) * x * x)), distribution(x));
+      return g * (distribution(x) + x * A(0.3989422804014327) * A(exp(A(-0.5) * x * x)));
     } else if constexpr (Kind == Activation::GeluTanh) {
       const A square = x * x;
       return g * slope_of_times_logistic(x * (linear + 3 * cubic * square), x * (linear + cubic * square));
