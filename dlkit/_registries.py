@@ -1,7 +1,8 @@
 """dlkit's layers in the tables of libraries that look layers up by their exact class.
 
-A table is filled when its library is imported, before dlkit or after it. Without its entries torch.ao.quantization finds
-nothing to fuse. Opacus refuses BatchNorm, which mixes samples that should stay private, but would not recognize dlkit's.
+A table is filled when its library is imported, before dlkit or after it. Without the entries torch.ao.quantization
+finds nothing to fuse. Opacus refuses BatchNorm, which mixes samples that should stay private, and would not recognize
+dlkit's.
 """
 
 import importlib.abc

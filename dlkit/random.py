@@ -10,8 +10,8 @@ the CPU. A :class:`Philox` stream gives the same masks everywhere:
 
 Inside ``torch.utils.checkpoint``, in each of its modes, a block that is computed again gets the numbers again that a
 stream or a ``generator=`` gave it in forward; the stream itself stays where it is, and need not be in use then. Any
-other draw from it in a backward pass raises an error, because the mask to repeat is not known. That includes a checkpoint
-inside ``torch.compile``.
+other draw from it in a backward pass raises an error, because the mask to repeat is not known. That includes draws of
+a checkpoint inside ``torch.compile``.
 """
 
 import contextlib
