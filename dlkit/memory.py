@@ -103,7 +103,7 @@ class _SharedObject(ctypes.Structure):
 
 
 def _other_allocator() -> str:
-    """What serves malloc here, as a file name or a system; empty for glibc itself."""
+    """The allocator behind malloc, as a file name or a system; empty for glibc itself."""
     if platform.system() != "Linux":
         return f"{platform.system()}'s"
     program = ctypes.CDLL(None)

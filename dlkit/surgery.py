@@ -199,7 +199,7 @@ def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> st
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: it can be replaced once it has seen an input"
     if issubclass(cls, (dlkit.nn.batch_norm.DoesMore, dlkit.nn.batch_norm.ActsBehind)):
-        return "it does the work of the activation behind it too, which cannot be put back here"
+        return "it does the work of the activation after it too, which cannot be put back here"
     if isinstance(module, (dlkit.nn.CrossEntropyLoss, dlkit.nn.LinearCrossEntropyLoss)) and module.has_own_options():
         return "it has options that torch's layer has not"
     if cls is not related:

@@ -68,7 +68,7 @@ class Dataset:
 
 
 class Batches:
-    """What a DataLoader is to Lightning: batches of inputs and targets, each cut out of the whole by one indexing.
+    """Takes the place of a DataLoader: batches of inputs and targets, each cut out of the whole by one indexing.
 
     With `epoch_seed`, `steps` batches in the random order that its value gives, and process `rank` of `ranks` takes its
     part of each; else everything in its own order.

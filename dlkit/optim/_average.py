@@ -167,7 +167,7 @@ class AveragingOptimizer(CheckpointedOptimizer):
         self._shared.swapped = [(param, param.detach().clone(), False) for param in params]
         for param, average in zip(params, averages, strict=True):
             param.copy_(average)
-        # Of parameters that share memory only the last one holds its average.
+        # If parameters share memory, only the last of them holds its average.
         pairs = zip(self._shared.swapped, averages, strict=True)
         self._shared.swapped = [(param, kept, _same_bits(param, average)) for (param, kept, _), average in pairs]
 

@@ -109,5 +109,5 @@ class MasterOptimizer(StatefulOptimizer):
                 self.state[param]["param_copy"].copy_(param)
 
     def _trust_params(self, params: list[Tensor]) -> None:
-        """What was written to them is what the last step left."""
+        """Takes the parameters' present values for those that the last step left."""
         self._versions.trust([local(param) for param in params if self._has_master(param)])

@@ -131,7 +131,7 @@ def _statistics_pieces(
     lane_count = tl.where(within, (height - row + (ROWS - 1)) // ROWS, 0).to(ACC)
     inverse = 1.0 / (height * width).to(ACC)
     center = _channel_sum(average * lane_count) * inverse
-    # What rounding took from the mean is in the deviations from it; the two together are the mean in double.
+    # The rounding error of the mean shows as the mean of the deviations from it; both together are the mean in fp64.
     shift = average - center
     rest = _channel_sum(shift * lane_count) * inverse
     square = _channel_sum(square + (shift - rest) * (shift - rest) * lane_count)

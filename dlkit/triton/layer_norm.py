@@ -72,7 +72,7 @@ def _forward_rows(
         if mean is not None:
             tl.store(mean + row, average, mask=row < rows)
     if not RMS and x.dtype.element_ty == ACC:
-        # What rounding took from the mean shows where the deviations are small beside it and the type can tell.
+        # The rounding error of the mean matters if the deviations are small beside it, and only unrounded input tells.
         squares, rest = _row_sums(value * value, value)
         rest = divide(rest, count)
         variance = divide(squares, count) - rest * rest
