@@ -206,11 +206,8 @@ class FeatureAlphaDropout(Layer, torch.nn.FeatureAlphaDropout):
 class DropPath(Layer, _DropoutNd):
     """Stochastic depth: drops whole samples.
 
-    Shapes: input and output ``[N, *]``. Dtypes and errors are those of :func:`dlkit.functional.drop_path`.
-
-    Args:
-        p: the probability of a sample to become 0.
-        inplace: write the result into the input.
+    ``DropPath(p, inplace)``: ``p`` is the probability of a sample to become 0, ``inplace`` writes the result into the
+    input. Shapes: input and output ``[N, *]``. Dtypes and errors are those of :func:`dlkit.functional.drop_path`.
 
     Raises:
         ValueError: p is not between 0 and 1.
