@@ -1,7 +1,7 @@
 """Fused layers and optimizers for PyTorch: drop-ins that are faster, use less memory and give the same results.
 
 import dlkit
-model = dlkit.replace(model)   # every torch.nn layer that has a fused twin becomes it, in place
+model = dlkit.replace(model)   # norms, dropouts and losses get dlkit's kernels, in place
 opt = dlkit.optim.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)   # clipping and AdamW in one pass over memory
 """
 

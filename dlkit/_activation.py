@@ -1,4 +1,4 @@
-"""The activations that an op may do behind what it computes: names, numbers, torch's functions and layers."""
+"""The activations that an op may compute after its own result: names, numbers, torch's functions and layers."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 
 
 def number_of(name: str, activation: Any) -> int:
-    """The number of what a caller of the function or layer ``name`` names."""
+    """The number of an activation that the caller of the function or layer ``name`` gave by its name."""
     if activation is None:
         return 0
     if not isinstance(activation, str):
@@ -32,7 +32,7 @@ def number_of(name: str, activation: Any) -> int:
 
 
 def activated(z: Tensor, number: int, negative_slope: float) -> Tensor:
-    """By torch's own functions."""
+    """act(z), computed by torch's own functions."""
     if number == 0:
         return z
     if number == 2 or number == 3:
@@ -45,7 +45,7 @@ def activated(z: Tensor, number: int, negative_slope: float) -> Tensor:
 
 
 def layer_activation(layer: torch.nn.Module) -> tuple[str, float] | None:
-    """(name, negative_slope) of what a layer of exactly torch's class does; None if it is none of these."""
+    """(name, negative_slope) of a layer of exactly torch's class; None if it is none of these activations."""
     if type(layer) is torch.nn.GELU:
         name = GELUS.get(layer.approximate)
         return None if name is None else (name, 0.0)

@@ -1,7 +1,7 @@
 """Layers of other libraries on dlkit's kernels: each stays an instance of its class, by a class derived from that.
 
-What the derived class does not serve, other dtypes, shapes, arguments or settings than were proven, goes to the
-original forward(). It is pickled and copied as its original class with the facts that the derived one is made from.
+The derived class serves the dtypes, shapes, arguments and settings that were proven; the original forward() serves all
+others. A layer is pickled and copied as its original class with the facts that the derived class is made from.
 """
 
 import functools
@@ -19,15 +19,15 @@ REGISTERED: dict[type[torch.nn.Module], Callable[[Any], Callable[..., Any] | Non
 
 
 def register(cls: type[torch.nn.Module], converter: Callable[[Any], Callable[..., Any] | None]) -> None:
-    """Tells :func:`dlkit.replace` what modules of exactly this class compute, in dlkit's functions.
+    """Gives :func:`dlkit.replace` a function, made of dlkit's functions, for modules of exactly this class.
 
         dlkit.register(MyNorm, lambda module: my_norm)
 
         def my_norm(module, x):
             return dlkit.functional.rms_norm(x, module.gain.shape, module.gain, module.epsilon)
 
-    It is taken at its word: nothing is compared. Registering again replaces what was registered; models that were
-    replaced before keep what they have.
+    The function is not compared with the module's own ``forward``. A second registration of a class replaces the first;
+    models that were replaced before do not change.
 
     Args:
         cls: a subclass of :class:`torch.nn.Module`.
@@ -55,7 +55,7 @@ def class_for_norm(cls: type, proof: _trial.Proof, twin: type | None) -> type:
 
 
 def class_with_activation(cls: type) -> type:
-    """The class of adopted norms that end in an activation, with that taken in."""
+    """The derived class for norms that also compute the activation with which the original class ends."""
     original, kind, (form, *facts) = vars(cls)["_dlkit_adopted"]
     return _derived(original, kind, (form._replace(acts=True), *facts))
 
@@ -140,7 +140,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Pickles a module of a derived class as one of its original class, with the facts to derive it again."""
     original, kind, facts = self._dlkit_adopted
     function, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))
-    # As object pickles; and not a class derived from this one.
+    # Only where the class pickles as object does, and only for the derived class itself, not for its subclasses.
     if arguments == (type(self),) and "_dlkit_adopted" in vars(type(self)):
         function, arguments = _new, (original, kind, facts)
     return function, arguments, *rest

@@ -1,4 +1,4 @@
-"""Loads the compiled library and settles which backend serves each op on each device.
+"""Loads the compiled library and chooses the backend that serves each op on each device.
 
 CPU tensors are served by the C++ kernels, CUDA tensors by the CUDA kernels where they were built and by Triton's where
 they were not. DLKIT_BACKEND=cuda|triton|native forces one; native leaves every device to torch's own ops.
@@ -63,7 +63,7 @@ def forced_backend() -> str | None:
 
 def cuda_architectures() -> list[str]:
     """The CUDA architectures built in, e.g. ["8.0", "9.0+PTX"]; empty without CUDA kernels."""
-    from dlkit import _C  # load() says first what is wrong with it
+    from dlkit import _C  # imported here: load() explains a missing library first
 
     text = _C.cuda_architectures()
     return text.split(";") if text else []

@@ -1,10 +1,10 @@
 """How dlkit's ops run on DTensors: every op has shardings, a rule, or a refusal.
 
 Norms and activations have shardings: torch.distributed.tensor picks the cheapest, moves what does not fit and runs the
-op on each process's part. What is random has rules, for a part alone does not know which elements of the whole it
-holds: a mask is drawn for the whole tensor and cut as the input is, so that it is the same on every mesh and the same
-as in one process. All processes of a mesh take the seed of its first one. Ops that do more than to drop are taken apart
-then: in 16 bits they round once more than in one pass.
+op on each process's part. Random ops have rules, because a part does not tell which elements of the whole tensor it
+holds: the mask is drawn for the whole tensor and cut as the input is. It is then the same on every mesh and in one
+process. All processes of a mesh take the seed of its first one. Ops that do more than dropout are computed in several
+steps then: in 16 bits they round once more than in one pass.
 
 dlkit._ops imports this file at the first call on tensors of a subclass, if torch.distributed.tensor is loaded then.
 """
@@ -30,7 +30,7 @@ Sharding = tuple[Sequence[Any], dict[str, Any]]
 
 
 def _sharding(name: str) -> Callable[[Callable[..., Iterator[Sharding]]], None]:
-    """Registers what a function of the op's arguments yields: the placements that the op can run on as it is."""
+    """Registers a function of the op's arguments that yields the placements on which the op can run unchanged."""
     overload = getattr(_ops, name).default
     arguments = [argument.name for argument in overload._schema.arguments]
 
@@ -84,7 +84,7 @@ def _(given: dict[str, Any]) -> Iterator[Sharding]:
 
 
 def _batch_norm_placements(given: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """Of data, of statistics, and of what has one element a channel."""
+    """Placements of data, of statistics, and of tensors with one element per channel."""
     yield Replicate(), Replicate(), Replicate()
     if given["groups"] > 0:  # statistics are [N, groups]
         yield Shard(0), Shard(0), Replicate()
@@ -118,7 +118,7 @@ def _bias_placements(given: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _sum_over(data: Any) -> Any:
-    """Where each process sums over its part of the data."""
+    """The placement of a sum that each process takes over its part of the data."""
     return Partial() if data.is_shard() else Replicate()
 
 
@@ -164,7 +164,7 @@ def _cut(*inputs: DTensor) -> list[DTensor]:
 
 
 def _moved(tensor: Any, placements: Sequence[Any]) -> Any:
-    """The tensor itself where it lies so already, or is none."""
+    """The tensor with these placements: itself where it has them already, or is no DTensor."""
     if not isinstance(tensor, DTensor) or tensor.placements == tuple(placements):
         return tensor
     detached: Any = tensor.detach()  # torch 2.10 fails over a tensor that requires a gradient
@@ -177,7 +177,7 @@ def _like(part: Tensor, whole: DTensor) -> DTensor:
 
 
 def _part_of(whole: Tensor, input: DTensor) -> Tensor:
-    """This process's part of what every process has, cut as the input. Dimensions of size 1 stay."""
+    """This process's part of a tensor that every process has, cut as the input. Dimensions of size 1 stay."""
     placements = [
         placement if isinstance(placement, Shard) and whole.size(placement.dim) > 1 else Replicate()
         for placement in input.placements
@@ -192,7 +192,7 @@ def _is_whole(input: DTensor) -> bool:
 
 
 def _agreed(rng_state: Tensor, input: DTensor) -> Tensor:
-    """What the first process of the mesh drew."""
+    """The random state that the first process of the mesh drew."""
     mesh = input.device_mesh
     coordinate = mesh.get_coordinate()
     for dim in range(mesh.ndim):
@@ -205,7 +205,7 @@ def _agreed(rng_state: Tensor, input: DTensor) -> Tensor:
 
 
 def _state_for(input: DTensor, p: float, generator: Any) -> Tensor:
-    """Seed and offset of a call. Drawn on every process, whether it has a part of the input or not."""
+    """Seed and offset of a call. Every process draws, also one without a part of the input: generators stay in step."""
     one = torch.ones(1, dtype=input.dtype, device=input.to_local().device)
     if p == 1 or input.numel() == 0:
         return torch.zeros(2, dtype=torch.int64, device=one.device)
@@ -213,7 +213,7 @@ def _state_for(input: DTensor, p: float, generator: Any) -> Tensor:
 
 
 def _kept(input: DTensor, rng_state: Tensor, p: float, inner: int) -> Tensor:
-    """Where the elements of this process's part stay; broadcasts against it. One bit for every `inner` elements."""
+    """True where elements of this process's part stay; broadcasts against it. One value per `inner` elements."""
     shape, size, dim = list(input.shape), 1, input.ndim
     while size != inner:
         dim -= 1
@@ -378,7 +378,7 @@ def _dropblock2d_apply(op: Any, input: DTensor, rng_state: Tensor, p: float, blo
 
 
 def _ones(input: DTensor) -> Tensor:
-    """DropBlock makes of them what each element is multiplied by."""
+    """A tensor of ones: DropBlock of it gives the factor of each element."""
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     return torch.ones(input.shape, dtype=wide, device=input.to_local().device)
 
@@ -465,19 +465,19 @@ def _row_cut(*tensors: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _everywhere(tensor: Any) -> Any:
-    """The whole of what every process is to have: weights, a scalar."""
+    """The whole tensor, on every process: for weights and scalars."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum_of_parts(parts: Sequence[Any], like: DTensor, rows: Sequence[Any]) -> list[Tensor]:
-    """The sums over processes that have other rows."""
+    """Sums over the processes that hold different rows."""
     own = torch.stack([torch.as_tensor(part, dtype=torch.float64) for part in parts])
     summed = [_sum_over(placement) for placement in rows]
     return list(DTensor.from_local(own, like.device_mesh, summed, run_check=False).full_tensor())
 
 
 def _counted(target: Tensor, weight: Tensor | None, probabilities: bool, ignore_index: int) -> tuple[Any, Any]:
-    """What a mean divides the loss and the z-loss by: of these rows."""
+    """The divisors of the means of the loss and of the z-loss, summed over these rows."""
     if probabilities:
         rows = target.numel() // target.shape[0 if target.ndim == 1 else 1] if target.numel() else 0
         return rows, rows
@@ -586,7 +586,7 @@ def _(
 
 
 def _placed_gradients(grads: Sequence[Tensor | None], input: DTensor, rows: Sequence[Any]) -> tuple[Any, ...]:
-    """Of the input along its rows; of the parameters, sums over them."""
+    """Gradients as DTensors: the input's is cut along its rows, the parameters' are sums over rows."""
     summed = [_sum_over(placement) for placement in rows]
     parameters = [
         grad if grad is None else DTensor.from_local(grad, input.device_mesh, summed, run_check=False)
@@ -596,7 +596,7 @@ def _placed_gradients(grads: Sequence[Tensor | None], input: DTensor, rows: Sequ
 
 
 def _call_below_autograd(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """In inference mode the public ops come here as they are: they take themselves apart."""
+    """In inference mode the public op itself arrives here; its implementation then calls the kernel ops."""
     return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
 
 

@@ -27,5 +27,5 @@ def _numbers(signed: bool) -> list[float]:
 
 def dynamic_map(signed: bool) -> Tensor:
     """The values in ascending order, fp32, on the CPU."""
-    # Made anew each time: under a default device or a mode a tensor that is kept would be of that.
+    # Not cached: a tensor made under a default device or a mode would belong to it for good.
     return torch.tensor(_numbers(signed), dtype=torch.float64, device="cpu").float()

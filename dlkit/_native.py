@@ -1,6 +1,6 @@
-"""dlkit's ops in torch's own terms: what exported and traced programs hold, so that they run where dlkit is not.
+"""dlkit's ops in torch's own ops, for exported and traced programs, which may run where dlkit is not installed.
 
-Signatures are those of the ops' schemas. An op may have its form in its own file, and give it to dlkit._ops.op.
+Signatures are those of the ops' schemas. A function may also stand in the op's own file, and be given to dlkit._ops.op.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dlkit._activation import activated
 
 
 def _widened(norm: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
-    """16-bit input with fp32 weights, which torch takes on a CPU alone."""
+    """Also takes 16-bit input with fp32 weights, which torch takes only on a CPU."""
     dtype = next((arg.dtype for arg in args if isinstance(arg, Tensor)), input.dtype)
     return norm(input, *args) if dtype == input.dtype else norm(input.to(dtype), *args).to(input.dtype)
 

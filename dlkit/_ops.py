@@ -27,21 +27,20 @@ def op(name: str, native: Callable[..., Any] | None = None) -> Callable[..., Any
     """``torch.ops.dlkit.<name>``, its arguments by position in the schema's order, keyword-only ones too.
 
     A call costs 1.5 us less than by ``torch.ops`` (csrc/glue/call.cpp). TorchDynamo cannot look into a C function and
-    gets the overload itself. Programs that torch.export, torch.jit.trace and torch.onnx make are for other places,
-    where dlkit may not be: they get ``native``, the same in torch's own ops, by default dlkit._native's function of
-    that name. So do the weights of :func:`torch.nn.utils._per_sample_grad.call_for_per_sample_grads`, which know only
-    those.
+    gets the overload itself. Programs that torch.export, torch.jit.trace and torch.onnx make may run where dlkit is not
+    installed: they get ``native``, the same in torch's own ops, by default dlkit._native's function of that name. The
+    weights of :func:`torch.nn.utils._per_sample_grad.call_for_per_sample_grads` get it too: they know only torch's ops.
     """
     overload = getattr(torch.ops.dlkit, name).default
     if native is not None:
-        setattr(_native, name, native)  # for whoever asks for the op again
+        setattr(_native, name, native)  # for later calls of op() with this name
     native = getattr(_native, name)
     arguments = overload._schema.arguments
     keywords = [argument.name for argument in arguments if argument.kwarg_only]
     positional = len(arguments) - len(keywords)
 
     def unusual(*args: Any, **keywords: Any) -> Any:
-        """Subclasses of Tensor, function modes and whatever traces."""
+        """Serves subclasses of Tensor, function modes and tracing."""
         if is_exporting() or is_tracing() or any(isinstance(arg, ExpandedWeight) for arg in args):
             return native(*args, **keywords)
         _serve_dtensors()

@@ -1,4 +1,4 @@
-"""override(): torch's own functions served by dlkit's kernels, and patch(): models built later are replaced."""
+"""override(): dlkit's kernels serve torch's own functions. patch(): models are replaced when they are built."""
 
 import functools
 import importlib
@@ -21,7 +21,7 @@ _depth = 0
 
 
 class Override(Undo):
-    """What :func:`override` gives: it can be undone, and says what it took over."""
+    """The result of :func:`override`: it undoes the change, and counts the calls that dlkit served."""
 
     def __init__(self) -> None:
         super().__init__(_leave, f"dlkit.override(): {', '.join(FUNCTIONS)}")
@@ -40,21 +40,22 @@ def override() -> Override:
         with dlkit.override():
             loss = model(x)
 
-        dlkit.override()            # or for good; .undo() ends it
+        dlkit.override()            # or without a block, until .undo()
 
-    Served are layer_norm, rms_norm, batch_norm, group_norm, instance_norm, dropout and its variants, and
-    cross_entropy, whoever calls them: a forward() that calls ``F.dropout``, a subclass that calls ``F.layer_norm``,
-    the dropout inside of ``scaled_dot_product_attention`` where torch computes that step by step, as it does on a CPU.
-    Results are torch's to rounding; masks come from torch's generators, and are those of
-    :func:`dlkit.functional.dropout`. Where dlkit refuses a target, torch answers: with its exception.
+    The functions are layer_norm, rms_norm, batch_norm, group_norm, instance_norm, dropout and its variants, and
+    cross_entropy. Any caller gets dlkit's kernels: a forward() that calls ``F.dropout``, a subclass that calls
+    ``F.layer_norm``, and the dropout inside of ``scaled_dot_product_attention`` where torch computes attention step by
+    step, as it does on a CPU. Results are torch's to rounding; masks come from torch's generators, and are those of
+    :func:`dlkit.functional.dropout`. Cross entropy of a target that dlkit refuses goes to torch, which raises its own
+    exception.
 
-    Left to torch: tensors for which dlkit has no kernel, subclasses of Tensor, ``torch.func``, forward-mode
-    derivatives, and whatever is compiled or exported: a program that ``torch.compile`` made holds torch's ops.
-    A backward pass may run after the block. It nests: the outermost end is the end. It changes torch's dispatcher, so
-    begin and end it while no other thread computes.
+    torch still serves tensors for which dlkit has no kernel, subclasses of Tensor, ``torch.func``, forward-mode
+    derivatives, and code that is compiled or exported: a program that ``torch.compile`` made holds torch's ops.
+    A backward pass may run after the block. Blocks may be nested: the end of the outermost one ends the override. It
+    changes torch's dispatcher: begin and end it while no other thread computes.
 
     Returns:
-        An ``Override``, which is a context manager; ``undo()`` ends it, ``calls`` counts what was served.
+        An ``Override``, which is a context manager; ``undo()`` ends it, ``calls`` counts the calls that dlkit served.
     """
     global _depth
     with _lock:
@@ -73,7 +74,7 @@ def _leave() -> None:
 
 
 def _switch(on: bool) -> None:
-    """Also has torch forget which kernels its Python dispatcher found: a trace after the end would take those."""
+    """Also clears the kernels that torch's Python dispatcher keeps: a later trace would call the wrong ones."""
     _C.override_torch(on)
     names = set(FUNCTIONS) - {"cross_entropy"} | {"cross_entropy_loss"}  # as the dispatcher knows it
     for name in (*names, "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
@@ -94,18 +95,18 @@ def patch(*names: str | type | ModuleType) -> Undo:
         with dlkit.patch("transformers.models.llama"):
             model = AutoModelForCausalLM.from_pretrained(path)
 
-    The layers are replaced when the constructor of the outermost module ends. What was built stays as it is when the
-    patch is undone; :func:`dlkit.restore` undoes that.
+    The layers are replaced when the constructor of the outermost module ends. Models that were built stay replaced when
+    the patch is undone; :func:`dlkit.restore` undoes that.
 
     Args:
-        names: packages or modules, as objects or names, all of whose modules' classes are meant; or classes.
+        names: classes; or packages and modules, as objects or names, for all classes in them.
 
     Returns:
         A context manager; ``undo()`` ends it too.
 
     Raises:
         ImportError: a module cannot be imported.
-        ValueError: nothing of what is named is a subclass of :class:`torch.nn.Module`.
+        ValueError: one of the names holds no subclass of :class:`torch.nn.Module`.
     """
     classes: dict[type[torch.nn.Module], None] = {}
     for name in names:
@@ -135,7 +136,7 @@ def _classes(named: str | type | ModuleType) -> list[type[torch.nn.Module]]:
         try:
             importlib.import_module(info.name)
         except ImportError:
-            continue  # what it needs is not installed, nor then are its models
+            continue  # a package that it needs is not installed: its models cannot be built either
     found: list[type[torch.nn.Module]] = []
     for name, part in list(sys.modules.items()):
         if name == module.__name__ or name.startswith(module.__name__ + "."):

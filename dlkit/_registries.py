@@ -1,8 +1,8 @@
 """dlkit's layers in the tables of libraries that look layers up by their exact class.
 
-A table is filled when its library is imported, whether that is before dlkit or after it, and not at all if it is not.
-Without this torch.ao.quantization finds nothing to fuse, and opacus, which refuses BatchNorm since it mixes what should
-be private to a sample, does not know one when it sees it.
+A table is filled when its library is imported, before dlkit or after it. Without the entries torch.ao.quantization
+finds nothing to fuse. Opacus refuses BatchNorm, which mixes samples that should stay private, and would not recognize
+dlkit's.
 """
 
 import importlib.abc
@@ -23,7 +23,7 @@ fused = (*FUSED.values(), *ACTING.values())
 
 
 def _quantization(mappings: ModuleType) -> None:
-    """fuse_modules() and fuse_modules_qat(): what they make of dlkit's layers is torch's."""
+    """For fuse_modules() and fuse_modules_qat(), which turn dlkit's layers into torch's fused ones."""
     table = mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD
     for classes, fuser in list(table.items()):
         norm = next((cls for cls in classes if cls in FUSED), None)
@@ -80,7 +80,7 @@ TABLES: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of TABLES as they are found anyhow, and fills their tables once they have run."""
+    """Finds the modules of TABLES as the other finders do, and fills their tables once they have run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,18 +1,18 @@
-"""What is in force until it is undone: as a context manager, or by undo()."""
+"""The handle of a change that holds until it is undone, by undo() or at the end of a `with` block."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class Undo:
-    """In force from the call that gave it on; ``undo()``, or the end of a ``with`` block, ends it. Once."""
+    """A change that holds from the call that made it until ``undo()`` or the end of a ``with`` block."""
 
     def __init__(self, undo: Callable[[], None], text: str) -> None:
         self._undo: Callable[[], None] | None = undo
         self._text = text
 
     def undo(self) -> None:
-        """Ends it; again does nothing."""
+        """Undoes the change. A second call does nothing."""
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()

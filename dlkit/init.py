@@ -1,8 +1,8 @@
 """Initial weights that torch.nn.init lacks: layer-sequential unit variance.
 
-One pass of a batch is enough for a whole model: before a layer runs, its weights are scaled until its output for this
-very input has variance 1, and what the next layer gets is computed with them. A layer is linear in its weights, so one
-scaling does it, unless its bias has a part in the variance.
+One pass of a batch is enough for a whole model: before a layer runs, its weights are scaled until its output for its
+input has variance 1, and the next layer's input is computed with the scaled weights. A layer is linear in its weights:
+one scaling is enough, unless its bias has a part in the variance.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def lsuv_(
     """Layer-sequential unit variance: scales each layer's weights so that its output on ``batch`` has variance 1.
 
     The layers are those of class ``Linear`` and ``Conv`` (transposed ones too), in the order in which they run. The
-    variance is over all elements of the output, before whatever activation follows. A layer, or a weight, that is used
-    more than once is set at its first use. Left as they are: layers whose weight is frozen, and those that the batch
-    does not reach as a module, with a warning (``MultiheadAttention`` multiplies by the weights of its output layer
-    without calling it).
+    variance is over all elements of the output, before the activation. A layer, or a weight, that is used more than
+    once is set at its first use. Two kinds of layers stay as they are: those with a frozen weight, and those that are
+    not called, which causes a warning (``MultiheadAttention`` multiplies by the weights of its output layer without
+    calling it).
 
     The batch passes once, without gradients. Dropout is off; BatchNorm normalizes by the batch, as in the first step of
     training. Training flags, buffers and the random state after the pass are those before it. Only the orthogonal start
@@ -47,11 +47,11 @@ def lsuv_(
 
     Args:
         model: is changed in place.
-        batch: what the model is called with: a tensor, a tuple or list of positional arguments, or a mapping of keyword
+        batch: the model's input: a tensor, a tuple or list of positional arguments, or a mapping of keyword
             arguments. Some hundred samples of the training data, on the model's device.
         tolerance: how far from 1 the variance may be.
         max_iterations: scalings of one layer, at most.
-        orthogonal: begin with orthogonal weights and zero biases, as in the paper. False: with those that are there.
+        orthogonal: begin with orthogonal weights and zero biases, as in the paper. False: begin with the present ones.
         generator: to draw the orthogonal weights from (default: torch's).
 
     Returns:
@@ -100,7 +100,7 @@ def lsuv_(
         names = ", ".join(repr(name) for name, _ in missed)
         scaler.warnings.append(f"the batch did not reach {names} as a module, so the weights there are as they were")
     for text in scaler.warnings:
-        warnings.warn(f"lsuv_(): {text}", stacklevel=3)  # behind no_grad's wrapper
+        warnings.warn(f"lsuv_(): {text}", stacklevel=3)  # 3: the caller, past no_grad's wrapper
     return model
 
 
@@ -150,7 +150,7 @@ def _start(layers: list[tuple[str, Any]], generator: torch.Generator | None) -> 
 
 
 class _Scaler:
-    """Sets a layer when its input comes. `done` are the weights that are set."""
+    """Scales a layer's weight when its input arrives. `done` holds the weights that are scaled already."""
 
     def __init__(self, tolerance: float, max_iterations: int) -> None:
         self.tolerance = tolerance
@@ -209,7 +209,7 @@ def _variance(name: str, output: Any, args: tuple[Any, ...]) -> float:
             f"lsuv_(): the output of layer {name!r} is not finite though its input is; look at its weight and bias, or "
             "run lsuv_() in fp32"
         )
-    # What rounding leaves of a constant: far below, and no scaling would make a signal of it.
+    # A variance this small is the rounding error of a constant output. No scaling would make a signal of it.
     if variance <= (torch.finfo(values.dtype).eps * float(values.abs().max())) ** 2:
         raise RuntimeError(
             f"lsuv_(): the output of layer {name!r} is constant (variance {variance:.3g}); give a batch of different "
@@ -238,7 +238,7 @@ def _as_in_a_first_step(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Of the CPU's generator, and of those of the devices that the model is on."""
+    """Restores the random state of the CPU and of the devices that the model is on."""
     devices = {param.device for param in model.parameters()} - {torch.device("cpu")}
     with contextlib.ExitStack() as stack:
         for kind in {device.type for device in devices} or {"cuda"}:

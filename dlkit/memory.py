@@ -1,4 +1,4 @@
-"""reuse_cpu_memory(): freed memory of CPU tensors serves the next tensors instead of going back to the kernel."""
+"""reuse_cpu_memory(): the memory of freed CPU tensors serves the next ones and does not go back to the system."""
 
 from __future__ import annotations
 
@@ -51,21 +51,22 @@ class ReusedMemory:
 def reuse_cpu_memory(limit: int | None = None) -> ReusedMemory:
     """Lets the next CPU tensors have the memory of freed ones. One call at start-up, or ``with reuse_cpu_memory():``.
 
-    glibc returns blocks above 32 MB to the kernel at every free, and every page of a fresh one is a page fault, which
-    costs more than most ops. From this call on, tensors of 128 KB and more take blocks that are kept when they are
-    freed: one of the least size that fits and at most twice what is asked for, in huge pages where the system gives
-    them on request. Smaller tensors and everything that is no CPU tensor get their memory as before.
+    glibc returns blocks above 32 MB to the operating system at every free, and every page of a fresh block is a page
+    fault. The page faults cost more time than most ops. From this call on, tensors of 128 KB and more take blocks that
+    are kept when tensors are freed: the smallest block that fits and has at most twice the size. Blocks are in huge
+    pages where the system gives them on request. Smaller tensors, and memory that is no CPU tensor, are not affected.
 
-    Nothing is done, and a warning given once, where malloc is not glibc's: jemalloc and tcmalloc keep freed memory
-    themselves, and what musl and macOS do was not measured.
+    Where malloc is not glibc's, the call does nothing and warns once: jemalloc and tcmalloc keep freed memory
+    themselves, and musl and macOS were not measured.
 
     Args:
-        limit: bytes to keep at most while no tensor holds them; what was kept longest goes back to the kernel first.
-            None: all of it is kept, so the process stays as large as its tensors ever were together.
+        limit: bytes to keep at most while no tensor holds them; the block that was kept longest goes back to the system
+            first. None keeps everything: the process stays as large as its tensors ever were together.
 
     Returns:
-        An object whose string says what was done, with ``active`` and ``kept_bytes``; as a context manager it restores
-        at its end what was before. Kept memory goes back to the kernel then; tensors that live on stay valid.
+        A :class:`ReusedMemory`, whose string describes what was done, with ``active`` and ``kept_bytes``. As a context
+        manager it restores the earlier setting at its end and gives kept memory back to the system; tensors that live
+        on stay valid.
 
     Raises:
         ValueError: ``limit`` is negative.
@@ -102,7 +103,7 @@ class _SharedObject(ctypes.Structure):
 
 
 def _other_allocator() -> str:
-    """What serves malloc here, as a file name or a system; empty for glibc itself."""
+    """The allocator behind malloc, as a file name or a system; empty for glibc itself."""
     if platform.system() != "Linux":
         return f"{platform.system()}'s"
     program = ctypes.CDLL(None)

@@ -8,10 +8,10 @@ the CPU. A :class:`Philox` stream gives the same masks everywhere:
     with dlkit.random.use(stream):      # or: for every dropout of dlkit in this block
         y = model(x)
 
-Inside ``torch.utils.checkpoint``, in each of its modes, what a stream or a ``generator=`` gave in forward is given
-again where a block is computed again; the stream itself stays where it is, and need not be in use then. Any other draw
-from it in a backward pass raises, one of a checkpoint inside ``torch.compile`` too: which mask that should repeat
-cannot be known.
+Inside ``torch.utils.checkpoint``, in each of its modes, a block that is computed again gets the numbers again that a
+stream or a ``generator=`` gave it in forward; the stream itself stays where it is, and need not be in use then. Any
+other draw from it in a backward pass raises an error, because the mask to repeat is not known. That includes draws of
+a checkpoint inside ``torch.compile``.
 """
 
 import contextlib
@@ -37,15 +37,21 @@ class Philox:
 
     Copies and pickles go on from where the stream stood, each on its own.
 
-    Under CUDA-graph capture it raises: what it drew is a constant there, and each replay would repeat it. torch's own
-    CUDA generators draw afresh.
+    A draw under CUDA-graph capture raises a RuntimeError: the numbers are constants of the graph, and each replay would
+    repeat them. torch's own CUDA generators draw afresh.
 
     Args:
         seed: an integer of 64 bits, signed or not.
+
+    Raises:
+        TypeError: seed is not an int.
+        ValueError: seed has more than 64 bits.
+
+    Source: `Parallel random numbers: as easy as 1, 2, 3 <https://doi.org/10.1145/2063384.2063405>`_, Philox4x32-10.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        # A tensor, which an op advances in place: a compiler sees no Python number that would be a constant to it.
+        # A tensor, which an op advances in place: a compiler would take a Python number for a constant.
         self._state = torch.zeros(2, dtype=torch.int64, device="cpu")
         if not torch.compiler.is_dynamo_compiling():
             _C.others_draw()
@@ -53,6 +59,12 @@ class Philox:
 
     def manual_seed(self, seed: int) -> "Philox":
         """Starts the stream of ``seed`` from its beginning.
+
+        Args:
+            seed: an integer of 64 bits, signed or not.
+
+        Returns:
+            The stream itself.
 
         Raises:
             TypeError: seed is not an int.
@@ -70,6 +82,9 @@ class Philox:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on from where another stream stood.
+
+        Args:
+            state: what :meth:`state_dict` of that stream returned.
 
         Raises:
             ValueError: a number has more than 64 bits, or the offset is no multiple of 4.
@@ -116,22 +131,22 @@ def use(stream: Philox) -> Iterator[Philox]:
         _default = before
 
 
-# How checkpoints are told: those without reentry by their hooks on saved tensors, the others by their Python frames.
+# Non-reentrant checkpoints are found by their hooks on saved tensors, reentrant ones by their Python frames.
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction
 _FORWARD, _BACKWARD = _REENTRANT.forward.__code__, _REENTRANT.backward.__code__
 DEFAULT, GENERATOR, STREAM = range(3)  # csrc/glue/random.h
 
 
 class _Draws:
-    """What was drawn in one checkpointed call of a function: (from where, seed, offset), in order."""
+    """The draws of one checkpointed call of a function: (source, seed, offset), in order."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple[int, int, int]] = []
-        self.repeated: dict[Any, int] = {}  # for each time that it is computed again
+        self.repeated: dict[Any, int] = {}  # by recomputation: the number of draws repeated
 
 
 def _variables(hook: Callable[..., Any]) -> dict[str, Any]:
-    """What a function took from where it was defined."""
+    """The variables that a function closes over, by name."""
     cells = hook.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(hook.__code__.co_freevars, cells, strict=True)}
 

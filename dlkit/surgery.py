@@ -1,5 +1,4 @@
-"""replace() and restore(): layers of torch.nn and of other libraries to dlkit's kernels and back, in place, by changing
-__class__.
+"""replace() and restore() change the __class__ of layers of torch.nn and of other libraries to dlkit's and back.
 
 Parameters, buffers, hooks, the training flag and state_dict stay what and where they are.
 """
@@ -61,16 +60,16 @@ class Change(NamedTuple):
 def replace(model: Model, *, report: list[Change] | None = None, verify: bool = True) -> Model:
     """Turns every norm and dropout of ``model`` that dlkit's kernels can serve into a layer that they serve, in place.
 
-    Layers of exactly torch's own classes become dlkit's. Norms of other classes, whoever wrote them, are run beside the
-    forms that dlkit has, on random inputs, forward and backward: where outputs and gradients agree within rounding in
-    float64, and the order of rounding in other dtypes is found too, the layer's class becomes one derived from its own,
-    of the same name. So does stochastic depth. What computes something else is left. A layer whose forward was
-    replaced on the instance is left too.
+    Layers of exactly torch's own classes become dlkit's. Norms of other classes are run beside the forms that dlkit has
+    on random inputs, forward and backward. Where outputs and gradients agree within rounding in float64, and the order
+    of rounding in other dtypes is found too, the layer gets a class that is derived from its own and has the same name.
+    Stochastic depth gets such a class too. A layer that computes something else stays as it is, and so does one whose
+    forward was replaced on the instance.
 
     Args:
-        model: any module; itself a layer, perhaps. It may be on the meta device.
-        report: a list that receives a :class:`Change` for each layer changed, and for each that was left and could have
-            been meant. ``print(*report, sep="\\n")`` shows it.
+        model: any module, also a single layer. It may be on the meta device.
+        report: a list that receives a :class:`Change` for each layer changed, and for each norm or dropout that was
+            left. ``print(*report, sep="\\n")`` shows it.
         verify: run layers of classes that are neither torch's nor registered (:func:`dlkit.register`). False leaves
             them as they are.
 
@@ -94,11 +93,11 @@ DROPS = re.compile("drop_?path|stochastic_?depth|drop_?block", re.IGNORECASE)
 
 
 def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.Module] | None, str]:
-    """(the class that ``module`` is to have or None, why); no reason where it is none of replace()'s business."""
+    """(the class that ``module`` is to have or None, the reason). The reason is empty for layers of other kinds."""
     before = type(module)
     if isinstance(module, tuple(TWINS.values())) or _adopt.adopted(before):
         return None, ""
-    # An uninitialised layer is of a class of its own until it has seen an input.
+    # A lazy layer has a class of its own until it has seen an input.
     nominal = getattr(before, "cls_to_become", None) or before
     related = next((cls for cls in TWINS if issubclass(nominal, cls)), None)
     norm = related in NORMS if related else _trial.looks_like_norm(module)
@@ -135,14 +134,14 @@ def _replacement(module: torch.nn.Module, verify: bool) -> tuple[type[torch.nn.M
 
 
 def restore(model: Model, *, report: list[Change] | None = None) -> Model:
-    """Undoes :func:`replace` and :func:`dlkit.fuse`: every dlkit layer that has a twin in torch.nn becomes it, in
-    place, and the adds and activations that fused layers took in are where they were.
+    """Undoes :func:`replace` and :func:`dlkit.fuse`, in place: each dlkit layer becomes the layer of torch.nn or of
+    the other library that it was, and adds and activations of fused layers are where they were.
 
-    A fused layer is left where what it belongs to is not in ``model``: the Sequential with its activation, or the
-    module whose forward() calls it. So is one that was made as such.
+    A fused layer is left if ``model`` does not hold its surroundings: the Sequential with its activation, or the module
+    whose forward() calls it. A layer that was constructed as a fused one is left too.
 
     Args:
-        model: any module; itself a layer, perhaps.
+        model: any module, also a single layer.
         report: a list that receives a :class:`Change` for each layer changed, and for each fused layer left.
 
     Returns:
@@ -176,7 +175,7 @@ def restore(model: Model, *, report: list[Change] | None = None) -> Model:
 
 
 def can_restore(cls: type) -> bool:
-    """Whether :func:`restore` makes layers of torch.nn of those of this class, in the model that they belong to."""
+    """Whether :func:`restore` gives layers of this class, in their own model, the class that they had before."""
     from dlkit.fusion import ACTING, FUSED, TRANSFORMERS
 
     fused = (*FUSED.values(), *ACTING.values(), *TRANSFORMERS.values())
@@ -195,12 +194,12 @@ def drop_probability(module: torch.nn.Module) -> str:
 
 
 def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> str:
-    """Why ``module`` may not be taken for a layer of class ``related``; empty if it may."""
+    """The reason why ``module`` may not be taken for a layer of class ``related``; empty if it may."""
     cls = type(module)
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: it can be replaced once it has seen an input"
     if issubclass(cls, (dlkit.nn.batch_norm.DoesMore, dlkit.nn.batch_norm.ActsBehind)):
-        return "it does the work of the activation behind it too, which cannot be put back here"
+        return "it does the work of the activation after it too, which cannot be put back here"
     if isinstance(module, (dlkit.nn.CrossEntropyLoss, dlkit.nn.LinearCrossEntropyLoss)) and module.has_own_options():
         return "it has options that torch's layer has not"
     if cls is not related:

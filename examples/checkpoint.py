@@ -1,6 +1,6 @@
 """A run that moves from torch's optimizer to dlkit's and back by checkpoints: python examples/checkpoint.py --steps 20
 
-The steps are torch's, then dlkit's, then torch's again. The losses are those of a run by torch throughout.
+The steps are torch's, then dlkit's, then torch's again. The losses are those of a run with torch only.
 """
 
 import argparse

@@ -62,8 +62,8 @@ __all__ = [
 ]
 
 for _name in ("dropout1d", "dropout2d", "dropout3d", "dropblock2d"):
-    torch.fx.wrap(_name)  # they ask for the shape of their input, which torch.fx does not know
+    torch.fx.wrap(_name)  # they read their input's shape, which torch.fx does not know
 
-# Names that pickles and traced programs keep: without the file that a function stands in.
+# Pickles and traced programs keep this name of the module, not that of the file that defines the function.
 for _name in __all__:
     globals()[_name].__module__ = __name__

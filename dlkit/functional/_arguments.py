@@ -18,7 +18,7 @@ def check_tensors(name: str, **tensors: Any) -> None:
 
 
 def number(name: str, argument: str, value: Any) -> Any:
-    """``value`` as a Python number: one already, a scalar of NumPy, or a tensor without dimensions, as torch takes."""
+    """``value``, a number, a scalar of NumPy or a tensor without dimensions, as a Python number."""
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return value
     if isinstance(value, Tensor):
@@ -48,7 +48,7 @@ def check_flag(name: str, argument: str, value: Any) -> None:
 
 
 def split_generator(name: str, generator: Generator | None) -> tuple[torch.Generator | None, Tensor | None]:
-    """(generator, stream) as the ops take them: the one a torch.Generator, the other a Philox stream's state."""
+    """(generator, stream) as the ops take them: a torch.Generator or None, and the state of a Philox stream or None."""
     if generator is None:
         default = random.default()
         return None, None if default is None else default._state
@@ -79,7 +79,7 @@ def raise_norm(name: str, error: Exception, normalized_shape: Any, eps: Any, **t
 
 
 def raise_channels(name: str, error: Exception, tensors: dict[str, Any], **numbers_: Any) -> NoReturn:
-    """The same for the norms of channels: ``tensors`` may be None, but for input; numbers may not."""
+    """As :func:`raise_norm`, for norms of channels. All ``tensors`` but input may be None; numbers may not."""
     for argument, value in tensors.items():
         if not isinstance(value, Tensor) and (argument == "input" or value is not None):
             raise TypeError(f"{name}(): expected {argument} to be a Tensor, got {type(value).__name__}") from None

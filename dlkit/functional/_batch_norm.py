@@ -1,4 +1,4 @@
-"""Norms of channels."""
+"""BatchNorm, GroupNorm and InstanceNorm, with a residual add and an activation."""
 
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ def batch_norm(
     """Batch normalization of each channel over the batch, as :func:`torch.nn.functional.batch_norm`.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the batch's mean and biased variance in training, and
-    the running ones else.
+    with the running ones in evaluation.
 
     Args:
         input: ``[N, C, *]`` of 2 dimensions or more, fp64, fp32, bf16 or fp16, contiguous or channels_last; each is
@@ -89,7 +89,7 @@ def _normalize_batch(
     negative_slope: float = 0.01,
 ) -> Tensor:
     if momentum is None:
-        number(name, "momentum", momentum)  # None is for layers, which count
+        number(name, "momentum", momentum)  # raises: None is only for layers, which count batches
     check_flag(name, "training", training)
     try:
         return _batch_norm(
@@ -182,7 +182,7 @@ def batch_norm_act(
 ) -> Tensor:
     """``act(batch_norm(input) + residual)`` in one pass over memory, with :func:`batch_norm`'s statistics.
 
-    Backward works the activation out again: ``input`` and ``residual`` are all that is kept. With "relu" it is
+    Backward computes the activation again and keeps only ``input`` and ``residual``. With "relu" it is
     :func:`batch_norm_relu`.
 
     Args:
@@ -197,7 +197,7 @@ def batch_norm_act(
         residual: broadcasts and promotes with the normalized input as in an addition, or None; the fast case is the
             input's shape and dtype.
         activation: "relu", "gelu", "gelu_tanh", "silu", "hardswish", "relu6", "leaky_relu", or None.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
 
     Returns:
         The input's shape, dtype and memory format, rounded once; with a residual of another shape or dtype, those of
@@ -209,7 +209,7 @@ def batch_norm_act(
         NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type. Running statistics are untouched by any of these.
 
-    Sources: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, `Searching for Activation Functions
+    Source: `Batch Normalization <https://arxiv.org/abs/1502.03167>`_; "silu": `Searching for Activation Functions
     <https://arxiv.org/abs/1710.05941>`_.
     """
     return _normalize_batch(
@@ -235,7 +235,7 @@ def group_norm(
 
     Args:
         input: ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
-        num_groups: into how many groups of adjacent channels C is divided.
+        num_groups: the number of groups of adjacent channels into which C is divided.
         weight: ``[C]``, in the input's dtype or fp32, or None.
         bias: ``[C]``, in the dtype of ``weight``, or None.
         eps: added to the variance.
@@ -286,18 +286,18 @@ def group_norm_act(
 ) -> Tensor:
     """``act(group_norm(input) + residual)`` in one pass over memory, with :func:`group_norm`'s statistics.
 
-    Backward works the activation out again: ``input`` and ``residual`` are all that is kept.
+    Backward computes the activation again and keeps only ``input`` and ``residual``.
 
     Args:
         input: ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
-        num_groups: into how many groups of adjacent channels C is divided.
+        num_groups: the number of groups of adjacent channels into which C is divided.
         weight: ``[C]``, in the input's dtype or fp32, or None.
         bias: ``[C]``, in the dtype of ``weight``, or None.
         eps: added to the variance.
         residual: broadcasts and promotes with the normalized input as in an addition, or None; the fast case is the
             input's shape and dtype.
         activation: "relu", "gelu", "gelu_tanh", "silu", "hardswish", "relu6", "leaky_relu", or None.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
 
     Returns:
         The input's shape, dtype and memory format, rounded once; with a residual of another shape or dtype, those of

@@ -20,11 +20,11 @@ def bias_gelu_dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``dropout(gelu(input + bias))`` in one pass over memory, forward and backward, for what comes out of a matrix
+    """``dropout(gelu(input + bias))`` in one pass over memory, forward and backward, for the result of a matrix
     product.
 
-    The mask is that of :func:`dropout` for the same generator. Backward works it and the activation out again: input
-    and bias are all that is kept.
+    The mask is that of :func:`dropout` for the same generator. Backward computes the mask and the activation again, and
+    keeps only input and bias.
 
     Args:
         input: ``[*, C]``, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
@@ -59,11 +59,11 @@ def bias_relu_dropout(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """``dropout(relu(input + bias))`` in one pass over memory, forward and backward, for what comes out of a matrix
+    """``dropout(relu(input + bias))`` in one pass over memory, forward and backward, for the result of a matrix
     product.
 
-    The mask is that of :func:`dropout` for the same generator. Backward works it and the activation out again: input
-    and bias are all that is kept.
+    The mask is that of :func:`dropout` for the same generator. Backward computes the mask and the activation again, and
+    keeps only input and bias.
 
     Args:
         input: ``[*, C]``, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.

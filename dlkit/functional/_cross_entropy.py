@@ -27,7 +27,7 @@ def cross_entropy(
 ) -> Any:
     """Cross entropy of logits, as :func:`torch.nn.functional.cross_entropy`, in one pass over them each way.
 
-    ``-log(softmax(input)[target])``. Beside the logits only two numbers a row are kept for backward.
+    ``-log(softmax(input)[target])``. Beside the logits, only two numbers per row are kept for backward.
 
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, *]``, fp64, fp32, bf16 or fp16, contiguous or channels_last; other
@@ -58,12 +58,12 @@ def cross_entropy(
         NotImplementedError: input is not of a floating type.
         TypeError: an argument is of the wrong Python type.
 
-    Source: torch's page; `Rethinking the Inception Architecture <https://arxiv.org/abs/1512.00567>`_ for the smoothing,
-    `PaLM <https://arxiv.org/abs/2204.02311>`_ for the z-loss.
+    Source: the page of :class:`torch.nn.CrossEntropyLoss`; `Rethinking the Inception Architecture
+    <https://arxiv.org/abs/1512.00567>`_ for the smoothing, `PaLM <https://arxiv.org/abs/2204.02311>`_ for the z-loss.
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    plain = type(label_smoothing) is type(lse_square_scale) is float and softcap is None  # half a microsecond
+    plain = type(label_smoothing) is type(lse_square_scale) is float and softcap is None  # saves half a microsecond
     numbers_ = (
         (label_smoothing, lse_square_scale, 0.0)
         if plain
@@ -86,8 +86,9 @@ def reduction_number(name: str) -> int:
 
 
 def check_options(name: str, label_smoothing: Any, lse_square_scale: Any, softcap: Any) -> tuple[Any, Any, Any]:
-    """The three as Python numbers, 0 for no softcap."""
-    softcap = 0.0 if softcap is None else number(name, "softcap", softcap) or -1.0  # the op refuses it
+    """The three options as Python numbers; 0 stands for no softcap."""
+    # To the op 0 means no softcap: a 0 that the user gave becomes -1, which it refuses.
+    softcap = 0.0 if softcap is None else number(name, "softcap", softcap) or -1.0
     return number(name, "label_smoothing", label_smoothing), number(name, "lse_square_scale", lse_square_scale), softcap
 
 

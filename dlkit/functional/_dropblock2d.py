@@ -39,16 +39,16 @@ def dropblock2d(
     *,
     generator: Generator | None = None,
 ) -> Tensor:
-    """DropBlock: squares of ``block_size`` in each channel become 0, the rest grows so that the mean stays.
+    """DropBlock: squares of ``block_size`` in each channel become 0; the other elements grow so that the mean stays.
 
     Squares start at seeds, drawn wherever a whole square fits, with probability
     ``p / block_size**2 * H * W / ((H - block_size + 1) * (W - block_size + 1))``, so that about ``p`` of all elements
-    are dropped (fewer where squares overlap). What is kept is multiplied by ``numel / kept``, counted over the whole
-    tensor.
+    are dropped (fewer where squares overlap). The other elements are multiplied by ``numel / kept``, counted over the
+    whole tensor.
 
     Args:
         input: ``[N, C, H, W]``, fp64, fp32, bf16 or fp16, contiguous or channels_last.
-        p: the share to drop.
+        p: the share of elements to drop.
         block_size: the side of a square; the smaller of H and W where it is larger than that.
         training: False gives the input itself.
         inplace: write the result into ``input``.

@@ -20,9 +20,10 @@ def dropout(
     """Dropout, as :func:`torch.nn.functional.dropout`: each element becomes 0 with probability ``p``, the others grow
     by ``1 / (1 - p)``.
 
-    No mask is stored: backward draws it again from the seed and the offset that forward took from the generator. Which
-    elements are dropped depends on these and on the logical index of the element alone, not on the device, the number
-    of threads or the memory format. What is dropped is 0 even if it was NaN or infinite.
+    No mask tensor is stored: backward draws the mask again from the seed and the offset that forward took from the
+    generator, or on a CPU reads one bit per element. The mask depends only on seed, offset and the logical index of the
+    element, not on the device, the number of threads or the memory format. A dropped element is 0 even if it was NaN or
+    infinite.
 
     Args:
         input: any shape and strides, fp64, fp32, bf16 or fp16; contiguous memory is the fast case.
@@ -42,7 +43,7 @@ def dropout(
         TypeError: an argument is of the wrong Python type. The generator is untouched by any of these.
 
     Source: `Dropout: A Simple Way to Prevent Neural Networks from Overfitting
-    <https://jmlr.org/papers/v15/srivastava14a.html>`_; the stream is written down in ``csrc/common/philox.h``.
+    <https://jmlr.org/papers/v15/srivastava14a.html>`_; ``csrc/common/philox.h`` defines the stream.
     """
     return drop("dropout", input, p, training, inplace, generator)
 
@@ -52,7 +53,7 @@ def dropout_add(
 ) -> Tensor:
     """``dropout(input) + residual`` in one pass over memory, with the mask of :func:`dropout`.
 
-    Backward hands ``residual`` the output's gradient and draws ``input``'s mask again.
+    In backward ``residual`` gets the output's gradient, and the mask of ``input`` is drawn again.
 
     Args:
         input: any shape and strides, fp64, fp32, bf16 or fp16.
@@ -177,7 +178,7 @@ def alpha_dropout(
 ) -> Tensor:
     """Dropout that keeps zero mean and unit variance, as :func:`torch.nn.functional.alpha_dropout`.
 
-    What is dropped becomes SELU's lower bound, -1.7581, then ``y = a * x + b`` for all, with
+    A dropped element becomes SELU's lower bound, -1.7581. Then all elements become ``y = a * x + b``, with
     ``a = 1 / sqrt((1 - p) * (1 + p * 1.7581**2))`` and ``b = 1.7581 * a * p``.
 
     Args:
@@ -233,7 +234,7 @@ def drop_path(
 ) -> Tensor:
     """Stochastic depth: dropout of whole samples, the others grow by ``1 / (1 - p)``.
 
-    Meant for the branch of a residual block: ``x + drop_path(branch(x))``.
+    It is for the branch of a residual block: ``x + drop_path(branch(x))``.
 
     Args:
         input: ``[N, *]``, fp64, fp32, bf16 or fp16.
@@ -286,7 +287,7 @@ def drop(
 
 def warn_of_shape(name: str, expected: str, taken: str, input: Tensor) -> None:
     if input.is_nested:
-        return  # refused, and without a shape
+        return  # a nested tensor has no shape, and the op refuses it
     warnings.warn(
         f"{name}(): expected input {expected}, got shape {list(input.shape)}, which is taken for {taken} and may become"
         " an error",

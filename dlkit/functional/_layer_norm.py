@@ -1,4 +1,4 @@
-"""Norms of the last dimensions, with what comes before them."""
+"""LayerNorm and RMSNorm over the last dimensions, with the dropout and the residual add before them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -168,7 +168,7 @@ def dropout_add_layer_norm(
 ) -> Any:
     """``sum = dropout(input) + residual`` and ``y = layer_norm(sum)`` in one pass over memory.
 
-    The mask is that of :func:`dropout` for the same generator. Backward reads what it needs once and draws the mask
+    The mask is that of :func:`dropout` for the same generator. Backward reads each tensor once and draws the mask
     again. Gradients flow through both outputs.
 
     Args:

@@ -30,18 +30,18 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits in memory.
 
     The arguments of :func:`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), and those of
-    :func:`cross_entropy`. Rows go in chunks of 256 or more. With a reduction, forward works out the gradients too, and
-    keeps them in fp32 (fp64 for fp64): what is in memory is a chunk of logits and these, of the size of ``input`` and
-    ``linear_weight``. Without a reduction backward computes the logits again.
+    :func:`cross_entropy`. Rows are computed in chunks of 256 or more. With a reduction, forward computes the gradients
+    too, and keeps them in fp32 (fp64 for fp64): memory holds a chunk of logits and the gradients, of the size of
+    ``input`` and ``linear_weight``. Without a reduction backward computes the logits again.
 
     Args:
         input: ``[H]`` or ``[N, H]``, fp64, fp32, bf16 or fp16.
-        linear_weight: ``[C, H]`` in the input's dtype, or ``[C, *, H]``, for which the logits are whole, as in torch.
+        linear_weight: ``[C, H]`` in the input's dtype, or ``[C, *, H]``: then memory holds all logits, as in torch.
         target: classes, int64 ``[]``, ``[N]`` or ``[N, *]``; or probabilities, ``[C]``, ``[N, C]`` or ``[N, C, *]``.
         linear_bias: ``[C]`` or ``[C, *]``, or None.
         weight: as in :func:`cross_entropy`, as are ``reduction`` and ``label_smoothing``.
         ignore_index: rows with this class count for nothing; None stands for -100.
-        options: torch's choice of chunks; here it changes nothing, and torch's own limits do not hold.
+        options: torch's choice of chunks; dlkit ignores it, and torch's own limits do not hold.
         lse_square_scale: as in :func:`cross_entropy`, as are ``softcap`` and ``return_z_loss``.
 
     Returns:
@@ -51,7 +51,7 @@ def linear_cross_entropy(
     Raises:
         IndexError, ValueError, RuntimeError, NotImplementedError, TypeError: as :func:`cross_entropy`.
 
-    Source: torch's page.
+    Source: the page of :func:`torch.nn.functional.linear_cross_entropy`.
     """
     name = "linear_cross_entropy"
     check_tensors(name, input=input, linear_weight=linear_weight, target=target)

@@ -1,6 +1,6 @@
 """The classic experiments on training deep networks, each one command, on dlkit's layers and optimizers.
 
-Without the name of an experiment: what there is, in the order of a course. Lightning trains, TensorBoard logs,
+Without the name of an experiment it lists them, in the order of a course. Lightning trains, TensorBoard logs,
 torchmetrics measures, matplotlib draws.
 """
 
@@ -10,7 +10,7 @@ import importlib.util
 
 from dlkit.lab import experiment
 
-# What the optional extra dlkit[lab] installs, as Python imports it.
+# The packages of the optional extra dlkit[lab], by their import names.
 PACKAGES = (
     "captum",
     "kornia",
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Does an experiment and returns the exit status; a user's mistake ends it with one sentence (SystemExit)."""
+    """Runs an experiment and returns the exit status. A user's mistake raises SystemExit with one sentence."""
     if args.experiment is None:
         width = max(map(len, experiment.names()))
         for name in experiment.names():

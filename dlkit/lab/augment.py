@@ -1,7 +1,7 @@
 """Augmentations of a batch, by Kornia: (images [batch, height, width], labels) -> the same, changed.
 
-Kornia draws from torch's generator. What moves pixels in or erases them takes the darkest value of the batch, which is
-the background, for the images are standardized and 0 is gray. Mixup and CutMix give each image a mixture of two
+Kornia draws from torch's generator. Pixels that are moved in or erased get the darkest value of the batch, which is the
+background: the images are standardized, and 0 is gray. Mixup and CutMix give each image a mixture of two
 classes, as probabilities [batch, classes].
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @functools.cache
 def _layer(name: str, **options: Any) -> Any:
-    """Made once: making one costs more than a call."""
+    """The layer is made once: that costs more than a call."""
     import kornia.augmentation
 
     return getattr(kornia.augmentation, name)(**options)

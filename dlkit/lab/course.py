@@ -1,4 +1,4 @@
-"""Does an experiment: trains what is not yet trained, prints the table, draws the figure."""
+"""Runs an experiment: trains the runs that are not finished, prints the table, draws the figure."""
 
 import argparse
 import contextlib
@@ -65,7 +65,7 @@ def runs_of(name: str, module: ModuleType, setting: Setting) -> list[Run]:
 
 
 def do(name: str, setting: Setting) -> None:
-    """One experiment, to its figure and table."""
+    """Runs one experiment and writes its figure and table."""
     module = experiment.load(name)
     print(f"\n{name}: {module.SUMMARY}", flush=True)
     start = time.perf_counter()
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         for name in experiment.names():
             try:
                 do(name, setting)
-            except Refused as error:  # one that has no such option need not keep the others
+            except Refused as error:  # the other experiments still run
                 print(f"dlkit lab: {error}", file=sys.stderr, flush=True)
                 refused = 1
     return refused

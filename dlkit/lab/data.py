@@ -55,7 +55,7 @@ class Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def first(self, count: int) -> "Dataset":
-        """With the first training images alone."""
+        """The data set with only its first training images."""
         return replace(self, train_images=self.train_images[:count], train_labels=self.train_labels[:count])
 
     @property
@@ -68,7 +68,7 @@ class Dataset:
 
 
 class Batches:
-    """What a DataLoader is to Lightning: batches of inputs and targets, each cut out of the whole by one indexing.
+    """Takes the place of a DataLoader: batches of inputs and targets, each cut out of the whole by one indexing.
 
     With `epoch_seed`, `steps` batches in the random order that its value gives, and process `rank` of `ranks` takes its
     part of each; else everything in its own order.
@@ -161,7 +161,7 @@ def _find(folder: Path) -> list[Path]:
 
 
 def download(folder: Path) -> None:
-    """Fetches what the folder lacks; one attempt, no retry. Raises OSError offline, ValueError on a wrong hash."""
+    """Fetches missing files; one attempt, no retry. Raises OSError offline, ValueError on a wrong hash."""
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
@@ -188,7 +188,7 @@ def _digits(reason: str) -> Dataset:
 
 
 def load(folder: str | None = None) -> Dataset:
-    """Finds and reads Fashion-MNIST, or digits where it is not to be had; `source` says what was taken and why.
+    """Reads Fashion-MNIST, or digits if it cannot be had; `source` names the data taken and the reason.
 
     `folder` is where to read it from, and nowhere else; or "digits".
 

@@ -1,10 +1,10 @@
-"""What an experiment says: the runs it compares, each a Configuration, under the Setting of the command line.
+"""The form of an experiment: the runs that it compares, each a Configuration, and the Setting of the command line.
 
 An experiment is a module in dlkit/lab/experiments/, found by itself. It has
 
     ORDER           its place in the course, a number
-    SUMMARY         one line, what it compares
-    LOOK_AT         what one should see in the figure
+    SUMMARY         one line that names what it compares
+    LOOK_AT         the part of the figure to look at
     configurations  (setting) -> the list of Configuration to train
     draw            (figure, results, setting) -> None, draws into a matplotlib Figure
 
@@ -17,7 +17,7 @@ and, where the defaults do not fit,
     finish          (results, setting) -> lines below the table
     search          (setting, make, say) -> the runs, where what they showed decides what comes next, in place of
                     configurations; make(configuration=, layers=, seed=) gives a Run. See search.py
-    run             (setting) -> (text, what draw gets as its results), instead of configurations: for what is no
+    run             (setting) -> (text, the second argument of draw), instead of configurations: for what is no
                     training of runs one after the other
 
 Nothing here, and nothing that an experiment imports at its top, is heavy: `lab --help` lists them all.
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from dlkit.lab.data import Dataset
 
-# What --quick leaves of a training.
+# The size of a training with --quick.
 QUICK_EPOCHS = 3
 QUICK_IMAGES = 1_000
 QUICK_STEPS = 10  # of an "epoch" of epoch_steps
@@ -45,7 +45,7 @@ QUICK_STEPS = 10  # of an "epoch" of epoch_steps
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line says. `layers` are those to train: ("dlkit",), ("torch",) or both."""
+    """The options of the command line. `layers` are those to train: ("dlkit",), ("torch",) or both."""
 
     data: "Dataset"
     layers: tuple[str, ...] = ("dlkit",)
@@ -70,12 +70,12 @@ class Configuration:
         model: (data) -> a model of torch.nn's layers, which maps a batch of inputs to logits (or forecasts).
         optimizer: the name of a class in torch.optim and dlkit.optim, with `lr` and `options` its arguments.
         parameters: (model) -> what the optimizer gets, if not model.parameters().
-        max_norm: gradients are clipped to it.
+        max_norm: the norm to which gradients are clipped.
         schedule: (optimizer, steps of the whole training) -> a scheduler of torch.optim, called each step; one that
             looks at the validation loss (ReduceLROnPlateau) each epoch.
         epochs: 0: nothing is trained, only `probe` looks.
-        epoch_steps: an epoch is so many steps, not one pass over the data.
-        images: so many of the training set, the same for every seed.
+        epoch_steps: the number of steps of an epoch, if that is not one pass over the data.
+        images: the number of training images, the same ones for every seed.
         loss: makes the criterion; () -> module(outputs, targets).
         metrics: (data) -> name -> torchmetrics.Metric(outputs, targets); None: the accuracy.
         augment: (inputs, targets) -> (inputs, targets), of each training batch, drawn by torch's generator.

@@ -19,7 +19,7 @@ Layer = Callable[[int], nn.Module]
 
 
 class Images(Protocol):
-    """What a model needs to know of the data; data.Dataset is one."""
+    """The facts of the data that a model needs; data.Dataset has them."""
 
     @property
     def image_size(self) -> tuple[int, int]: ...
@@ -170,9 +170,9 @@ def cnn(
 
     Args:
         blocks: the channels of each block's convolutions.
-        norm: behind each convolution, called with its channels.
-        dropout: behind each block.
-        dense_dropout: behind the dense layer.
+        norm: makes the norm after each convolution, called with its channels.
+        dropout: after each block.
+        dense_dropout: after the dense layer.
     """
     layers: list[nn.Module] = [nn.Unflatten(1, (1, -1))]
     channels, side = 1, min(data.image_size)
@@ -252,11 +252,11 @@ def deep_cnn(data: Images, depth: int, residual: bool, width: int = 16) -> nn.Se
     )
 
 
-# What torch.nn lacks, in plain torch. training.py says which functions of dlkit's do the same.
+# Layers that torch.nn lacks, in plain torch. training.py names dlkit's functions for them.
 
 
 class DropPath(nn.Module):
-    """Drops whole samples, behind the branch of a residual block (https://arxiv.org/abs/1603.09382)."""
+    """Drops whole samples, after the branch of a residual block (https://arxiv.org/abs/1603.09382)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -342,12 +342,12 @@ def without_norms(model: nn.Module) -> None:
 class Forecaster(nn.Module):
     """A recurrent network, and from its last state the next number. Series [batch, steps] to forecasts [batch].
 
-    What comes out is added to the last number seen: what is to be learnt is the step, which a trend does not move.
+    The output is added to the last number of the series: the network learns the step, which does not grow with a trend.
 
     Args:
         kind: "LSTM" or "GRU".
-        norm: a LayerNorm behind each recurrent layer.
-        dropout: behind each recurrent layer.
+        norm: a LayerNorm after each recurrent layer.
+        dropout: after each recurrent layer.
     """
 
     def __init__(

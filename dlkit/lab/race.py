@@ -1,8 +1,8 @@
 """Trains several versions of one model side by side in one loop, and times every step of each.
 
-They start from the same weights and see the same batches. They take turns within each step, and who goes first changes
-from step to step, so that whatever else the machine does, and whatever one leaves in the caches, meets all alike.
-Cutting the batch out of the data set happens once, outside the time of any. A step is zero_grad, forward, backward,
+They start from the same weights and see the same batches. They take turns within each step, and the first one changes
+from step to step: other load on the machine, and the contents of the caches, then affect all versions alike. The batch
+is cut out of the data set once, outside the measured time. A step is zero_grad, forward, backward,
 clipping and the optimizer; its time is the median over all steps but the first ones.
 """
 
@@ -24,7 +24,7 @@ WARM_UP_STEPS = 10
 
 @dataclass
 class Contestant:
-    """A model with all that its step needs.
+    """A model with the objects that its training step needs.
 
     Args:
         optimizer: (parameters) -> the optimizer.
@@ -70,7 +70,7 @@ class Race(lightning.LightningModule):
         torch.manual_seed(seed_of(self.seed, self.current_epoch))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        # The optimizers themselves, not what Lightning wraps them in: the step is timed as a plain loop would do it.
+        # The optimizers without Lightning's wrappers: the step is timed as in a plain loop.
         turns = list(zip(self.contestants.items(), self.trainer.optimizers, strict=True))
         first = index % len(turns)
         for (name, each), optimizer in turns[first:] + turns[:first]:
@@ -98,7 +98,7 @@ class Race(lightning.LightningModule):
 
     @torch.inference_mode()
     def accuracy(self, name: str) -> float:
-        """Of the data's test images."""
+        """The accuracy of a contestant's model on the test images."""
         model = self.contestants[name].model.to(self.data.test_images.device).eval()
         metric = accuracy(self.data)["accuracy"].to(self.data.test_images.device)
         for images, labels in Batches(self.data.test_images, self.data.test_labels, EVALUATION_BATCH):

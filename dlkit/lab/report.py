@@ -1,4 +1,4 @@
-"""What the runs of an experiment found: a table for the terminal, results.csv, and what the figures have in common."""
+"""The results of an experiment's runs: a table for the terminal, results.csv, and helpers for the figures."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from dlkit.lab.training import Run
 
-# Told apart by people who see colours differently too (Okabe and Ito), then by the line's style.
+# Colours that colour-blind people can tell apart (Okabe and Ito); after these the line's style tells.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31", "#7f7f7f", "#5e3c99")
 TORCH_COLOR, DLKIT_COLOR = "#f0a04b", "#1b3a5c"
 
@@ -19,7 +19,7 @@ TORCH_COLOR, DLKIT_COLOR = "#f0a04b", "#1b3a5c"
 class Results:
     """The finished runs of one experiment, in the order of its configurations.
 
-    With --layers both, `names`, `runs` and what the figures draw are of dlkit's; the table has both.
+    With --layers both, `names`, `runs` and the figures have only dlkit's runs; the table has both.
     """
 
     def __init__(self, runs: Sequence["Run"]) -> None:
@@ -29,7 +29,7 @@ class Results:
         self.names = list(dict.fromkeys(run.configuration.name for run in runs))
 
     def runs(self, name: str, layers: str | None = None) -> list["Run"]:
-        """Those of a configuration, a seed each."""
+        """The runs of a configuration, one per seed."""
         wanted = layers or self.layers[-1]
         return [run for run in self.all if run.configuration.name == name and run.layers == wanted]
 
@@ -37,7 +37,7 @@ class Results:
         return self.runs(name)[0]
 
     def mean(self, name: str, column: str | None = None, layers: str | None = None) -> float:
-        """Of the metric, or another column, after the last epoch, over the seeds."""
+        """The mean over the seeds of the metric, or of another column, after the last epoch."""
         return statistics.fmean(run.value(column) for run in self.runs(name, layers))
 
 
@@ -46,7 +46,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def interval(differences: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean of paired differences, by Student's t; NaN of fewer than two."""
+    """Half the width of the 95 % interval of the mean of paired differences, by Student's t; NaN for fewer than two."""
     from scipy.stats import t  # scikit-learn brings it
 
     if len(differences) < 2:
@@ -55,7 +55,7 @@ def interval(differences: Sequence[float]) -> float:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """The first row over a rule; words, which are in the first column, to the left, figures to the right."""
+    """The rows as text, a rule after the first; the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -108,7 +108,7 @@ def parity(results: Results) -> str:
         pairs = list(zip(results.runs(name, "torch"), results.runs(name, "dlkit"), strict=True))
         differences = [ours.value() - theirs.value() for theirs, ours in pairs]
         mean, half = statistics.fmean(differences), interval(differences)
-        # Epochs of the two that ran one after the other, as long as both ran.
+        # Only epochs that both ran, one after the other.
         times = [
             (theirs["seconds"], ours["seconds"])
             for run, twin in pairs
@@ -180,7 +180,7 @@ def curves(
     x: Callable[["Run"], Sequence[float]] | None = None,
     **style: Any,
 ) -> None:
-    """A column of the metrics by epoch, a line a configuration: the mean over the seeds, their range shaded."""
+    """A column of the metrics by epoch, one line per configuration: the mean over the seeds, their range shaded."""
     for name in results.names if names is None else names:
         runs = [run for run in results.runs(name) if run.history]
         if not runs:
@@ -199,7 +199,7 @@ def curves(
 
 
 def steps(run: "Run") -> list[int]:
-    """For `x` of curves(): the training steps behind each epoch."""
+    """For `x` of curves(): the number of training steps at the end of each epoch."""
     each = run.configuration.epoch_steps or len(run.data.train_images) // run.configuration.batch_size
     return [each * (epoch + 1) for epoch in range(len(run.history))]
 

@@ -1,13 +1,13 @@
 """One run: a Configuration trained by Lightning, with one seed, on torch's layers and optimizer or on dlkit's.
 
 A run has a folder, and can be killed at any moment: the same command goes on after the last finished epoch and ends
-with the same numbers. What makes it so:
-- the order of the images and torch's random state at the start of an epoch depend on (seed, epoch) alone;
-- last.ckpt holds the model, the optimizer, the schedule, what the callbacks know and the metrics of each epoch;
+with the same numbers, because
+- the order of the images and torch's random state at the start of an epoch depend only on (seed, epoch);
+- last.ckpt holds the model, the optimizer, the schedule, the callbacks' state and the metrics of each epoch;
 - every file is written beside its place and then put there in one move.
 
-For --layers both, the two are trained in turns of one epoch, so that whatever else the machine does meets both alike.
-Going on from last.ckpt is what makes the turns possible.
+For --layers both, the two are trained in turns of one epoch: other load on the machine then affects both alike. Each
+turn goes on from last.ckpt.
 """
 
 import copy
@@ -42,20 +42,20 @@ from dlkit.lab import models
 from dlkit.lab.data import Batches, Dataset
 from dlkit.lab.experiment import QUICK_EPOCHS, QUICK_IMAGES, QUICK_STEPS, Configuration, Setting, describe
 
-TRAIN_SAMPLE = 10_000  # the training accuracy is that of so many training images, in evaluation mode
+TRAIN_SAMPLE = 10_000  # training images of which the training accuracy is taken, in evaluation mode
 EVALUATION_BATCH = 1_000
-PARTS = ("val", "train")  # what an epoch is measured on
+PARTS = ("val", "train")  # the data on which the metrics of an epoch are measured
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Refused(Exception):
-    """What the user asked for cannot be done. The message is one line that says why."""
+    """The user's request cannot be served. The message is one line with the reason."""
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """The whole file or, if anything goes wrong, what was there before."""
+    """Writes the whole file or, after an error, leaves the earlier one."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -105,7 +105,7 @@ def _with_dlkit(forward: Callable[..., Tensor]) -> Callable[[nn.Module], Callabl
     return lambda module: forward
 
 
-# The same by dlkit, for what models.py has in plain torch because torch.nn has no such layer.
+# dlkit's functions for the layers that models.py has in plain torch, because torch.nn lacks them.
 dlkit.register(models.DropPath, _with_dlkit(lambda self, x: dlkit.functional.drop_path(x, self.p, self.training)))
 dlkit.register(
     models.DropBlock2d,
@@ -120,12 +120,12 @@ dlkit.register(
 
 
 def to_dlkit(model: nn.Module) -> nn.Module:
-    """The same model on dlkit's layers, BatchNorm fused with the ReLU behind it."""
+    """The model with dlkit's layers, each BatchNorm fused with the ReLU after it."""
     return dlkit.fuse(dlkit.replace(model))
 
 
 def synchronised(model: nn.Module, layers: str, converted: bool) -> nn.Module:
-    """With every BatchNorm over the batches of all processes."""
+    """The model with every BatchNorm over the batches of all processes."""
     if layers == "dlkit" and converted:
         return dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     has = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules())
@@ -135,7 +135,7 @@ def synchronised(model: nn.Module, layers: str, converted: bool) -> nn.Module:
 
 
 class Task(lightning.LightningModule):
-    """What Lightning trains: model, criterion, optimizer, and the metrics of each epoch as `history`."""
+    """Lightning's module: model, criterion, optimizer, and the metrics of each epoch as `history`."""
 
     def __init__(
         self,
@@ -261,12 +261,12 @@ class Task(lightning.LightningModule):
             row |= {f"{part}_{name}": float(value) for name, value in each.compute().items()}
             each.reset()
         self.row = row
-        # For the callbacks that monitor; the same on every process.
+        # For callbacks that monitor a metric. The values are the same on every process.
         self.log_dict(row, logger=False)
 
     def on_train_epoch_end(self) -> None:
         loss = self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
-        # The whole weight as seen from outside: what the optimizer did last.
+        # The rate that the optimizer holds at the end of the epoch.
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         row = {"epoch": self.current_epoch + 1, "train_loss": float(loss), **self.row, "lr": float(lr)}
         self.history.append(row | {"seconds": self.seconds})
@@ -324,7 +324,7 @@ def fit(trainer: lightning.Trainer, task: lightning.LightningModule, **options: 
 
 
 class Run:
-    """A configuration, a seed and the layers, with the folder that holds what is known of them."""
+    """A configuration, a seed and the layers, with the folder of the results."""
 
     def __init__(
         self, experiment: str, configuration: Configuration, setting: Setting, layers: str, seed: int, metric: Any
@@ -359,7 +359,7 @@ class Run:
             self.history = read_checkpoint(self.folder, "last")["history"]
 
     def config(self) -> dict[str, Any]:
-        """What tells this run from others, as its config.yaml holds it."""
+        """The content of config.yaml, which tells this run from others."""
         setting = self.setting
         known = {field: describe(value) for field, value in vars(self.configuration).items()}
         data = {"name": self.data.name, "made by": known["data"], "training": list(self.data.train_images.shape)}
@@ -391,7 +391,7 @@ class Run:
         return self.folder / "last.ckpt"
 
     def advance(self, epochs: int | None = None) -> None:
-        """Trains on to the end, or for at most so many epochs."""
+        """Trains on to the end, or for at most `epochs` epochs."""
         if self.finished:
             return
         task = self.task()
@@ -443,7 +443,7 @@ class Run:
         precision: Any = configuration.precision or setting.precision
         plugins: list[Any] = [WholeCheckpoints()]
         if precision == "16-mixed" and setting.device == "cpu":
-            # Lightning makes bf16 of it; torch has fp16 and a GradScaler on CPU as well.
+            # On a CPU Lightning turns 16-mixed into bf16, though torch has fp16 and a GradScaler there too.
             plugins.append(MixedPrecision("16-mixed", "cpu"))
             precision = None
         clips_apart = self.layers == "torch" and configuration.max_norm is not None
@@ -468,7 +468,7 @@ class Run:
             }
         )
 
-    # What is known
+    # Results
 
     def value(self, name: str | None = None) -> float:
         """The metric after the last epoch."""
@@ -504,7 +504,7 @@ def read_checkpoint(folder: Path, which: str) -> dict[str, Any]:
 
 
 def shorten(configuration: Configuration, setting: Setting) -> Configuration:
-    """The configuration with what --epochs and --quick say."""
+    """The configuration, changed as --epochs and --quick ask."""
     changes: dict[str, Any] = {}
     if setting.quick and configuration.epochs:
         changes["epochs"] = min(configuration.epochs, QUICK_EPOCHS)

@@ -1,4 +1,4 @@
-"""torch.nn modules on fused kernels: same arguments, parameters and state_dict; only forward() differs."""
+"""Layers of torch.nn on fused kernels, with the same arguments, parameters and state_dict, and fused layers."""
 
 from dlkit.nn.attention import MultiheadAttention
 from dlkit.nn.batch_norm import (

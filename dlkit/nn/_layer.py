@@ -1,4 +1,4 @@
-"""What tools that trace, compile or quantize a model see of dlkit's layers. They know torch.nn's by their classes."""
+"""How dlkit's layers meet tools that trace, compile or quantize a model and know torch.nn's layers by class."""
 
 import sys
 from types import FrameType
@@ -12,27 +12,27 @@ FUSERS = (("torch.fx.experimental.optimization", "fuse"), ("torch.ao.quantizatio
 
 
 class Layer:
-    """Mixed into every layer. What cannot be right with one is refused, with the remedy."""
+    """Mixed into every layer. Refuses tools that would give wrong results; the error names the remedy."""
 
     __jit_unused_properties__: ClassVar[list[str]] = ["qconfig"]
 
     def _get_name(self) -> str:
-        """In repr(): the layer is dlkit's."""
+        """The name in repr(), which begins with `dlkit.` for dlkit's own classes."""
         name: str = super()._get_name()  # type: ignore[misc]
         return f"dlkit.{name}" if type(self).__module__.startswith("dlkit.") else name
 
     def _is_leaf(self, input: Proxy) -> bool:
-        """Whether torch.fx traces a model around this layer. It traces into subclasses, as into those of torch.nn's."""
+        """Whether torch.fx traces a model around this layer. It traces into subclasses, as into those of torch.nn."""
         return type(self).__module__.startswith("dlkit.nn.") and input.tracer.root is not self  # type: ignore[attr-defined]
 
     def _call_node(self, input: Proxy, *args: Any, **kwargs: Any) -> Any:
-        """One call of this layer in the graph, as torch.fx makes of torch.nn's: it obeys train() and eval() later."""
+        """One call of this layer in the graph, as of torch.nn's layers: train() and eval() still work later."""
         tracer: Any = input.tracer
         if type(tracer).__module__.startswith("torch.ao."):
             self._refuse("torch.ao.quantization")
         if isinstance(self, torch.nn.modules.batchnorm._BatchNorm):
             self._refuse_fusion()
-        if "forward" in vars(self) or any(getattr(self, hooks) for hooks in HOOKS):  # traced themselves, around this
+        if "forward" in vars(self) or any(getattr(self, hooks) for hooks in HOOKS):  # traced with it
             return tracer.create_proxy("call_function", call_forward, (self, input, *args), kwargs)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
 
@@ -57,7 +57,7 @@ class Layer:
         del vars(self)["qconfig"]
 
     def _refuse_fusion(self) -> None:
-        """torch's fusers trace a model, and leave a BatchNorm that they do not know where it is."""
+        """Refuses torch's fusers: they trace a model and would silently leave an unknown BatchNorm."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             module, name = frame.f_globals.get("__name__"), frame.f_code.co_name

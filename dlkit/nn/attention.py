@@ -1,9 +1,9 @@
 """Multi-head attention whose weights are dropped without a stored mask.
 
 torch's module draws its dropout in two places: in a dropout call where the weights are asked for (need_weights, the
-default), and inside scaled_dot_product_attention where they are not. The first is ours on every device. The second is
-ours on a CPU, where torch takes the same steps in memory as soon as there is something to drop; on a GPU it has kernels
-that keep the weights on chip and draw there.
+default), and inside scaled_dot_product_attention where they are not. dlkit replaces the first on every device. It
+replaces the second on a CPU, where torch also computes the weights in memory if there is a dropout; on a GPU torch's
+kernels keep the weights on chip and draw there.
 """
 
 import math
@@ -56,7 +56,7 @@ class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
             products = products + _additive(key_padding_mask, query.dtype)[:, None, None, :]
         masked = attn_mask is not None or key_padding_mask is not None
         # A row that is masked as a whole is 0 in scaled_dot_product_attention, and NaN where torch returns weights.
-        # By its operator, which TorchDynamo follows.
+        # Called by its operator, which TorchDynamo can trace.
         softmax = torch.ops.aten._safe_softmax.default if masked and not need_weights else torch.softmax
         weights = F.dropout(softmax(products, -1), self.dropout)
         joined = (weights @ v).transpose(1, 2).flatten(2)  # [N, L, E]
@@ -74,7 +74,7 @@ class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> bool:
-        """Whether the shapes are those of the common case. Whatever else there may be, torch knows or refuses."""
+        """Whether the shapes are those of the common case. torch's own forward() serves or refuses all others."""
         if self.bias_k is not None or self.add_zero_attn or (is_causal and attn_mask is None):
             return False
         if query.is_nested or not query.dim() == key.dim() == value.dim() == 3:
@@ -109,7 +109,7 @@ class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to be added: where True, -inf."""
+    """The mask as an addend: a bool mask becomes -inf where it is True."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)

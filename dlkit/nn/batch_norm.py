@@ -1,4 +1,4 @@
-"""BatchNorm, alone and with the residual add and the activation that follow it."""
+"""BatchNorm, also with the residual add and the activation that follow it."""
 
 import re
 import sys
@@ -26,7 +26,7 @@ def normalize(
     activation: str | None = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """What every BatchNorm layer computes, in training and in evaluation."""
+    """The forward() of every BatchNorm layer, in training and in evaluation."""
     layer._check_input_dim(input)
     training = bool(layer.training)
     running_mean = running_var = num_batches_tracked = None
@@ -38,7 +38,7 @@ def normalize(
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0  # as torch: without a count of batches there is no cumulative average
     use_batch = training or (running_mean is None and running_var is None)
-    eps = layer.__dict__["eps"]  # past what guards it from others
+    eps = layer.__dict__["eps"]  # past the guard of _guarded()
     try:
         return _batch_norm(
             input,
@@ -108,10 +108,12 @@ _CONVERSIONS = re.compile("convert|fuse|fold|fr[eo]ez|frozen|merge|replace|sync"
 
 
 def _guarded(name: str) -> Any:
-    """An attribute of a layer that does more than a BatchNorm, and which is one to ``isinstance``: weight decay, hooks
-    and freezing go by that. What makes another layer of it would lose the activation in silence, as
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``: all such tools read these attributes,
-    and functions with such names may not.
+    """An attribute that conversion tools may not read.
+
+    A BatchNorm with an activation is a BatchNorm to ``isinstance``, because weight decay, hooks and freezing go by
+    that. A tool that converts it to another layer, as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and
+    ``fuse_conv_bn_eval`` do, would silently lose the activation. All such tools read ``eps`` or ``num_features``:
+    functions whose names match _CONVERSIONS get an error there.
     """
 
     def read(layer: Any) -> Any:
@@ -119,7 +121,7 @@ def _guarded(name: str) -> Any:
             caller = sys._getframe(1)
             if _CONVERSIONS.search(caller.f_code.co_name) and not caller.f_globals["__name__"].startswith("dlkit."):
                 raise TypeError(
-                    f"{type(layer).__name__} does the work of the activation behind it too, which "
+                    f"{type(layer).__name__} does the work of the activation after it too, which "
                     f"{caller.f_code.co_name}() "
                     "would lose; call dlkit.restore(model) first, which undoes dlkit.fuse() (to synchronise: "
                     "dlkit.nn.SyncBatchNorm.convert_sync_batchnorm(model) knows these layers)"
@@ -133,14 +135,14 @@ def _guarded(name: str) -> Any:
 
 
 class DoesMore:
-    """Mixed into what is a BatchNorm and an activation: see :func:`_guarded`."""
+    """Mixed into BatchNorm layers that also compute an activation: see :func:`_guarded`."""
 
     eps = _guarded("eps")
     num_features = _guarded("num_features")
 
 
 class ActsBehind:
-    """Mixed into norms with an activation behind them, which is an attribute."""
+    """Mixed into norms that compute an activation after the norm. The activation is an attribute."""
 
     activation: str | None
     negative_slope: float
@@ -150,7 +152,7 @@ class ActsBehind:
         *args: Any,
         activation: str | None = "silu",
         negative_slope: float = 0.01,
-        device: Any = None,  # by name, as torch.nn.utils.skip_init looks for it
+        device: Any = None,  # in the signature, where torch.nn.utils.skip_init looks for it
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
@@ -208,40 +210,37 @@ class BatchNormReLU3d(_BatchNormReLU, BatchNorm3d):
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
     """``act(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm1d`'s, with two arguments more, by keyword.
-    Shapes: input, residual and output
-    ``[N, C]`` or ``[N, C, L]``. Dtypes and errors are those of
-    :func:`dlkit.functional.batch_norm_act`.
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm1d`'s, and two keyword arguments.
+    Shapes: input, residual and output ``[N, C]`` or ``[N, C, L]``. Dtypes and
+    errors are those of :func:`dlkit.functional.batch_norm_act`.
 
     Args:
         activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
     """
 
 
 class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
     """``act(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm2d`'s, with two arguments more, by keyword.
-    Shapes: input, residual and output
-    ``[N, C, H, W]``, contiguous or channels_last. Dtypes and errors are those of
-    :func:`dlkit.functional.batch_norm_act`.
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm2d`'s, and two keyword arguments.
+    Shapes: input, residual and output ``[N, C, H, W]``, contiguous or channels_last. Dtypes and
+    errors are those of :func:`dlkit.functional.batch_norm_act`.
 
     Args:
         activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
     """
 
 
 class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
     """``act(batch_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s, with two arguments more, by keyword.
-    Shapes: input, residual and output
-    ``[N, C, D, H, W]``, contiguous or channels_last_3d. Dtypes and errors are those of
-    :func:`dlkit.functional.batch_norm_act`.
+    Arguments, parameters and state_dict are :class:`torch.nn.BatchNorm3d`'s, and two keyword arguments.
+    Shapes: input, residual and output ``[N, C, D, H, W]``, contiguous or channels_last_3d. Dtypes and
+    errors are those of :func:`dlkit.functional.batch_norm_act`.
 
     Args:
         activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
     """

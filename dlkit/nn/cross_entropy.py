@@ -1,4 +1,4 @@
-"""CrossEntropyLoss, and the same behind a linear layer."""
+"""CrossEntropyLoss, and a linear layer with cross entropy."""
 
 import math
 from typing import Any
@@ -12,13 +12,13 @@ from dlkit.nn._layer import Layer
 
 
 class CrossEntropyLoss(Layer, torch.nn.CrossEntropyLoss):
-    """:class:`torch.nn.CrossEntropyLoss` on fused kernels: the same arguments, and four more by keyword.
+    """:class:`torch.nn.CrossEntropyLoss` on fused kernels: the same arguments, and four more keyword arguments.
 
     Shapes: input ``[C]``, ``[N, C]`` or ``[N, C, *]``; target ``[]``, ``[N]`` or ``[N, *]`` for classes, the input's
     for probabilities. The further arguments, dtypes and errors are those of :func:`dlkit.functional.cross_entropy`.
     """
 
-    # Here too, for the layers that replace() makes of torch's.
+    # Class attributes: layers that replace() makes of torch's have not run __init__.
     lse_square_scale: float = 0.0
     softcap: float | None = None
     return_z_loss: bool = False
@@ -45,7 +45,7 @@ class CrossEntropyLoss(Layer, torch.nn.CrossEntropyLoss):
         self.inplace_backward = inplace_backward
 
     def has_own_options(self) -> bool:
-        """Whether it computes what torch's layer cannot. inplace_backward alone changes no result."""
+        """Whether torch's layer would give other results. inplace_backward changes no result."""
         return bool(self.lse_square_scale or self.softcap or self.return_z_loss)
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
@@ -58,10 +58,10 @@ class CrossEntropyLoss(Layer, torch.nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(Layer, getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module)):  # type: ignore[misc]
-    """A linear layer and cross entropy, whose logits are never whole in memory.
+    """A linear layer and cross entropy; memory never holds all logits.
 
     :class:`torch.nn.LinearCrossEntropyLoss` (torch 2.13 on) with its arguments, its parameters in ``linear`` and its
-    state_dict, and three arguments more by keyword.
+    state_dict, and three more keyword arguments.
 
     Shapes: input ``[H]`` or ``[N, H]``; target ``[]``, ``[N]`` or ``[N, *out_features]`` for classes, ``[C]`` or
     ``[N, C, *out_features]`` for probabilities. Dtypes and errors are those of

@@ -13,7 +13,7 @@ from dlkit.nn._layer import Layer
 
 
 class Dropout(Layer, torch.nn.Dropout):
-    """:class:`torch.nn.Dropout` on fused kernels. Backward needs a bit an element on a CPU, 16 bytes on a GPU.
+    """:class:`torch.nn.Dropout` on fused kernels. Backward needs one bit per element on a CPU, 16 bytes on a GPU.
 
     Shapes: input and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.dropout`.
     """
@@ -179,7 +179,7 @@ class Dropout3d(Layer, torch.nn.Dropout3d):
 
 
 class AlphaDropout(Layer, torch.nn.AlphaDropout):
-    """:class:`torch.nn.AlphaDropout` on fused kernels, with what :class:`Dropout` keeps. Never in place, as torch's.
+    """:class:`torch.nn.AlphaDropout` on fused kernels; keeps as much as :class:`Dropout`. Never in place, as torch's.
 
     Shapes: input and output ``[*]``. Dtypes and errors are those of :func:`dlkit.functional.alpha_dropout`.
     """
@@ -206,7 +206,13 @@ class FeatureAlphaDropout(Layer, torch.nn.FeatureAlphaDropout):
 class DropPath(Layer, _DropoutNd):
     """Stochastic depth: drops whole samples.
 
-    Shapes: input and output ``[N, *]``. Dtypes and errors are those of :func:`dlkit.functional.drop_path`.
+    ``DropPath(p, inplace)``: ``p`` is the probability of a sample to become 0, ``inplace`` writes the result into the
+    input. Shapes: input and output ``[N, *]``. Dtypes and errors are those of :func:`dlkit.functional.drop_path`.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+
+    Source: `Deep Networks with Stochastic Depth <https://arxiv.org/abs/1603.09382>`_.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -223,8 +229,13 @@ class DropBlock2d(Layer, _DropoutNd):
 
     Args:
         p: the share of elements to drop.
-        block_size: the side of a square.
-        inplace: write the result into the input. There is no ``eps`` as in torchvision: nothing here needs it.
+        block_size: the side of a square, in elements.
+        inplace: write the result into the input. There is no ``eps`` as in torchvision: no division needs one.
+
+    Raises:
+        ValueError: p is not between 0 and 1.
+
+    Source: `DropBlock: A regularization method for convolutional networks <https://arxiv.org/abs/1810.12890>`_.
     """
 
     def __init__(self, p: float, block_size: int, inplace: bool = False) -> None:
@@ -243,8 +254,8 @@ class DropBlock2d(Layer, _DropoutNd):
 class DropConnectLinear(Layer, torch.nn.Linear):
     """A linear layer with dropout on its weights: ``y = x @ dropout(weight, p).T + bias``.
 
-    One mask a call serves the whole batch, as usual where a mask for each sample would take the memory of N weights.
-    The bias stays whole. In evaluation it is the linear layer itself, since what is kept grows by ``1 / (1 - p)``.
+    Each call draws one mask for the whole batch: a mask for each sample would take the memory of N weights. The bias is
+    not dropped. In evaluation the result is the linear layer's, because kept weights grow by ``1 / (1 - p)``.
     Shapes: input ``[*, in_features]``, output ``[*, out_features]``.
 
     Args:

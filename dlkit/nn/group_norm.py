@@ -28,13 +28,13 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
 class GroupNormAct(ActsBehind, GroupNorm):
     """``act(group_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
-    Arguments, parameters and state_dict are :class:`torch.nn.GroupNorm`'s, with two arguments more, by keyword. Shapes:
+    Arguments, parameters and state_dict are :class:`torch.nn.GroupNorm`'s, and two keyword arguments. Shapes:
     input, residual and output ``[N, C, *]``, contiguous or channels_last. Dtypes and errors are those of
     :func:`dlkit.functional.group_norm_act`.
 
     Args:
         activation: "silu", or another that :func:`dlkit.functional.group_norm_act` has.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ _TorchInstanceNorm = torch.nn.modules.instancenorm._InstanceNorm
 
 
 def normalize_instances(layer: _TorchInstanceNorm, input: Tensor) -> Tensor:
-    """torch's checks; an unbatched input becomes a batch of one; then ``layer._apply_instance_norm``."""
+    """torch's checks, then ``layer._apply_instance_norm``. An unbatched input becomes a batch of one."""
     return _TorchInstanceNorm.forward(layer, input)
 
 

@@ -9,11 +9,11 @@ from dlkit.nn._layer import Layer
 
 
 def affine(layer: torch.nn.LayerNorm | torch.nn.GroupNorm) -> tuple[Tensor | None, Tensor | None]:
-    """``layer.weight, layer.bias``, but 1 us faster: a call on a small tensor takes 8."""
+    """``layer.weight, layer.bias``, but 1 us faster. A call on a small tensor takes 8 us."""
     parameters = layer._parameters
     if "weight" in parameters and "bias" in parameters:
         return parameters["weight"], parameters["bias"]
-    return layer.weight, layer.bias  # parametrized, or flattened by FSDP
+    return layer.weight, layer.bias  # not in _parameters: parametrized, or flattened by FSDP
 
 
 class LayerNorm(Layer, torch.nn.LayerNorm):

@@ -5,8 +5,8 @@ and Chan's formula combines them in float64, so that a large mean over a small v
 the two sums of each channel in one all_reduce. An empty part counts for nothing, but its process takes part in both.
 
 Processes with different numbers of channels would send messages of different sizes: Gloo aborts the process over that,
-NCCL waits until its timeout. So the gathered message has one size, which holds the channels of nearly every network and
-says how many there are; only wider layers gather the rest in a second message, once the numbers have been compared.
+NCCL waits until its timeout. Therefore the gathered message has a fixed size. It holds the number of channels and the
+statistics of up to 2,048 of them; wider layers gather the rest in a second message, after the numbers are compared.
 """
 
 import functools
@@ -43,7 +43,7 @@ _backward_apply = torch.ops.dlkit.batch_norm_backward_apply.default
 
 _native_forward: Any = torch.nn.SyncBatchNorm.forward
 
-# torch renamed it.
+# The name depends on torch's version.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 FIRST_MESSAGE = 2 * 2048  # a mean and a variance for each of 2048 channels: 16 KB in fp32
@@ -54,12 +54,14 @@ HALF = 2**24  # whole numbers up to this are exact in fp32
 class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on fused kernels, on CPU (Gloo) as on GPU (NCCL): same arguments and state_dict.
 
-    ``isinstance(layer, torch.nn.SyncBatchNorm)`` is False, since DistributedDataParallel refuses those on CPU; it is a
-    ``torch.nn.modules.batchnorm._BatchNorm``. Shapes: input and output ``[N, C, *]``, weight, bias and running
+    ``isinstance(layer, torch.nn.SyncBatchNorm)`` is False, because DistributedDataParallel refuses that class on a CPU.
+    The layer is a ``torch.nn.modules.batchnorm._BatchNorm``.
+
+    Shapes: input and output ``[N, C, *]``, weight, bias and running
     statistics ``[C]``.
 
     Args:
-        num_features: C.
+        num_features: the number of channels, C.
         eps: added to the variance.
         momentum: the share of the batch in the new running statistics; None: their average over all batches.
         affine: have a weight and a bias.
@@ -71,7 +73,7 @@ class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
 
     Raises:
         ValueError: in forward() and on every process: the numbers of channels differ between processes, or all of them
-            together have one value per channel. A GPU is not waited for: there, both are device-side assertions.
+            together have one value per channel. On a GPU both are device-side assertions, which do not wait for it.
     """
 
     def __init__(
@@ -107,8 +109,8 @@ class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
         warning.
 
         Args:
-            module: any module; itself a layer, perhaps.
-            process_group: of all converted layers; None: all processes.
+            module: any module, also a single layer.
+            process_group: the group of all converted layers; None: all processes.
 
         Returns:
             ``module``.
@@ -139,12 +141,12 @@ class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
 class SyncBatchNormAct(ActsBehind, DoesMore, SyncBatchNorm):
     """``act(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``.
 
-    Arguments, parameters, state_dict and errors are :class:`SyncBatchNorm`'s, with two arguments more, by keyword.
+    Arguments, parameters, state_dict and errors are :class:`SyncBatchNorm`'s, with two more keyword arguments.
     Shapes: input, residual and output ``[N, C, *]``.
 
     Args:
         activation: "silu", or another that :func:`dlkit.functional.batch_norm_act` has.
-        negative_slope: of "leaky_relu".
+        negative_slope: the slope of "leaky_relu" below 0.
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -207,7 +209,7 @@ def _has_kernel(device: str) -> bool:
 
 
 def _check(input: Tensor, **vectors: Tensor | None) -> None:
-    """What batch_norm() would refuse, before the other processes are asked."""
+    """Raises where batch_norm() would, before the other processes are waited for."""
     if not input.is_floating_point():
         raise NotImplementedError(f"SyncBatchNorm: expected input of a floating type, got {input.dtype}")
     for name, vector in vectors.items():
@@ -244,7 +246,7 @@ class _Synchronised(torch.autograd.Function):
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         if running_mean is not None and running_var is not None:
-            # Empty everywhere: nothing was seen, so nothing moves.
+            # If the input is empty on every process, running statistics stay.
             factor = (count > 0).double()
             if momentum is not None:
                 factor = factor * momentum
@@ -259,8 +261,8 @@ class _Synchronised(torch.autograd.Function):
         rest = (residual, weight, bias, mean, rstd, activation, negative_slope)
         y = torch.empty_like(input) if empty else _apply(input, *rest)
         ctx.activation, ctx.negative_slope, ctx.group = activation, negative_slope, group
-        # Behind a ReLU its mask is found from y, else what passes the activation from input and residual. The bias's
-        # values only where they are part of that, else its type alone.
+        # Backward finds a ReLU's mask after a residual add from y. In all other cases it computes the activation's
+        # input again, from input, residual and bias. Where that is not needed, the bias only tells its dtype.
         known = None if residual is None or activation == 0 else y if activation == ACTIVATIONS["relu"] else residual
         finds = activation != 0 and not (activation == ACTIVATIONS["relu"] and residual is not None)
         kept_bias = bias if bias is None or finds else torch.empty_like(bias)
@@ -331,7 +333,7 @@ def _gather(message: Tensor, group: Any) -> Tensor:
 def _check_agreement(channels: Tensor, counts: Tensor, expected: int) -> None:
     differ = "SyncBatchNorm: expected the same number of channels in every process"
     single = "SyncBatchNorm: expected more than 1 value per channel when training, got 1 in all processes together"
-    if channels.device.type != "cpu":  # without waiting for the device
+    if channels.device.type != "cpu":  # assertions on the device: they do not wait for it
         torch._assert_async((channels == expected).all(), differ)
         torch._assert_async(counts.sum() != 1, single)
         return

@@ -18,7 +18,7 @@ DROPOUTS: tuple[type, ...] = (torch.nn.Dropout, Dropout)
 
 
 def why_not_fused(layer: torch.nn.Module) -> str:
-    """Which part of a transformer layer is not what its fused forward() takes it for; empty if all are."""
+    """The reason why the fused forward() cannot serve a transformer layer, which names the part; empty if it can."""
     count = 3 if isinstance(layer, torch.nn.TransformerDecoderLayer) else 2
     for kinds, name in ((NORMS, "norm"), (DROPOUTS, "dropout")):
         for path in (f"{name}{i + 1}" for i in range(count)):
@@ -29,7 +29,7 @@ def why_not_fused(layer: torch.nn.Module) -> str:
 
 
 def why_not_plain(part: torch.nn.Module, kinds: tuple[type, ...], path: str) -> str:
-    """Why calling ``part`` is more than the function of its kind; empty if it is not."""
+    """The reason why ``part`` does more than the function of its kind; empty if it does not."""
     if type(part) not in kinds:
         return f"its {path} is a {type(part).__module__}.{type(part).__qualname__}"
     if "forward" in vars(part):
@@ -47,7 +47,7 @@ def add_norm(norm: torch.nn.LayerNorm, dropout: torch.nn.Dropout, branch: Tensor
 
 
 def run(layer: Any, x: Tensor, *branches: Callable[[Tensor], Tensor]) -> Tensor:
-    """A layer's residual branches in turn, each with the norm and the dropout of its number."""
+    """Runs the residual branches of a layer in turn, each with the norm and the dropout of its number."""
     norms = [getattr(layer, f"norm{i + 1}") for i in range(len(branches))]
     dropouts = [getattr(layer, f"dropout{i + 1}") for i in range(len(branches))]
     if not layer.norm_first:
@@ -76,7 +76,7 @@ def attend(
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))``, the activation and the dropout in one pass where they are torch's.
 
-    The bias stays with ``linear1``: a matrix product adds it for nothing, and as fast as the pass behind it could.
+    The bias stays with ``linear1``: a matrix product adds it at no cost.
     """
     x = layer.linear1(x)
     plain = not why_not_plain(layer.dropout, DROPOUTS, "dropout")

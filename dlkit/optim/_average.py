@@ -1,7 +1,7 @@
 """The running average of the weights (EMA).
 
 Each parameter's average is `state["ema"]`, in fp32 at least. The kernels move it in the same pass as the parameter;
-those of parameters without a gradient are moved here. A group counts the moves in `ema_steps`.
+averages of parameters without a gradient are moved here. A group counts the moves in `ema_steps`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class AveragingOptimizer(CheckpointedOptimizer):
     """The part of OnePass that keeps and hands out averages."""
 
     def _ema_steps(self) -> int:
-        """How often averages have moved. A group that came later, or took parameters of another, counts on."""
+        """The number of times that averages have moved: the largest of all groups, for groups that were added later."""
         return max((group.get("ema_steps", 0) for group in self.param_groups if _is_averaged(group)), default=0)
 
     def _decay(self, group: dict[str, Any]) -> float:
-        """What the average keeps of itself at this step."""
+        """The share of itself that the average keeps at this step."""
         decay = float(group["ema_decay"])
         if group.get("ema_warmup"):
             steps = self._ema_steps()
@@ -33,9 +33,9 @@ class AveragingOptimizer(CheckpointedOptimizer):
         return decay
 
     def _start_averages(self) -> None:
-        """Before a step. Until one has a learning rate, averages begin at the weights as they are.
+        """Called before a step. Until a step has a learning rate above 0, averages begin at the present weights.
 
-        A tool for checkpoints makes states by a step of learning rate 0, and loads the weights only then.
+        Tools for checkpoints make states by a step with a learning rate of 0, and load the weights only after it.
         """
         if self._ema_steps() == 0:
             for group in self.param_groups:
@@ -51,17 +51,17 @@ class AveragingOptimizer(CheckpointedOptimizer):
 
     @torch.no_grad()
     def _move_idle_averages(self, idle: list[Tensor], decays: list[float], found_inf: Tensor | None) -> None:
-        """Of parameters that had no gradient in this step."""
+        """Moves the averages of parameters that had no gradient in this step."""
         for param, decay in zip(idle, decays, strict=True):
             average, rest = local(self.state[param]["ema"]), 1 - decay
             weights = local(self._exact(param)).to(average.dtype)
             if found_inf is None:
                 average.lerp_(weights, rest)
-            else:  # asks nothing of the device
+            else:  # does not wait for the device
                 average.lerp_(weights, rest * (found_inf.to(average.device) == 0).to(average.dtype).reshape(()))
 
     def _count_averages(self, rates: list[float]) -> None:
-        """Averages have moved, unless no step has had a learning rate yet."""
+        """Counts a move of the averages, unless no step has had a learning rate above 0 yet."""
         averaged = [(group, rate) for group, rate in zip(self.param_groups, rates, strict=True) if _is_averaged(group)]
         steps = self._ema_steps()
         moved = steps > 0 or any(rate != 0 or _is_on_device(group["lr"]) for group, rate in averaged)
@@ -74,8 +74,11 @@ class AveragingOptimizer(CheckpointedOptimizer):
         """The averaged weights; a parameter that has had no step yet gives itself.
 
         Args:
-            model: the order is that of ``model.parameters()``, all of them. None: the order of the param groups, those
-                with ``ema_decay``.
+            model: gives the parameters and their order, by ``model.parameters()``. None: the param groups with
+                ``ema_decay``, in their order.
+
+        Yields:
+            Tensors of the parameters' shapes, fp32 or fp64; without a step, in the parameter's dtype.
         """
         if model is None:
             params = [p for group, p in self._params() if _is_averaged(group)]
@@ -93,6 +96,15 @@ class AveragingOptimizer(CheckpointedOptimizer):
 
         Buffers, and parameters that this optimizer does not average, are the model's own. A model of the same kind
         loads it by ``load_state_dict``.
+
+        Args:
+            model: the model whose parameters this optimizer trains.
+
+        Returns:
+            A dict with the keys, shapes and dtypes of ``model.state_dict()``.
+
+        Raises:
+            RuntimeError: ``model.state_dict()`` does not hold one of the averaged parameters.
         """
         result = model.state_dict(keep_vars=True)
         missing = {id(param): name for name, param in model.named_parameters() if self._is_kept(param)}
@@ -118,7 +130,7 @@ class AveragingOptimizer(CheckpointedOptimizer):
         """Puts the averaged weights into the parameters; called again, puts the parameters' own back, bit for bit.
 
         In between, step(), state_dict(), load_state_dict() and master_parameters() raise. A copy of the optimizer
-        (deepcopy, pickle) is swapped as well. Better: ``with optimizer.ema():``.
+        (deepcopy, pickle) is swapped as well. ``with optimizer.ema():`` makes both calls.
 
         Args:
             discard: put the parameters' own weights back even where they were written in between.
@@ -155,7 +167,7 @@ class AveragingOptimizer(CheckpointedOptimizer):
         self._shared.swapped = [(param, param.detach().clone(), False) for param in params]
         for param, average in zip(params, averages, strict=True):
             param.copy_(average)
-        # Of parameters that share memory only the last one holds its average.
+        # If parameters share memory, only the last of them holds its average.
         pairs = zip(self._shared.swapped, averages, strict=True)
         self._shared.swapped = [(param, kept, _same_bits(param, average)) for (param, kept, _), average in pairs]
 
@@ -163,7 +175,7 @@ class AveragingOptimizer(CheckpointedOptimizer):
     def ema(self) -> Iterator[None]:
         """``with optimizer.ema():`` the parameters are the averaged weights inside the block.
 
-        Where the block raises, the parameters' own weights are put back whatever was written.
+        If the block raises, the parameters' own weights are put back, even if they were written in the block.
         """
         self._refuse_if_swapped("ema")
         self.swap_ema()
@@ -178,7 +190,7 @@ class AveragingOptimizer(CheckpointedOptimizer):
 
     @torch.no_grad()
     def reset_ema(self) -> None:
-        """Averages begin again at the weights as they are now; swapped in, they become the weights."""
+        """Lets the averages begin again at the present weights. Averages that are swapped in become the weights."""
         self._shared.swapped = None
         self._restart_written_masters()
         for group in self.param_groups:

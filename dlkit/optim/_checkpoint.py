@@ -1,4 +1,4 @@
-"""State dicts: of dlkit's own form, of torch's alone, and loading of either and of version 0.1's."""
+"""State dicts: saved in dlkit's form or in torch's, and loaded from either and from version 0.1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CheckpointedOptimizer(MasterOptimizer):
     """The part of OnePass that saves and loads."""
 
     _loading: dict[str, Any] | None = None  # what load_state_dict() was given, while it runs
-    _kept_options: list[dict[str, Any]] | None = None  # those of the groups before, which torch's state dicts lack
+    _kept_options: list[dict[str, Any]] | None = None  # dlkit's options of the groups, which torch's state dicts lack
 
     def state_dict(self, *, consolidate: bool = False) -> dict[str, Any]:
         """As :meth:`torch.optim.Optimizer.state_dict`.
@@ -80,7 +80,9 @@ class CheckpointedOptimizer(MasterOptimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`torch.optim.Optimizer.load_state_dict`: of this class, of torch's, consolidated or of version 0.1.
+        """As :meth:`torch.optim.Optimizer.load_state_dict`, for the state dicts below.
+
+        The state dict may be one of this class, of torch's optimizer, consolidated, or of version 0.1.
 
         States are brought into the form that the groups ask for. Where the dict has a ``master_param`` and the group
         ``master_weights``, the parameter is set to it, rounded.
@@ -101,7 +103,7 @@ class CheckpointedOptimizer(MasterOptimizer):
             handle.remove()
 
     def _take_loaded(self) -> None:
-        """torch has cast every state to the parameter's dtype. This gives them the forms that they are to have."""
+        """Gives states the forms that their groups ask for; torch has cast each to the parameter's dtype."""
         assert self._loading is not None
         given = self._loading
         numbers = [index for group in given["param_groups"] for index in group["params"]]

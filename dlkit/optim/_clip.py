@@ -1,4 +1,4 @@
-"""torch.nn.utils.clip_grad_norm_ in one reading pass, and a writing one only where there is something to clip."""
+"""torch.nn.utils.clip_grad_norm_: one pass reads the gradients, and one writes them only if there is need to clip."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scales gradients in place so that their norm is at most ``max_norm``, as :func:`torch.nn.utils.clip_grad_norm_`.
 
-    The sum of squares is added up in fp32 and fp64 whatever the gradients' dtype. What dlkit has no kernel for (other
-    norms than 2, DTensors, other dtypes and devices) goes to torch's function. That refuses DTensors beside plain
-    tensors or on several meshes: here the norm is that of all, of which each process has plain ones whole.
+    The sum of squares is added up in fp32 and fp64 for every dtype of gradients. torch's function serves calls for
+    which dlkit has no kernel: other norms than 2, DTensors, other dtypes and devices. torch refuses DTensors beside
+    plain tensors or on several meshes. dlkit takes them: the norm is that of all gradients, and plain tensors are taken
+    to be whole on each process.
 
     Args:
-        parameters: a tensor or several; those without a gradient count for nothing.
-        max_norm: the largest norm of all gradients together that is left as it is.
-        norm_type: 2 is served by dlkit's kernels.
+        parameters: a tensor or several; those without a gradient are skipped.
+        max_norm: the largest norm of all gradients together that is not scaled.
+        norm_type: the order of the norm; dlkit's kernels serve 2.
         error_if_nonfinite: raise where the norm is NaN or infinite.
-        foreach: handed to torch's function, where that is called.
+        foreach: passed on to torch's function, where that is called.
 
     Returns:
         The norm before scaling, a tensor of the gradients' dtype.
 
     Raises:
         RuntimeError: ``error_if_nonfinite`` and the norm is NaN or infinite; no gradient is changed then.
+
+    Source: `On the difficulty of training Recurrent Neural Networks <https://arxiv.org/abs/1211.5063>`_.
     """
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in listed if p.grad is not None]

@@ -15,18 +15,19 @@ def param_groups(
     """Param groups of a model: weight decay on matrices and filters, none on biases, scales and normalization layers.
 
     Args:
-        model: a module, or what its ``named_parameters()`` gives. Names that a module's ``no_weight_decay()`` returns,
-            as timm's models have it, get no decay either.
-        weight_decay: of parameters with two dimensions or more that belong to no normalization layer; others have 0.
-        options: entries of both groups.
+        model: a module, or the pairs of its ``named_parameters()``. Names that a module's ``no_weight_decay()``
+            returns, as timm's models have it, get no decay either.
+        weight_decay: the decay of parameters with two dimensions or more that belong to no normalization layer; others
+            have 0.
+        options: further entries of both groups.
 
     Returns:
         One group or two, each with the parameters' names, which error messages use. Parameters that do not require a
         gradient are left out; one that is used in several places is there once.
 
     Raises:
-        TypeError: what was given is not pairs of a name and a parameter, for example ``model.parameters()``.
-        ValueError: a parameter is lazy, so that its shape is not known yet.
+        TypeError: the items are not pairs of a name and a parameter, for example those of ``model.parameters()``.
+        ValueError: a parameter is lazy, and its shape not known yet.
     """
     undecayed: set[int] = set()
     if isinstance(model, nn.Module):

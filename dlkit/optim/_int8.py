@@ -23,13 +23,13 @@ def _decode_flat(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
 
 
 def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """fp32 values of the codes, in their layout. Blocks are of the logical order, whatever the layout."""
+    """The fp32 values of the codes, in their layout. Blocks follow the logical order in every layout."""
     result = torch.empty_like(codes, dtype=torch.float32)
     return result.copy_(_decode_flat(codes.reshape(-1), scale, signed).view(codes.shape))
 
 
 def decode_memory_order(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """decode() for checkpoints of earlier versions, whose blocks were of the order of the (dense) codes' memory."""
+    """decode() for checkpoints of version 0.1, whose blocks follow the order of the (dense) codes in memory."""
 
     def flat(tensor: Tensor) -> Tensor:
         return tensor.as_strided((tensor.numel(),), (1,))
@@ -47,7 +47,7 @@ def _nearest(blocks: Tensor, scale: Tensor, table: Tensor, signed: bool) -> Tens
     """The codes of the nearest values."""
     midpoints = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(blocks / torch.where(scale == 0, 1.0, scale)[:, None], midpoints)
-    if not signed:  # what is above zero never gets the code of 0
+    if not signed:  # a value above zero never gets the code of 0
         codes.clamp_(min=((blocks > 0) & scale.isfinite()[:, None]).long())
     return codes
 
@@ -61,7 +61,7 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def encode_decoded(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """encode(), which for what decode() gave finds the codes and scales that it came from.
+    """encode() that finds the original codes and scales of values that decode() gave.
 
     The map ends at 1 and at -0.993, so a block whose largest magnitude is negative has a scale above it.
     """

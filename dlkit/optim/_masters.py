@@ -1,8 +1,8 @@
 """fp32 masters of 16-bit parameters: join and split of csrc/optim/math.h in torch's ops, for checkpoints and averages.
 
 A master is two halves. The parameter itself is one. The other, 16 bits, is `state["remainder"]`: the bits of an int16,
-viewed in the parameter's dtype, since tools that move checkpoints about do not all know int16. The user may write to
-the parameter: what was written is found before the halves are joined.
+viewed in the parameter's dtype, because not all tools that move checkpoints know int16. The user may write to the
+parameter: such elements are found before the halves are joined.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = param.float()
         rest = ((master.double() - wide.double()) / _unit(wide)).round().clamp(max=32767)
         rest = torch.where(wide.isfinite(), rest, 0.0).to(torch.int16)
-        # +0 stands for what the user wrote; a value too small for fp16 is kept with -0.
+        # A parameter of +0 means that the user wrote it; a value too small for fp16 is kept with -0.
         param = torch.where((param == 0) & (rest != 0), -0.0, param)
     return param, rest.view(dtype)
 
 
 def _unit(wide: Tensor) -> Tensor:
-    """What 1 of an fp16 remainder stands for: 2^-16 of the last place of the parameter."""
+    """The value of 1 in an fp16 remainder: 2^-16 of the last place of the parameter."""
     _, exponent = torch.frexp(torch.where(wide.isfinite(), wide, 1.0).double().abs().clamp(min=2.0**-14))
     return torch.ldexp(torch.ones_like(wide, dtype=torch.float64), exponent - 27)
 
 
 class MasterOptimizer(StatefulOptimizer):
-    """The part of OnePass that keeps masters, half of which the user may write to."""
+    """The part of OnePass that keeps masters. The user may write to one half of each, the parameter."""
 
     _versions: Any  # torch.classes.dlkit.OptimVersions: which parameters were written since a step
 
@@ -109,5 +109,5 @@ class MasterOptimizer(StatefulOptimizer):
                 self.state[param]["param_copy"].copy_(param)
 
     def _trust_params(self, params: list[Tensor]) -> None:
-        """What was written to them is what the last step left."""
+        """Takes the parameters' present values for those that the last step left."""
         self._versions.trust([local(param) for param in params if self._has_master(param)])

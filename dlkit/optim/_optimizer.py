@@ -1,4 +1,4 @@
-"""OnePass: what the optimizers take, and the step, which runs a plan of the tensors (_plan.py).
+"""OnePass: the arguments of the optimizers, and the step, which runs a plan of the tensors (_plan.py).
 
 torch's constructor, param groups, state and hooks stay; only step() is dlkit's. OnePass is a line of classes, each of
 which adds one thing in a file of its own: states, masters, checkpoints, averages, plans, and here the step.
@@ -42,9 +42,9 @@ class OnePass(PlanningOptimizer):
     Keyword Args:
         max_norm (float): before the update, gradients are scaled so that the 2-norm of all of them together is at most
             this, as :func:`torch.nn.utils.clip_grad_norm_` does; the norm before that is ``optimizer.grad_norm``, a
-            tensor. Unlike there ``p.grad`` keeps its values, unless ``clip_gradients_in_place=True``. Costs one more
-            reading of the gradients.
-        norm_type (float): 2.
+            tensor. ``p.grad`` keeps its values, unless ``clip_gradients_in_place=True``. The gradients are read once
+            more.
+        norm_type (float): the order of that norm; only 2.
         error_if_nonfinite (bool): raise RuntimeError, with nothing changed, where that norm is NaN or infinite. Waits
             for the device.
         clip_gradients_in_place (bool): write the scaled gradients to ``p.grad``.
@@ -61,7 +61,7 @@ class OnePass(PlanningOptimizer):
         stochastic_rounding (bool): bf16 and fp16 parameters without master weights, and their states in 16 bits, are
             rounded up or down at random, so that small updates count on average. The seed is the number of the step, in
             the group's ``rounding_steps``: the same in every process, and after a checkpoint. torch's generators are
-            left alone.
+            not used.
         state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16, or "int8", a code
             of 8 bits an element and a scale every 256 (Dettmers et al. 2022). None: as torch does, in the parameter's.
             In bf16 the averages that would stand still (second moments, and others with a decay above 0.992) are
@@ -113,14 +113,14 @@ class OnePass(PlanningOptimizer):
             raise ValueError(f"{name}(): expected max_norm with process_group, got None")
 
     def _reset(self) -> None:
-        """What a new optimizer and a copy begin with."""
+        """Sets the attributes with which a new optimizer and a copy begin."""
         self.__dict__.setdefault("grad_norm", None)
         self.__dict__.setdefault("_shared", Shared())
         self._plan: Plan | None = None
         self._versions = torch.classes.dlkit.OptimVersions()
         self._embeddings = None
 
-    # What each optimizer says of itself.
+    # Each optimizer defines these.
 
     def _numbers(self, group: dict[str, Any], average: float) -> tuple[float, ...]:
         """A group's hyperparameters in the order of OPTIONS, but for the last two."""
@@ -198,10 +198,10 @@ class OnePass(PlanningOptimizer):
             closure: reevaluates the model and returns the loss; optional.
 
         Returns:
-            What ``closure`` returns, or None without one.
+            The result of ``closure``, or None without one.
 
         Raises:
-            RuntimeError: something was asked for that cannot be done here; every parameter and state is as it was.
+            RuntimeError: an option cannot be served here; every parameter and state is as it was.
         """
         if self._shared.swapped is not None:
             self._refuse_if_swapped("step")
@@ -238,7 +238,7 @@ class OnePass(PlanningOptimizer):
         return OnePass.step(self, closure)
 
     def _run(self, plan: Plan, gather_first: bool) -> int:
-        """What OptimPlan.step returns."""
+        """Runs OptimPlan.step and returns its result."""
         if plan.captures:
             check = "_accelerator_graph_capture_health_check"  # torch up to 2.10: _cuda_...
             (getattr(self, check, None) or self._cuda_graph_capture_health_check)()
@@ -279,9 +279,9 @@ class OnePass(PlanningOptimizer):
         return status
 
     def _finish(self, plan: Plan, rows: list[tuple[float, ...]], found_inf: Tensor | None) -> None:
-        """What a step leaves to do besides the kernels' work."""
+        """The work of a step after the kernels."""
         if plan.fresh and not self._is_skipped(found_inf):
-            self._plan = None  # the next one finds full buffers
+            self._plan = None  # momentum buffers are filled now: the next step needs another plan
         if plan.copies:
             self._copy_written(plan)
         if plan.averages and not (found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0)):
@@ -357,7 +357,7 @@ class OnePass(PlanningOptimizer):
             )
         return norms[0] if norms else torch.zeros((), device="cpu")
 
-    # Masters of which a half was written.
+    # Masters whose parameter was written.
 
     @torch.no_grad()
     def _restart_written(self, plan: Plan) -> None:
@@ -366,28 +366,28 @@ class OnePass(PlanningOptimizer):
         if not written and not plan.copies:
             return
         for where in plan.masters:
-            param = self._param_at(where)  # one that was taken out of the state begins anew in this step
+            param = self._param_at(where)  # one without state gets a new state in this step
             if self._has_master(param) and self._restart_remainder(param, where in written):
-                plan.copies, plan.contents = True, None  # the state has an entry more
+                plan.copies, plan.contents = True, None  # the state has one more entry
 
     @torch.no_grad()
     def _copy_written(self, plan: Plan) -> None:
-        """After a step, for the next one to compare with."""
+        """Copies parameters after a step, for the next step to compare with."""
         params = [param for param in map(self._param_at, plan.masters) if "param_copy" in self.state[param]]
         torch._foreach_copy_([local(self.state[param]["param_copy"]) for param in params], [*map(local, params)])
 
-    # What dlkit does not serve.
+    # Steps that dlkit does not serve.
 
     def _extras(self) -> list[str]:
-        """What was asked for that torch's optimizers do not have."""
+        """The options in use that torch's optimizers do not have."""
         extras = [] if self.max_norm is None else ["max_norm"]
         for group in self.param_groups:
-            # A decay of 0 is set, too.
+            # A decay of 0 counts as set.
             extras += [name for name in GROUP_OPTIONS if group.get(name) is not None and group[name] is not False]
         return extras
 
     def _torch_step(self, reason: str, closure: Callable[[], Any] | None) -> Any:
-        """torch's own step, for what dlkit does not serve."""
+        """torch's own step, where dlkit has no kernel."""
         extras = self._extras()
         if extras:
             raise RuntimeError(

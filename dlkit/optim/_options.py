@@ -1,4 +1,4 @@
-"""The options: what the constructors take beyond torch's, and a group's hyperparameters as the kernels read them."""
+"""dlkit's options of the constructors, and a group's hyperparameters as the kernels read them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLIPPING = {
     "process_group": None,
 }
 
-# What dlkit adds to torch's param groups.
+# Options that dlkit adds to torch's param groups.
 GROUP_OPTIONS = {
     "master_weights": False,
     "stochastic_rounding": False,
@@ -38,7 +38,7 @@ STATE_DTYPES = {
     "float16": torch.float16,
 }
 
-# A moving average that keeps more than this of itself stands still in bf16: what it loses in a step rounds away.
+# A moving average that keeps more than this share of itself stands still in bf16: its decay per step rounds to 0.
 _STANDS_STILL = 1 - 2.0**-7
 
 
@@ -58,14 +58,14 @@ class Options(TypedDict, total=False):
 
 
 def name_of_dtype(dtype: Any) -> Any:
-    """`state_dtype` as it stands in groups: a string, which every tool for checkpoints can store."""
+    """`state_dtype` as groups store it: a string, which every tool for checkpoints can store."""
     if isinstance(dtype, str):
         return dtype.removeprefix("torch.")
     return str(dtype).removeprefix("torch.") if dtype in FLOATING else dtype
 
 
 def host_rate(lr: Any) -> float:
-    """A group's learning rate, or 0 where it is on a device: kernels read it there, and asking would wait for it."""
+    """A group's learning rate, or 0 if it is on a device: kernels read it there, and reading it here would wait."""
     return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
@@ -75,7 +75,7 @@ def stands_still(decay: Any) -> bool:
 
 
 def is_stochastic(group: dict[str, Any]) -> bool:
-    """Whether something of this group is rounded stochastically."""
+    """Whether parameters or states of this group are rounded stochastically."""
     return group.get("stochastic_rounding") or group.get("state_dtype") in ("bfloat16", torch.bfloat16)
 
 

@@ -2,7 +2,7 @@
 
 A plan (torch.classes.dlkit.OptimPlan) knows the tensors of all groups. It holds none of them alive: before each step
 one C function checks, at some 5 ns an object, that groups and state still hold the same tensors. Gradients are fetched
-at each step, in C++. So a step costs Python nothing per parameter: 200 parameters take some 15 us of it, where torch's
+at each step, in C++. A step therefore runs no Python per parameter: 200 parameters take some 15 us, where torch's
 step takes 1 ms.
 """
 
@@ -33,7 +33,7 @@ _STATES = 3
 
 
 class Plan:
-    """The tensors of a step, and what they were found in. `where` says of each the group and the place in it."""
+    """The tensors of a step, and the containers that hold them. `where` has the group and place of each."""
 
     def __init__(self, versions: Any = None, unserved: str = "") -> None:
         self.unserved = unserved  # why only torch's own step will do
@@ -41,9 +41,9 @@ class Plan:
             self.runs = torch.classes.dlkit.OptimPlan(versions)
             self.step, self.step_default = self.runs.step, self.runs.step_default
         self.where: list[tuple[int, int]] = []
-        self.masters: list[tuple[int, int]] = []  # of those that have a remainder
-        self.waiting: list[tuple[int, int]] = []  # have some state, and lack other until a gradient comes
-        self.copies = False  # some masters have a copy of what the last step wrote
+        self.masters: list[tuple[int, int]] = []  # the places of parameters with a remainder
+        self.waiting: list[tuple[int, int]] = []  # parameters that lack some of their states until a gradient comes
+        self.copies = False  # some masters have a copy of the parameter after the last step
         self.averages = False
         self.stochastic = False
         self.wrapped = False  # there are DTensors: their local parts are stepped
@@ -75,7 +75,7 @@ class PlanningOptimizer(AveragingOptimizer):
         return plan if _C.holds(plan.contents, *self._containers()) else None
 
     def _ready_plan(self) -> Plan:
-        """A plan that has taken hold of the gradients, or one that says why torch's step is needed."""
+        """A plan that has gathered the gradients, or one with the reason why torch's step is needed."""
         plan = self._current_plan() or self._make_plan()
         self._plan = None
         if plan.unserved:
@@ -105,10 +105,10 @@ class PlanningOptimizer(AveragingOptimizer):
             plan.simple = not plan.wrapped and not plan.fresh and not plan.stochastic  # a seed is drawn once
         self._plan = plan
 
-    # What a plan is outdated by.
+    # Changes that outdate a plan.
 
     def _structure(self) -> list[Any]:
-        """What a plan depends on besides the objects in groups and state."""
+        """The values on which a plan depends, besides the objects in groups and state."""
         return [
             (
                 self._state_names(group),
@@ -139,7 +139,7 @@ class PlanningOptimizer(AveragingOptimizer):
             check_group(type(self).__name__, group)
             for i, param in enumerate(group["params"]):
                 if param.grad is None and not self.state.get(param):
-                    stateless.append(param)  # whatever it is: frozen parameters of any kind do no harm
+                    stateless.append(param)  # not checked: frozen parameters of any kind do no harm
                     continue
                 label = self._label(g, i)
                 unserved = self._unserved(group, param, label)
@@ -150,7 +150,7 @@ class PlanningOptimizer(AveragingOptimizer):
                 seen.add(id(param))
                 stepped.append((g, i, param))
                 if not group.get("master_weights") and param in self.state:
-                    for half in ("remainder", "param_copy"):  # of masters that were switched off
+                    for half in ("remainder", "param_copy"):  # left from master_weights=True, now off
                         self.state[param].pop(half, None)
 
         runs: dict[Any, list[list[Any]]] = {}
@@ -199,7 +199,7 @@ class PlanningOptimizer(AveragingOptimizer):
         return plan
 
     def _unserved(self, group: dict[str, Any], param: Tensor, label: str) -> str:
-        """Why dlkit cannot step this parameter; empty where it can."""
+        """The reason why dlkit cannot step this parameter; empty if it can."""
         if param.dtype not in SERVED:
             return f"{label} is of {param.dtype}"
         if group.get("fused") and param.is_complex():
@@ -256,7 +256,7 @@ class PlanningOptimizer(AveragingOptimizer):
         return found, new
 
     def _label(self, g: int, i: int) -> str:
-        """What errors call a parameter."""
+        """The name of a parameter in error messages."""
         names = self.param_groups[g].get("param_names")
         return f"parameter {i} of group {g}" + (f" ({names[i]!r})" if names else "")
 

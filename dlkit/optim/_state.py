@@ -1,7 +1,7 @@
 """The forms in which states are kept, and where.
 
 In memory a state `exp_avg` is one of two forms: a floating tensor under torch's own name, or `exp_avg_codes` and
-`exp_avg_scale`, 8 bits an element. So torch's optimizer either finds the numbers that it expects or no such state.
+`exp_avg_scale`, 8 bits per element. torch's optimizer thus finds the numbers that it expects, or no such state.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def other_form(name: str) -> tuple[str, ...]:
 
 
 class Shared:
-    """What an optimizer and a wrapper around it both have to see, in one object that is changed in place.
+    """Attributes that an optimizer and a wrapper around it share, in one object that is changed in place.
 
-    Lightning's and Fabric's wrappers are subclasses that forward only the attributes that they do not find.
+    Lightning's and Fabric's wrappers are subclasses that copy the optimizer's attributes and forward only others: a
+    value that is set on the wrapper does not reach the optimizer.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class StatefulOptimizer(Optimizer):
     _embeddings: set[int] | None = None
     _shared: Shared
 
-    # What each optimizer says of itself.
+    # Each optimizer defines these.
 
     _algorithm = ""
     _all_states: tuple[str, ...] = ()  # every state that the optimizer can have, whatever its flags are
@@ -93,7 +94,7 @@ class StatefulOptimizer(Optimizer):
         if param.numel() < LEAST_CODED or self._is_embedding(param):
             return torch.float32
         if is_flat_shard(param):
-            # FSDP1 cuts a state as it cuts the parameter, and would cut the scales so.
+            # FSDP1 cuts a state as it cuts the parameter, and would cut the scales in the same way.
             raise ValueError(
                 f"{type(self).__name__}.step(): expected no state_dtype='int8' with the flat parameters of FSDP1; use "
                 "fully_shard (FSDP2) or another state_dtype"
@@ -181,7 +182,7 @@ class StatefulOptimizer(Optimizer):
     def offload_states(self) -> None:
         """Moves all states to the CPU's memory, so that the device has room for something else between two steps.
 
-        From CUDA the copies go to pinned memory and are not waited for. Nothing happens to what is on the CPU already.
+        From CUDA the copies go to pinned memory, and the call does not wait for them. States on the CPU stay.
         A step raises until :meth:`onload_states` has been called.
         """
         self._move_states(lambda param: torch.device("cpu"))
@@ -218,7 +219,7 @@ class StatefulOptimizer(Optimizer):
             self._shared.offloading.record()
 
     def _finish_offloading(self) -> None:
-        """Before the CPU reads states that are still on their way."""
+        """Waits, before the CPU reads states, until their copies have arrived."""
         if self._shared.offloading is not None:
             self._shared.offloading.synchronize()
             self._shared.offloading = None

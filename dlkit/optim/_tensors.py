@@ -1,4 +1,4 @@
-"""Small questions about tensors that the other files here share."""
+"""Small functions of tensors that the other files here share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def average_dtype(param: Tensor) -> torch.dtype:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Answers without importing torch.distributed."""
+    """Whether it is a DTensor, found without an import of torch.distributed."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
     return not plain and hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
 

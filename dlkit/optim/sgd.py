@@ -27,17 +27,17 @@ class SGD(OnePass, torch.optim.SGD):
         weight_decay: the factor of the parameter that is added to its gradient.
         nesterov: Nesterov's momentum.
         maximize: step up the gradient instead of down.
-        foreach: as in torch where torch's own step runs; the kernels ask nothing of it.
+        foreach: as in torch where torch's own step runs; dlkit's kernels ignore it.
         differentiable: record the step for autograd; torch's own step runs then.
         fused: as in torch for a GradScaler, whose scaling the step then does itself.
 
     Keyword Args:
         max_norm (float): clip: scale gradients so that the 2-norm of all of them together is at most this.
-        norm_type (float): of ``max_norm``; 2 is the only one.
+        norm_type (float): the order of the norm of ``max_norm``; only 2.
         error_if_nonfinite (bool): with ``max_norm``, raise where the norm is NaN or infinite, with nothing changed.
         clip_gradients_in_place (bool): with ``max_norm``, write the scaled gradients to ``p.grad``.
-        process_group (ProcessGroup or DeviceMesh): with ``max_norm``, the processes whose gradients the norm is of,
-            where each has its own.
+        process_group (ProcessGroup or DeviceMesh): with ``max_norm``, the processes over whose gradients the norm is
+            taken, if each has parameters of its own.
         master_weights (bool): keep fp32 masters of bf16 and fp16 parameters.
         stochastic_rounding (bool): round 16-bit parameters without masters, and 16-bit states, up or down at random.
         state_dtype (torch.dtype or "int8"): how moments are stored: torch.float32, torch.bfloat16 or "int8"; None: as

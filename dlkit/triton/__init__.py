@@ -10,7 +10,7 @@ import pkgutil
 
 import torch
 
-# Each file without an underscore is an op's.
+# The functions of each file without an underscore.
 FUNCTIONS = {
     name: function
     for module in pkgutil.iter_modules(__path__)

@@ -13,7 +13,7 @@ def _logistic(u):
 
 @triton.jit
 def activation(x, negative_slope, KIND: tl.constexpr):
-    """act(x); negative_slope is that of a leaky ReLU below 0. A NaN stays one."""
+    """act(x). negative_slope is the slope of a leaky ReLU below 0. NaN stays NaN."""
     if KIND == 0:
         return x
     elif KIND == 1:

@@ -1,4 +1,4 @@
-"""What the kernels of every op share."""
+"""Helpers that the kernels of several ops share."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def accumulate_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What the kernels take for an array: ``tensor`` without gaps. A parameter may be any view."""
+    """``tensor`` without gaps, as the kernels read arrays. A parameter may be any view."""
     return None if tensor is None else tensor.contiguous()
 
 
 @triton.jit
 def scalar(value, TYPE: tl.constexpr):
-    """A float argument as a value of TYPE: as a tl.float64, which keeps its 53 bits, it would make fp64 of a tile."""
+    """A float argument as a value of TYPE. A tl.float64 argument would turn a tile into fp64."""
     return tl.full([], value, TYPE)
 
 
 @triton.jit
 def multiply(a, b):
-    """a * b, which no sum that follows is fused to: where kernels are to give the same bits."""
+    """a * b, never fused with an addition after it: for kernels that must give the same bits."""
     return tl.fma(a, tl.broadcast_to(b, a.shape), tl.zeros(a.shape, a.dtype))
 
 

@@ -51,7 +51,7 @@ def _find(table, count, chunk, ROW: tl.constexpr):
 def _pointers(row, column: tl.constexpr, first, at, TYPE: tl.constexpr, ALIGN: tl.constexpr):
     """Pointers to the elements `first` + `at` of an array in the table; `first` is where a chunk begins."""
     address = tl.load(row + column) + first * (TYPE.primitive_bitwidth // 8)
-    # The compiler asks the pointers themselves: a hint on the address is lost at the cast.
+    # The hint stands on the pointers: one on the address is lost at the cast.
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)) + at, ALIGN)
 
 

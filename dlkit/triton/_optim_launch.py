@@ -1,10 +1,10 @@
 """Tables of addresses for the optimizers' kernels.
 
 A launch serves all tensors of the same dtypes, group, step count and alignment. Their addresses lie in a table on the
-device: one copy of 112 bytes a tensor whenever an address changed, kept while none has. That copy comes from pinned
-memory and waits for nothing, but Python walks over the tensors at each step (some 5 us each), so many small tensors
-are where the compiled kernels are better. CUDA graphs capture a step whose table is there already, from a step with
-the same addresses before.
+device, 112 bytes per tensor. It is copied again when an address has changed. That copy comes from pinned memory and
+waits for nothing, but Python walks over the tensors at each step (some 5 us each): for many small tensors the compiled
+kernels are better. CUDA graphs capture a step only if its table is there already, from an earlier step with the same
+addresses.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 
 class Arranger:
-    """Addresses of a parameter's arrays in one common layout; what lies otherwise is copied, and copied back."""
+    """Addresses of a parameter's arrays in one common layout. Arrays in another are copied, and copied back."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
         self.changed: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, param: Tensor, logical_order: bool = False) -> None:
-        """8-bit states want their elements in logical order."""
+        """Begins a parameter. 8-bit states need their elements in logical order."""
         param = _as_real(param)
         self.numel = param.numel()
         self.contiguous = logical_order or param.is_contiguous()
@@ -68,7 +68,7 @@ class Arranger:
         self.strides = torch.empty_like(param, device="meta", memory_format=layout).stride()
 
     def place(self, tensor: Tensor, changes: bool, dtype: torch.dtype | None = None) -> int:
-        """With a copy where the tensor is not of this dtype."""
+        """The address of a tensor, or of a copy if its layout or dtype is another."""
         real = _as_real(tensor)
         dtype = dtype or real.dtype
         fits = real.is_contiguous() if self.contiguous else real.stride() == self.strides
@@ -123,7 +123,7 @@ def _on_device(rows: list[int], device: torch.device) -> Tensor:
 def gradient_launches(
     grads: list[Tensor], arranger: Arranger, changes: bool
 ) -> tuple[list[tuple[Tensor, int, int, dict[str, Any]]], int]:
-    """([(table, tensors, chunks, constants)], chunks of all): a launch each dtype and alignment."""
+    """([(table, tensors, chunks, constants)], chunks of all): one launch per dtype and alignment."""
     launches: dict[tuple[torch.dtype, int, int], list[list[int]]] = {}
     before = 0
     for grad in grads:

@@ -30,7 +30,7 @@ def decode(codes, maps, SIGNED: tl.constexpr):
 
 @triton.jit
 def _encode(values, maps, SIGNED: tl.constexpr):
-    """How many midpoints lie below each value."""
+    """The codes of values: the number of midpoints below each."""
     midpoints = maps + (SIGNED * 512 + 256)
     code = tl.zeros(values.shape, tl.int32)
     for bit in tl.static_range(8):
@@ -40,7 +40,7 @@ def _encode(values, maps, SIGNED: tl.constexpr):
 
 @triton.jit
 def store_coded(pointers, scales, values, maps, at, mask, SIGNED: tl.constexpr, TILE: tl.constexpr):
-    """A tile of an 8-bit state: a scale each 256 elements, a code each element."""
+    """Stores a tile of an 8-bit state: one scale per 256 elements, one code per element."""
     rows: tl.constexpr = TILE // 256
     magnitudes = tl.reshape(tl.where(mask, tl.abs(values), 0.0), (rows, 256))
     scale = tl.max(magnitudes, 1, keep_dims=True)
@@ -50,7 +50,7 @@ def store_coded(pointers, scales, values, maps, at, mask, SIGNED: tl.constexpr, 
     divided = tl.div_rn(tl.reshape(values, (rows, 256)), tl.broadcast_to(divisor, (rows, 256)))
     codes = _encode(tl.reshape(divided, (TILE,)), maps, SIGNED)
     wide = tl.reshape(tl.broadcast_to(scale, (rows, 256)), (TILE,))
-    if not SIGNED:  # what is above zero never gets the code of 0
+    if not SIGNED:  # a value above zero never gets the code of 0
         codes = tl.where((codes == 0) & (values > 0) & (wide - wide == 0), 1, codes).to(tl.uint8)
     tl.store(pointers, codes, mask=mask)
     tl.store(scales + at // 256, wide, mask=mask & (at % 256 == 0))
@@ -83,7 +83,7 @@ def join(high, rest):
 
 @triton.jit
 def _has_remainder(bits):
-    """Of a bf16 value in an fp32 one's bits: whether it is neither zero nor infinite nor NaN."""
+    """Whether a bf16 value, given as the bits of an fp32 one, is neither zero nor infinite nor NaN."""
     return ((bits - 0x10000) & 0x7FFF0000) < 0x7F7F0000
 
 
@@ -109,7 +109,7 @@ def split(value, like):
 
 @triton.jit
 def random_bits(seed, index, step, first, STREAM: tl.constexpr, TILE: tl.constexpr):
-    """16 bits an element, eight of a Philox block. STREAM: 0 for the parameter, s + 1 for state s."""
+    """16 bits per element, eight elements from one Philox block. STREAM: 0 for the parameter, s + 1 for state s."""
     block = first // 8 + tl.arange(0, TILE // 8)
     zero = block.to(tl.uint32) * 0
     low = (block & 0xFFFFFFFF).to(tl.uint32)

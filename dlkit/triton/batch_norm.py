@@ -1,16 +1,16 @@
-"""Batch, group and instance normalisation in Triton, with a residual add and an activation behind the first
-two, in any layout.
+"""Batch, group and instance normalisation in Triton, in any layout. The first two also add a residual and compute an
+activation.
 
 Every layout is one view in memory order, [outer, rows, channels, columns], whose statistics are over rows, columns
 and group_channels adjacent channels: batch_norm has outer 1, group_norm has a sample there; channels_last counts
-space among the rows, the contiguous layout in the columns. So one set of kernels serves all.
+space among the rows, the contiguous layout in the columns. One set of kernels therefore serves all.
 
 Training reads x twice and writes y: a first kernel leaves a mean and the squared deviations from it for each channel
 of each piece of the view (Welford per lane), a second merges the pieces in double, a third applies them, last tile
-first since that is what the caches still hold. Backward likewise: two sums for each channel and piece; the pieces;
+first, because the caches still hold that one. Backward likewise: two sums for each channel and piece; the pieces;
 then grad_input, from grad_residual where there is one, which the first kernel wrote, so that neither grad_output nor
-y is read again. With given statistics one pass over memory does all of either. Pieces depend on the shape alone and
-are added in a fixed order, without atomics, so every run gives the same bits.
+y is read again. With given statistics, forward and backward take one pass each. Pieces depend only on the shape and
+are added in a fixed order, without atomics: every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _channel_sum(tile):
 
 @triton.jit
 def _slope_and_shift(scale, weight, bias, channel, valid):
-    """What z is made with: rstd * weight, and bias."""
+    """rstd * weight, and bias: z = (x - mean) * slope + shift."""
     slope = scale
     shift = tl.zeros_like(scale)
     if weight is not None:
@@ -131,7 +131,7 @@ def _statistics_pieces(
     lane_count = tl.where(within, (height - row + (ROWS - 1)) // ROWS, 0).to(ACC)
     inverse = 1.0 / (height * width).to(ACC)
     center = _channel_sum(average * lane_count) * inverse
-    # What rounding took from the mean is in the deviations from it; the two together are the mean in double.
+    # The rounding error of the mean shows as the mean of the deviations from it; both together are the mean in fp64.
     shift = average - center
     rest = _channel_sum(shift * lane_count) * inverse
     square = _channel_sum(square + (shift - rest) * (shift - rest) * lane_count)
@@ -260,9 +260,9 @@ def _backward_pieces(
     ACC: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Both passes: the first sums up, the second has the sums (WEIGHTED: of weight * g) and writes grad_input.
+    """Both passes: the first sums up, the second reads the sums (WEIGHTED: of weight * g) and writes grad_input.
 
-    ``known``: behind a ReLU y, behind other activations the residual; None where there was no residual.
+    ``known``: y with a ReLU, the residual with other activations; None where there was no residual.
     """
     channels, columns = _extents(channels, columns, VEC, BLOCK)
     outer, line, height, channel, start, at, within, _ = _place(
@@ -561,7 +561,7 @@ def _backward(
     mean: Tensor, rstd: Tensor, groups: int, training: bool, kind: int, output_mask: Sequence[bool], slope: float,
     sums: Tensor | None = None, sums_given: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """All of backward; with ``sums`` its first half alone, which writes them, or its second, which is given them."""
+    """All of backward; with ``sums`` only its first half, which writes them, or its second, which reads them."""
     input, grad_output = _like(input, input), _like(input, grad_output)
     known = _like(input, y_or_residual) if kind and y_or_residual is not None else None
     view = _view(input, groups)
@@ -621,8 +621,8 @@ def batch_norm_backward(
     """(grad_input, grad_residual, grad_weight, grad_bias) of :func:`batch_norm_forward`, None for those that
     ``output_mask`` does not ask for.
 
-    ``y_or_residual``: y behind a ReLU, whose mask is y > 0; behind other activations the residual. Where it is None
-    there was no residual, and ``input`` tells all.
+    ``y_or_residual``: y with a ReLU, whose mask is y > 0; the residual with other activations. None where there was
+    no residual.
     """
     given = (grad_output, input, y_or_residual, weight, bias, mean, rstd)
     return _backward(*given, groups, training, activation, output_mask, negative_slope)

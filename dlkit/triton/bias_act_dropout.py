@@ -1,7 +1,7 @@
 """dropout(act(x + bias)) in Triton, over the contract of csrc/bias_act_dropout/kernel.h and the random bits of dropout.
 
-One kernel for both directions: a thread draws one Philox block for 8 elements. Each byte is read and written once, but
-for grad_bias: the column sums of grad_input, rounded as it is, as torch's own backward has them.
+One kernel for both directions: a thread draws one Philox block for 8 elements. Each byte is read and written once,
+except for grad_bias: the column sums of the rounded grad_input, as in torch's own backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .dropout import _TILE, _begin, _jit, _kept_bytes, _scale, given_state, new_
 
 @triton.jit
 def _tile(grad, x, bias, out, index, inside, keep, cols, scale, KIND: tl.constexpr, ACC: tl.constexpr):
-    """``inside``: a mask, or None where all of the tile is."""
+    """``inside``: a mask, or None if the whole tile is inside."""
     value = tl.load(x + index, mask=inside).to(ACC)
     if bias is not None:
         value += tl.load(bias + index % cols, mask=inside).to(ACC)

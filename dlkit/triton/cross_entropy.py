@@ -2,7 +2,7 @@
 
 A program has a tile of rows and classes: few rows and up to 4096 classes where classes lie side by side, 128 pixels and
 8 classes where they do not. Forward walks the classes with a running maximum, so each logit is read once; backward
-reads and writes once. A row's factors are worked out in fp64 and rounded once.
+reads and writes once. A row's factors are computed in fp64 and rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import TRITON_TYPE, accumulate_type
 
-# Distances are specialised: that they are multiples of 16 is what makes accesses wide.
+# Strides are specialised: Triton makes wide accesses only if it knows them to be multiples of 16.
 _jit = triton.jit(do_not_specialize=["rows", "ignored"])
 
 
@@ -167,7 +167,7 @@ def _backward(
         if totals is not None:
             grad = grad / tl.load(totals + 1).to(tl.float64)
         z = grad * 2.0 * z_scale * (largest.to(tl.float64) - tl.log(inverse)) * inverse
-    nothing = 0.0 * inverse  # NaN where the row was
+    nothing = 0.0 * inverse  # NaN if the row's sum is NaN
     scale = tl.where(counts, scale, nothing).to(ACC)[:, None]
     z = tl.where(counts, z, 0.0).to(ACC)[:, None]
     share = tl.where(counts, share, 0.0).to(ACC)[:, None]

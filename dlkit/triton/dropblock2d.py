@@ -2,7 +2,7 @@
 
 Seeds are drawn into a bit each, a byte a Philox block, once. An element is dropped where one of the size x size corners
 left of and above it is a seed: rows of adjacent bits, of which two or three bytes a row are read. That is done twice in
-forward, to count and to apply, so that nothing but the seeds is kept. Layouts that are not contiguous are copied.
+forward, to count and to apply, so that only the seeds are kept. Layouts that are not contiguous are copied.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Dropout in Triton: the stream of csrc/common/philox.h, bit for bit, over the form of csrc/dropout/kernel.h.
 
-y = keep(i // inner) ? x * scale + shift : dropped. Each byte is read and written once, runs that are dropped are not
-read. Elements with bits of their own (inner 1): a thread draws one Philox block, whose eight 16-bit lanes shrink to a
-byte of keep bits, so that little moves where another thread holds some of the 8 elements (in types wider than 16 bits).
+y = keep(i // inner) ? x * scale + shift : dropped. Each byte is read and written once; dropped runs are not read.
+Elements with bits of their own (inner 1): a thread draws one Philox block, whose eight 16-bit lanes shrink to a byte
+of keep bits, so that little moves where another thread holds some of the 8 elements (in types wider than 16 bits).
 Whole channels or samples: a tile of runs, a block for each run. The second block, which breaks ties, is drawn only in
 tiles where 16 bits met the threshold: 1 in 32 tiles of 2048 elements. Layouts other than contiguous are copied, there
 and back.
@@ -306,7 +306,7 @@ def dropout_forward_(
 def dropout_apply(
     input: Tensor, rng_state: Tensor, p: float, inner: int, scale: float, shift: float, dropped: float
 ) -> Tensor:
-    """The pure function of a state that :func:`dropout_forward` drew; its own backward with shift and dropped 0."""
+    """Applies the mask of a state that :func:`dropout_forward` drew; its own backward with shift and dropped 0."""
     y = torch.empty_like(input)
     _apply_into(input, y, rng_state, p, inner, scale, shift, dropped)
     return y

@@ -1,11 +1,11 @@
-"""LayerNorm and RMSNorm in Triton: forward, backward, and either of them behind a residual add.
+"""LayerNorm and RMSNorm in Triton: forward and backward, also with a residual add before the norm.
 
 Forward reads x once and writes y: a program holds its rows in registers, takes the mean, then the squared deviations
 from it. Rows beyond 64 KB of fp32 go through a column loop (Welford per lane, then a second read, last block first,
-since that is what the caches still hold). Backward reads x and grad_output once: a fixed number of programs walk the
+because the caches still hold that one). Backward reads x and grad_output once: a fixed number of programs walk the
 rows, each keeps its share of grad_weight and grad_bias in registers and writes one partial row of them, and a second
 kernel adds the partials in a fixed order. Beyond 32 KB it takes a pass for grad_input and another for the parameters.
-No atomics, so every run gives the same bits; tiles depend on width and alignment, so a row's result does not depend
+Without atomics every run gives the same bits. Tiles depend only on width and alignment: a row's result does not depend
 on the rows around it.
 """
 
@@ -72,7 +72,7 @@ def _forward_rows(
         if mean is not None:
             tl.store(mean + row, average, mask=row < rows)
     if not RMS and x.dtype.element_ty == ACC:
-        # What rounding took from the mean shows where the deviations are small beside it and the type can tell.
+        # The rounding error of the mean matters if the deviations are small beside it, and only unrounded input tells.
         squares, rest = _row_sums(value * value, value)
         rest = divide(rest, count)
         variance = divide(squares, count) - rest * rest
@@ -369,7 +369,7 @@ def _as_rows(tensor: Tensor, normalized_ndim: int) -> tuple[Tensor, int]:
         if shape[dim] != 1 and strides[dim] != cols:
             return _as_rows(tensor.contiguous(), normalized_ndim)
         cols *= shape[dim]
-    # A single row keeps its stride too: it decides the vector width, and that the order in which a row is summed.
+    # A single row keeps its stride too: the stride decides the vector width, and the width the order of a row's sum.
     row_stride = strides[lead - 1] if lead else cols
     span = None
     for dim in range(lead - 1, -1, -1):

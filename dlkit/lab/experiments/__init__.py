@@ -1,1 +1,1 @@
-"""The experiments, a file each. What such a file holds is said in dlkit/lab/experiment.py."""
+"""The experiments, one file each. dlkit/lab/experiment.py describes the form of a file."""

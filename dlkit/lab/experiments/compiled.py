@@ -47,7 +47,7 @@ def step_times(model: nn.Module, data: Any, batch: int, steps: int, backend: str
             torch._dynamo.reset()
             run = torch.compile(own, backend=backend)
         ways[way] = (own, run, optimizer, dlkit.functional if "dlkit" in way else nn.functional)
-        # A way that computes something else is not timed.
+        # A way with another result is not timed.
         with torch.no_grad():
             torch.testing.assert_close(own.eval()(images), model.eval()(images), rtol=1e-3, atol=1e-3)
         own.train()
@@ -73,7 +73,7 @@ def _now(images: Any) -> float:
 
 
 def measured(model: nn.Module, data: Any, batch: int, steps: int, backend: Any) -> dict[str, Any]:
-    """The probe: what torch.compile cannot do here, for want of a compiler for one, is said and not an error."""
+    """The probe. If torch.compile fails, for example for lack of a compiler, the result says why; nothing is raised."""
     try:
         return step_times(model, data, batch, steps, backend)
     except torch._dynamo.exc.BackendCompilerFailed as error:

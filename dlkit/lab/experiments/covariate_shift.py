@@ -1,4 +1,4 @@
-"""What reaches the activation functions of five hidden layers, before and after some training.
+"""The inputs of the activation functions of five hidden layers, before and after some training.
 
 Without normalization the distribution of each layer's inputs moves as the layers before it learn; a normalization ties
 its mean and deviation down.
@@ -22,13 +22,13 @@ LOOK_AT = (
 )
 FIGURE_SIZE = (11, 10)
 DEPTH = 5
-IMAGES = 1_000  # that the histograms are of
-RANGE = 6.0  # of the histograms; what lies outside counts at their ends
+IMAGES = 1_000  # for the histograms
+RANGE = 6.0  # of the histograms; values outside count at their ends
 BINS = 60
 
 
 def histograms(model: nn.Module, data: Dataset) -> list[dict[str, Any]]:
-    """Of each layer: counts, mean and deviation of what its activation function gets."""
+    """For each layer: counts, mean and standard deviation of the input of its activation function."""
     found: list[Tensor] = []
     for layer in model.modules():
         if isinstance(layer, nn.Tanh):

@@ -1,4 +1,4 @@
-"""Dropout in the same MLP: 0.3, 0.3 and 0.2 behind its hidden layers, and none; Adam, 20 epochs."""
+"""Dropout in the same MLP: 0.3, 0.3 and 0.2 after its hidden layers, and none; Adam, 20 epochs."""
 
 from functools import partial
 from typing import Any

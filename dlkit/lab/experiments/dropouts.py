@@ -20,8 +20,8 @@ WIDTH = 32
 def network(data: Dataset, kind: str) -> nn.Module:
     """A stem, two residual blocks with half the side each, a dense layer; dropout by its kind.
 
-    Standard, 2d, alpha and DropBlock stand behind each block, DropPath on its branch, DropConnect in the dense layer.
-    SELU networks keep their own scale, so that one has no BatchNorm.
+    Standard, 2d, alpha and DropBlock stand after each block, DropPath on its branch, DropConnect in the dense layer.
+    Networks of SELUs keep their own scale and have no BatchNorm.
     """
     activation: Any = nn.SELU if kind in ("alpha", "SELU alone") else nn.ReLU
     alone = activation is nn.SELU

@@ -1,4 +1,4 @@
-"""Ensembles: five trainings that differ in their seed alone, and what they know together."""
+"""Ensembles: five trainings that differ only in their seed, and their joint answers."""
 
 import functools
 from dataclasses import replace
@@ -17,7 +17,7 @@ IMAGES, HELD_OUT = 10_000, 2_000
 
 
 def without_the_last(data: Any) -> Any:
-    """The last training images are kept for the stacking, which must not learn from what the five have seen."""
+    """The last training images are kept for the stacking, which must not learn from images that the five have seen."""
     kept = len(data.train_images) - min(HELD_OUT, len(data.train_images) // 5)
     return replace(data, train_images=data.train_images[:kept], train_labels=data.train_labels[:kept])
 
@@ -35,7 +35,7 @@ def probabilities(run: Any, images: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def accuracies(results: Any) -> dict[str, float]:
-    """Of each, then of the ways to join them, on the validation images."""
+    """The accuracy of each network, then of the ways to join them, on the validation images."""
     from sklearn.linear_model import LogisticRegression
 
     runs = results.runs("cnn")

@@ -1,4 +1,4 @@
-"""What a CNN looks at: integrated gradients, occlusion and SHAP values, by Captum."""
+"""The pixels that decide for a CNN: integrated gradients, occlusion and SHAP values, by Captum."""
 
 import functools
 from typing import Any

@@ -64,7 +64,7 @@ SCHEDULES = {
 
 
 def rise_and_fall(optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """The rate rises for the first fifth and falls to 0: what so short a training needs."""
+    """The rate rises for the first fifth of the steps and falls to 0, as a short training needs."""
     warm_up = max(1, steps // 5)
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
@@ -92,7 +92,7 @@ def _clip(model: nn.Module, max_norm: float) -> None:
 
 
 def train(name: str, data: Dataset, schedule: Schedule, seed: int, device: str, folder: Path) -> dict[str, Any]:
-    """What the race of one model found, as results.json holds it. Losses are of every training step, in nats."""
+    """The results of one model's race, as results.json holds them. Losses are of every training step, in nats."""
     import sys
 
     import lightning
@@ -153,7 +153,7 @@ def machine() -> dict[str, str | int]:
 
 
 def run(setting: Setting) -> tuple[str, list[dict[str, Any]]]:
-    """Each model that is not done yet; the text below the figure, and what each found."""
+    """Races each model that is not done yet. Returns the text below the figure, and the results of each."""
     from dlkit.lab import training
 
     if setting.devices > 1 or setting.precision != "32-true":
@@ -204,7 +204,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def caption(data: Dataset, results: list[dict[str, Any]]) -> str:
-    """What was trained on and how the step time was taken."""
+    """The data, and the way in which the step time was taken."""
     from dlkit.lab.race import WARM_UP_STEPS
 
     lines = [

@@ -1,7 +1,7 @@
 """How much of the gradient that reaches the last hidden layer arrives at the first, by depth and scale of the weights.
 
 Nothing is trained: each cell is one backward pass of a fresh network on 256 images. The weights are Xavier's, times
-the scale; the gradients are those of the loss by what the layers put out.
+the scale; the gradients are those of the loss by the outputs of the layers.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def ratios(model: nn.Module, data: Dataset) -> list[list[float]]:
 
     def one() -> Iterator[float]:
         for network in model.children():
-            inputs: list[Tensor] = []  # of the linear layers: what the layer before put out
+            inputs: list[Tensor] = []  # of the linear layers
 
             def keep(_: nn.Module, args: tuple[Tensor], inputs: list[Tensor] = inputs) -> None:
                 inputs.append(args[0])

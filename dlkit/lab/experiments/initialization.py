@@ -1,4 +1,4 @@
-"""Ten ways to begin: what they do to activations and gradients of a deep MLP before any training, and to 3 epochs."""
+"""Ten initializations: their effect on activations and gradients of a deep MLP before training, and on 3 epochs."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ LOOK_AT = (
 )
 FIGURE_SIZE = (15, 12)
 DEPTH = 8
-IMAGES = 1_000  # that the distributions are of
+IMAGES = 1_000  # for the distributions
 BINS = 60
 LEAST = 1e-12  # zeros have no place on a log scale
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "ReLU": nn.ReLU}
@@ -85,7 +85,7 @@ def flow(model: nn.Module, data: Dataset) -> dict[str, list[Any]]:
 
 
 def _bins(values: Tensor) -> list[float]:
-    """How many lie where: the counts of log10 of their size from 1e-12 to 1e3, as shares."""
+    """A histogram of log10 of the sizes of values, from 1e-12 to 1e3, as shares."""
     sizes = values.detach().abs().clamp(LEAST, 1e3).log10()
     return (torch.histc(sizes, BINS, -12, 3) / sizes.numel()).tolist()
 

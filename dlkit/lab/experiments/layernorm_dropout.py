@@ -1,4 +1,4 @@
-"""LayerNorm and dropout 0.15, each alone, both, and none: 3,000 steps by AdamW at 3e-4."""
+"""LayerNorm and dropout 0.15: one of them, both, and none: 3,000 steps by AdamW at 3e-4."""
 
 from functools import partial
 from typing import Any

@@ -29,7 +29,7 @@ def configurations(setting: Setting) -> list[Configuration]:
 
 
 def memory(run: Any) -> dict[str, int]:
-    """Bytes of one training step: weights, what the optimizer keeps, what forward saves for backward."""
+    """Bytes of one training step: weights, the optimizer's states, and tensors that forward saves for backward."""
     from dlkit.lab.training import Task
 
     configuration, device = run.configuration, run.setting.device

@@ -1,6 +1,6 @@
 """Batch, layer, group and instance normalization and none, in one small CNN, at batch sizes from 2 to 128.
 
-The learning rate is proportional to the batch size, so that each run moves as far an image.
+The learning rate is proportional to the batch size, so that all runs move equally far per image.
 """
 
 from functools import partial

@@ -53,7 +53,7 @@ def draw(figure: Any, results: Any, setting: Setting) -> None:
         ):
             axes = panels[row][column]
             for color, name in zip(report.COLORS, OPTIMIZERS, strict=False):
-                # Adam and AdamW lie on each other.
+                # The curves of Adam and AdamW coincide: one is dashed.
                 style: dict[str, Any] = {"color": color, "linestyle": "--" if name == "AdamW" else "-"}
                 report.curves(axes, results, metric, [f"{model}, {name}"], label=short, **style)
             report.tidy(axes, f"{model}: {title}", "epoch" if row else "", "nats" if column == 0 else "")

@@ -31,7 +31,7 @@ def ema(setting: Setting, images: int | None = None) -> Any:
 
 
 def decayed(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for what multiplies, not for biases and norms."""
+    """Weight decay for weights of matrix products and convolutions, not for biases and norms."""
     matrices = [param for param in model.parameters() if param.dim() > 1]
     others = [param for param in model.parameters() if param.dim() <= 1]
     return [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -42,12 +42,12 @@ def smoothed() -> nn.Module:
 
 
 def mirrored(setting: Setting) -> bool:
-    """Clothes are worn both ways round; a mirrored digit is none."""
+    """Whether images may be mirrored: clothes may, but a mirrored digit is no digit."""
     return setting.data.name == "Fashion-MNIST"
 
 
 def recipe(setting: Setting, name: str = "recipe", images: int | None = None, **changes: Any) -> Configuration:
-    """The configuration, with `changes` for what the ablation takes away."""
+    """The configuration. `changes` replace the parts that the ablation takes away."""
     parts: dict[str, Any] = {
         "model": partial(models.ResidualNet, dropout=0.2),
         "optimizer": "AdamW",

@@ -1,4 +1,4 @@
-"""Against overfitting: ten ways, each alone on the same small CNN and few images, and all together."""
+"""Ten ways against overfitting, one at a time and all together, on the same small CNN and few images."""
 
 from functools import partial
 from typing import Any

@@ -41,7 +41,7 @@ def cosine(optimizer: Optimizer, steps: int) -> Any:
 
 
 def warm_up_cosine(optimizer: Optimizer, steps: int) -> Any:
-    """A tenth of the training rises, the rest falls."""
+    """The rate rises for a tenth of the training and falls for the rest."""
     rising = max(1, steps // 10)
     rise = lr_scheduler.LinearLR(optimizer, 0.01, total_iters=rising)
     fall = lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rising))
@@ -118,7 +118,7 @@ def finish(results: Any, setting: Setting) -> str:
 
 
 def tenth_of_best(found: dict[str, Any]) -> float:
-    """The usual rule of thumb; the first steps are left out, where the smoothing begins."""
+    """The rule of thumb: a tenth of the rate with the lowest loss. The first steps, as yet unsmoothed, are left out."""
     return min(zip(found["loss"][10:], found["lr"][10:], strict=True))[1] / 10
 
 

@@ -29,7 +29,7 @@ def configuration(number: int, dropout: float, width: int, lr: float, epochs: in
 
 
 def search(setting: Setting, make: Any, say: Any) -> list[Any]:
-    """The study is made anew each time, from one seed: trials that are on disk answer at once, and are asked alike."""
+    """The study runs anew each time, from one seed: it asks for the same trials, and those on disk answer at once."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -65,7 +65,7 @@ def search(setting: Setting, make: Any, say: Any) -> list[Any]:
 
 
 def importances(results: Any) -> dict[str, float]:
-    """How much of the variance of the accuracy each explains (fANOVA), over the trials that were not ended early."""
+    """The share of the accuracy's variance that each parameter explains (fANOVA), over trials not ended early."""
     import optuna
 
     study = results.all[0].study

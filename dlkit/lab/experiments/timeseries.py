@@ -29,7 +29,7 @@ def series() -> Tensor:
 
 
 def windows(data: Any) -> Any:
-    """50 numbers and the one behind them; the validation windows begin where the training ends."""
+    """50 numbers and the one after them; the validation windows begin where the training ends."""
     cut = series().to(data.train_images.device).unfold(0, STEPS + 1, 1)
     train, test = cut[:TRAIN], cut[TRAIN + STEPS :]
     return replace(

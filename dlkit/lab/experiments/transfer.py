@@ -18,7 +18,7 @@ LOOK_AT = (
     "what the layers learnt on other classes are worth at the first epochs, and whether from scratch overtakes them."
 )
 FIRST, FEW, UNFREEZE_AFTER = "classes 0-4", 200, 8
-# torchvision's weights for ImageNet, where they lie already: nothing is downloaded.
+# torchvision's weights for ImageNet, used only if they are on disk: nothing is downloaded.
 BACKBONE = "resnet18-f37072fd.pth"
 
 
@@ -36,12 +36,12 @@ def classes(data: Any, low: int, high: int, images: int | None = None) -> Any:
 
 
 def head(model: nn.Sequential) -> list[nn.Module]:
-    """The dense layer and the logits: what is always trained anew."""
+    """The dense layer and the logits, which are always trained anew."""
     return list(model)[next(at for at, layer in enumerate(model) if isinstance(layer, nn.Flatten)) :]
 
 
 def last_block(model: nn.Sequential) -> list[nn.Module]:
-    """The last convolution and what belongs to it."""
+    """The last convolution and the layers that belong to it."""
     at = [index for index, layer in enumerate(model) if isinstance(layer, nn.Conv2d)][-1]
     return list(model)[at:]
 
@@ -49,7 +49,7 @@ def last_block(model: nn.Sequential) -> list[nn.Module]:
 def learnt(unfreeze_after: int | None) -> list[Any]:
     """Takes the convolutions of the run on classes 0-4, and freezes them; their last block until `unfreeze_after`.
 
-    What is frozen also keeps its running statistics.
+    Frozen layers keep their running statistics.
     """
     from lightning.pytorch.callbacks import Callback
 
@@ -102,7 +102,7 @@ class Backbone(nn.Module):
 
 
 def backbone() -> Path | str:
-    """Where torchvision's weights are; or why they are not used."""
+    """The path of torchvision's weights, or the reason why they are not used."""
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
     path = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
