@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from typing_extensions import Self
+
 
 class Undo:
     """A change that holds from the call that made it until ``undo()`` or the end of a ``with`` block."""
@@ -17,7 +19,7 @@ class Undo:
         if undo is not None:
             undo()
 
-    def __enter__(self) -> "Undo":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -198,7 +198,7 @@ def why_not_plain(module: torch.nn.Module, related: type[torch.nn.Module]) -> st
     cls = type(module)
     if isinstance(module, LazyModuleMixin):
         return "it is not initialised: it can be replaced once it has seen an input"
-    if issubclass(cls, (dlkit.nn.batch_norm.DoesMore, dlkit.nn.batch_norm.ActsBehind)):
+    if issubclass(cls, (dlkit.nn.batch_norm.WithActivation, dlkit.nn.batch_norm.ChosenActivation)):
         return "it does the work of the activation after it too, which cannot be put back here"
     if isinstance(module, (dlkit.nn.CrossEntropyLoss, dlkit.nn.LinearCrossEntropyLoss)) and module.has_own_options():
         return "it has options that torch's layer has not"

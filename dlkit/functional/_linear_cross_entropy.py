@@ -66,14 +66,14 @@ def linear_cross_entropy(
             logits.view(-1, *linear_weight.shape[:-1]), target, weight, None, ignore_index, None, reduction,
             label_smoothing, lse_square_scale, softcap, return_z_loss,
         )  # fmt: skip
-    alone = input.dim() == 1
-    rows = (input[None], target[None]) if alone else (input, target)
+    unbatched = input.dim() == 1
+    rows = (input[None], target[None]) if unbatched else (input, target)
     try:
         loss, z_loss = _linear_cross_entropy(
             rows[0], linear_weight, rows[1], linear_bias, weight, reduction_number(reduction), ignore_index, *numbers_
         )
     except (RuntimeError, ValueError) as error:
         raise_loss(name, error, ignore_index, weight, linear_bias=linear_bias)
-    if alone and reduction == "none":
+    if unbatched and reduction == "none":
         loss, z_loss = loss[0], None if z_loss is None else z_loss[0]
     return with_z_loss(loss, z_loss) if return_z_loss else loss

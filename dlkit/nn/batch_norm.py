@@ -134,14 +134,14 @@ def _guarded(name: str) -> Any:
     return property(read, write)
 
 
-class DoesMore:
+class WithActivation:
     """Mixed into BatchNorm layers that also compute an activation: see :func:`_guarded`."""
 
     eps = _guarded("eps")
     num_features = _guarded("num_features")
 
 
-class ActsBehind:
+class ChosenActivation:
     """Mixed into norms that compute an activation after the norm. The activation is an attribute."""
 
     activation: str | None
@@ -166,14 +166,14 @@ class ActsBehind:
         return f"{super().extra_repr()}, activation={self.activation!r}{slope}"  # type: ignore[misc]
 
 
-class _BatchNormAct(ActsBehind, DoesMore, _BatchNorm):
+class _BatchNormAct(ChosenActivation, WithActivation, _BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._call_node(input, residual)
         return normalize(self, input, residual, self.activation, self.negative_slope)
 
 
-class _BatchNormReLU(DoesMore, _BatchNorm):
+class _BatchNormReLU(WithActivation, _BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._call_node(input, residual)

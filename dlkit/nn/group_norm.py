@@ -7,7 +7,7 @@ from torch.fx import Proxy
 
 from dlkit import functional as F
 from dlkit.nn._layer import Layer
-from dlkit.nn.batch_norm import ActsBehind
+from dlkit.nn.batch_norm import ChosenActivation
 from dlkit.nn.layer_norm import affine
 
 
@@ -25,7 +25,7 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
         return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
-class GroupNormAct(ActsBehind, GroupNorm):
+class GroupNormAct(ChosenActivation, GroupNorm):
     """``act(group_norm(input) + residual)`` in one pass: ``forward(input, residual=None)``.
 
     Arguments, parameters and state_dict are :class:`torch.nn.GroupNorm`'s, and two keyword arguments. Shapes:

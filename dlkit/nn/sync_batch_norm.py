@@ -22,7 +22,7 @@ from torch.fx import Proxy
 from dlkit._activation import ACTIVATIONS, activated, number_of
 from dlkit.nn._layer import Layer
 from dlkit.nn.batch_norm import (
-    ActsBehind,
+    ChosenActivation,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -32,7 +32,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
-    DoesMore,
+    WithActivation,
     normalize,
 )
 
@@ -125,7 +125,7 @@ class SyncBatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
         return module
 
 
-class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
+class SyncBatchNormReLU(WithActivation, SyncBatchNorm):
     """``relu(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``.
 
     Arguments, parameters, state_dict and errors are :class:`SyncBatchNorm`'s. Shapes: input, residual and output
@@ -138,7 +138,7 @@ class SyncBatchNormReLU(DoesMore, SyncBatchNorm):
         return _forward(self, input, residual, "relu")
 
 
-class SyncBatchNormAct(ActsBehind, DoesMore, SyncBatchNorm):
+class SyncBatchNormAct(ChosenActivation, WithActivation, SyncBatchNorm):
     """``act(batch_norm(input) + residual)`` over all processes: ``forward(input, residual=None)``.
 
     Arguments, parameters, state_dict and errors are :class:`SyncBatchNorm`'s, with two more keyword arguments.

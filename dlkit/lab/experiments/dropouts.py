@@ -24,16 +24,16 @@ def network(data: Dataset, kind: str) -> nn.Module:
     Networks of SELUs keep their own scale and have no BatchNorm.
     """
     activation: Any = nn.SELU if kind in ("alpha", "SELU alone") else nn.ReLU
-    alone = activation is nn.SELU
+    self_normalizing = activation is nn.SELU
 
     def norm() -> list[nn.Module]:
-        return [] if alone else [nn.BatchNorm2d(WIDTH)]
+        return [] if self_normalizing else [nn.BatchNorm2d(WIDTH)]
 
     def branch() -> list[nn.Module]:
-        convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=alone)
+        convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=self_normalizing)
         return [convolution, *norm(), activation(), *([models.DropPath(RATE)] if kind == "DropPath" else [])]
 
-    behind: dict[str, Any] = {
+    after_blocks: dict[str, Any] = {
         "standard": partial(nn.Dropout, RATE),
         "2d": partial(nn.Dropout2d, RATE),
         "alpha": partial(nn.AlphaDropout, RATE / 2),
@@ -41,13 +41,13 @@ def network(data: Dataset, kind: str) -> nn.Module:
     }
 
     def drop() -> list[nn.Module]:
-        return [behind[kind]()] if kind in behind else []
+        return [after_blocks[kind]()] if kind in after_blocks else []
 
     side = min(data.image_size) // 4
     dense: Any = partial(models.DropConnectLinear, p=RATE) if kind == "DropConnect" else nn.Linear
     model = nn.Sequential(
         nn.Unflatten(1, (1, -1)),
-        nn.Conv2d(1, WIDTH, 3, padding=1, bias=alone),
+        nn.Conv2d(1, WIDTH, 3, padding=1, bias=self_normalizing),
         *norm(),
         activation(),
         nn.MaxPool2d(2),
@@ -61,7 +61,7 @@ def network(data: Dataset, kind: str) -> nn.Module:
         activation(),
         nn.Linear(64, data.classes),
     )
-    if alone:
+    if self_normalizing:
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
