@@ -22,7 +22,6 @@ from torch.fx import Proxy
 from dlkit._activation import ACTIVATIONS, activated, number_of
 from dlkit.nn._layer import Layer
 from dlkit.nn.batch_norm import (
-    ChosenActivation,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
@@ -32,6 +31,7 @@ from dlkit.nn.batch_norm import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    ChosenActivation,
     WithActivation,
     normalize,
 )
