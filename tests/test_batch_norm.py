@@ -429,6 +429,35 @@ def test_sums_of_equal_terms(backend, space):
     assert np.abs(exact(rstd) / wanted - 1).max() < 4 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize(("shape", "groups"), [((0, 6, 3, 3), 0), ((2, 6, 0, 3), 0), ((0, 6, 3), 2), ((2, 6, 0), 3)])
+def test_empty_input(backend, shape, groups):
+    """It reaches the kernels' ops where a compiler did not know its size."""
+    x, weight, bias = torch.empty(shape), torch.ones(6), torch.zeros(6)
+    tracked = torch.tensor(3, device=backend.device)
+    x, weight, bias = (t.to(backend.device) for t in (x, weight, bias))
+    y, mean, rstd = backend.call(
+        "batch_norm_forward", input=x, weight=weight, bias=bias, num_batches_tracked=None if groups else tracked,
+        groups=groups, training=True, momentum=0.1, eps=EPS, activation=0,
+    )  # fmt: skip
+    assert y.shape == x.shape and mean.shape == rstd.shape == ((shape[0], groups) if groups else (6,))
+    assert not mean.any() and not rstd.any()
+    assert tracked == (3 if groups else 4)  # as torch's layer counts it
+    grad_input, _, *grads = backend.call(
+        "batch_norm_backward", grad_output=x, input=x, weight=weight, bias=bias, mean=mean, rstd=rstd, groups=groups,
+        training=True, activation=0, output_mask=[True, False, True, True],
+    )  # fmt: skip
+    assert grad_input.shape == x.shape
+    assert all(grad.shape == (6,) and not grad.any() for grad in grads)
+    if groups:
+        return
+    assert not any(t.any() for t in backend.op("batch_norm_statistics")(x, 0))
+    sums, *grads = backend.call(
+        "batch_norm_backward_sums", grad_output=x, input=x, weight=weight, bias=bias, mean=mean, rstd=rstd,
+        activation=0, output_mask=[True, True],
+    )  # fmt: skip
+    assert sums.shape == (2, 6) and not any(t.any() for t in (sums, *grads))
+
+
 def test_cumulative_average(backend):
     tracked = torch.tensor(4, device=backend.device)
     x = make((6, 5), torch.float32).to(backend.device)

@@ -111,31 +111,34 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, cons
   Tensor y = layout.empty();
   Tensor mean = empty_for(input, statistics_sizes(input.sizes(), groups), accumulate_options(input));
   Tensor rstd = empty_for(input, mean.sizes(), mean.options());
-  if (input.numel() == 0) return {std::move(y), mean.zero_(), rstd.zero_()};  // a process's part of a larger tensor
+  if (input.numel() == 0) {  // a process's part of a larger tensor, or a size that a compiler did not know
+    if (training && has(num_batches_tracked)) num_batches_tracked->add_(1);
+    return {std::move(y), mean.zero_(), rstd.zero_()};
+  }
   const DType type = dtype_of(input.scalar_type());
-  Forward op{layout.x.const_data_ptr(),
-             data_or_null(added),
-             data_or_null(parameters.weight),
-             data_or_null(parameters.bias),
-             y.mutable_data_ptr(),
-             mean.mutable_data_ptr(),
-             rstd.mutable_data_ptr(),
-             nullptr,
-             mutable_data_or_null(old_mean),
-             mutable_data_or_null(old_var),
-             has(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr,
-             nullptr,
-             layout.shape,
-             momentum,
-             eps,
-             training ? Statistics::Compute : Statistics::Running,
-             type,
-             dtype_of(parameters.type),
-             old_mean.defined() ? dtype_of(old_mean.scalar_type()) : type,
-             to_activation(activation),
-             negative_slope};
+  Forward op{
+      .x = layout.x.const_data_ptr(),
+      .residual = data_or_null(added),
+      .weight = data_or_null(parameters.weight),
+      .bias = data_or_null(parameters.bias),
+      .y = y.mutable_data_ptr(),
+      .mean = mean.mutable_data_ptr(),
+      .rstd = rstd.mutable_data_ptr(),
+      .var = nullptr,
+      .running_mean = mutable_data_or_null(old_mean),
+      .running_var = mutable_data_or_null(old_var),
+      .num_batches_tracked = has(num_batches_tracked) ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr,
+      .workspace = nullptr,
+      .shape = layout.shape,
+      .momentum = momentum,
+      .eps = eps,
+      .statistics = training ? Statistics::Compute : Statistics::Running,
+      .dtype = type,
+      .parameter_dtype = dtype_of(parameters.type),
+      .running_dtype = old_mean.defined() ? dtype_of(old_mean.scalar_type()) : type,
+      .activation = to_activation(activation),
+      .negative_slope = negative_slope};
   run_with_workspace<Device>(input, op);
-  if (input.numel() == 0 && training && has(num_batches_tracked)) num_batches_tracked->add_(1);
   if (training && has(running_mean) && !running_mean->is_contiguous()) running_mean->copy_(old_mean);
   if (training && has(running_var) && !running_var->is_contiguous()) running_var->copy_(old_var);
   return {std::move(y), std::move(mean), std::move(rstd)};

@@ -502,6 +502,12 @@ def _normalise(
     return y
 
 
+def _empty_statistics(input: Tensor, groups: int) -> Tensor:
+    """Zeros for the statistics of an input without elements, whose size a compiler did not know."""
+    shape = (input.shape[0], groups) if groups else (input.shape[1],)
+    return torch.zeros(shape, dtype=accumulate_type(input.dtype), device=input.device)
+
+
 def batch_norm_forward(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
@@ -515,6 +521,10 @@ def batch_norm_forward(
     Formulas: https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html and torch.nn.GroupNorm.html.
     """
     input = _like(input, input)
+    if input.numel() == 0:
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return torch.empty_like(input), _empty_statistics(input, groups), _empty_statistics(input, groups)
     view = _view(input, groups)
     shape = (view.outer, groups) if groups else (view.channels,)
     mean, rstd = (torch.empty(shape, dtype=view.accumulate, device=input.device) for _ in range(2))
@@ -537,6 +547,8 @@ def batch_norm_forward(
 def batch_norm_statistics(input: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of :func:`batch_norm_forward`'s groups."""
     input = _like(input, input)
+    if input.numel() == 0:
+        return _empty_statistics(input, groups), _empty_statistics(input, groups)
     view = _view(input, groups)
     shape = (view.outer, groups) if groups else (view.channels,)
     mean, var = (torch.empty(shape, dtype=view.accumulate, device=input.device) for _ in range(2))
@@ -551,6 +563,8 @@ def batch_norm_apply(
 ) -> Tensor:  # fmt: skip
     """y of :func:`batch_norm_forward` with ``groups`` 0, from given statistics."""
     input = _like(input, input)
+    if input.numel() == 0:
+        return torch.empty_like(input)
     with torch.cuda.device_of(input):
         view = _view(input, 0)
         return _normalise(view, input, residual, weight, bias, mean, rstd, activation, negative_slope)
@@ -564,7 +578,6 @@ def _backward(
     """All of backward; with ``sums`` only its first half, which writes them, or its second, which reads them."""
     input, grad_output = _like(input, input), _like(input, grad_output)
     known = _like(input, y_or_residual) if kind and y_or_residual is not None else None
-    view = _view(input, groups)
     grad_input = torch.empty_like(input) if output_mask[0] else None
     grad_residual = torch.empty_like(input) if output_mask[1] else None
     # A bias that is not read may be left out: the weight tells the parameters' dtype as well.
@@ -573,6 +586,12 @@ def _backward(
         torch.empty(input.shape[1], dtype=parameter.dtype, device=input.device) if wanted else None
         for wanted in output_mask[2:]
     )
+    if input.numel() == 0:
+        for sum_ in (sums, grad_weight, grad_bias):
+            if sum_ is not None and not sums_given:
+                sum_.zero_()
+        return grad_input, grad_residual, grad_weight, grad_bias
+    view = _view(input, groups)
     weight, bias = dense(weight), dense(bias)
     tensors = (input, known, weight, bias, mean, rstd)
     constants: dict[str, Any] = {"groups": view.groups, "group_channels": view.group_channels, "WEIGHTED": groups > 0}
