@@ -139,6 +139,41 @@ def residual_in_place(m, x):
     return F.relu(y, inplace=True)
 
 
+def layer_scale(m, x):
+    """timm's LayerScale, in place and not; dinov2's; the gamma of ConvNeXt."""
+    x = x + (F.layer_norm(x, (C,), m.w, m.b) @ m.matrix).mul_(m.w2)
+    x = m.w2 * (F.layer_norm(x, (C,), m.w, m.b) @ m.matrix) + x
+    x = x + (F.layer_norm(x, (C,), m.w, m.b) @ m.matrix) * m.b2
+    x = images(x)
+    x = x.sin().mul(m.w2.reshape(1, -1, 1, 1)) + x
+    return layer_norm_2d(m, x)
+
+
+def images(x):
+    """[2, C, H, 3] with the channels last in memory."""
+    return x.view(2, -1, 3, C).permute(0, 3, 1, 2)
+
+
+def layer_norm_2d(m, x):
+    return F.layer_norm(x.permute(0, 2, 3, 1), (C,), m.w, m.b).permute(0, 3, 1, 2)
+
+
+def channels_last_blocks(m, x):
+    x = images(x)
+    for _ in range(2):
+        x = x + layer_norm_2d(m, x).tanh()
+    return layer_norm_2d(m, x), x
+
+
+def channels_last_in_place(m, x):
+    x = images(x)
+    y = x.sin()
+    y += x
+    y = layer_norm_2d(m, y)
+    y = y.cos() + x
+    return F.layer_norm(y.movedim(1, -1), (C,), m.w, m.b), y.square()
+
+
 def drop_path_timm(m, x, p=0.25):
     keep = 1 - p
     mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
@@ -179,6 +214,21 @@ CASES = {
     "gelu in elementary ops": (lambda m, x: new_gelu(x @ m.matrix), ["bias_act_dropout"]),
     "gelu": (lambda m, x: F.gelu(x @ m.matrix), []),
     "cast that is used too": (lambda m, x: cast_used_too(m, x), ["add_layer_norm"]),
+    "layer scale": (layer_scale, ["layer_norm", *["add_layer_norm"] * 3]),
+    "layer scale, rms_norm": (
+        lambda m, x: F.rms_norm(x + m.w2 * x.sin(), (C,), m.w),
+        ["add_rms_norm"],
+    ),
+    "channels last": (channels_last_blocks, ["layer_norm", *["add_layer_norm"] * 2]),
+    "channels last, in place": (channels_last_in_place, ["add_layer_norm"] * 2),
+    "channels last, rms_norm": (
+        lambda m, x: F.rms_norm((images(x) + images(x).sin()).permute((0, 2, 3, 1)), (C,), m.w),
+        ["add_rms_norm"],
+    ),
+    "transposed": (
+        lambda m, x: F.layer_norm(torch.transpose((x + x.sin()).view(6, C).T + x.cos().T, 0, 1), (C,), m.w, m.b),
+        ["add_layer_norm"],
+    ),
     "view before the norm": (lambda m, x: swin(m, x), ["add_layer_norm"]),
     "cast before the norm": (
         lambda m, x: F.layer_norm((x + x.sin()).to(x.dtype), (C,), m.w, m.b),
@@ -300,7 +350,32 @@ def swin(m, x):
     return x.view(3, 2, C).permute(1, 0, 2)
 
 
+def channels_first_in_memory(m, x):
+    x = images(x).contiguous()
+    return layer_norm_2d(m, x + x.sin())
+
+
+def one_term_channels_first(m, x):
+    x = images(x)
+    return layer_norm_2d(m, x + x.contiguous().sin()), layer_norm_2d(m, x.contiguous().sin() + x)
+
+
+def permuted_sum_written_to(m, x):
+    x = images(x)
+    total = x + x.sin()
+    view = total.permute(0, 2, 3, 1)
+    total.mul_(2)
+    return F.layer_norm(view, (C,), m.w, m.b), total
+
+
 LEFT = {
+    "channels first in memory": (channels_first_in_memory, ["layer_norm"]),
+    "one term with channels first": (one_term_channels_first, ["layer_norm", "layer_norm"]),
+    "a permuted sum that is written to": (permuted_sum_written_to, ["layer_norm"]),
+    "another permutation": (
+        lambda m, x: F.layer_norm((x.view(4, 4, 6) + x.view(4, 4, 6).sin()).permute(1, 0, 2), (6,)),
+        ["layer_norm"],
+    ),
     "written between": (written_between, ["layer_norm"]),
     "written before the norm": (written_before_the_norm, ["layer_norm"]),
     "statistics read between": (statistics_read_between, ["batch_norm"]),
@@ -486,10 +561,10 @@ def test_dropouts_used_twice_stay_apart():
 # Beside other features of torch.compile
 
 
-@pytest.mark.parametrize("name", ["pre-norm", "in place", "bias, gelu"])
+@pytest.mark.parametrize("name", ["pre-norm", "in place", "bias, gelu", "channels last"])
 def test_inductor(name):
     function, expected = CASES[name]
-    assert assert_same(Of(function), [data(6, C)], "dlkit_inductor") == expected
+    assert assert_same(Of(function), [data(12, C)], "dlkit_inductor") == expected
 
 
 def test_inductor_drops_and_takes_options():

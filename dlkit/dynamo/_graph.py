@@ -63,6 +63,7 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "div_": ("div_", operator.itruediv),
     "floor_": (torch.floor_, "floor_"),
 }
+PERMUTING = ("permute", "transpose", "movedim", torch.permute, torch.transpose, torch.movedim)
 NAMES = {target: name for name, targets in SPELLINGS.items() for target in targets}
 # Of torch's functions and of dlkit's, which have the same.
 SIGNATURES = {name: inspect.signature(getattr(functional, name)) for name in SPELLINGS if name in functional.__all__}
@@ -159,10 +160,8 @@ class Captured:
         )
 
     def contiguous(self, node: Any) -> bool:
-        value, steps = self.value(node), [1]
-        for size in reversed(value.shape[1:]):
-            steps.append(steps[-1] * size)
-        return _same(value.stride(), reversed(steps))
+        value = self.value(node)
+        return _same(value.stride(), _dense_strides(value.shape))
 
     def storages(self, node: Node) -> set[int]:
         """The memory that a node's tensors lie in."""
@@ -285,21 +284,56 @@ class Captured:
         terms = self.addends(total)
         if terms is None or self.only_user(total) is not node or not all(map(self.contiguous, (node, *terms))):
             return
-        place = self._place({node, total}, [*terms, *node.all_input_nodes[1:]], list(node.users), set())
-        if place is None or not _same(self.value(node).shape[-1:], self.value(total).shape[-1:]):
+        if _same(self.value(node).shape[-1:], self.value(total).shape[-1:]):
+            self._sum_views(node, terms, None)
+
+    def sum_permutations(self, node: Node) -> None:
+        """Makes of a permuted sum the sum of two permuted tensors, if their memory is in that order already.
+
+        What else sees the sum is given the new one, permuted back.
+        """
+        total: Any = node.args[0]
+        terms, order = self.addends(total), self.permutation(node)
+        if terms is None or order is None:
+            return
+        permuted = [self.value(one).permute(order) for one in (total, *terms)]
+        if all(_same(value.stride(), _dense_strides(value.shape)) for value in (self.value(node), *permuted)):
+            self._sum_views(node, terms, tuple(order.index(i) for i in range(len(order))))
+
+    def _sum_views(self, node: Node, terms: tuple[Node, Node], back: tuple[int, ...] | None) -> None:
+        total: Any = node.args[0]
+        others = [user for user in total.users if user is not node]
+        place = self._place({node, total}, [*terms, *node.all_input_nodes[1:]], [*node.users, *others], set())
+        if place is None:
             return
         with self.graph.inserting_before(place):
-            views = [self.graph.call_method(str(node.target), (term, *node.args[1:])) for term in terms]
+            arguments = [((term, *node.args[1:]), node.kwargs) for term in terms]
+            views = [self.graph.create_node(node.op, node.target, *given) for given in arguments]
             new = self.graph.call_function(operator.add, tuple(views))
+            again = self.graph.call_method("permute", (new, back)) if others else None
         value = self.value(node)
         with self.fake, torch.no_grad():
             for made, old in ((new, total), *zip(views, terms, strict=True)):
                 storage = self.value(old)
                 self._describe(made, old, storage.as_strided(value.shape, value.stride(), storage.storage_offset()))
+        if again is not None:
+            self._describe(again, total, self.value(total))
+            total.replace_all_uses_with(again, delete_user_cb=lambda user: user is not node)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         self.graph.erase_node(total)
         self._number()
+
+    def permutation(self, node: Any) -> tuple[int, ...] | None:
+        """Where each dimension comes from, if a node is its first operand with the dimensions in another order."""
+        if not isinstance(node, Node) or node.target not in PERMUTING or not node.args:
+            return None
+        value = self.value(node.args[0])
+        if value is None or self.value(node) is None:
+            return None
+        sizes = torch.empty(tuple(range(2, 2 + value.dim())), device="meta")  # which tell the dimensions apart
+        call: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        return tuple(size - 2 for size in call(sizes, *node.args[1:], **node.kwargs).shape)
 
     def erase(self, node: Node) -> None:
         self.graph.erase_node(node)
@@ -487,6 +521,14 @@ def _constant(value: Any) -> Any:
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     one, other = tuple(one), tuple(other)
     return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
+
+
+def _dense_strides(shape: Sequence[Any]) -> list[Any]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return strides[::-1]
 
 
 def _module_name(path: str) -> str:

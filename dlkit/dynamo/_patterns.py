@@ -150,12 +150,15 @@ def _norm(graph: Captured, node: Node) -> tuple[str, Any, list[Any]] | None:
 
 
 def view_of_sum(graph: Captured, node: Node) -> None:
-    """Between a residual add and its norm may stand a view that keeps the last dimension, as in Swin."""
-    if node.op != "call_method" or node.target not in ("view", "reshape") or graph.value(node) is None:
+    """Between a residual add and its norm may stand a view that keeps the last dimension, as in Swin, or a permutation
+    of a sum whose channels lie last in memory, as in ConvNeXt."""
+    views = node.op == "call_method" and node.target in ("view", "reshape")
+    if not (views or graph.permutation(node)) or graph.value(node) is None:
         return
     terms = graph.addends(node.args[0]) or ()
-    if any(_norm(graph, user) for user in node.users) and not any(graph.dropped(term, None) for term in terms):
-        graph.sum_views(node)
+    if not any(_norm(graph, user) for user in node.users) or any(graph.dropped(term, None) for term in terms):
+        return
+    (graph.sum_views if views else graph.sum_permutations)(node)
 
 
 def add_norm(graph: Captured, node: Node) -> Node | None:

@@ -11,6 +11,7 @@ from support.compiled import TEN, step
 from torch._dynamo.utils import counters
 
 NAMES = [*TEN, "deit_tiny_patch16_224", "resnet18", "whisper", "cohere", "opt", "phi3"]
+NAMES += ["deit3_small_patch16_224", "dinov2", "convnext", "convformer_s18"]
 NAMES = [name for name in NAMES if importlib.util.find_spec("timm" if name in TIMM else "transformers")]
 ADD_NORMS = {  # of all norms, those that take in the add before them
     "bert": 4,
@@ -21,6 +22,11 @@ ADD_NORMS = {  # of all norms, those that take in the add before them
     "t5": 10,
     "vit_tiny_patch16_224": 24,
     "swin_tiny_patch4_window7_224": 21,
+    "deit3_small_patch16_224": 24,  # with LayerScale
+    "dinov2": 4,
+    "convnext_atto": 3,  # in front of the downsampling; in a block a convolution stands between add and norm
+    "convnext": 3,
+    "convformer_s18": 35,
     "phi3": 4,
 }
 
