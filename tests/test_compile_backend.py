@@ -591,10 +591,76 @@ def test_autocast(compiler):
         with torch.autocast("cpu", torch.bfloat16, enabled=around):
             expected, _ = run(model, inputs)
             found, fused = run(model, inputs, compiler)
-        assert [entry.op for entry in fused] == ["layer_norm", "layer_norm"]
+        assert [entry.op for entry in fused] == ["layer_norm", "add_layer_norm"]
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def autocast_blocks(m, x):
+    """A residual stream in fp32, and branches of fewer bits; of float64 nothing is cast."""
+    for w, b in ((m.w, m.b), (m.w2, m.b2)):
+        h = F.layer_norm(x, (C,), w, b)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = F.dropout(F.linear(h, m.matrix), m.p, m.training)
+        x = x + h
+    x = F.layer_norm(x, (C,), m.w, m.b)
+    x = x.sin().to(torch.bfloat16 if x.dtype == torch.float32 else x.dtype) + x
+    x = F.rms_norm(x, (C,), m.w)
+    y = images(x)
+    y = y + y.cos().to(torch.float16 if y.dtype == torch.float32 else y.dtype)
+    return layer_norm_2d(m, y), x
+
+
+@pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])
+def test_branches_of_autocast(compiler):
+    """The values are those of torch's promoted sums; without gradients a cast would cost more than it saves."""
+    model, inputs = Of(autocast_blocks).float(), [data(12, C, dtype=torch.float32)]
+    expected, _ = run(model, inputs)
+    found, fused = run(model, inputs, compiler)
+    norms = ["layer_norm", "add_layer_norm", "add_layer_norm", "add_rms_norm", "add_layer_norm"]
+    assert [entry.op for entry in fused] == norms
+    exact, _ = run(Of(autocast_blocks), [data(12, C)])
+    for one, other, right in zip(found, expected, exact, strict=True):
+        assert one.dtype == other.dtype and (compiler == "dlkit_inductor" or one.stride() == other.stride())
+        error, allowed = ((t.double() - right).square().mean().sqrt() for t in (one, other))
+        assert error <= 1.25 * allowed
+    with torch.no_grad():
+        torch._dynamo.reset()
+        report = []
+        torch.compile(model, backend=compiler, options={"report": report})(*inputs)
+    assert [entry.op for entry in report] == [name.removeprefix("add_") for name in norms]
+
+
+def test_dtypes_that_promote():
+    """In float64 beside fp32: to the last bits."""
+
+    def function(m, x, y):
+        total = x + y
+        both = y + x
+        return F.layer_norm(total, (C,), m.w, m.b), total, F.rms_norm(both, (C,), m.w)
+
+    inputs = [data(6, C), data(6, C, dtype=torch.float32, seed=1)]
+    expected, _ = run(Of(function), inputs)
+    found, fused = run(Of(function), inputs, "dlkit")
+    assert [entry.op for entry in fused] == ["add_layer_norm", "add_rms_norm"]
+    for one, other in zip(found, expected, strict=True):
+        eps = torch.finfo(one.dtype).eps if one.dtype == torch.float32 else 1e-12
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=eps, atol=eps)
+
+
+def test_a_sum_in_place_does_not_promote():
+    def function(m, x, y):
+        total = x.sin()
+        total += y
+        return F.layer_norm(total, (C,), m.w.bfloat16(), m.b.bfloat16())
+
+    inputs = [data(6, C, dtype=torch.bfloat16), data(6, C, dtype=torch.float32, seed=1)]
+    expected, _ = run(Of(function), inputs)
+    found, fused = run(Of(function), inputs, "dlkit")
+    assert [entry.op for entry in fused] == ["layer_norm"]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])

@@ -254,10 +254,20 @@ class Captured:
                     waiting.append(user)
         return found
 
-    def addends(self, node: Any) -> tuple[Node, Node] | None:
-        """The two tensors of one shape and dtype of which a node is the sum."""
+    def promoted(self, node: Any, *operands: Any) -> bool:
+        """Whether tensors of one shape and several dtypes give a node that has a gradient, in the widest of these."""
+        values = [self.value(one) for one in (node, *operands)]
+        if any(value is None for value in values) or not values[0].requires_grad:
+            return False
+        wide = functools.reduce(torch.promote_types, [value.dtype for value in values[1:]])
+        return bool(values[0].dtype == wide) and all(_same(value.shape, values[0].shape) for value in values)
+
+    def addends(self, node: Any, mixed: bool = False) -> tuple[Node, Node] | None:
+        """The two tensors of one shape and dtype of which a node is the sum; with ``mixed`` the dtypes may differ."""
         name, operands = self.read(node)
-        if name not in ("add", "iadd") or not self.alike(node, *operands):
+        if name not in ("add", "iadd"):
+            return None
+        if not self.alike(node, *operands) and not (mixed and self.promoted(node, *operands)):
             return None
         if name == "iadd" and (operands[0] is operands[1] or not self.consumed(operands[0], node)):
             return None
@@ -281,7 +291,7 @@ class Captured:
     def sum_views(self, node: Node) -> None:
         """Makes of a view of a sum, which nothing else sees, the sum of two views."""
         total: Any = node.args[0]
-        terms = self.addends(total)
+        terms = self.addends(total, mixed=True)
         if terms is None or self.only_user(total) is not node or not all(map(self.contiguous, (node, *terms))):
             return
         if _same(self.value(node).shape[-1:], self.value(total).shape[-1:]):
@@ -293,7 +303,7 @@ class Captured:
         What else sees the sum is given the new one, permuted back.
         """
         total: Any = node.args[0]
-        terms, order = self.addends(total), self.permutation(node)
+        terms, order = self.addends(total, mixed=True), self.permutation(node)
         if terms is None or order is None:
             return
         permuted = [self.value(one).permute(order) for one in (total, *terms)]

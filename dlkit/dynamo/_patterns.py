@@ -155,14 +155,18 @@ def view_of_sum(graph: Captured, node: Node) -> None:
     views = node.op == "call_method" and node.target in ("view", "reshape")
     if not (views or graph.permutation(node)) or graph.value(node) is None:
         return
-    terms = graph.addends(node.args[0]) or ()
+    terms = graph.addends(node.args[0], mixed=True) or ()
     if not any(_norm(graph, user) for user in node.users) or any(graph.dropped(term, None) for term in terms):
         return
     (graph.sum_views if views else graph.sum_permutations)(node)
 
 
 def add_norm(graph: Captured, node: Node) -> Node | None:
-    """The residual add, with or without a dropout of one of its terms, and the norm of the sum."""
+    """The residual add, with or without a dropout of one of its terms, and the norm of the sum.
+
+    Where autocast adds a branch in 16 bits to a residual in fp32, the op casts the branch first. A pass over the branch
+    more in forward, one over the sum's gradient less in backward: it is worth while in training alone.
+    """
     norm = _norm(graph, node)
     if norm is None:
         return None
@@ -171,12 +175,12 @@ def add_norm(graph: Captured, node: Node) -> Node | None:
     while graph.read(total)[0] == "cast" and graph.alike(total, total.args[0]):  # to the dtype that it has
         casts.append(total)
         total = total.args[0]
-    terms = graph.addends(total)
+    terms = graph.addends(total, mixed=True)
     if terms is None or graph.dtype(node) != graph.dtype(total):
         return None
     replaced: dict[Node, int | None] = {node: 0, total: 1}
     words = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}[name]
-    for branch, residual in (terms[::-1], terms):
+    for branch, residual in (terms[::-1], terms) if graph.alike(*terms) else ():
         dropout = graph.dropped(branch, total)
         if dropout is not None and branch is not residual:
             x, p = dropout

@@ -68,6 +68,23 @@ def test_other_dtypes_are_no_farther_from_float64(name, dtype):
     assert error < 1.25 * allowed  # a mean over few tensors
 
 
+AUTOCAST = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "dinov2", "bert", "gpt2", "t5", "convnext_atto"]
+
+
+@pytest.mark.parametrize("name", [name for name in AUTOCAST if name in NAMES])
+def test_autocast(name):
+    """Branches in bf16 beside a residual in fp32: as many fusions, results no farther from float64."""
+    model, example = make(name, 0.0)
+    exact = step(model, example, torch.float64, None, widened=True)
+    errors, fused = [], []
+    for report in (fused, None):
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append(distances(step(model, example, torch.float32, report), exact)[1])
+    assert errors[0] < 1.25 * errors[1]
+    count = Counter(entry.op for entry in fused)
+    assert count["add_layer_norm"] + count["add_rms_norm"] == ADD_NORMS[name]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_of_a_language_model(checkpointing):
     """With labels, in bf16 autocast: the loss falls as it does without dlkit."""
