@@ -632,6 +632,125 @@ def test_branches_of_autocast(compiler):
     assert [entry.op for entry in report] == [name.removeprefix("add_") for name in norms]
 
 
+class Swish(nn.Module):
+    def forward(self, x):
+        return x.mul(x.sigmoid())
+
+
+class HardSwish(nn.Module):
+    def __init__(self, in_place=True):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        inner = F.relu6(x + 3.0)
+        return x * (inner.div_(6.0) if self.in_place else inner / 6.0)
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "relu in place": nn.ReLU(inplace=True),
+    "silu": nn.SiLU(),
+    "silu in place": nn.SiLU(inplace=True),
+    "swish": Swish(),
+    "hardswish": nn.Hardswish(),
+    "hardswish in place": nn.Hardswish(inplace=True),
+    "hardswish in elementary ops": HardSwish(),
+    "hardswish in elementary ops, by copies": HardSwish(in_place=False),
+    "gelu": nn.GELU(),
+    "gelu by tanh": nn.GELU(approximate="tanh"),
+    "gelu in elementary ops": new_gelu,
+    "relu6": nn.ReLU6(),
+    "relu6 in place": nn.ReLU6(inplace=True),
+    "relu6 as a function": F.relu6,
+    "leaky_relu": nn.LeakyReLU(0.2),
+    "leaky_relu in place": nn.LeakyReLU(inplace=True),
+    "leaky_relu as a function": lambda x: F.leaky_relu(x, negative_slope=0.3),
+}
+
+
+def batch_normed(m, x):
+    return F.batch_norm(x, m.mean, m.var, m.w, m.b, m.training)
+
+
+def group_normed(m, x):
+    return F.group_norm(x, 4, m.w, m.b)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("norm", [batch_normed, group_normed], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_norm_and_activation(norm, name, training):
+    """With a residual add between too, and of images in both layouts."""
+    act = ACTIVATIONS[name]
+
+    def function(m, x):
+        y = images(act(norm(m, x))) + act(norm(m, images(x)))
+        return act(y + norm(m, y.contiguous()))
+
+    model = Of(function).train(training)
+    assert assert_same(model, [3 * data(6, C)]) == [norm.__name__.replace("ed", "")] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["swish", "hardswish in elementary ops", "gelu", "relu6", "leaky_relu"])
+def test_norm_and_activation_are_no_farther_from_float64(name, dtype):
+    act = ACTIVATIONS[name]
+
+    def function(m, x):
+        y = act(group_normed(m, x))
+        return act(batch_normed(m, y) + x)
+
+    model, x = Of(function), data(48, C, dtype=dtype)
+    exact, _ = run(model, [x.double()])
+    expected, _ = run(copy.deepcopy(model).to(dtype), [x])
+    found, fused = run(copy.deepcopy(model).to(dtype), [x], "dlkit")
+    assert [entry.op for entry in fused] == ["group_norm", "batch_norm"]
+    errors = [
+        sum(
+            float(((one.double() - right).square().mean() / (right.square().mean() + 1e-3)).sqrt())
+            for one, right in pairs
+        )
+        for pairs in (list(zip(found, exact, strict=True)), list(zip(expected, exact, strict=True)))
+    ]
+    assert errors[0] <= 1.05 * errors[1]
+
+
+ACTIVATIONS_LEFT = {
+    "used too": (lambda m, x: ((y := batch_normed(m, x)), F.silu(y)), ["batch_norm"]),
+    "sigmoid used too": (lambda m, x: ((s := (y := group_normed(m, x)).sigmoid()), y * s), ["group_norm"]),
+    "norm used too": (lambda m, x: (y := group_normed(m, x)) * y.sigmoid() + y, ["group_norm"]),
+    "another gate": (lambda m, x: group_normed(m, x) * x.sigmoid(), ["group_norm"]),
+    "another ceiling": (lambda m, x: F.hardtanh(batch_normed(m, x), 0, 5), ["batch_norm"]),
+    "hardtanh": (lambda m, x: F.hardtanh(batch_normed(m, x)), ["batch_norm"]),
+    "another sixth": (lambda m, x: (y := group_normed(m, x)) * (F.relu6(y + 3.0) / 5.0), ["group_norm"]),
+    "mish": (lambda m, x: F.mish(batch_normed(m, x)), ["batch_norm"]),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS_LEFT)
+def test_activations_left(name):
+    function, expected = ACTIVATIONS_LEFT[name]
+    assert assert_same(Of(function), [data(6, C)]) == expected
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu by tanh", "gelu in elementary ops", "relu", "relu in place"])
+def test_bias_activation_dropout(name):
+    act = ACTIVATIONS[name]
+    kind = {"approximate": "none" if name == "gelu" else "tanh"}
+
+    def of_dlkit(m, x):
+        if "relu" in name:
+            return D.bias_relu_dropout(x @ m.matrix, m.b, m.p)
+        return D.bias_gelu_dropout(x @ m.matrix, m.b, m.p, **kind)
+
+    function = Of(lambda m, x: F.dropout(act(x @ m.matrix + m.b), m.p), 0.3)
+    found, fused = run(function, [data(6, C)], "dlkit")
+    assert [entry.op for entry in fused] == ["bias_act_dropout"]
+    for one, other in zip(found, run(Of(of_dlkit, 0.3), [data(6, C)])[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_dtypes_that_promote():
     """In float64 beside fp32: to the last bits."""
 

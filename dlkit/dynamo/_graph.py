@@ -45,6 +45,12 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "cast": ("to", "float", "double", "half", "bfloat16", "type_as", "type"),
     "relu": (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"),
     "gelu": (F.gelu,),
+    "silu": (F.silu,),
+    "hardswish": (F.hardswish,),
+    "relu6": (F.relu6,),
+    "hardtanh": (F.hardtanh,),
+    "leaky_relu": (F.leaky_relu,),
+    "sigmoid": (torch.sigmoid, F.sigmoid, "sigmoid"),
     "layer_norm": (F.layer_norm, torch.layer_norm),
     "rms_norm": (F.rms_norm, torch.rms_norm),
     "batch_norm": (F.batch_norm,),
@@ -64,6 +70,11 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "floor_": (torch.floor_, "floor_"),
 }
 PERMUTING = ("permute", "transpose", "movedim", torch.permute, torch.transpose, torch.movedim)
+# Whoever reads these looks at their keywords.
+READ_AS_THEY_STAND = {
+    "gelu", "relu", "silu", "hardswish", "relu6", "hardtanh", "leaky_relu", "empty", "rand", "bernoulli_", "div_",
+    "floor_",
+}  # fmt: skip
 NAMES = {target: name for name, targets in SPELLINGS.items() for target in targets}
 # Of torch's functions and of dlkit's, which have the same.
 SIGNATURES = {name: inspect.signature(getattr(functional, name)) for name in SPELLINGS if name in functional.__all__}
@@ -194,7 +205,9 @@ class Captured:
             return (name, args[:1]) if self.value(node).device == self.value(args[0]).device else ("", ())
         if name in ("bernoulli_", "div_", "floor_") and keywords:
             return "", ()
-        return (name, args) if name in ("gelu", "relu", "empty", "rand", "bernoulli_", "div_", "floor_") else ("", ())
+        if name == "sigmoid" and (keywords or len(args) != 1):
+            return "", ()
+        return (name, args) if name in READ_AS_THEY_STAND or name == "sigmoid" else ("", ())
 
     def arguments(self, node: Any, *names: str) -> dict[str, Any] | None:
         """The arguments of a call of one of these functions by name, None for another node."""
