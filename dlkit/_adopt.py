@@ -54,10 +54,11 @@ def class_for_norm(cls: type, proof: _trial.Proof, twin: type | None) -> type:
     return _derived(cls, "norm", (proof.form, rounding, proof.ranks, proof.guards, twin))
 
 
-def class_with_activation(cls: type) -> type:
-    """The derived class for norms that also compute the activation with which the original class ends."""
+def class_with_activation(cls: type, proven: tuple[type, str] | None) -> type:
+    """The derived class for norms that also compute the activation with which the original class ends; ``proven`` as in
+    ``Form``."""
     original, kind, (form, *facts) = vars(cls)["_dlkit_adopted"]
-    return _derived(original, kind, (form._replace(acts=True), *facts))
+    return _derived(original, kind, (form._replace(acts=True, proven=proven), *facts))
 
 
 def class_for_drop(cls: type, drop: _trial.Drop) -> type:

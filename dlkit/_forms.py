@@ -41,6 +41,7 @@ class Form(NamedTuple):
     children: tuple[str, ...] = ()  # called on the result, in turn
     acts: bool = False  # of the children the last is an activation, which the norm takes in; the others do nothing
     casts: bool = False  # a twin whose result has the input's dtype under autocast too
+    proven: tuple[type, str] | None = None  # the activation's class, if it is of another library, and what it computes
 
     def __str__(self) -> str:
         names = {"rms": "RMSNorm", "layer": "LayerNorm", "frozen": "BatchNorm of constants", "twin": "torch's norm"}
@@ -134,7 +135,7 @@ def _of_twin(form: Form, twin_class: Any) -> Callable[..., Tensor]:
     act = _group_norm_act if issubclass(twin_class, torch.nn.GroupNorm) else normalize
 
     def forward(module: Any, input: Tensor) -> Tensor:
-        activation = own_activation(module) if form.acts else None
+        activation = own_activation(module, form.proven) if form.acts else None
         if activation is not None:
             return act(module, input, None, *activation)
         y = twin(module, input)
@@ -147,15 +148,18 @@ def _of_twin(form: Form, twin_class: Any) -> Callable[..., Tensor]:
     return _by_layout(form, forward if form.children or form.casts else twin)
 
 
-def own_activation(module: torch.nn.Module) -> tuple[str, float] | None:
-    """(name, negative_slope) of the last child, if that is a plain activation and the others are plain Identities."""
+def own_activation(module: torch.nn.Module, proven: tuple[type, str] | None = None) -> tuple[str, float] | None:
+    """(name, negative_slope) of the last child, if that is a plain activation and the others are plain Identities.
+
+    ``proven``: a class of another library, and the name of what it computes.
+    """
     children = list(module._modules.values())
     if any(c is None or "forward" in vars(c) or any(getattr(c, hooks) for hooks in HOOKS) for c in children):
         return None
     if not children or any(type(child) is not torch.nn.Identity for child in children[:-1]):
         return None
     last: Any = children[-1]
-    return layer_activation(last)
+    return (proven[1], 0.0) if proven and type(last) is proven[0] else layer_activation(last)
 
 
 def _frozen(form: Form) -> Callable[..., Tensor]:

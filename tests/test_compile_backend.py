@@ -139,6 +139,41 @@ def residual_in_place(m, x):
     return F.relu(y, inplace=True)
 
 
+def layer_scale(m, x):
+    """timm's LayerScale, in place and not; dinov2's; the gamma of ConvNeXt."""
+    x = x + (F.layer_norm(x, (C,), m.w, m.b) @ m.matrix).mul_(m.w2)
+    x = m.w2 * (F.layer_norm(x, (C,), m.w, m.b) @ m.matrix) + x
+    x = x + (F.layer_norm(x, (C,), m.w, m.b) @ m.matrix) * m.b2
+    x = images(x)
+    x = x.sin().mul(m.w2.reshape(1, -1, 1, 1)) + x
+    return layer_norm_2d(m, x)
+
+
+def images(x):
+    """[2, C, H, 3] with the channels last in memory."""
+    return x.view(2, -1, 3, C).permute(0, 3, 1, 2)
+
+
+def layer_norm_2d(m, x):
+    return F.layer_norm(x.permute(0, 2, 3, 1), (C,), m.w, m.b).permute(0, 3, 1, 2)
+
+
+def channels_last_blocks(m, x):
+    x = images(x)
+    for _ in range(2):
+        x = x + layer_norm_2d(m, x).tanh()
+    return layer_norm_2d(m, x), x
+
+
+def channels_last_in_place(m, x):
+    x = images(x)
+    y = x.sin()
+    y += x
+    y = layer_norm_2d(m, y)
+    y = y.cos() + x
+    return F.layer_norm(y.movedim(1, -1), (C,), m.w, m.b), y.square()
+
+
 def drop_path_timm(m, x, p=0.25):
     keep = 1 - p
     mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
@@ -179,6 +214,21 @@ CASES = {
     "gelu in elementary ops": (lambda m, x: new_gelu(x @ m.matrix), ["bias_act_dropout"]),
     "gelu": (lambda m, x: F.gelu(x @ m.matrix), []),
     "cast that is used too": (lambda m, x: cast_used_too(m, x), ["add_layer_norm"]),
+    "layer scale": (layer_scale, ["layer_norm", *["add_layer_norm"] * 3]),
+    "layer scale, rms_norm": (
+        lambda m, x: F.rms_norm(x + m.w2 * x.sin(), (C,), m.w),
+        ["add_rms_norm"],
+    ),
+    "channels last": (channels_last_blocks, ["layer_norm", *["add_layer_norm"] * 2]),
+    "channels last, in place": (channels_last_in_place, ["add_layer_norm"] * 2),
+    "channels last, rms_norm": (
+        lambda m, x: F.rms_norm((images(x) + images(x).sin()).permute((0, 2, 3, 1)), (C,), m.w),
+        ["add_rms_norm"],
+    ),
+    "transposed": (
+        lambda m, x: F.layer_norm(torch.transpose((x + x.sin()).view(6, C).T + x.cos().T, 0, 1), (C,), m.w, m.b),
+        ["add_layer_norm"],
+    ),
     "view before the norm": (lambda m, x: swin(m, x), ["add_layer_norm"]),
     "cast before the norm": (
         lambda m, x: F.layer_norm((x + x.sin()).to(x.dtype), (C,), m.w, m.b),
@@ -300,7 +350,32 @@ def swin(m, x):
     return x.view(3, 2, C).permute(1, 0, 2)
 
 
+def channels_first_in_memory(m, x):
+    x = images(x).contiguous()
+    return layer_norm_2d(m, x + x.sin())
+
+
+def one_term_channels_first(m, x):
+    x = images(x)
+    return layer_norm_2d(m, x + x.contiguous().sin()), layer_norm_2d(m, x.contiguous().sin() + x)
+
+
+def permuted_sum_written_to(m, x):
+    x = images(x)
+    total = x + x.sin()
+    view = total.permute(0, 2, 3, 1)
+    total.mul_(2)
+    return F.layer_norm(view, (C,), m.w, m.b), total
+
+
 LEFT = {
+    "channels first in memory": (channels_first_in_memory, ["layer_norm"]),
+    "one term with channels first": (one_term_channels_first, ["layer_norm", "layer_norm"]),
+    "a permuted sum that is written to": (permuted_sum_written_to, ["layer_norm"]),
+    "another permutation": (
+        lambda m, x: F.layer_norm((x.view(4, 4, 6) + x.view(4, 4, 6).sin()).permute(1, 0, 2), (6,)),
+        ["layer_norm"],
+    ),
     "written between": (written_between, ["layer_norm"]),
     "written before the norm": (written_before_the_norm, ["layer_norm"]),
     "statistics read between": (statistics_read_between, ["batch_norm"]),
@@ -486,10 +561,10 @@ def test_dropouts_used_twice_stay_apart():
 # Beside other features of torch.compile
 
 
-@pytest.mark.parametrize("name", ["pre-norm", "in place", "bias, gelu"])
+@pytest.mark.parametrize("name", ["pre-norm", "in place", "bias, gelu", "channels last"])
 def test_inductor(name):
     function, expected = CASES[name]
-    assert assert_same(Of(function), [data(6, C)], "dlkit_inductor") == expected
+    assert assert_same(Of(function), [data(12, C)], "dlkit_inductor") == expected
 
 
 def test_inductor_drops_and_takes_options():
@@ -516,10 +591,195 @@ def test_autocast(compiler):
         with torch.autocast("cpu", torch.bfloat16, enabled=around):
             expected, _ = run(model, inputs)
             found, fused = run(model, inputs, compiler)
-        assert [entry.op for entry in fused] == ["layer_norm", "layer_norm"]
+        assert [entry.op for entry in fused] == ["layer_norm", "add_layer_norm"]
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def autocast_blocks(m, x):
+    """A residual stream in fp32, and branches of fewer bits; of float64 nothing is cast."""
+    for w, b in ((m.w, m.b), (m.w2, m.b2)):
+        h = F.layer_norm(x, (C,), w, b)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = F.dropout(F.linear(h, m.matrix), m.p, m.training)
+        x = x + h
+    x = F.layer_norm(x, (C,), m.w, m.b)
+    x = x.sin().to(torch.bfloat16 if x.dtype == torch.float32 else x.dtype) + x
+    x = F.rms_norm(x, (C,), m.w)
+    y = images(x)
+    y = y + y.cos().to(torch.float16 if y.dtype == torch.float32 else y.dtype)
+    return layer_norm_2d(m, y), x
+
+
+@pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])
+def test_branches_of_autocast(compiler):
+    """The values are those of torch's promoted sums; without gradients a cast would cost more than it saves."""
+    model, inputs = Of(autocast_blocks).float(), [data(12, C, dtype=torch.float32)]
+    expected, _ = run(model, inputs)
+    found, fused = run(model, inputs, compiler)
+    norms = ["layer_norm", "add_layer_norm", "add_layer_norm", "add_rms_norm", "add_layer_norm"]
+    assert [entry.op for entry in fused] == norms
+    exact, _ = run(Of(autocast_blocks), [data(12, C)])
+    for one, other, right in zip(found, expected, exact, strict=True):
+        assert one.dtype == other.dtype and (compiler == "dlkit_inductor" or one.stride() == other.stride())
+        error, allowed = ((t.double() - right).square().mean().sqrt() for t in (one, other))
+        assert error <= 1.25 * allowed
+    with torch.no_grad():
+        torch._dynamo.reset()
+        report = []
+        torch.compile(model, backend=compiler, options={"report": report})(*inputs)
+    assert [entry.op for entry in report] == [name.removeprefix("add_") for name in norms]
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x.mul(x.sigmoid())
+
+
+class HardSwish(nn.Module):
+    def __init__(self, in_place=True):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        inner = F.relu6(x + 3.0)
+        return x * (inner.div_(6.0) if self.in_place else inner / 6.0)
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "relu in place": nn.ReLU(inplace=True),
+    "silu": nn.SiLU(),
+    "silu in place": nn.SiLU(inplace=True),
+    "swish": Swish(),
+    "hardswish": nn.Hardswish(),
+    "hardswish in place": nn.Hardswish(inplace=True),
+    "hardswish in elementary ops": HardSwish(),
+    "hardswish in elementary ops, by copies": HardSwish(in_place=False),
+    "gelu": nn.GELU(),
+    "gelu by tanh": nn.GELU(approximate="tanh"),
+    "gelu in elementary ops": new_gelu,
+    "relu6": nn.ReLU6(),
+    "relu6 in place": nn.ReLU6(inplace=True),
+    "relu6 as a function": F.relu6,
+    "leaky_relu": nn.LeakyReLU(0.2),
+    "leaky_relu in place": nn.LeakyReLU(inplace=True),
+    "leaky_relu as a function": lambda x: F.leaky_relu(x, negative_slope=0.3),
+}
+
+
+def batch_normed(m, x):
+    return F.batch_norm(x, m.mean, m.var, m.w, m.b, m.training)
+
+
+def group_normed(m, x):
+    return F.group_norm(x, 4, m.w, m.b)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("norm", [batch_normed, group_normed], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_norm_and_activation(norm, name, training):
+    """With a residual add between too, and of images in both layouts."""
+    act = ACTIVATIONS[name]
+
+    def function(m, x):
+        y = images(act(norm(m, x))) + act(norm(m, images(x)))
+        return act(y + norm(m, y.contiguous()))
+
+    model = Of(function).train(training)
+    assert assert_same(model, [3 * data(6, C)]) == [norm.__name__.replace("ed", "")] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["swish", "hardswish in elementary ops", "gelu", "relu6", "leaky_relu"])
+def test_norm_and_activation_are_no_farther_from_float64(name, dtype):
+    act = ACTIVATIONS[name]
+
+    def function(m, x):
+        y = act(group_normed(m, x))
+        return act(batch_normed(m, y) + x)
+
+    model, x = Of(function), data(48, C, dtype=dtype)
+    exact, _ = run(model, [x.double()])
+    expected, _ = run(copy.deepcopy(model).to(dtype), [x])
+    found, fused = run(copy.deepcopy(model).to(dtype), [x], "dlkit")
+    assert [entry.op for entry in fused] == ["group_norm", "batch_norm"]
+    errors = [
+        sum(
+            float(((one.double() - right).square().mean() / (right.square().mean() + 1e-3)).sqrt())
+            for one, right in pairs
+        )
+        for pairs in (list(zip(found, exact, strict=True)), list(zip(expected, exact, strict=True)))
+    ]
+    assert errors[0] <= 1.05 * errors[1]
+
+
+ACTIVATIONS_LEFT = {
+    "used too": (lambda m, x: ((y := batch_normed(m, x)), F.silu(y)), ["batch_norm"]),
+    "sigmoid used too": (lambda m, x: ((s := (y := group_normed(m, x)).sigmoid()), y * s), ["group_norm"]),
+    "norm used too": (lambda m, x: (y := group_normed(m, x)) * y.sigmoid() + y, ["group_norm"]),
+    "another gate": (lambda m, x: group_normed(m, x) * x.sigmoid(), ["group_norm"]),
+    "another ceiling": (lambda m, x: F.hardtanh(batch_normed(m, x), 0, 5), ["batch_norm"]),
+    "hardtanh": (lambda m, x: F.hardtanh(batch_normed(m, x)), ["batch_norm"]),
+    "another sixth": (lambda m, x: (y := group_normed(m, x)) * (F.relu6(y + 3.0) / 5.0), ["group_norm"]),
+    "mish": (lambda m, x: F.mish(batch_normed(m, x)), ["batch_norm"]),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS_LEFT)
+def test_activations_left(name):
+    function, expected = ACTIVATIONS_LEFT[name]
+    assert assert_same(Of(function), [data(6, C)]) == expected
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu by tanh", "gelu in elementary ops", "relu", "relu in place"])
+def test_bias_activation_dropout(name):
+    act = ACTIVATIONS[name]
+    kind = {"approximate": "none" if name == "gelu" else "tanh"}
+
+    def of_dlkit(m, x):
+        if "relu" in name:
+            return D.bias_relu_dropout(x @ m.matrix, m.b, m.p)
+        return D.bias_gelu_dropout(x @ m.matrix, m.b, m.p, **kind)
+
+    function = Of(lambda m, x: F.dropout(act(x @ m.matrix + m.b), m.p), 0.3)
+    found, fused = run(function, [data(6, C)], "dlkit")
+    assert [entry.op for entry in fused] == ["bias_act_dropout"]
+    for one, other in zip(found, run(Of(of_dlkit, 0.3), [data(6, C)])[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_dtypes_that_promote():
+    """In float64 beside fp32: to the last bits."""
+
+    def function(m, x, y):
+        total = x + y
+        both = y + x
+        return F.layer_norm(total, (C,), m.w, m.b), total, F.rms_norm(both, (C,), m.w)
+
+    inputs = [data(6, C), data(6, C, dtype=torch.float32, seed=1)]
+    expected, _ = run(Of(function), inputs)
+    found, fused = run(Of(function), inputs, "dlkit")
+    assert [entry.op for entry in fused] == ["add_layer_norm", "add_rms_norm"]
+    for one, other in zip(found, expected, strict=True):
+        eps = torch.finfo(one.dtype).eps if one.dtype == torch.float32 else 1e-12
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=eps, atol=eps)
+
+
+def test_a_sum_in_place_does_not_promote():
+    def function(m, x, y):
+        total = x.sin()
+        total += y
+        return F.layer_norm(total, (C,), m.w.bfloat16(), m.b.bfloat16())
+
+    inputs = [data(6, C, dtype=torch.bfloat16), data(6, C, dtype=torch.float32, seed=1)]
+    expected, _ = run(Of(function), inputs)
+    found, fused = run(Of(function), inputs, "dlkit")
+    assert [entry.op for entry in fused] == ["layer_norm"]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("compiler", ["dlkit", "dlkit_inductor"])

@@ -239,8 +239,74 @@ ACTIVATIONS = [nn.ReLU(), nn.ReLU6(True), nn.LeakyReLU(0.2, True), nn.SiLU(True)
 ACTIVATIONS += [nn.GELU(), nn.GELU("tanh")]
 
 
+class Other(nn.Module):
+    """An activation of another library, as timm writes them."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.inplace = inplace
+
+
+class GELU(Other):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+class GELUTanh(Other):
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+class Swish(Other):
+    def forward(self, x):
+        return x.mul_(x.sigmoid()) if self.inplace else x.mul(x.sigmoid())
+
+
+class HardSwish(Other):
+    def forward(self, x):
+        inner = F.relu6(x + 3.0).div_(6.0)
+        return x.mul_(inner) if self.inplace else x.mul(inner)
+
+
+class SwishFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.mul(torch.sigmoid(x))
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        sigmoid = torch.sigmoid(x)
+        return grad_output * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
+class SwishMe(Other):
+    def forward(self, x):
+        return SwishFunction.apply(x)
+
+
+class OwnReLU(nn.ReLU):
+    """Has another forward(), which does the same."""
+
+    def forward(self, x):
+        return x.clamp(min=0)
+
+
+OTHERS = {
+    GELU(): "gelu",
+    GELUTanh(): "gelu_tanh",
+    Swish(): "silu",
+    Swish(inplace=True): "silu",
+    SwishMe(): "silu",
+    HardSwish(): "hardswish",
+    HardSwish(inplace=True): "hardswish",
+    OwnReLU(): "relu",
+}
+
+
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)], ids=["batch", "group"])
-@pytest.mark.parametrize("act", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("act", [*ACTIVATIONS, *OTHERS], ids=repr)
 def test_each_activation_is_taken_in(act, make):
     """As a neighbour, behind a traced forward() and an add, and as a norm's own."""
     residual = AddAct(make(), act)
@@ -250,7 +316,7 @@ def test_each_activation_is_taken_in(act, make):
     assert isinstance(fused[2], nn.Identity)
     layers = fused[1], fused[3].norm, fused[4].norm
     for layer in layers:
-        name, slope = layer_activation(act)
+        name, slope = layer_activation(act) or (OTHERS[act], 0.0)
         if type(layer) is not dlkit.nn.BatchNormReLU2d:
             assert layer.activation == name and (name != "leaky_relu" or layer.negative_slope == slope)
             assert type(layer) in (dlkit.nn.BatchNormAct2d, dlkit.nn.GroupNormAct)
@@ -277,7 +343,7 @@ class OwnAct(AddAct):
 
     def forward(self, x):
         y = self.norm(x)
-        return FUNCTIONS[type(self.act)](y, self.act)
+        return FUNCTIONS.get(type(self.act), lambda y, act: act(y))(y, self.act)
 
 
 FUNCTIONS = {

@@ -259,6 +259,38 @@ class NormAct(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
+class Swish(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        return x.mul_(x.sigmoid()) if self.inplace else x.mul(x.sigmoid())
+
+
+class Silu(nn.Module):
+    def forward(self, x):
+        return F.silu(x)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("act", [Swish(True), Swish(False), Silu()], ids=repr)
+def test_a_norm_takes_in_an_activation_of_another_library(act, replaced):
+    model, report = randomised(nn.Sequential(NormAct(4, copy.deepcopy(act)), NormAct(4, act)).double()), []
+    fused = copy.deepcopy(model)
+    dlkit.fuse(dlkit.replace(fused) if replaced else fused, report=report)
+    assert [change.reason for change in report] == [f"takes in its {type(act).__name__}"] * 2
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    calls, again = [], pickle.loads(pickle.dumps(fused))
+    with counting(calls):
+        copy.deepcopy(again)(x)
+    assert not {"sigmoid", "mul", "mul_", "silu"} & set(calls)
+    assert_same_results(copy.deepcopy(model), copy.deepcopy(again), x)
+    fused[0].act = model[0].act = nn.Tanh()
+    assert_same_results(model, fused, x)
+    assert [type(layer) for layer in dlkit.restore(again)] == [NormAct] * 2
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_norm_takes_in_a_relu_of_its_own(replaced):
     model = nn.Sequential(
@@ -280,6 +312,110 @@ def test_a_norm_takes_in_a_relu_of_its_own(replaced):
     report.clear()
     dlkit.fuse(again, report=report)
     assert [type(layer) for layer in dlkit.restore(again)] == [NormAct] * 3
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return F.relu(x)
+
+
+class Sloped(nn.ReLU):
+    """Whatever its base does."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x, 0.1 * x)
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return F.relu(x)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return F.rrelu(x, 0.0, 0.1, self.training)
+
+
+class OnlyInTraining(nn.Module):
+    def forward(self, x):
+        return F.silu(x) if self.training else F.hardswish(x)
+
+
+class Wide(nn.Module):
+    def forward(self, x):
+        return F.silu(x.float()).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Cubic(nn.Module):
+    """GELU by tanh with a power, which autocast on a GPU leaves in fp32."""
+
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class Coarse(nn.Module):
+    """Right in float64 alone."""
+
+    def forward(self, x):
+        return F.silu(x) if x.dtype == torch.float64 else F.hardswish(x)
+
+
+class OfImages(nn.Module):
+    def forward(self, x):
+        return x * F.adaptive_avg_pool2d(x, 1).sigmoid()
+
+
+class Complains(nn.Module):
+    def forward(self, x):
+        raise ValueError("it wants another input")
+
+
+@pytest.mark.parametrize(
+    "make", [Counting, Sloped, Lists, Noisy, OnlyInTraining, Wide, Cubic, Coarse, OfImages, Complains, nn.Mish]
+)
+def test_other_activations_that_are_left(make):
+    """None leaves a trace: neither in the layer nor in torch's generator."""
+    model = nn.Sequential(nn.BatchNorm2d(4), make(), Plain(relu=make()), NormAct(4, make()))
+    before, state = copy.deepcopy([vars(module) for module in model.modules()]), torch.get_rng_state()
+    report = []
+    dlkit.fuse(model, report=report)
+    assert not fused_layers(model) and "with its activation" not in repr(model)
+    assert [change.after for change in report] == [change.before for change in report] and len(report) == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    for module, old in zip(model.modules(), before, strict=True):
+        assert {n: v for n, v in vars(module).items() if n[0] != "_"} == {n: v for n, v in old.items() if n[0] != "_"}
+
+
+class Steep(nn.Module):
+    def __init__(self, ceiling):
+        super().__init__()
+        self.ceiling = ceiling
+
+    def forward(self, x):
+        return x.clamp(0, self.ceiling)
+
+
+def test_an_attribute_decides():
+    """Which is remembered; a norm that has it as a child of its own leaves it."""
+    model = nn.Sequential(Plain(relu=Steep(6)), Plain(relu=Steep(5)), NormAct(4, Steep(6)))
+    dlkit.fuse(model)
+    assert [type(module.bn) for module in model[:2]] == [dlkit.nn.BatchNormAct2d, nn.BatchNorm2d]
+    assert "with its activation" not in repr(model)
+    x = torch.randn(2, 4, 3, 3)
+    model(x)
+    model[0].relu.ceiling = 5
+    with pytest.raises(RuntimeError, match="ceiling was 6"):
+        model(x)
 
 
 class OwnBatchNorm(nn.BatchNorm2d):

@@ -45,6 +45,12 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "cast": ("to", "float", "double", "half", "bfloat16", "type_as", "type"),
     "relu": (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"),
     "gelu": (F.gelu,),
+    "silu": (F.silu,),
+    "hardswish": (F.hardswish,),
+    "relu6": (F.relu6,),
+    "hardtanh": (F.hardtanh,),
+    "leaky_relu": (F.leaky_relu,),
+    "sigmoid": (torch.sigmoid, F.sigmoid, "sigmoid"),
     "layer_norm": (F.layer_norm, torch.layer_norm),
     "rms_norm": (F.rms_norm, torch.rms_norm),
     "batch_norm": (F.batch_norm,),
@@ -63,6 +69,12 @@ SPELLINGS: dict[str, tuple[Any, ...]] = {
     "div_": ("div_", operator.itruediv),
     "floor_": (torch.floor_, "floor_"),
 }
+PERMUTING = ("permute", "transpose", "movedim", torch.permute, torch.transpose, torch.movedim)
+# Whoever reads these looks at their keywords.
+READ_AS_THEY_STAND = {
+    "gelu", "relu", "silu", "hardswish", "relu6", "hardtanh", "leaky_relu", "empty", "rand", "bernoulli_", "div_",
+    "floor_",
+}  # fmt: skip
 NAMES = {target: name for name, targets in SPELLINGS.items() for target in targets}
 # Of torch's functions and of dlkit's, which have the same.
 SIGNATURES = {name: inspect.signature(getattr(functional, name)) for name in SPELLINGS if name in functional.__all__}
@@ -159,10 +171,8 @@ class Captured:
         )
 
     def contiguous(self, node: Any) -> bool:
-        value, steps = self.value(node), [1]
-        for size in reversed(value.shape[1:]):
-            steps.append(steps[-1] * size)
-        return _same(value.stride(), reversed(steps))
+        value = self.value(node)
+        return _same(value.stride(), _dense_strides(value.shape))
 
     def storages(self, node: Node) -> set[int]:
         """The memory that a node's tensors lie in."""
@@ -195,7 +205,9 @@ class Captured:
             return (name, args[:1]) if self.value(node).device == self.value(args[0]).device else ("", ())
         if name in ("bernoulli_", "div_", "floor_") and keywords:
             return "", ()
-        return (name, args) if name in ("gelu", "relu", "empty", "rand", "bernoulli_", "div_", "floor_") else ("", ())
+        if name == "sigmoid" and (keywords or len(args) != 1):
+            return "", ()
+        return (name, args) if name in READ_AS_THEY_STAND or name == "sigmoid" else ("", ())
 
     def arguments(self, node: Any, *names: str) -> dict[str, Any] | None:
         """The arguments of a call of one of these functions by name, None for another node."""
@@ -255,10 +267,20 @@ class Captured:
                     waiting.append(user)
         return found
 
-    def addends(self, node: Any) -> tuple[Node, Node] | None:
-        """The two tensors of one shape and dtype of which a node is the sum."""
+    def promoted(self, node: Any, *operands: Any) -> bool:
+        """Whether tensors of one shape and several dtypes give a node that has a gradient, in the widest of these."""
+        values = [self.value(one) for one in (node, *operands)]
+        if any(value is None for value in values) or not values[0].requires_grad:
+            return False
+        wide = functools.reduce(torch.promote_types, [value.dtype for value in values[1:]])
+        return bool(values[0].dtype == wide) and all(_same(value.shape, values[0].shape) for value in values)
+
+    def addends(self, node: Any, mixed: bool = False) -> tuple[Node, Node] | None:
+        """The two tensors of one shape and dtype of which a node is the sum; with ``mixed`` the dtypes may differ."""
         name, operands = self.read(node)
-        if name not in ("add", "iadd") or not self.alike(node, *operands):
+        if name not in ("add", "iadd"):
+            return None
+        if not self.alike(node, *operands) and not (mixed and self.promoted(node, *operands)):
             return None
         if name == "iadd" and (operands[0] is operands[1] or not self.consumed(operands[0], node)):
             return None
@@ -282,24 +304,59 @@ class Captured:
     def sum_views(self, node: Node) -> None:
         """Makes of a view of a sum, which nothing else sees, the sum of two views."""
         total: Any = node.args[0]
-        terms = self.addends(total)
+        terms = self.addends(total, mixed=True)
         if terms is None or self.only_user(total) is not node or not all(map(self.contiguous, (node, *terms))):
             return
-        place = self._place({node, total}, [*terms, *node.all_input_nodes[1:]], list(node.users), set())
-        if place is None or not _same(self.value(node).shape[-1:], self.value(total).shape[-1:]):
+        if _same(self.value(node).shape[-1:], self.value(total).shape[-1:]):
+            self._sum_views(node, terms, None)
+
+    def sum_permutations(self, node: Node) -> None:
+        """Makes of a permuted sum the sum of two permuted tensors, if their memory is in that order already.
+
+        What else sees the sum is given the new one, permuted back.
+        """
+        total: Any = node.args[0]
+        terms, order = self.addends(total, mixed=True), self.permutation(node)
+        if terms is None or order is None:
+            return
+        permuted = [self.value(one).permute(order) for one in (total, *terms)]
+        if all(_same(value.stride(), _dense_strides(value.shape)) for value in (self.value(node), *permuted)):
+            self._sum_views(node, terms, tuple(order.index(i) for i in range(len(order))))
+
+    def _sum_views(self, node: Node, terms: tuple[Node, Node], back: tuple[int, ...] | None) -> None:
+        total: Any = node.args[0]
+        others = [user for user in total.users if user is not node]
+        place = self._place({node, total}, [*terms, *node.all_input_nodes[1:]], [*node.users, *others], set())
+        if place is None:
             return
         with self.graph.inserting_before(place):
-            views = [self.graph.call_method(str(node.target), (term, *node.args[1:])) for term in terms]
+            arguments = [((term, *node.args[1:]), node.kwargs) for term in terms]
+            views = [self.graph.create_node(node.op, node.target, *given) for given in arguments]
             new = self.graph.call_function(operator.add, tuple(views))
+            again = self.graph.call_method("permute", (new, back)) if others else None
         value = self.value(node)
         with self.fake, torch.no_grad():
             for made, old in ((new, total), *zip(views, terms, strict=True)):
                 storage = self.value(old)
                 self._describe(made, old, storage.as_strided(value.shape, value.stride(), storage.storage_offset()))
+        if again is not None:
+            self._describe(again, total, self.value(total))
+            total.replace_all_uses_with(again, delete_user_cb=lambda user: user is not node)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
         self.graph.erase_node(total)
         self._number()
+
+    def permutation(self, node: Any) -> tuple[int, ...] | None:
+        """Where each dimension comes from, if a node is its first operand with the dimensions in another order."""
+        if not isinstance(node, Node) or node.target not in PERMUTING or not node.args:
+            return None
+        value = self.value(node.args[0])
+        if value is None or self.value(node) is None:
+            return None
+        sizes = torch.empty(tuple(range(2, 2 + value.dim())), device="meta")  # which tell the dimensions apart
+        call: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        return tuple(size - 2 for size in call(sizes, *node.args[1:], **node.kwargs).shape)
 
     def erase(self, node: Node) -> None:
         self.graph.erase_node(node)
@@ -487,6 +544,14 @@ def _constant(value: Any) -> Any:
 def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     one, other = tuple(one), tuple(other)
     return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
+
+
+def _dense_strides(shape: Sequence[Any]) -> list[Any]:
+    """The strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return strides[::-1]
 
 
 def _module_name(path: str) -> str:

@@ -6,7 +6,7 @@ the others find them; then the fusions, the largest first; then the calls that r
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -29,6 +29,14 @@ ELEMENTARY: list[tuple[str, Any]] = [
 # transformers' NewGELUActivation
 _CUBE = ("add", "x", ("mul", 0.044715, ("pow", "x", 3)))
 TANH_GELU = ("mul", ("mul", 0.5, "x"), ("add", 1.0, ("tanh", ("mul", math.sqrt(2 / math.pi), _CUBE))))
+# timm's Swish and HardSwish
+_SIXTH = ("relu6", ("add", "x", 3.0))
+SPELLED_OUT = [
+    ("gelu_tanh", TANH_GELU),
+    ("silu", ("mul", "x", ("sigmoid", "x"))),
+    ("hardswish", ("mul", "x", ("div", _SIXTH, 6.0))),
+    ("hardswish", ("mul", "x", ("div_", _SIXTH, 6.0))),
+]
 COMMUTATIVE = ("add", "mul")
 
 
@@ -150,16 +158,23 @@ def _norm(graph: Captured, node: Node) -> tuple[str, Any, list[Any]] | None:
 
 
 def view_of_sum(graph: Captured, node: Node) -> None:
-    """Between a residual add and its norm may stand a view that keeps the last dimension, as in Swin."""
-    if node.op != "call_method" or node.target not in ("view", "reshape") or graph.value(node) is None:
+    """Between a residual add and its norm may stand a view that keeps the last dimension, as in Swin, or a permutation
+    of a sum whose channels lie last in memory, as in ConvNeXt."""
+    views = node.op == "call_method" and node.target in ("view", "reshape")
+    if not (views or graph.permutation(node)) or graph.value(node) is None:
         return
-    terms = graph.addends(node.args[0]) or ()
-    if any(_norm(graph, user) for user in node.users) and not any(graph.dropped(term, None) for term in terms):
-        graph.sum_views(node)
+    terms = graph.addends(node.args[0], mixed=True) or ()
+    if not any(_norm(graph, user) for user in node.users) or any(graph.dropped(term, None) for term in terms):
+        return
+    (graph.sum_views if views else graph.sum_permutations)(node)
 
 
 def add_norm(graph: Captured, node: Node) -> Node | None:
-    """The residual add, with or without a dropout of one of its terms, and the norm of the sum."""
+    """The residual add, with or without a dropout of one of its terms, and the norm of the sum.
+
+    Where autocast adds a branch in 16 bits to a residual in fp32, the op casts the branch first. A pass over the branch
+    more in forward, one over the sum's gradient less in backward: it is worth while in training alone.
+    """
     norm = _norm(graph, node)
     if norm is None:
         return None
@@ -168,12 +183,12 @@ def add_norm(graph: Captured, node: Node) -> Node | None:
     while graph.read(total)[0] == "cast" and graph.alike(total, total.args[0]):  # to the dtype that it has
         casts.append(total)
         total = total.args[0]
-    terms = graph.addends(total)
+    terms = graph.addends(total, mixed=True)
     if terms is None or graph.dtype(node) != graph.dtype(total):
         return None
     replaced: dict[Node, int | None] = {node: 0, total: 1}
     words = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}[name]
-    for branch, residual in (terms[::-1], terms):
+    for branch, residual in (terms[::-1], terms) if graph.alike(*terms) else ():
         dropout = graph.dropped(branch, total)
         if dropout is not None and branch is not residual:
             x, p = dropout
@@ -194,12 +209,68 @@ def row_norm(graph: Captured, node: Node) -> Node | None:
 # Norms of channels
 
 
-def _relu_of(graph: Captured, node: Node) -> Any:
-    """What a ReLU is given, if the ReLU is all that sees it."""
+class Activation(NamedTuple):
+    """A call of an activation, or the last op of one in elementary ops."""
+
+    name: str  # as in ACTIVATIONS
+    input: Node
+    slope: float
+    nodes: list[Node]  # what computes it
+    consumes: bool  # whether it writes to its input
+
+    def title(self) -> str:
+        return TITLES[self.name] + " in elementary ops" * (len(self.nodes) > 1)
+
+
+TITLES = {"relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU", "silu": "SiLU", "hardswish": "Hardswish"}
+TITLES |= {"relu6": "ReLU6", "leaky_relu": "LeakyReLU"}
+# The arguments behind the input, with torch's values for them.
+ACTIVATION_ARGUMENTS: dict[str, dict[str, Any]] = {
+    **{name: {"inplace": False} for name in ("relu", "silu", "hardswish", "relu6")},
+    "leaky_relu": {"negative_slope": 0.01, "inplace": False},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0, "inplace": False},
+    "gelu": {"approximate": "none"},
+}
+
+
+def _activation(graph: Captured, node: Node) -> Activation | None:
+    """The activation that a node ends, if its result has the shape and dtype of its input."""
     name, operands = graph.read(node)
-    if name != "relu":
+    if name == "mul":
+        for spelled, pattern in SPELLED_OUT:
+            found = matched(graph, pattern, node)
+            if found is None or any(found.nodes.values()) or not graph.alike(node, found["x"]):
+                continue
+            inner = [one for one in found.nodes if one is not node]
+            if not any(user not in found.nodes for one in inner for user in one.users):
+                return Activation(spelled, found["x"], 0.0, [node, *inner], False)
         return None
-    return operands[0] if isinstance(operands[0], Node) and graph.consumed(operands[0], node) else None
+    if name not in ACTIVATION_ARGUMENTS:
+        return None
+    defaults = ACTIVATION_ARGUMENTS[name]
+    given = dict(zip(("input", *defaults), operands, strict=False)) | node.kwargs
+    x, settings = given.pop("input", None), defaults | given
+    if not isinstance(x, Node) or len(operands) > 1 + len(defaults) or settings.keys() != defaults.keys():
+        return None
+    if name == "gelu":
+        name = GELUS.get(settings["approximate"], "")
+    elif name == "hardtanh":
+        name = "relu6" if (settings["min_val"], settings["max_val"]) == (0, 6) else ""
+    slope = _constant(settings.get("negative_slope", 0.0))
+    if not name or slope is None or not graph.alike(node, x):
+        return None
+    written = settings.get("inplace") or getattr(node.target, "__name__", str(node.target)).endswith("_")
+    return Activation(name, x, float(slope), [node], bool(written))
+
+
+def _activation_alone(graph: Captured, node: Node) -> Activation | None:
+    """The same, if it is all that sees what it is given."""
+    act = _activation(graph, node)
+    if act is None:
+        return None
+    if len(act.nodes) > 1:
+        return act if not any(user not in act.nodes for user in act.input.users) else None
+    return act if graph.consumed(act.input, node) else None
 
 
 def _batch_norm(graph: Captured, node: Any) -> tuple[Any, ...] | None:
@@ -214,27 +285,42 @@ def _batch_norm(graph: Captured, node: Any) -> tuple[Any, ...] | None:
     return tuple(found[name] for name in names), numbers
 
 
-def batch_norm_relu(graph: Captured, node: Node) -> Node | None:
-    """BatchNorm and ReLU, with or without a residual add between."""
-    given = _relu_of(graph, node)
-    if given is None:
+def _group_norm(graph: Captured, node: Any) -> tuple[Any, ...] | None:
+    """input, num_groups, weight, bias, eps."""
+    found = graph.arguments(node, "group_norm")
+    return None if found is None or graph.value(found["input"]) is None else tuple(found.values())
+
+
+def norm_act(graph: Captured, node: Node) -> Node | None:
+    """BatchNorm or GroupNorm and an activation, with or without a residual add between."""
+    act = _activation_alone(graph, node)
+    if act is None:
         return None
-    norm, residual, what = given, None, "BatchNorm and ReLU"
+    given = norm = act.input
+    residual, between = None, ""
     terms = graph.addends(given)
     if terms is not None:
-        orders = [pair for pair in (terms, terms[::-1]) if graph.arguments(pair[0], "batch_norm")]
+        orders = [pair for pair in (terms, terms[::-1]) if graph.arguments(pair[0], "batch_norm", "group_norm")]
         if not orders or orders[0][0] is orders[0][1]:
             return None
-        (norm, residual), what = orders[0], "BatchNorm, add and ReLU"
+        (norm, residual), between = orders[0], ", add"
         if graph.only_user(norm) is not given:
             return None
-    found = _batch_norm(graph, norm)
-    if found is None or not graph.alike(node, found[0][0]):
-        return None
-    erased = [norm] if norm is given else [given, norm]
-    return graph.replace(
-        what, {node: None}, erased, "batch_norm", *found[0], residual, None, *found[1], ACTIVATIONS["relu"]
-    )
+    what = f"{between} and {act.title()}"
+    erased = [*act.nodes[1:], *([norm] if norm is given else [given, norm])]
+    number = ACTIVATIONS[act.name]
+    batch, group = _batch_norm(graph, norm), _group_norm(graph, norm)
+    if batch is not None and graph.alike(node, batch[0][0]):
+        tensors, numbers = batch
+        return graph.replace(
+            f"BatchNorm{what}", {node: None}, erased,
+            "batch_norm", *tensors, residual, None, *numbers, number, act.slope,
+        )  # fmt: skip
+    if group is not None and graph.alike(node, group[0]):
+        return graph.replace(
+            f"GroupNorm{what}", {node: None}, erased, "group_norm", *group, residual, number, act.slope
+        )
+    return None
 
 
 def batch_norm(graph: Captured, node: Node) -> Node | None:
@@ -268,6 +354,9 @@ def dropout_of_nothing(graph: Captured, node: Node) -> Node | None:
     return None
 
 
+BEHIND_BIAS = ("relu", "gelu", "gelu_tanh")  # what dlkit's op takes
+
+
 def act_dropout(graph: Captured, node: Node) -> Node | None:
     """An activation, with the bias before it and the dropout behind it.
 
@@ -277,40 +366,24 @@ def act_dropout(graph: Captured, node: Node) -> Node | None:
     act, p = dropout or (node, 0.0)
     if not isinstance(act, Node) or (dropout and graph.only_user(act) is not node):
         return None
-    name, operands = graph.read(act)
-    number: int | None
-    erased = [act] if dropout else []
-    spelled = matched(graph, TANH_GELU, act) if name == "mul" else None
-    if spelled is not None:
-        x, number, what = spelled["x"], ACTIVATIONS["gelu_tanh"], "GELU in elementary ops"
-        erased += [one for one in spelled.nodes if one is not act]
-        if any(user not in spelled.nodes for one in spelled.nodes if one is not act for user in one.users):
-            return None
-        if any(spelled.nodes.values()):
-            return None
-    elif name == "gelu":
-        approximate: Any = act.kwargs.get("approximate", operands[1] if len(operands) > 1 else "none")
-        x, number, what = operands[0], ACTIVATIONS.get(GELUS.get(approximate, "")), "GELU"
-    elif name == "relu" and (act.target in (torch.relu, torch.nn.functional.relu, "relu")):
-        in_place = act.kwargs.get("inplace", len(operands) > 1 and operands[1])
-        if in_place and not graph.consumed(operands[0], act):
-            return None
-        x, number, what = operands[0], ACTIVATIONS["relu"], "ReLU"
-    else:
+    found = _activation(graph, act)
+    if found is None or found.name not in BEHIND_BIAS or not graph.alike(node, act):
         return None
-    if number is None or not graph.alike(node, act, x):
+    if found.consumes and not graph.consumed(found.input, act):
         return None
+    x, what = found.input, found.title()
+    erased = [*([act] if dropout else []), *found.nodes[1:]]
     sum_name, terms = graph.read(x)
     bias = None
-    if sum_name == "add" and graph.only_user(x) is not None:
+    if sum_name == "add" and all(user in found.nodes for user in x.users):
         pairs = [(h, b) for h, b in (terms, terms[::-1]) if graph.alike(x, h) and graph.is_vector(b, x)]
         if pairs:
             erased.append(x)
             (x, bias), what = pairs[0], f"bias and {what}"
-    if dropout is None and bias is None and spelled is None:
+    if dropout is None and bias is None and len(found.nodes) == 1:
         return None
     what += " and dropout" if dropout else ""
-    return graph.replace(what, {node: None}, erased, "bias_act_dropout", x, bias, number, p)
+    return graph.replace(what, {node: None}, erased, "bias_act_dropout", x, bias, ACTIVATIONS[found.name], p)
 
 
 def dropout_add(graph: Captured, node: Node) -> Node | None:
@@ -415,7 +488,7 @@ PATTERNS = (
     drop_path,
     view_of_sum,
     add_norm,
-    batch_norm_relu,
+    norm_act,
     act_dropout,
     dropout_add,
     row_norm,

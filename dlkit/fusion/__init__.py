@@ -4,8 +4,9 @@ of class.
 
 Neighbours in torch.nn.Sequential are fused as they stand (_sequential.py). Elsewhere the forward() that calls the norm
 is traced (_tracing.py), and loses its add and activation (_traced.py) in a class of its own (_derived.py). Norms of
-other libraries take in the activation that is their child (_own_activations.py). _layers.py says of single layers what
-they become, and why one is left.
+other libraries take in the activation that is their child (_own_activations.py). Activations of other libraries are
+run to find what they compute (_other_activations.py). _layers.py says of single layers what they become, and why one
+is left.
 """
 
 from collections import Counter
@@ -29,7 +30,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def fuse(model: Model, *, report: list[Change] | None = None) -> Model:
     """Fuses every BatchNorm and GroupNorm that an activation follows, with or without a residual add between, and in
     torch's transformer layers dropout, residual add and LayerNorm, in place. The activations are ReLU, ReLU6,
-    LeakyReLU, SiLU, Hardswish and GELU, as torch's layers and functions.
+    LeakyReLU, SiLU, Hardswish and GELU, as torch's layers and functions, and layers of other classes that are proven to
+    compute the same.
 
     The norm becomes :class:`dlkit.nn.BatchNormReLU2d` (``1d``, ``3d``, :class:`dlkit.nn.SyncBatchNormReLU`), with
     another activation :class:`dlkit.nn.BatchNormAct2d` and its kin or :class:`dlkit.nn.GroupNormAct`, by a change of

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dlkit.nn
-from dlkit._activation import layer_activation
+from dlkit.fusion._other_activations import activation_of
 from dlkit.nn._layer import HOOKS
 from dlkit.surgery import TWINS, drop_probability, why_not_plain
 
@@ -51,7 +51,7 @@ class Left(Exception):
 
 def why_left(layer: torch.nn.Module) -> str:
     """Why a norm or activation may not be taken for what its class says; empty if it may."""
-    if type(layer) not in ACTING and layer_activation(layer) is None:
+    if type(layer) not in ACTING and activation_of(layer) is None:
         return why_not_plain(layer, next((cls for cls in ACTING if isinstance(layer, cls)), _BatchNorm))
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"

@@ -3,7 +3,9 @@
 import torch
 
 from dlkit import _adopt, _forms
+from dlkit._activation import layer_activation
 from dlkit.fusion._layers import NORMS
+from dlkit.fusion._other_activations import activation_of, settings
 from dlkit.surgery import _replacement
 
 
@@ -18,8 +20,11 @@ def fuse_own_activations(model: torch.nn.Module) -> dict[str, str]:
         if served is None or adopted is None or adopted[2][0].norm != "twin" or adopted[2][0].acts:
             continue
         *_, last = module._modules.values()
-        if _forms.own_activation(module) is not None:
-            module.__class__ = _adopt.class_with_activation(served)
+        proven = None
+        if last is not None and not settings(last) and (found := activation_of(last)) and not layer_activation(last):
+            proven = type(last), found[0]
+        if _forms.own_activation(module, proven) is not None:
+            module.__class__ = _adopt.class_with_activation(served, proven)
             reasons[name] = f"takes in its {type(last).__name__}"
         else:
             reasons[name] = f"no plain activation follows its norm: it ends in a {type(last).__name__}"

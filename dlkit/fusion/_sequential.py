@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from dlkit._activation import layer_activation
 from dlkit.fusion._layers import become_fused, become_plain, does_nothing, took_in, why_left
+from dlkit.fusion._other_activations import activation_of
 
 
 def is_sequential(module: torch.nn.Module) -> bool:
@@ -20,7 +20,7 @@ def fuse_sequential(owner: torch.nn.Module, paths: list[str]) -> dict[str, str]:
         name, relu = following.get(path, ("", None))
         while name and does_nothing(relu) is not None:
             name, relu = following.get(name, ("", None))
-        activation = None if relu is None else layer_activation(relu)
+        activation = None if relu is None else activation_of(relu)
         if relu is None or activation is None:
             reasons[path] = "no activation follows it"
         elif why_left(relu):

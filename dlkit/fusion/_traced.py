@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dlkit._activation import GELUS, layer_activation
+from dlkit._activation import GELUS
 from dlkit.fusion._derived import class_for
 from dlkit.fusion._layers import Left, become_fused, become_plain, does_nothing, took_in, why_left
+from dlkit.fusion._other_activations import activation_of, is_constant, settings
 from dlkit.fusion._tracing import trace
 from dlkit.surgery import label
 
@@ -138,7 +139,7 @@ def _activation_at(owner: torch.nn.Module, node: torch.fx.Node) -> tuple[str, fl
     """(name, negative_slope) of the activation that a node computes; None if it computes something else."""
     if node.op == "call_module":
         layer = owner.get_submodule(str(node.target))
-        return None if why_left(layer) else layer_activation(layer)
+        return None if why_left(layer) else activation_of(layer)
     name = FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
     if name is None or name == "relu":
         return None if name is None else (name, 0.0)
@@ -156,8 +157,8 @@ def _settings(owner: torch.nn.Module, node: torch.fx.Node) -> list[tuple[str, An
     """The attributes of an activation's layer, by name and value, that a fused layer has taken over."""
     if node.op != "call_module":
         return []
-    settings = vars(owner.get_submodule(str(node.target)))
-    return [(f"{node.target}.{name}", settings[name]) for name in ("approximate", "negative_slope") if name in settings]
+    found = settings(owner.get_submodule(str(node.target)))
+    return [(f"{node.target}.{name}", value) for name, value in found.items() if is_constant(value)]
 
 
 def _rewrite(graph: torch.fx.Graph, match: _Match) -> None:

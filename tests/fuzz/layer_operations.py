@@ -22,6 +22,7 @@ from torch import Tensor
 import dlkit
 import dlkit.functional as fused
 from dlkit import _native
+from dlkit._activation import ACTIVATIONS, activated
 from dlkit.random import Philox
 from fuzz import layer_tensors as tensors
 
@@ -120,23 +121,25 @@ class ExactNorm:
         size = size_of(self.terms * self.weight, self.bias + 0 * y)
         return (y + self.bias).reshape(self.shape), size.reshape(self.shape)
 
-    def backward(self, grad: np.ndarray) -> dict[str, Pair]:
-        grad = grad.reshape(self.view.shape)
+    def backward(self, grad: np.ndarray, size: np.ndarray) -> dict[str, Pair]:
+        """`size`: what was added up for the gradient."""
+        grad, size = grad.reshape(self.view.shape), size.reshape(self.view.shape)
         weighted, axes = grad * self.weight, self.view.statistics
+        large = size * np.abs(self.weight)
         if self.given:
             found = self.rstd * weighted
-            terms = np.abs(found)
+            terms = np.abs(self.rstd) * large
         else:
             first = 0 if self.rms else weighted.mean(axes, keepdims=True)
             second = self.xhat * (weighted * self.xhat).mean(axes, keepdims=True)
             found = self.rstd * (weighted - first - second)
             terms = self.rstd * (
-                np.abs(weighted)
-                + (0 if self.rms else np.abs(weighted).mean(axes, keepdims=True))
-                + self.terms * (np.abs(weighted) * self.terms).mean(axes, keepdims=True)
+                large
+                + (0 if self.rms else large.mean(axes, keepdims=True))
+                + self.terms * (large * self.terms).mean(axes, keepdims=True)
             )
             if self.view.statistics != (0, 2):  # torch's BatchNorm adds fp32 up in fp64, and so has no sums too large
-                sums = (np.abs(weighted) * self.terms * np.maximum(1, 1 / self.rstd)).sum(axes, keepdims=True)
+                sums = (large * self.terms * np.maximum(1, 1 / self.rstd)).sum(axes, keepdims=True)
                 terms = np.where(sums < np.longdouble(torch.finfo(self.range).max) / 16, terms, np.inf)
             # What is made of gradients near the range's end loses bits before these factors take it away from there.
             info = torch.finfo(self.range)
@@ -157,8 +160,8 @@ class ExactNorm:
 
         return {
             "input": (found.reshape(self.shape), terms.reshape(self.shape)),
-            "weight": total(grad * self.xhat, np.abs(grad) * self.terms),
-            "bias": total(grad, np.abs(grad)),
+            "weight": total(grad * self.xhat, size * self.terms),
+            "bias": total(grad, size),
         }
 
 
@@ -218,6 +221,15 @@ def with_residual(draw: Any, required: bool) -> Any:
         options = draw(rng, shape)
         kinds = ["same"] * 6 + ["broadcast", "other type", "number"] + ["none"] * (0 if required else 5)
         return options | {"residual": rng.choice(kinds), "other": rng.choice(tensors.DTYPES)}
+
+    return drawn
+
+
+def with_activation(draw: Any) -> Any:
+    def drawn(rng: random.Random, shape: list[int]) -> Named:
+        options = draw(rng, shape)
+        slope = rng.choice([0.01, 0.01, 0.2, 0.0, 1.0])
+        return options | {"activation": rng.choice(list(ACTIVATIONS)), "negative_slope": slope}
 
     return drawn
 
@@ -286,10 +298,10 @@ def norm_operation(
     *,
     add: bool = False,
     drop: bool = False,
-    relu: bool = False,
+    acts: bool = False,
     **rest: Any,
 ) -> Operation:
-    """`add`: normalizes input + residual, which is an output too; `relu`: the residual and the ReLU come behind."""
+    """`add`: normalizes input + residual, which is an output too; `acts`: residual and activation come behind."""
     names = ("y", "sum") if add else ("y",)
 
     def torchs(t: Named, o: Named) -> dict[str, Tensor]:
@@ -297,8 +309,9 @@ def norm_operation(
         if add:
             x = (torch_drop(x, o) if drop else x) + t["residual"]
         y = torch_norm(kind, x, t, o if not drop else o | {"training": True})
-        if relu:
-            y = native.relu(y if t.get("residual") is None else y + t["residual"])
+        if acts:
+            y = y if t.get("residual") is None else y + t["residual"]
+            y = activated(y, ACTIVATIONS[o.get("activation", "relu")], o.get("negative_slope", 0.0))
         return outputs_of(t, (y, x) if add else y, names)
 
     def total(t: Named, o: Named) -> Pair:
@@ -316,25 +329,25 @@ def norm_operation(
         results = {"y": exact.forward()}
         if add:
             results["sum"] = total(t, o)
-        if relu:
-            y, size = results["y"]
-            if t.get("residual") is not None:
-                residual, kind_of_sum = tensors.exact(t["residual"]), torch.result_type(t["input"], t["residual"])
-                # The norm is rounded to the input's type, the sum to the wider of both.
-                coarser = torch.finfo(t["input"].dtype).eps / torch.finfo(kind_of_sum).eps
-                y, size = y + residual, size * max(1.0, coarser) + np.abs(residual)
-            results["y"] = np.where(y < 0, 0, y), size
+        if acts:
+            z, size = given_to_activation(results["y"], t)
+            value, slope, _, _ = behind_norm(z, size, t, o)
+            # Behind a kink that rounding passes the value moves as on its other side.
+            steep = STEEPEST if o.get("activation", "relu") in KINKS else np.abs(slope)
+            results["y"] = value, np.abs(value) + steep * size
         if "old_running_mean" in t and o["training"]:
             results |= moved(exact, t, o)
         return results
 
     def backward(t: Named, o: Named, grads: dict[str, np.ndarray]) -> dict[str, Pair]:
         exact, grad = norm(t, o), grads["y"]
-        if relu:
-            grad = np.where(forward(t, o)["y"][0] == 0, 0, grad)
-        found = exact.backward(grad)
-        if relu and t.get("residual") is not None:
-            found["residual"] = unbroadcast((grad, np.abs(grad)), t["residual"].shape)
+        size = np.abs(grad)
+        if acts:
+            _, slope, terms, bent = behind_norm(*given_to_activation(exact.forward(), t), t, o)
+            grad, size = np.where(slope == 0, 0, grad * slope), size * (terms + bent)
+        found = exact.backward(grad, size)
+        if acts and t.get("residual") is not None:
+            found["residual"] = unbroadcast((grad, size), t["residual"].shape)
         if add:
             value, size = (a + b for a, b in zip(found["input"], (grads["sum"], np.abs(grads["sum"])), strict=True))
             found["residual"] = unbroadcast((value, size), t["residual"].shape)
@@ -348,10 +361,48 @@ def norm_operation(
         if t.get("residual") is not None:
             residual = tensors.exact(t["residual"])
             z, size = z + residual, size + np.abs(residual)
-        return np.abs(z) <= 64 * eps * size + 1e-6
+        places = np.zeros(z.shape, bool)
+        for kink in KINKS.get(o.get("activation", "relu"), ()):
+            places |= np.abs(z - kink) <= 64 * eps * (size + abs(kink)) + 1e-6
+        return places
 
-    rest |= {"undecided": undecided if relu else None, "twin": torchs if name == kind else None}
+    rest |= {"undecided": undecided if acts else None, "twin": torchs if name == kind else None}
     return Operation(name, rest.pop("rank"), draw, norm_shapes, ours, torchs, forward, backward, **rest)
+
+
+# Where the slope of an activation jumps, and the steepest of these slopes.
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)}
+STEEPEST = 1.5
+
+
+def given_to_activation(normed: Pair, t: Named) -> Pair:
+    """The norm, and the residual behind it."""
+    z, size = normed
+    if t.get("residual") is not None:
+        residual, kind_of_sum = tensors.exact(t["residual"]), torch.result_type(t["input"], t["residual"])
+        # The norm is rounded to the input's type, the sum to the wider of both.
+        coarser = torch.finfo(t["input"].dtype).eps / torch.finfo(kind_of_sum).eps
+        z, size = z + residual, size * max(1.0, coarser) + np.abs(residual)
+    return z, size
+
+
+def behind_norm(
+    z: np.ndarray, size: np.ndarray, t: Named, o: Named
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Value, slope, what was added up for the slope, and how much of z's own error comes to be the slope's."""
+    name = o.get("activation", "relu")
+    value, slope, terms = activation(name, z, t["input"].dtype == torch.float64, o.get("negative_slope", 0.0))
+    with np.errstate(all="ignore"):
+        small = np.minimum(np.abs(z), 40)
+        if name.startswith("gelu"):
+            curvature = np.exp(-(small**2) / 2) * (2 + small**2) / 2.5
+            terms = terms + np.minimum(np.abs(z), 1)  # as of the op that has a bias
+        elif name == "silu":
+            curvature = np.exp(-small) * (2 + small)
+        else:
+            curvature = np.where(np.abs(z) < 3, 1 / 3, 0) if name == "hardswish" else np.zeros(z.shape)
+        bent = np.where(curvature > 0, curvature * size, 0)
+    return value, slope, terms, bent
 
 
 def moved(exact: ExactNorm, t: Named, o: Named) -> dict[str, Pair]:
@@ -412,6 +463,9 @@ def ours_batch(t: Named, o: Named) -> Any:
     rest = (o["training"], o["momentum"], o["eps"])
     if "residual" not in o:
         return outputs_of(t, fused.batch_norm(*given, *rest), ("y",))
+    if "activation" in o:
+        behind = t.get("residual"), o["activation"], o["negative_slope"]
+        return outputs_of(t, fused.batch_norm_act(*given, *rest, *behind), ("y",))
     return outputs_of(t, fused.batch_norm_relu(*given, *rest, t.get("residual")), ("y",))
 
 
@@ -421,7 +475,10 @@ def ours_instance(t: Named, o: Named) -> Any:
 
 
 def ours_group(t: Named, o: Named) -> Any:
-    return {"y": fused.group_norm(t["input"], o["groups"], t.get("weight"), t.get("bias"), o["eps"])}
+    given = (t["input"], o["groups"], t.get("weight"), t.get("bias"), o["eps"])
+    if "activation" in o:
+        return {"y": fused.group_norm_act(*given, t.get("residual"), o["activation"], o["negative_slope"])}
+    return {"y": fused.group_norm(*given)}
 
 
 # Modules: the same call by a layer that has the tensors for parameters and buffers.
@@ -454,7 +511,8 @@ def channels_module(kind: str) -> Any:
         sync = o["sync"] and kind.startswith("BatchNorm") and t["input"].numel()
         layer = getattr(dlkit.nn, f"Sync{kind}" if sync else f"{kind}{rank}d")
         tracked = "running_mean" in t
-        module = layer(t["input"].size(1), o["eps"], o["momentum"], True, tracked)
+        behind = {name: o[name] for name in ("activation", "negative_slope") if name in o}
+        module = layer(t["input"].size(1), o["eps"], o["momentum"], True, tracked, **behind)
         if not tracked and kind == "InstanceNorm":
             o = o | {"training": True}
         given = (t["input"], *([t["residual"]] if t.get("residual") is not None else []))
@@ -464,8 +522,11 @@ def channels_module(kind: str) -> Any:
 
 
 def group_module(t: Named, o: Named) -> Any:
-    module = dlkit.nn.GroupNorm(o["groups"], t["input"].size(1), o["eps"])
-    return {"y": fill(module, t, o)(t["input"])}
+    sizes = (o["groups"], t["input"].size(1), o["eps"])
+    if "activation" not in o:
+        return {"y": fill(dlkit.nn.GroupNorm(*sizes), t, o)(t["input"])}
+    module = dlkit.nn.GroupNormAct(*sizes, activation=o["activation"], negative_slope=o["negative_slope"])
+    return {"y": fill(module, t, o)(t["input"], t.get("residual"))}
 
 
 # Dropout and its variants: y = keep ? x * scale + shift : dropped, keep by the leading dimensions.
@@ -652,13 +713,30 @@ def dropblock() -> Operation:
     )  # fmt: skip
 
 
-def activation(name: str, x: np.ndarray, double: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def activation(
+    name: str, x: np.ndarray, double: bool, negative_slope: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The value, the derivative, and what was added up for that."""
     with np.errstate(all="ignore"):
         if name == "relu":
             value = np.where(x < 0, 0, x)
             slope = np.where(x <= 0, np.longdouble(0), 1)  # of NaN too: as torch
             return value, slope, slope
+        if name == "leaky_relu":
+            slope = np.where(x > 0, np.longdouble(1), negative_slope)
+            return np.where(x > 0, x, x * np.longdouble(negative_slope)), slope, slope
+        if name == "relu6":
+            slope = np.where((x <= 0) | (x >= 6), np.longdouble(0), 1)  # of NaN 1, as ReLU's; torch's is 0
+            return np.clip(x, 0, 6), slope, slope
+        if name == "hardswish":
+            # Of NaN torch's vectors make NaN, and its last elements 1.
+            slope = np.where(x < -3, 0, np.where((x > 3) | np.isnan(x), 1, x / 3 + 0.5))
+            terms = np.where(np.abs(x) > 3, slope, np.abs(x) / 3 + 0.5)
+            return np.where(x <= -3, 0, np.where(x >= 3, x, x * (x + 3) / 6)), slope, terms
+        if name == "silu":
+            share = 1 / (1 + np.exp(-x))
+            inner = np.where(np.isinf(x), 0, x * share * (1 - share))
+            return np.where(x == -np.inf, 0, x * share), share + inner, share + np.abs(inner)
         if name == "gelu":
             if double:
                 share = np.array([reference._normal_distribution(v) if abs(v) < 200 else np.longdouble(v > 0)
@@ -847,8 +925,16 @@ ALL = (
         modules=channels_module("BatchNorm"),
     ),
     norm_operation(
-        "batch_norm_relu", "batch_norm", with_residual(draw_channels, False), ours_batch, relu=True, rank=(2, 5),
+        "batch_norm_relu", "batch_norm", with_residual(draw_channels, False), ours_batch, acts=True, rank=(2, 5),
         weight=4, modules=channels_module("BatchNormReLU"),
+    ),
+    norm_operation(
+        "batch_norm_act", "batch_norm", with_activation(with_residual(draw_channels, False)), ours_batch, acts=True,
+        rank=(2, 5), weight=4, modules=channels_module("BatchNormAct"),
+    ),
+    norm_operation(
+        "group_norm_act", "group_norm", with_activation(with_residual(draw_groups, False)), ours_group, acts=True,
+        rank=(2, 5), weight=3, modules=group_module,
     ),
     norm_operation(
         "group_norm", "group_norm", draw_groups, ours_group, rank=(2, 5), weight=3, modules=group_module,

@@ -379,7 +379,7 @@ def group_size(case: Case) -> float:
         return math.prod(o["normalized_shape"])
     if case["op"].startswith("batch_norm"):
         return math.prod(shape) / max(1, shape[1])
-    if case["op"] in ("group_norm", "instance_norm"):
+    if case["op"].startswith(("group_norm", "instance_norm")):
         return math.prod(shape[1:]) / max(1, o.get("groups", shape[1]))
     return math.inf
 
@@ -627,7 +627,8 @@ def simpler(case: Case) -> Iterator[Case]:
             fewer["needs"] = [n for n in fewer["needs"] if n != name]
             fewer["tensors"] = {n: spec for n, spec in fewer["tensors"].items() if not n.startswith(name)}
             yield fewer
-    if o.get("residual") in ("none", "same") and case["op"] == "batch_norm_relu" and "residual" in case["tensors"]:
+    behind = case["op"].endswith(("_relu", "_act"))
+    if o.get("residual") in ("none", "same") and behind and "residual" in case["tensors"]:
         fewer = but(options={**o, "residual": "none"}, needs=[n for n in case["needs"] if n != "residual"])
         del fewer["tensors"]["residual"]
         yield fewer
@@ -649,7 +650,7 @@ def simpler(case: Case) -> Iterator[Case]:
 
 PLAIN_OPTIONS = {
     "eps": 1e-5, "p": 0.5, "training": True, "momentum": 0.1, "residual": "same", "inplace": False, "groups": 1,
-    "sync": False,
+    "sync": False, "negative_slope": 0.01,
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from support.compiled import TEN, step
 from torch._dynamo.utils import counters
 
 NAMES = [*TEN, "deit_tiny_patch16_224", "resnet18", "whisper", "cohere", "opt", "phi3"]
+NAMES += ["deit3_small_patch16_224", "dinov2", "convnext", "convformer_s18", "efficientnet_b0"]
+NAMES += ["mobilenetv3_small_050"]
 NAMES = [name for name in NAMES if importlib.util.find_spec("timm" if name in TIMM else "transformers")]
 ADD_NORMS = {  # of all norms, those that take in the add before them
     "bert": 4,
@@ -21,6 +23,11 @@ ADD_NORMS = {  # of all norms, those that take in the add before them
     "t5": 10,
     "vit_tiny_patch16_224": 24,
     "swin_tiny_patch4_window7_224": 21,
+    "deit3_small_patch16_224": 24,  # with LayerScale
+    "dinov2": 4,
+    "convnext_atto": 3,  # in front of the downsampling; in a block a convolution stands between add and norm
+    "convnext": 3,
+    "convformer_s18": 35,
     "phi3": 4,
 }
 
@@ -60,6 +67,23 @@ def test_other_dtypes_are_no_farther_from_float64(name, dtype):
     exact = step(model, example, torch.float64, None, widened=True)
     error, allowed = (distances(step(model, example, dtype, fused), exact)[1] for fused in ([], None))
     assert error < 1.25 * allowed  # a mean over few tensors
+
+
+AUTOCAST = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "dinov2", "bert", "gpt2", "t5", "convnext_atto"]
+
+
+@pytest.mark.parametrize("name", [name for name in AUTOCAST if name in NAMES])
+def test_autocast(name):
+    """Branches in bf16 beside a residual in fp32: as many fusions, results no farther from float64."""
+    model, example = make(name, 0.0)
+    exact = step(model, example, torch.float64, None, widened=True)
+    errors, fused = [], []
+    for report in (fused, None):
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append(distances(step(model, example, torch.float32, report), exact)[1])
+    assert errors[0] < 1.25 * errors[1]
+    count = Counter(entry.op for entry in fused)
+    assert count["add_layer_norm"] + count["add_rms_norm"] == ADD_NORMS[name]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
