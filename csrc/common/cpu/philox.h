@@ -13,7 +13,7 @@ using VectorU64 = uint64_t __attribute__((vector_size(kVectorBytes)));
 
 constexpr int64_t kVectorBlocks = kLanes<double>;  // a block each lane
 constexpr int kPhiloxGroups =
-    DLKIT_VECTOR_BYTES == 64 ? 4 : 2;                         // vectors in flight: latency is twice the issue time
+    DLKIT_VECTOR_BYTES == 64 ? 4 : 2;                         // vectors in flight: a round's latency is two issue times
 constexpr int64_t kKeepStep = kVectorBlocks * kPhiloxGroups;  // blocks, so bytes, that keep_bits writes at a time
 
 #if defined(__x86_64__)
