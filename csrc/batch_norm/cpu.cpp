@@ -17,7 +17,7 @@
 // seen before it: where the centre is far from the run's own mean, so are the elements seen from the mean of all, and
 // nothing cancels.
 //
-// The division into parts is a function of the shape alone, so the number of threads never changes a bit.
+// The division into parts depends only on the shape: the number of threads never changes a bit.
 #include "cpu/channels_last.h"
 #include "cpu/contiguous.h"
 #include "cpu/rows.h"
