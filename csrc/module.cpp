@@ -1,5 +1,5 @@
-// dlkit._C: importing it loads the library, which registers the ops with torch; Call calls them; the functions say what
-// was built in, and whether an optimizer's dicts still hold what they held.
+// The Python module dlkit._C. Importing it registers the ops with torch. Its type Call calls them; the table below says
+// what its functions do.
 #include <Python.h>
 
 #include "common/cpu/capability.h"

@@ -1,23 +1,23 @@
 // batch_norm, group_norm and instance_norm on the CPU.
 //
 // Both layouts and both directions run as the same three steps over units, which share no statistics, and parts of a
-// unit: reduce (sums over a part), finish (what the unit's sums become), apply (elementwise, over a part). Contiguous,
-// a unit is one statistic group: slices of adjacent elements; with channels_last it is a matrix of rows by channels,
-// one a sample (group_norm) or one in all (batch_norm). Where there are units enough, one task takes a unit through all
-// three steps, so that what fits a cache is read from memory once; else all parts take each step together. apply goes
-// through a part backwards, block by block, from what the caches still hold. Backward's reduce writes the gradient that
-// passed the activation where the residual wants it, which apply then reads in place of its sources; with given
-// statistics it writes grad_input as well, and there is no apply.
+// unit: reduce (sums over a part), finish (statistics or factors from the unit's sums), apply (elementwise, over a
+// part). Contiguous, a unit is one statistic group: slices of adjacent elements; with channels_last it is a matrix of
+// rows by channels, one for each sample (group_norm) or one in all (batch_norm). Where there are units enough, one task
+// takes a unit through all three steps, and a unit that fits a cache is read from memory only once; else all parts take
+// each step together. apply goes through a part backwards, block by block, beginning with the blocks that the caches
+// still hold. Backward's reduce writes the activation's gradient into the residual's gradient if there is one, and
+// apply reads it there; with given statistics reduce writes grad_input as well, and there is no apply.
 //
-// A ReLU is part of the loops. Other activations are calls on a few vectors at a time, so that they add no loops.
-// Backward works z out again, once: what passed the activation waits for apply where grad_input will be.
+// A ReLU is part of the loops. Other activations are calls on a few vectors at a time, which need no loops of their
+// own. Backward computes z again, only once: the activation's gradient is kept for apply where grad_input will be.
 //
-// Statistics take one reading: deviations from a centre, which is the mean so far, go into fp32 sums over a run, and
-// these, with their centre, into a double mean and sum of squared deviations. A run is at most four times what was
-// seen before it: where the centre is far from the run's own mean, so are the elements seen from the mean of all, and
+// Statistics take one pass: deviations from a centre, which is the mean so far, go into fp32 sums over a run, and
+// these, with their centre, into a double mean and sum of squared deviations. A run is at most four times as long as
+// all runs before it: if its centre is far from its own mean, its elements are also far from the mean of all, and
 // nothing cancels.
 //
-// The division into parts is a function of the shape alone, so the number of threads never changes a bit.
+// The division into parts depends only on the shape: the number of threads never changes a bit.
 #include "cpu/channels_last.h"
 #include "cpu/contiguous.h"
 #include "cpu/rows.h"
@@ -27,7 +27,7 @@ namespace dlkit::batch_norm {
 namespace DLKIT_ISA {
 namespace {
 
-// The gradients of group_norm's parameters: over the batch in order, from each sample's sums, found by sums_of(n, c).
+// The gradients of group_norm's parameters: each sample's sums, from sums_of(n, c), added up in the batch's order.
 template <class A, class F>
 void finish_parameters(const Backward& op, const F& sums_of) {
   const Shape& shape = op.shape;

@@ -1,5 +1,5 @@
-// dropout(act(x + bias)) on the CPU. Chunks of kChunk elements: their keep bits first, then row by row what lies in
-// them. Bytes moved: x and y, each once; backward x, grad_output and grad_input, each once, and one partial row of
+// dropout(act(x + bias)) on the CPU. Work goes in chunks of kChunk elements: first their keep bits, then their parts of
+// rows. Bytes moved: x and y, each once; backward x, grad_output and grad_input, each once, and one partial row of
 // grad_bias a block of rows, summed in a fixed order.
 #include "../common/cpu/activation.h"
 #include "../common/cpu/parallel.h"
@@ -62,7 +62,7 @@ void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool nt_
   if (nt_store) streaming_fence();
 }
 
-// `sums`: of the gradient over the rows, or null.
+// `sums` receives the gradient's sums over the rows, or is null.
 template <class T, Activation kActivation>
 void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool nt_store) {
   using A = accumulate_t<T>;
@@ -80,27 +80,27 @@ void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumu
   if (nt_store) streaming_fence();
 }
 
-// Past the caches where the output is larger than them, in whole aligned vectors.
+// Outputs larger than the caches go past them, if their vectors are whole and aligned.
 template <class T>
 bool should_stream(const void* output, int64_t rows, int64_t cols) {
   return is_beyond_caches<T>(rows * cols) && uintptr_t(output) % 64 == 0 &&
          (rows == 1 || cols * int64_t(sizeof(T)) % 64 == 0);
 }
 
-// Into how many blocks of rows the sums of grad_bias are cut: a function of the shape alone.
+// The number of blocks of rows for the sums of grad_bias. It depends only on the shape.
 int64_t row_blocks(const Backward& op) {
   const int64_t by_work = op.rows * op.cols / kGrain, by_rows = max64(op.rows / 8, min64(op.rows, 2));
   return max64(1, min64(64, min64(by_work, by_rows)));
 }
 
-// Rows that are added up before their sum goes into the block's: 32,000 equal terms one after the other are off by
-// 5e-4. At least a chunk of elements, up to 512 rows.
+// Rows that are added up before their sum is added to the block's: the sum of 32,000 equal terms one after the other is
+// off by 5e-4. At least a chunk of elements, up to 512 rows.
 int64_t run_of(const Backward& op) { return max64(64, min64(512, kChunk / op.cols)); }
 
 bool has_runs(const Backward& op, int64_t blocks) { return op.rows > run_of(op) * blocks; }
 
-// The gradient of rows [first, last), and its sums over them. `run_sums` has room for those of a run, or is null where
-// all rows are one.
+// The gradient of rows [first, last), and its sums over them. `run_sums` has room for the sums of a run, or is null
+// where all rows are one run.
 template <class T, Activation kActivation>
 void backward_rows(const CpuBackward& op, int64_t first, int64_t last, accumulate_t<T>* sums, accumulate_t<T>* run_sums,
                    bool nt_store) {

@@ -1,8 +1,8 @@
 // dropout(act(x + bias)) on CUDA. A thread takes the 8 elements that a Philox block decides, in accesses of up to 16
-// bytes, or one element where a row is not made of such groups. Bytes moved: x and y, each once; backward x,
-// grad_output and grad_input, each once. For grad_bias a thread keeps to its columns and walks down the rows of its
-// block, so that sums stay in registers; the block's 8 rows of threads meet in shared memory, blocks in a second
-// kernel, all in a fixed order that the shape alone decides. Not yet run on a GPU.
+// bytes, or one element where rows do not consist of such groups. Bytes moved: x and y, each once; backward x,
+// grad_output and grad_input, each once. For grad_bias a thread keeps its columns and walks down the rows of its block,
+// with the sums in registers; the block's 8 rows of threads are added up in shared memory, blocks in a second kernel,
+// all in an order that depends only on the shape. Not yet run on a GPU.
 #include "../common/cuda/activation.cuh"
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/partials.cuh"
@@ -47,13 +47,13 @@ __device__ __forceinline__ void store_narrow(T* to, const accumulate_t<T> (&valu
     accumulate_t<T> part[step];
 #pragma unroll
     for (int k = 0; k < step; ++k) part[k] = values[i + k];
-    // A plain store of 16 bytes is taken apart into words in backward_columns, __stcs is not.
+    // The compiler splits a plain store of 16 bytes into words in backward_columns, but not __stcs.
     store_once<bytes>(to + i, narrow<T, bytes>(part));
   }
 }
 
-// Kernels are named by what one access moves: 16 bytes where a thread takes the elements of a Philox block together,
-// else an element.
+// The bytes of one access, which are part of a kernel's name: 16 where a thread takes the elements of a Philox block
+// together, else an element's.
 template <class T, int Count>
 constexpr int pack_bytes = Count > 1 ? 16 : int(sizeof(T));
 template <int PackBytes>
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(threads) backward_elements(const Backward op) 
   }
 }
 
-// Rows cut into blocks, columns into tiles; each block leaves a partial row.
+// Rows are cut into blocks, columns into tiles; each block writes a partial row.
 struct Cut {
   int64_t blocks, tiles;
 };
@@ -119,7 +119,7 @@ Cut cut(const Backward& op) {
   return {std::max<int64_t>(1, std::min(divide_up(op.rows, 4 * thread_rows), 2048 / tiles)), tiles};
 }
 
-// Two blocks a processor: left to itself, ptxas spills at 80 registers for sm_80.
+// Two blocks a multiprocessor: without that bound ptxas takes 80 registers for sm_80 and spills.
 template <class T, int PackBytes, Activation Kind>
 __global__ void __launch_bounds__(threads, 2) backward_columns(const Backward op, int64_t blocks, int64_t tiles) {
   using A = accumulate_t<T>;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(threads, 2) backward_columns(const Backward op
   }
 }
 
-// Calls f with the elements a thread takes together: 8 where rows and addresses allow.
+// Calls f with the number of elements that a thread takes together: 8 where rows and addresses allow.
 template <class F>
 void with_count(bool whole, const F& f) {
   whole ? f(std::integral_constant<int, kBlockElements>()) : f(std::integral_constant<int, 1>());

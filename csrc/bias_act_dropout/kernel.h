@@ -3,11 +3,11 @@
 //   forward    y = keep(i) ? act(x + bias) * scale : 0
 //   backward   grad_input = keep(i) ? grad_output * scale * act'(x + bias) : 0, grad_bias = its sum over the rows
 //
-// x, y, grad_output and grad_input are [rows, cols], contiguous; bias and grad_bias [cols], of the accumulation type
-// (fp64 where dtype is F64, else fp32), which is that of all arithmetic. Everything is rounded once. bias may be null:
-// then rows is 1 and cols all there are. i is the logical index of an element, keep() the stream of common/philox.h; an
-// inactive dropout keeps all. What is dropped is 0 whatever it was. Backward works mask and activation out again from
-// x; on the CPU it reads the mask where forward kept its bits.
+// x, y, grad_output and grad_input are [rows, cols], contiguous; bias and grad_bias are [cols], of the accumulation
+// type (fp64 where dtype is F64, else fp32), in which all arithmetic is done. Results are rounded once. bias may be
+// null: then rows is 1 and cols the number of elements. i is the logical index of an element, keep() the stream of
+// common/philox.h; an inactive dropout keeps all. A dropped element is 0 whatever its value was, even NaN. Backward
+// computes mask and activation again; on the CPU it reads the mask where forward kept its bits.
 #pragma once
 
 #include "../common/activation.h"
@@ -15,7 +15,8 @@
 
 namespace dlkit::bias_act_dropout {
 
-// Calls f with the activation as a constant: one of the three that follow a matrix product. op.cpp refuses others.
+// Calls f with the activation as a constant: one of the three that usually follow a matrix product. op.cpp refuses the
+// others.
 template <class F>
 [[maybe_unused]] static void with_supported_activation(Activation activation, const F& f) {
   with_activation<Activation::Relu, Activation::Gelu, Activation::GeluTanh>(activation, f);
@@ -36,8 +37,8 @@ struct Backward {
   const void* x;
   const void* bias;  // or null
   void* grad_input;
-  void* grad_bias;  // or null, as where bias is
-  void* partials;   // as many bytes as backward_partials_*() says
+  void* grad_bias;  // or null, as it is where bias is
+  void* partials;   // backward_partials_*() bytes
   int64_t rows, cols;
   FusedDropout dropout;
   Activation activation;

@@ -1,5 +1,5 @@
-// dropout(act(input + bias)) as torch ops. The public one checks its arguments, then calls the forward op, through an
-// autograd node where a gradient is asked for; backward is an op of its own, so that compilers see both. Forward-mode
+// dropout(act(input + bias)) as torch ops. The public one checks its arguments, then calls the forward op, with an
+// autograd node where a gradient is needed. Backward is an op of its own, which lets compilers see both. Forward-mode
 // derivatives, torch.func transforms and double backward go through torch's formula with the same mask.
 #include "../dropout/op.h"
 
@@ -27,7 +27,8 @@ void check_activation(int64_t activation) {
                     activation);
 }
 
-// What both kernels' arguments share. A bias of 16 bits is widened here: a row of it is nothing beside the input.
+// Fills in the arguments that both kernels share. A 16-bit bias is widened here: its one row is negligible beside the
+// input.
 template <class Op>
 Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t activation, double p) {
   check_activation(activation);
@@ -44,7 +45,7 @@ Tensor describe(Op& op, const Tensor& x, const OptionalTensor& bias, int64_t act
   return wide;
 }
 
-// Nothing is drawn for nothing: an empty input, p = 0, or p = 1.
+// An empty input, p = 0 and p = 1 need no mask: nothing is drawn.
 template <class Device>
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bias, const OptionalTensor& rng_state,
                                    int64_t activation, double p, const OptionalGenerator& generator, bool keep_bits) {
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bi
   return {std::move(y), std::move(drawn)};
 }
 
-// grad_bias is undefined where it is not asked for.
+// grad_bias is undefined where it is not needed.
 template <class Device>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& bias,
                                     const Tensor& rng_state, int64_t activation, double p, bool needs_bias) {
@@ -133,7 +134,7 @@ struct BiasActDropoutBackward : SavingNode<BiasActDropoutBackward, 3> {
     return {task_should_compute_output(0) ? grad_input : Tensor(), grad_bias};
   }
 
-  // dropout's own backward, which is linear, then torch's of the activation.
+  // dropout's own backward, which is linear, then torch's backward of the activation.
   variable_list differentiable_backward(const variable_list& grads, const Saved& saved) override {
     const Tensor grad = p > 0 ? dropout::drop_again(grads[0], saved[RngState], p) : grads[0];
     const auto found = differentiable_gradients(activate(saved[Input], saved[Bias], activation), grad,
@@ -143,7 +144,7 @@ struct BiasActDropoutBackward : SavingNode<BiasActDropoutBackward, 3> {
   }
 };
 
-// torch's formula with this library's mask, for what has no kernel here, torch.func transforms and forward mode.
+// torch's formula with this library's mask, for tensors without a kernel, torch.func transforms and forward mode.
 Tensor formula(const Tensor& input, const OptionalTensor& bias, int64_t activation, double p,
                const OptionalGenerator& generator, const OptionalTensor& stream) {
   const Tensor y = activate(input, bias, activation);

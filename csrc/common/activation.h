@@ -1,5 +1,5 @@
-// The activations that may follow what an op computes, by number: the fast call from Python knows no strings.
-// dlkit/_activation.py has their names.
+// The activations that an op can apply to its result. They are numbers, since the fast call from Python takes no
+// strings; dlkit/_activation.py has their names.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ enum class Activation : int64_t {
   None = 0,
   Relu = 1,
   Gelu = 2,      // x * Phi(x)
-  GeluTanh = 3,  // its approximation by tanh
+  GeluTanh = 3,  // Gelu's approximation by tanh
   Silu = 4,      // x * logistic(x)
   Hardswish = 5,
   Relu6 = 6,

@@ -22,8 +22,8 @@ static void with_type(DType type, const F& f) {
   }
 }
 
-// The same for the type of the tensors that an op works on. The object for AVX-512 with BF16 has kernels of bf16 alone:
-// DLKIT_CPU_ENTRY sends it no other.
+// The same for the type of the tensors that an op works on. The object for AVX-512 with BF16 has kernels for bf16 only;
+// DLKIT_CPU_ENTRY sends it no other type.
 template <class F>
 static void with_data_type(DType type, const F& f) {
 #if defined(DLKIT_BF16_ONLY)
@@ -33,7 +33,7 @@ static void with_data_type(DType type, const F& f) {
 #endif
 }
 
-// f(A()): A the type in which statistics and sums of `type` are kept.
+// Calls f(A()), where A is the type in which statistics and sums of `type` are kept.
 template <class F>
 static auto with_accumulate(DType type, const F& f) {
   return type == DType::F64 ? f(double()) : f(float());

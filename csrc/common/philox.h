@@ -1,6 +1,6 @@
-// The one random stream: which elements dropout drops, the same on every device, for any threads, grid, vector width
-// and strides. Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by a seed,
-// counted by the element's logical (contiguous-order) index i:
+// The random stream that decides which elements dropout drops. It is the same on every device and for any number of
+// threads, grid, vector width and strides. Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// 2011), keyed by a seed, counted by the element's logical (contiguous-order) index i:
 //
 //   key      seed, 64 bits: low word, high word
 //   counter  offset / 4, 64 bits: low word, high word; then the block's number i / 8, 64 bits: low word, high word
@@ -8,19 +8,19 @@
 //   p        T = round(p * 2^32). Element i is dropped if its 16 bits are below T / 2^16; where they equal it, a second
 //            16 bits decide: the same lane of the block with offset / 4 + 1, dropped if below T % 2^16
 //
-// So p is exact to 2^-32 and eight elements cost one block, nearly always. Bits alone on one core of a Zen 4, against a
-// word an element without ties: 0.19 ns against 0.32 with AVX-512, 0.29 against 0.54 with AVX2, 0.61 against 1.19 with
-// SSE2; a copy at full bandwidth takes 0.30 ns a core for an element of fp32, 0.15 for one of bf16. The counter's words
-// hold what torch's own CUDA kernels put there (offset in front, subsequence behind), and a call moves the generator's
-// offset on by kDrawn: it shares no word with any call before or after it, torch's included. tests/test_dropout.py has
-// the published vectors.
+// This makes p exact to 2^-32, and eight elements nearly always cost one block. Drawing the bits on one core of a Zen 4
+// takes 0.19 ns an element with AVX-512, 0.29 with AVX2 and 0.61 with SSE2; a 32-bit word an element, which needs no
+// second draw, would take 0.32, 0.54 and 1.19. A copy at full bandwidth takes 0.30 ns a core for an element of fp32,
+// 0.15 for one of bf16. The counter's words hold what torch's own CUDA kernels put there (the offset first, then the
+// subsequence), and a call advances the generator's offset by kDrawn, so it shares no word with any call before or
+// after it, torch's included. tests/test_dropout.py has the published vectors.
 #pragma once
 
 #include "scalar.h"
 
 namespace dlkit {
 
-constexpr uint64_t kDrawn = 8;  // words that one call takes of a lane's sequence: two blocks of four
+constexpr uint64_t kDrawn = 8;  // words of a lane's sequence that one call uses: two blocks of four
 constexpr int kBlockElements = 8;
 constexpr uint32_t kPhiloxMultiply0 = 0xd2511f53, kPhiloxMultiply1 = 0xcd9e8d57;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9e3779b9, kPhiloxKeyStep1 = 0xbb67ae85;
@@ -29,7 +29,8 @@ struct PhiloxState {
   uint64_t seed, offset;
 };
 
-// Where a kernel finds them: in memory, the offset as *offset_at + offset, or here where the pointers are null.
+// Where a kernel finds the state: seed and offset as *seed_at and *offset_at + offset, or, where the pointers are null,
+// in the fields themselves.
 struct PhiloxSource {
   const int64_t* seed_at;
   const int64_t* offset_at;
@@ -41,7 +42,7 @@ DLKIT_HOST_DEVICE PhiloxState read(const PhiloxSource& source) {
   return {uint64_t(*source.seed_at), uint64_t(*source.offset_at) + source.offset};
 }
 
-// Hands what was read on to backward; output is [2], or null.
+// Stores the state for backward; output is [2], or null.
 DLKIT_HOST_DEVICE void write_state(const PhiloxState& state, int64_t* output) {
   if (output == nullptr) return;
   output[0] = int64_t(state.seed);
@@ -57,8 +58,8 @@ struct FusedDropout {
   bool active = false;
 };
 
-// On the CPU, the keep bits of a call in element order, for a backward that would take longer to draw them again than
-// to read them: one bit an element. Written where they are not drawn yet. `data` is null where they are not kept.
+// The keep bits of a call on the CPU, one an element in element order, for a backward that reads them faster than it
+// draws them again. The kernel draws and writes them unless `drawn` is set. `data` is null where they are not kept.
 struct KeptBits {
   uint8_t* data = nullptr;
   bool drawn = false;
@@ -73,7 +74,7 @@ struct Product {
 };
 
 DLKIT_HOST_DEVICE Product multiply_wide(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)  // nvcc adds 0 to the upper half of a 64-bit product: 20 instructions a block
+#if defined(__CUDA_ARCH__)  // nvcc would add 0 to the upper half of a 64-bit product: 20 more instructions a block
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   Product halves;
@@ -118,7 +119,7 @@ DLKIT_HOST_DEVICE void philox_blocks(uint64_t key, uint64_t counter_low, uint64_
   }
 }
 
-// One block, in as little code and registers as can be.
+// One block, in as little code and as few registers as possible.
 DLKIT_HOST_DEVICE PhiloxBlock philox(uint64_t key, uint64_t counter_low, uint64_t counter_high) {
   PhiloxBlock block = philox_counter(counter_low, counter_high);
   uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);
@@ -134,13 +135,14 @@ DLKIT_HOST_DEVICE uint32_t lane_bits(const PhiloxBlock& block, int lane) {
   return block.words[lane / 2] >> (lane % 2 * 16) & 0xffff;
 }
 
-// T of above, from 0 to 2^32.
+// The T of this file's header, from 0 to 2^32.
 DLKIT_HOST_DEVICE uint64_t drop_threshold(double p) { return uint64_t(p * 4294967296.0 + 0.5); }
 
-// What is kept grows by this, so that the mean stays.
+// Kept elements are multiplied by this, which preserves the mean.
 DLKIT_HOST_DEVICE double dropout_scale(double p) { return p < 1 ? 1 / (1 - p) : 0; }
 
-// Bit j is set if element 8 * block + j is kept. The definition; cpu/philox.h and cuda/philox.cuh are faster.
+// Bit j is set if element 8 * block + j is kept. This is the definition; cpu/philox.h and cuda/philox.cuh compute the
+// same bits faster.
 DLKIT_HOST_DEVICE uint32_t keep_block(const PhiloxState& state, uint64_t threshold, uint64_t block) {
   const uint32_t high = uint32_t(threshold >> 16), low = uint32_t(threshold & 0xffff);
   const PhiloxBlock first = philox(state.seed, state.offset / 4, block);

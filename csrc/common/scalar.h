@@ -1,4 +1,4 @@
-// The scalar types every kernel shares: bf16 and fp16 as bits, their conversions, and the accumulation type of each.
+// The scalar types that all kernels use: bf16 and fp16 as bits, their conversions, and each type's accumulation type.
 // Header-only and free of torch, so that kernels compile in seconds. Every function has internal linkage: this header
 // is compiled with AVX-512 flags in one object and without in another, and a shared inline copy would leak one into the
 // other.
@@ -96,7 +96,7 @@ DLKIT_HOST_DEVICE Float16 narrow(float value, Float16) {
 #endif
 }
 
-// The largest value that narrow() makes 0: half of the smallest subnormal.
+// The largest value that narrow() rounds to 0: half of the smallest subnormal.
 DLKIT_HOST_DEVICE float rounds_to_zero(float) { return 0; }
 DLKIT_HOST_DEVICE double rounds_to_zero(double) { return 0; }
 DLKIT_HOST_DEVICE float rounds_to_zero(BFloat16) { return bit_cast<float>(uint32_t(1) << 15); }   // 2^-134

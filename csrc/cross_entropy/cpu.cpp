@@ -1,13 +1,12 @@
 // Cross entropy on the CPU.
 //
-// Bytes moved, in units of the logits: forward 1 (reads them), backward 2 (reads them, writes the gradient), the least
-// there is; torch moves 7. A row is taken in chunks that stay in the first-level cache: their maximum first, then
-// exp(x - max) and its sum, while what was summed before is rescaled where the maximum grew. That is one exp an element
-// each way, 10 instructions a vector (12 on AVX2); bf16 has loops of its own (cpu/bf16.h). Where classes do not lie
-// side by side ([N, C, H, W]), a lane is a pixel (cpu/pixels.h): forward copies blocks of pixels class by class,
-// because classes at a distance of 2^k bytes would push each other out of the cache. Rows of few classes are turned
-// round and go the same way. All of a row is computed by one thread in one order; the losses of rows are added up in
-// the order of the rows.
+// Bytes moved, in units of the logits' size: forward 1 (reads them), backward 2 (reads them, writes the gradient), the
+// least there is; torch moves 7. A row is taken in chunks that stay in the first-level cache: first their maximum, then
+// exp(x - max) and its sum; the sum of earlier chunks is rescaled where the maximum grew. Forward and backward each
+// take one exp an element, 10 instructions a vector (12 on AVX2); bf16 has its own loops (cpu/bf16.h). Where classes
+// are not adjacent ([N, C, H, W]), a lane is a pixel (cpu/pixels.h): forward copies blocks of pixels class by class,
+// because classes 2^k bytes apart would evict each other from the cache. Rows of few classes are transposed and go the
+// same way. One thread computes all of a row in a fixed order; the rows' losses are added up in the order of the rows.
 #include "../common/cpu/cache.h"
 #include "../common/dispatch.h"
 #include "cpu/pixels.h"
@@ -19,7 +18,7 @@ namespace {
 
 using namespace dlkit::DLKIT_ISA;
 
-// The sum or mean of rows, in their order.
+// The sum of rows' values, in the order of the rows.
 template <class A>
 double sum_rows(const void* values, int64_t rows) {
   double totals[1];

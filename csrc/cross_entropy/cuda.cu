@@ -1,4 +1,4 @@
-// Cross entropy on CUDA. Bytes moved, in units of the logits: forward 1, backward 2, the least there is.
+// Cross entropy on CUDA. Bytes moved, in units of the logits' size: forward 1, backward 2, the least there is.
 //
 //   rows      Lanes threads a row: 8 (up to 64 classes), a warp (up to 1024), or 512, in packs of 16 bytes, four in
 //             flight a thread. A thread has its own running maximum and sum of exponentials, rescaled at most once for
@@ -6,8 +6,8 @@
 //             instructions: bf16 at 4.8 TB/s leaves an H200 14 an element.
 //   pixels    classes at a distance ([N, C, H, W]): a thread has 16 bytes of adjacent pixels and walks the classes.
 //
-// Losses of rows are added up by a second kernel, for many rows in two stages, in an order that the shape decides. Not
-// yet run on a GPU.
+// A second kernel adds up the rows' losses, in two stages for many rows, in an order that depends only on the shape.
+// Not yet run on a GPU.
 #include <cassert>
 #include <cmath>
 
@@ -33,7 +33,7 @@ __device__ __forceinline__ A infinity() {
   return A(INFINITY);
 }
 
-// What is taken from a maximum in exponents: 0 where all is -inf so far.
+// The number subtracted in exponents: the maximum, or 0 where all values so far are -inf.
 template <class A>
 __device__ __forceinline__ A shift_of(A max) {
   return max == -infinity<A>() ? A(0) : max;
@@ -49,7 +49,7 @@ __device__ __forceinline__ A weight_of(const Problem& op, int64_t column) {
   return op.weight == nullptr ? A(1) : static_cast<const A*>(op.weight)[column];
 }
 
-// The softcap and its derivative, which 1 - tanh^2 would lose for a large x.
+// The softcap and its derivative, which 1 - tanh^2 would round to 0 for a large x.
 template <class A>
 __device__ __forceinline__ A capped(A x, A cap, A& derivative) {
   const A u = x / cap, t = tanh(u), e = exp(A(-2) * (u < A(0) ? -u : u));
@@ -62,7 +62,7 @@ __device__ __forceinline__ A capped(A x, double softcap) {
   return softcap == 0 ? x : capped(x, A(softcap), derivative);
 }
 
-// u_c, without the part of the target and the factor `share`.
+// u_c; for class targets without the target's extra part and without the factor e / classes, which is applied later.
 template <class T>
 __device__ __forceinline__ accumulate_t<T> share_of(const Problem& op, const T* probabilities, int64_t column,
                                                     int64_t at) {
@@ -73,14 +73,13 @@ __device__ __forceinline__ accumulate_t<T> share_of(const Problem& op, const T* 
                                A(op.label_smoothing / double(op.classes)));
 }
 
-// What was read of a row: the maximum, and relative to it the sum of exponentials, the sum of u * (x - max), and that
-// of u.
+// The sums over the part of a row read so far: the maximum, the sums of exp(x - max) and u * (x - max), and that of u.
 template <class A>
 struct Sums {
   A max, sum, dot, mass;
 };
 
-// To a larger maximum.
+// Rescales the sums to a larger maximum.
 template <class A>
 __device__ __forceinline__ void grow(Sums<A>& sums, A max) {
   const A grown = shift_of(sums.max) - shift_of(max);
@@ -94,7 +93,7 @@ __device__ __forceinline__ bool is_ignored(const Problem& op, int64_t row) {
   return op.target != nullptr && op.target[row] == op.ignore_index;
 }
 
-// Writes what belongs to one row. x_t is read again: it is in the caches.
+// Writes the outputs of one row. x_t is read again: it is in the caches.
 template <class T>
 __device__ __forceinline__ void finish(const Forward& op, int64_t row, const T* x, int64_t distance,
                                        const Sums<accumulate_t<T>>& sums) {
@@ -127,7 +126,7 @@ __device__ __forceinline__ void finish(const Forward& op, int64_t row, const T* 
   static_cast<A*>(op.sum)[row] = sums.sum;
 }
 
-// The largest of a group of Lanes threads, as group_sum of reduce.cuh.
+// The maximum over a group of Lanes threads, like group_sum of reduce.cuh.
 template <int Lanes, class A>
 __device__ __forceinline__ A group_max(A value, A* exchange) {
 #pragma unroll
@@ -148,7 +147,8 @@ __device__ __forceinline__ A group_max(A value, A* exchange) {
   return value;
 }
 
-// Dots: sums of u * (x - max) are asked for. Without a number of blocks to be resident ptxas spills, here and below.
+// Dots: sums of u * (x - max) are needed. Without a number of resident blocks in the launch bounds ptxas spills, here
+// and below.
 template <class T, int Lanes, int PackBytes, bool Dots>
 __global__ void __launch_bounds__(threads_of<Lanes>, 1) forward_rows(const Forward op) {
   using A = accumulate_t<T>;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, 1) forward_rows(const Forwa
   }
 }
 
-// check_sass expects wide stores where PackBytes is the second argument; this kernel stores none.
+// PackBytes comes first, since check_sass.py expects wide stores where it comes second; this kernel has none.
 template <int PackBytes, class T>
 __global__ void __launch_bounds__(256, 1) forward_pixels(const Forward op, int64_t packs, bool dots) {
   using A = accumulate_t<T>;
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(256, 1) forward_pixels(const Forward op, int64
   }
 }
 
-// The losses of one slice of rows a block, in double: loss, z, weights, count.
+// Writes the loss and z-loss from the totals of all rows, in double: loss, z, weights, count.
 template <class A>
 __device__ __forceinline__ void write_loss(const Forward& op, const double (&totals)[4]) {
   double loss = totals[0], z = totals[1];
@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(32) sum_slices(const Forward op, int slices) {
   if (threadIdx.x == 0) write_loss<A>(op, totals);
 }
 
-// What backward multiplies with in one row, as in cpu.cpp. In double: a handful of operations, rounded once.
+// The factors of backward in one row, as in cpu/shared.h. Computed in double: it is a handful of operations, and the
+// result is rounded once.
 template <class A>
 struct Slope {
   A shift, scale, z, share, hit;
@@ -354,7 +355,7 @@ __device__ __forceinline__ accumulate_t<T> gradient(const Backward& op, const Sl
   return op.softcap != 0 ? result * derivative : result;
 }
 
-// The sum of class weights, where smoothing wants it: every block finds the same bits.
+// The sum of class weights, if smoothing needs it: every block computes the same bits.
 template <class A>
 __device__ __forceinline__ double sum_of_weights(const Problem& op, double (*exchange)[1]) {
   if (op.weight == nullptr) return double(op.classes);
@@ -366,7 +367,7 @@ __device__ __forceinline__ double sum_of_weights(const Problem& op, double (*exc
   return sum[0];
 }
 
-// A group of Lanes threads takes a row, or a tile of one: `tiles` pieces of as many packs.
+// A group of Lanes threads takes a row, or one of the `tiles` tiles into which it is cut.
 template <class T, int PackBytes, int Lanes>
 __global__ void __launch_bounds__(256, 1) backward_rows(const Backward op, int64_t tiles, bool shares) {
   using A = accumulate_t<T>;
@@ -442,7 +443,8 @@ __global__ void __launch_bounds__(256, 1) backward_pixels(const Backward op, int
   }
 }
 
-// Whether 16 bytes go together: `count` adjacent elements, rows at a distance, all addresses.
+// Whether accesses of 16 bytes are possible: runs of adjacent elements, the distance of rows and all addresses must
+// allow them.
 bool is_wide(const Problem& op, const void* other, int64_t other_stride) {
   const int64_t width = 16 / size_of(op.dtype), run = op.inner == 1 ? op.classes : op.inner;
   const bool rows = op.inner > 1 || (op.stride % width == 0 && other_stride % width == 0);
@@ -457,7 +459,7 @@ void with_pack(const Problem& op, bool wide, const F& f) {
   });
 }
 
-// Calls f(Lanes), of three numbers of threads for a row.
+// Calls f(Lanes) with one of three numbers of threads for a row.
 template <int Most, class F>
 void with_lanes(const Problem& op, const F& f) {
   if (op.classes <= 64) return f(std::integral_constant<int, 8>());
@@ -509,7 +511,7 @@ void backward_cuda(const Backward& op, void* stream) {
                     stream, op, packs, shares);
     }
     with_lanes<256>(op, [&](auto lanes) {
-      // Pieces of two rounds: long rows are many, so that few rows fill the device too.
+      // Tiles of two rounds each: a long row has many, which lets even few rows fill the device.
       const int64_t tiles = std::max<int64_t>(1, op.classes / width / (2 * flight * lanes.value));
       launch("cross_entropy backward", backward_rows<T, bytes.value, lanes.value>,
              grid_of(divide_up(op.rows * tiles, 256 / lanes.value)), 256, 0, stream, op, tiles, shares);

@@ -1,6 +1,6 @@
-// Cross entropy as torch ops. The public one checks its arguments, then calls the forward op, through an autograd node
-// where a gradient is asked for; backward is an op of its own, so that compilers see both, and once more in place, for
-// logits that may be overwritten by their gradient. Empty input, gradients of targets and class weights, forward-mode
+// Cross entropy as torch ops. The public one checks its arguments, then calls the forward op, with an autograd node
+// where a gradient is needed. Backward is an op of its own, which lets compilers see both; it has an in-place variant
+// for logits that their gradient may overwrite. Empty input, gradients of targets and class weights, forward-mode
 // derivatives, torch.func transforms and double backward go through torch's formula.
 #include "op.h"
 
@@ -43,17 +43,17 @@ bool has_probabilities(const Tensor& input, const Tensor& target) {
 
 int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
-// Whether the classes lie side by side, or are moved there: [N, C, ...] in channels_last.
+// Whether the classes are adjacent in memory though not the last dimension: [N, C, ...] in channels_last.
 bool classes_last(const Tensor& input) { return input.dim() > 2 && !input.is_contiguous() && input.sym_stride(1) == 1; }
 
-// The sizes of what has one element a row.
+// The sizes of a tensor with one element a row.
 c10::SymDimVector row_sizes(const Tensor& input) {
   c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
   sizes.erase(sizes.begin() + class_dim(input));
   return sizes;
 }
 
-// The classes last, where they lie side by side.
+// Moves the classes to the last dimension.
 Tensor with_classes_last(const Tensor& t) { return t.dim() <= 2 ? t : at::movedim(t, 1, -1); }
 
 // Logits as the kernels take them.
@@ -77,7 +77,7 @@ Tensor empty_gradient(const Tensor& input) {
   return at::movedim(at::empty_symint(at::movedim(input, 1, -1).sym_sizes(), input.options()), -1, 1);
 }
 
-// What both kernels' arguments share. The tensors that hold what is pointed to must outlive `op`.
+// The arguments that both kernels share. These tensors own the memory that `op` points to and must outlive it.
 struct Held {
   View view;
   Tensor target, weight;
@@ -92,7 +92,7 @@ Tensor widened(const Tensor& weight, at::ScalarType type) {
   const Tensor wide = at::empty({weight.numel()}, weight.options().dtype(type));
   float* const to = wide.mutable_data_ptr<float>();
   const auto* const from = weight.const_data_ptr<at::BFloat16>();
-  constexpr int64_t kTogether = 16;  // a constant count, so that -O2 makes vectors of the loop
+  constexpr int64_t kTogether = 16;  // a constant count lets -O2 vectorize the loop
   int64_t i = 0;
   for (; i + kTogether <= weight.numel(); i += kTogether) {
     for (int64_t j = 0; j < kTogether; ++j) to[i + j] = from[i + j];
@@ -139,8 +139,8 @@ at::ScalarType loss_type(const Tensor& input, bool wide) {
   return wide ? accumulate_type(input.scalar_type()) : input.scalar_type();
 }
 
-// stats: the maximum and the sum of exponentials of each row, and for probabilities their mass; total: what a mean
-// divides by.
+// stats: the maximum and the sum of exponentials of each row, and for probabilities their mass; total: the divisors of
+// a mean.
 ForwardOutputs empty_outputs(const Tensor& input, const Tensor& target, const Options& options, bool wide) {
   const auto wanted = input.options().dtype(accumulate_type(input.scalar_type()));
   const auto loss_options = input.options().dtype(loss_type(input, wide));
@@ -172,8 +172,8 @@ ForwardOutputs forward(const Tensor& input, const Tensor& target, const Optional
   Forward op{};
   const Held held = describe(op, input, target, weight, options);
   set_stats(op, stats, total);
-  // Without a reduction the kernel's losses are the result, rounded once more for 16 bits. Those of a few rows need no
-  // tensor, which takes as long as their logits.
+  // Without a reduction the kernel's losses are the result, rounded once more for 16 bits. The losses of a few rows
+  // need no tensor: making one takes as long as their logits.
   const bool direct = reduction == 0 && loss.scalar_type() == stats.scalar_type();
   constexpr int64_t kFew = 16;
   double few[kFew];
@@ -261,7 +261,7 @@ Tensor backward_meta(const Tensor&, const Tensor& input, const Tensor&, const Op
 void backward_meta_(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                     const OptionalTensor&, int64_t, int64_t, double, double, double) {}
 
-// The same from torch's own differentiable ops: (loss, z_loss).
+// The same, (loss, z_loss), from torch's own differentiable ops.
 std::tuple<Tensor, Tensor> formula(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                    const Options& options, bool wide) {
   const at::ScalarType type = input.scalar_type();
@@ -316,7 +316,7 @@ struct CrossEntropyBackward : SavingNode<CrossEntropyBackward, 5> {
       static const auto op = find_op<BackwardInPlaceOp>("cross_entropy_backward_");
       call(op);
       overwritten = true;
-      input.unsafeGetTensorImpl()->bump_version();  // others that saved the logits shall notice
+      input.unsafeGetTensorImpl()->bump_version();  // nodes that saved the logits must notice
       return {input.detach()};
     }
     static const auto op = find_op<decltype(backward_meta)>("cross_entropy_backward");
@@ -406,7 +406,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& input, const Tensor& targ
   return {std::move(loss), std::move(z_loss)};
 }
 
-// Autocast runs torch's in fp32: here 16-bit logits are read as they are, and the loss is in fp32.
+// Autocast runs torch's op in fp32. This one reads 16-bit logits as they are and gives the loss in fp32.
 template <c10::DispatchKey kKey>
 std::tuple<Tensor, Tensor> cross_entropy_autocast(const Tensor& input, const Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,

@@ -1,4 +1,4 @@
-// What linear + cross entropy shares with cross entropy: the options, and the signatures of the ops that it calls.
+// Shared by cross entropy and linear + cross entropy: the options, and the signatures of the ops that the latter calls.
 #pragma once
 
 #include <tuple>
@@ -21,7 +21,7 @@ using PublicOp = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at:
 using ForwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                              const OptionalTensor&, int64_t, int64_t,
                                                                              double, double, double, bool);
-// (grad_loss, input, target, weight, stats, total, options), over the input
+// (grad_loss, input, target, weight, stats, total, options); writes the gradient over the input
 using BackwardInPlaceOp = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, double);
 

@@ -1,5 +1,6 @@
-// DropBlock on the CPU. First the bits of what is dropped, a unit of planes a task: Philox's seeds go into a bit string
-// in memory order, which grows along the rows, then down the columns, by shifts that double. Then x and y, each once.
+// DropBlock on the CPU. The first pass marks the dropped elements, a unit of planes a task: Philox's seeds are set in a
+// bit string in memory order, and grow to squares along the rows, then down the columns, by shifts that double. The
+// second pass reads x and writes y, each once.
 #include <atomic>
 #include <memory>
 
@@ -18,7 +19,7 @@ uint64_t* words_of(const DropBlock2d& op, int64_t unit) {
   return reinterpret_cast<uint64_t*>(op.dropped + unit * unit_words(op));
 }
 
-// words |= words << distance, from the last word to the first, so that each reads what has not changed yet.
+// words |= words << distance, from the last word to the first, since each must read words that have not changed yet.
 void grow(uint64_t* words, int64_t count, int64_t distance) {
   const int64_t whole = distance / 64, bits = distance % 64;
   const auto shifted = [&](auto low, auto high)
@@ -34,7 +35,7 @@ void grow(uint64_t* words, int64_t count, int64_t distance) {
   if (whole < count) words[whole] |= shifted(uint64_t(0), words[0]);
 }
 
-// A run of `size` times `step` elements at every bit that is set.
+// Grows every set bit to `size` bits that are `step` apart.
 void grow_to(uint64_t* words, int64_t count, int64_t step, int64_t size) {
   for (int64_t reach = 1; reach < size;) {
     const int64_t further = min64(reach, size - reach);
@@ -43,7 +44,7 @@ void grow_to(uint64_t* words, int64_t count, int64_t step, int64_t size) {
   }
 }
 
-// Fills in the bits of a unit and returns how many are set.
+// Sets the bits of a unit and returns how many are set.
 int64_t mark(const DropBlock2d& op, const PhiloxState& state, int64_t unit, uint8_t* kept) {
   const int64_t first = unit * unit_planes(op), planes = min64(unit_planes(op), op.planes - first);
   const int64_t rows = op.rows, columns = op.columns, step = op.channels;
@@ -54,7 +55,7 @@ int64_t mark(const DropBlock2d& op, const PhiloxState& state, int64_t unit, uint
   for (int64_t p = 0; p < planes; ++p) {
     int64_t at = op.channels > 1 ? p : p * plane;
     for (int64_t row = 0; row < rows; ++row, at += op.width * step, bit += columns) {
-      constexpr int64_t kRead = 56;  // bits that 8 bytes have from any bit of the first one on
+      constexpr int64_t kRead = 56;  // bits in 8 bytes from any bit of the first byte on
       for (int64_t column = 0; column < columns; column += kRead) {
         const int64_t count = min64(kRead, columns - column), from = bit + column;
         uint64_t seeds = ~(load_raw<uint64_t>(kept + from / 8) >> from % 8) & ((uint64_t(1) << count) - 1);
@@ -87,7 +88,7 @@ void apply(const DropBlock2d& op, double scale_by, int64_t unit, bool nt_store) 
   const auto one = [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
     write(y + i, select<A>(lanes_at<A>(dropped, i), Vector<A>{}, load(x + i, width) * scale), width, nt_store);
   };
-  // A part of a vector, never streamed, up to where whole ones are aligned.
+  // A part of a vector, never streamed, up to the first aligned one.
   const int64_t aligned = nt_store ? min64(count, (kLanes<A> - first % kLanes<A>) % kLanes<A>) : 0;
   if (nt_store) for_columns<A, 1>(0, aligned, one);
   for_columns<A, kSlots>(aligned, count, one);

@@ -1,6 +1,7 @@
-// DropBlock on CUDA. Two kernels: a thread draws a Philox block of 8 seeds and sets the bits of their squares, of which
-// there are few (p / size^2), by atomic or, whose old value says how many bits are new: whole numbers, so the count is
-// the same in any order. Then x and y once, 16 bytes at a time, with a bit an element more. Not yet run on a GPU.
+// DropBlock on CUDA. Two kernels. In the first a thread draws a Philox block of 8 seeds and sets the bits of their
+// squares, of which there are few (p / size^2), by atomic or. Its old value tells how many bits are new; these are
+// whole numbers, whose sum is the same in any order. The second reads x and a bit an element and writes y, 16 bytes at
+// a time. Not yet run on a GPU.
 #include <algorithm>
 
 #include "../common/cuda/launch.cuh"
@@ -16,7 +17,7 @@ using namespace dlkit::cuda;
 
 constexpr int threads = 256;
 
-// How many of `count` adjacent bits were not set before.
+// Sets `count` adjacent bits; returns how many were not set before.
 __device__ __forceinline__ int set_bits(uint32_t* words, int64_t first, int64_t count) {
   int fresh = 0;
   while (count > 0) {
@@ -51,7 +52,7 @@ __device__ __forceinline__ int set_square(const DropBlock2d& op, int64_t seed) {
   return fresh;
 }
 
-// Without a number of blocks to be resident ptxas for sm_80 settles for 40 registers and spills.
+// Without a number of resident blocks in the launch bounds ptxas takes 40 registers for sm_80 and spills.
 __global__ void __launch_bounds__(threads, 4) mark(const DropBlock2d op, int64_t seeds) {
   const PhiloxState state = read(op.source);
   unsigned long long fresh = 0;

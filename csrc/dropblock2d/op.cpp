@@ -1,7 +1,7 @@
 // DropBlock as torch ops. The public two, dropblock2d and dropblock2d_, check their arguments and call the forward op,
-// through an autograd node where a gradient is asked for. Backward is dropblock2d_apply, the pure function of forward's
-// state (seed, offset, how many elements were dropped), and its own backward as well. Forward-mode derivatives,
-// torch.func's transforms and devices without a kernel go through torch's own ops, with the same mask.
+// with an autograd node where a gradient is needed. Backward is dropblock2d_apply, the pure function of forward's state
+// (seed, offset, number of dropped elements), which is also its own backward. Forward-mode derivatives, torch.func's
+// transforms and devices without a kernel go through torch's own ops, with the same mask.
 #include "../glue/op.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -33,15 +33,15 @@ struct Corners {  // where a square has room
       : size(std::min({block_size, height, width})), rows(height - size + 1), columns(width - size + 1) {}
 };
 
-// Such that p of all elements would be dropped if no squares overlapped.
+// With this probability a share p of all elements would be dropped if no squares overlapped.
 double seed_probability(double p, int64_t height, int64_t width, const Corners& corners) {
   return p / double(corners.size * corners.size) * double(height * width) / double(corners.rows * corners.columns);
 }
 
 Tensor new_rng_state(const Tensor& input) { return at::zeros({3}, empty_rng_state(input).options()); }
 
-// `drawn`: seed and offset where they are given; `rng_state` receives or, where it is known, gives all three numbers.
-// Other layouts than the two fast ones go through contiguous memory.
+// `drawn` has seed and offset if they are given; `rng_state` receives all three numbers or, where it is known, gives
+// them. Layouts other than the two fast ones are made contiguous first.
 template <class Device>
 void run(const Device& device, const Tensor& input, Tensor& output, double p, int64_t block_size,
          const OptionalTensor& drawn, const Tensor& rng_state, bool known, const OptionalGenerator& generator) {
@@ -142,7 +142,7 @@ struct DropBlock2dBackward : SavingNode<DropBlock2dBackward, 1> {  // the state
   }
 };
 
-// The node of a call, or null where no gradient is asked for.
+// The node of a call, or null where no gradient is needed.
 auto node_of(const Tensor& input, double p, int64_t block_size) {
   const auto node = node_for<DropBlock2dBackward>(input);
   if (node) {
@@ -152,7 +152,7 @@ auto node_of(const Tensor& input, double p, int64_t block_size) {
   return node;
 }
 
-// input times what dropblock2d makes of ones: 0 where an element is dropped.
+// input times dropblock2d(ones), its factors; 0 where an element is dropped, whatever its value.
 Tensor scaled(const Tensor& input, const Tensor& factors) {
   return at::where(factors.ne(0), input * factors, 0).to(input.scalar_type());
 }
@@ -169,7 +169,7 @@ Tensor apply_autograd(const Tensor& input, const Tensor& rng_state, double p, in
   return with_history({call(input), rng_state}, node);
 }
 
-// The kernel's mask and factor, by torch's own ops.
+// Applies the kernel's mask and factor by torch's own ops.
 Tensor formula(const Tensor& input, double p, int64_t block_size, const OptionalGenerator& generator,
                const OptionalTensor& stream) {
   const int64_t height = input.sym_size(2).guard_int(__FILE__, __LINE__);

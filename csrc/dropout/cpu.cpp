@@ -1,6 +1,6 @@
-// Dropout on the CPU. Philox runs ahead by one step (256 elements with AVX-512) into a few bytes of keep bits, which
-// select among as many elements; outputs larger than the caches go past them. Bytes moved: x and y, each once; where
-// whole channels or samples are dropped, of x only what is kept.
+// Dropout on the CPU. Philox draws the keep bits of one step (256 elements with AVX-512), which then select among as
+// many elements; outputs larger than the caches go past them. Bytes moved: x and y, each once; where whole channels or
+// samples are dropped, only the kept part of x.
 #include <memory>
 
 #include "../common/cpu/bits.h"
@@ -17,16 +17,16 @@ using namespace dlkit::DLKIT_ISA;
 
 constexpr int64_t kStepElements = kKeepStep * kBlockElements;
 constexpr int64_t kAhead = 256;         // elements
-constexpr int64_t kSlack = 8;           // bytes that a read of a vector's bits may go past them
+constexpr int64_t kSlack = 8;           // bytes past a vector's bits that a read of them may touch
 constexpr int64_t kTileBits = 1 << 20;  // 128 KB: a part of the second-level cache
 
-// Columns of pixels that a plane has.
+// The number of columns of pixels in a plane.
 DLKIT_INLINE int64_t columns_of(const Dropout& op) {
   const int64_t spatial = op.inner / op.period, width = columns_at_once(spatial);
   return (spatial + width - 1) / width;
 }
 
-// What there is beside x * scale: a shift and what dropped elements become, or a residual.
+// The terms beside x * scale: none; a shift and the value of dropped elements; or a residual.
 enum Form { kPlain, kAffine, kResidual };
 
 template <class T>
@@ -46,10 +46,10 @@ struct Constants {
 constexpr int64_t kPair = 2 * kLanes<float>;
 using PairBits = std::conditional_t<kPair == 32, uint32_t, std::conditional_t<kPair == 16, uint16_t, uint8_t>>;
 
-// x * scale of kPair elements, 0 where a bit is not set: half the instructions of two loads that widen, as even and odd
-// elements are widened in place.
+// x * scale for kPair elements, 0 where a bit is not set. Even and odd elements are widened in place, which takes half
+// the instructions of two widening loads.
 DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
-#if defined(__AVX512BF16__)  // the shuffle that brings them together again also drops
+#if defined(__AVX512BF16__)  // the shuffle that joins them again also drops
   const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const VectorF32 even = (VectorF32)(x << 16) * scale, odd = (VectorF32)(x & 0xffff0000) * scale;
@@ -69,7 +69,7 @@ DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
 #endif
 }
 
-// The same for a step of them, to y, by bits from `bits` on.
+// The same for the elements of a step, written to y; their bits begin at `bits`.
 DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scale, const uint8_t* bits) {
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kStepElements; i += kPair) {
@@ -77,16 +77,16 @@ DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scal
   }
 }
 
-// The bits from one element to the end of its vector, which begins at a multiple of kLanes<A>. Reads no byte beside
-// them: what different stores wrote cannot be loaded at once before it has reached the cache.
+// The bits from one element to the end of its vector, which begins at a multiple of kLanes<A>. It reads no byte beside
+// them: a load of bytes from several stores waits until all have reached the cache.
 template <class A>
 DLKIT_INLINE uint32_t lanes_from(const uint8_t* bits, int64_t element) {
   if constexpr (kLanes<A> == 16) return uint32_t(load_raw<uint16_t>(bits + element / 16 * 2)) >> element % 16;
   return uint32_t(bits[element / 8]) >> element % 8;
 }
 
-// Calls apply(i, nt_store, All()) for all vectors of a step. The branch is out here: in the loop it costs bf16 a sixth of
-// its time with AVX2.
+// Calls apply(i, nt_store, All()) for all vectors of a step. The branch is outside the loop: inside it costs bf16 with
+// AVX2 a sixth of its time.
 template <class A, class F>
 DLKIT_INLINE void apply_step(bool nt_store, const F& apply) {
   if (nt_store) {
@@ -98,8 +98,8 @@ DLKIT_INLINE void apply_step(bool nt_store, const F& apply) {
   }
 }
 
-// Up to kStepElements elements with a bit each, element i the one at `lane` + i. Vectors begin where `lane` and, in
-// streaming, y are multiples of one, if there is more than the end of one.
+// Up to kStepElements elements with a bit each; that of element i is bit `lane` + i. `lane` and, in streaming, y must
+// be at the beginning of a vector, unless the elements are only the end of one.
 template <class T, Form kForm>
 DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, int64_t count, const uint8_t* bits,
                                int64_t lane, bool nt_store) {
@@ -118,9 +118,9 @@ DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, 
   }
 }
 
-// Every element has a bit of its own, memory is in logical order. The bits are kept where op.bits has room for them.
-// begin is a multiple of kStepElements. The loop is select_range's, as one function with its Philox: through that one
-// alpha dropout takes a tenth longer.
+// Every element has its own bit, and memory is in logical order. The bits are kept where op.bits has room for them.
+// begin is a multiple of kStepElements. The loop repeats select_range's beside the Philox step: calling that function
+// would make alpha dropout a tenth slower.
 template <class T, Form kForm>
 void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
@@ -158,23 +158,24 @@ void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin
   if (nt_store) streaming_fence();
 }
 
-// A part of a plane in channels_last, and the keep bits of its channels in logical order: that of pixel i of channel c
-// is bit `lane` + c * stride + i. Those of a whole plane are one range of the stream; else each channel has its own.
+// A part of a plane in channels_last, and the keep bits of its channels in logical order: bit `lane` + c * stride + i
+// is that of pixel i of channel c. The bits of a whole plane are one range of the stream; else each channel has its own
+// range.
 struct Tile {
-  int64_t end;            // the first column behind it
-  int64_t pixel, pixels;  // the first, counted over all samples, and how many
+  int64_t end;            // the first column after it
+  int64_t pixel, pixels;  // the first pixel, counted over all samples, and how many
   int64_t lane, stride;
   uint8_t* bits;
 };
 
-// What is still to be drawn for a tile: `ranges` of `length` bits, the first from `mask` on, `spatial` apart.
+// The bits still to be drawn for a tile: `ranges` ranges of `length` bits, the first at `mask`, `spatial` bits apart.
 struct Draws {
   int64_t ranges, length, mask, spatial;
-  int64_t at, stride;  // where the first goes, and how far behind it the next, in bits
+  int64_t at, stride;  // where the first is written, and the distance to the next, in bits
   uint8_t* bits;
-  int64_t blocks = 0;  // that are drawn of the first
+  int64_t blocks = 0;  // of the first range that are drawn
 
-  // One step; false if there was none left.
+  // Draws one step; returns false if none was left.
   bool step(const PhiloxKeys& keys, uint64_t threshold) {
     if (ranges == 0) return false;
     keep_step(keys, threshold, uint64_t(mask / kBlockElements + blocks), bits + at / 8 + blocks);
@@ -189,17 +190,17 @@ struct Draws {
   }
 };
 
-// `period` channels take turns, innermost in memory: columns of up to 64 pixels of a sample, begin and end counted in
-// them. A tile's bits are drawn in logical order and transposed a column at a time: in cache 0.02 to 0.03 ns an element
-// beside Philox's 0.17, in 28 x 28 x 256 some 0.05. They are drawn while the tile before is written, a step for each
-// step's elements, so that Philox still hides memory's latency: 2.1 ms there against 2.4 in fp32.
+// `period` channels are innermost in memory. Work is counted in columns of up to 64 pixels of a sample. A tile's bits
+// are drawn in logical order and transposed a column at a time, which takes 0.02 to 0.03 ns an element in cache, some
+// 0.05 for 28 x 28 x 256, beside Philox's 0.17. They are drawn while the previous tile is written, a step for each
+// step's elements, to hide memory's latency: 2.1 ms instead of 2.4 for 28 x 28 x 256 in fp32.
 template <class T, Form kForm>
 void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   const Constants<T> constants(op);
   const PhiloxKeys keys(state);
   const int64_t channels = op.period, spatial = op.inner / op.period, width = columns_at_once(spatial),
                 plane = columns_of(op);
-  // A plane, or n steps of 256 bits a channel, whichever lanes of a block they begin at.
+  // A tile is a plane, or as many columns as `steps` steps of 256 bits a channel cover from any lane of a block.
   const int64_t steps = max64(kTileBits / channels / 256, 1);
   const int64_t part = min64(plane, (steps * 256 - (kWordBits - width)) / width);
   const int64_t tile = channels * spatial <= kTileBits ? plane : part;
@@ -215,7 +216,7 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
     const int64_t pixels = min64(spatial, (last - sample * plane) * width) - pixel;
     const int64_t mask = sample * channels * spatial + pixel, lane = mask % kBlockElements;
     const bool whole = pixels == spatial;
-    // Ranges of their own may not overlap, and begin in the lanes that they have in the stream.
+    // The channels' ranges may not overlap, and each must begin at the lane it has in the stream.
     const int64_t stride = whole ? spatial : pixels + 7 + (spatial - pixels + 1) % 8;
     draws = {whole ? 1 : channels, whole ? channels * spatial : pixels, mask, spatial, lane, stride, to};
     return Tile{last, sample * spatial + pixel, pixels, lane, stride, to};
@@ -232,7 +233,7 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
       const int64_t offset = (now.pixel + pixel) * channels;
       const T* x = static_cast<const T*>(op.x) + offset;
       T* y = static_cast<T*>(op.y) + offset;
-      int64_t head = 0;  // elements of a vector that is begun
+      int64_t head = 0;  // elements up to the first aligned vector
       if (nt_store) head = min64(count, int64_t(-uintptr_t(y) % sizeof(Packed<T>) / sizeof(T)));
       const int64_t skip = head > 0 ? kLanes<accumulate_t<T>> - head : 0;
       transpose_bits(now.bits, now.lane + pixel, now.stride, channels, columns, words.get(), in_order.get(), skip);
@@ -246,7 +247,8 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
   if (nt_store) streaming_fence();
 }
 
-// `period` channels take turns and have one bit each: rows of as many with the same bits, drawn once for a sample.
+// `period` channels, innermost in memory, have one bit each: all rows of a sample have the same bits, which are drawn
+// once.
 template <class T, Form kForm>
 void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
@@ -274,8 +276,8 @@ void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, in
   if (nt_store) streaming_fence();
 }
 
-// `inner` adjacent elements share a bit. The processor's own prefetcher starts anew at every run that is kept, so the
-// front of the next one is asked for ahead: a tenth of the time of runs of 784.
+// `inner` adjacent elements share a bit. The processor's prefetcher starts anew at every kept run; prefetching the
+// beginning of the next one saves a tenth of the time for runs of 784.
 template <class T, Form kForm>
 void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   if (op.period > 1) return drop_periods<T, kForm>(op, state, begin, end, nt_store);
@@ -286,7 +288,7 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
   const PhiloxKeys keys(state);
   alignas(64) uint8_t bits[kKeepStep + kSlack];
   const int64_t last_mask = (end - 1) / op.inner;
-  int64_t known = -1;  // the step whose bits are at hand
+  int64_t known = -1;  // the step whose bits are drawn
   for (int64_t mask = begin / op.inner; mask <= last_mask; ++mask) {
     const int64_t step = mask / kStepElements, lane = mask % kStepElements;
     const auto kept = [&](int64_t of) DLKIT_INLINE_LAMBDA { return bits[of / 8] >> of % 8 & 1; };
@@ -295,7 +297,7 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
     const int64_t first = max64(begin, mask * op.inner), last = min64(end, (mask + 1) * op.inner);
     if (op.inner >= kAhead && mask < last_mask && lane + 1 < kStepElements && kept(lane + 1))
       prefetch<kAhead>(x + last);
-    // A part of a vector, never streamed, up to where whole ones are aligned.
+    // A part of a vector, never streamed, up to the first aligned one.
     const int64_t aligned = nt_store ? min64(last, (first + kLanes<A> - 1) / kLanes<A> * kLanes<A>) : first;
     const auto fill = [&](const auto& value) DLKIT_INLINE_LAMBDA {
       const auto one = [&](int64_t i, int, auto width)
@@ -313,10 +315,11 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
   if (nt_store) streaming_fence();
 }
 
-// Where every element has a bit, stores past the caches pay only if memory is slower than Philox is: with AVX-512 from
-// four bytes an element on (fp32 6.5 ms against 7.5 with plain stores), with AVX2 from eight. Else plain stores wait in
-// the cache while the next bits are drawn: 8192 x 4096 in fp32 takes 7.4 ms with AVX2 against 9.4, 14.5 against 16.8
-// with SSE2. They need aligned vectors at the start of every chunk of the loop, and of every period.
+// Where every element has a bit, stores past the caches pay only if memory is slower than Philox: with AVX-512 from
+// four bytes an element on (8192 x 4096 in fp32 takes 6.5 ms, 7.5 with plain stores), with AVX2 from eight. Else plain
+// stores are better, which wait in the cache while the next bits are drawn: the same takes 7.4 ms with AVX2 and 14.5
+// with SSE2, against 9.4 and 16.8 past the caches. Those stores need aligned vectors at the start of every chunk of the
+// loop, and of every period.
 template <class T>
 bool should_stream(const Dropout& op) {
   constexpr int64_t element = sizeof(T);
@@ -342,7 +345,7 @@ void drop(const CpuDropout& op) {
           });
         }
       }
-      // In units of steps, so that every task starts at one.
+      // In units of steps: every task must begin at a step.
       parallel_for((op.numel + kStepElements - 1) / kStepElements, kGrain / kStepElements,
                    [&](int64_t begin, int64_t end) {
                      begin *= kStepElements;

@@ -3,12 +3,12 @@
 //
 // Elements with bits of their own: a thread draws one Philox block, which decides 8 elements: 16 bytes of a 16-bit
 // type, and for wider ones the 2 or 4 packs whose lanes neighbour each other, so that a warp's accesses stay 512
-// adjacent bytes: the bits travel by shuffles. On sm_90 a bf16 block takes some 150 instructions, 85 of them random
-// bits: at 4.3 TB/s 1.1e12 elements a second, 2.0e13 of the 3.3e13 instructions that an H200 issues. Tiles tiles of
-// loads go out before the arithmetic: 32 bytes a thread, 40 KB with the 1280 threads that 48 registers leave; 29 KB
-// would do. Whole channels or samples: a group of lanes a run, each lane with the run's bit. Elements in channels_last:
-// the 8 that a block decides are pixels of one channel, far apart; a thread takes those of a narrow pack of channels,
-// so that a warp's accesses are 128 adjacent bytes of a pixel. Not yet run on a GPU.
+// adjacent bytes: the bits travel by shuffles. On sm_90 a bf16 block takes some 150 instructions, 85 of them for random
+// bits: at 4.3 TB/s and 1.1e12 elements a second, 2.0e13 of the 3.3e13 instructions that an H200 issues in a second.
+// Tiles tiles of loads go out before the arithmetic: 32 bytes a thread, 40 KB with the 1280 threads that 48 registers
+// leave; 29 KB would do. Whole channels or samples: a group of lanes a run, each lane with the run's bit. Elements in
+// channels_last: the 8 that a block decides are pixels of one channel, far apart; a thread takes those of a narrow pack
+// of channels, so that a warp's accesses are 128 adjacent bytes of a pixel. Not yet run on a GPU.
 #include "../common/cuda/launch.cuh"
 #include "../common/cuda/philox.cuh"
 #include "../common/cuda/vec.cuh"
@@ -49,7 +49,7 @@ __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uin
   return narrow<T, PackBytes>(values);
 }
 
-// And behind a residual add: one rounding.
+// The same followed by a residual add, with one rounding.
 template <class T, int PackBytes>
 __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uint32_t keep,
                                                 const Constants<T>& constants, const Pack<PackBytes>& residual) {
@@ -64,8 +64,8 @@ __device__ __forceinline__ Pack<PackBytes> drop(const Pack<PackBytes>& pack, uin
   return narrow<T, PackBytes>(values);
 }
 
-// On a multiprocessor, so that ptxas keeps to 48, 64, or 128 registers for what holds twice as many packs. Of single
-// elements there are more: 128, too.
+// Blocks on a multiprocessor: they hold ptxas to 48 registers, to 64 with twice as many packs, or to 128. Single
+// elements, of which a thread has more, need 128 too.
 template <class T, int PackBytes, bool Residual>
 constexpr int resident_blocks = PackBytes < 16 || (sizeof(T) > 4 && Residual) ? 2
                                 : sizeof(T) > 4 || Residual                   ? 4
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(threads) drop_runs(const Dropout op, int64_t p
   }
 }
 
-// `period` channels take turns and have one bit each: a thread has the same pack of them in several rows of a sample,
-// and draws for it once. Neighbouring threads have neighbouring packs.
+// `period` channels, innermost in memory, have one bit each: a thread has the same pack of channels in several rows of
+// a sample, and draws for it once. Neighbouring threads have neighbouring packs.
 constexpr int part_rows = 16;
 
 template <class T, int PackBytes>
@@ -190,15 +190,16 @@ __global__ void __launch_bounds__(threads) drop_periods(const Dropout op, int64_
     for (int64_t row = part * part_rows; row < end; ++row) {
       const int64_t at = sample * op.inner + row * op.period + column;
       const Pack<PackBytes> values = load_once<PackBytes>(static_cast<const T*>(op.x) + at);
-      // A plain store is taken apart into words here, __stcs is not.
+      // The compiler splits a plain store into words here, but not __stcs.
       store_once<PackBytes>(static_cast<T*>(op.y) + at, drop<T, PackBytes>(values, keep, constants));
     }
   }
 }
 
-// `period` channels take turns and every element has a bit of its own: a thread has a pack of them in 8 adjacent
-// pixels, so that one block decides a channel's, or two where a plane has not a multiple of 8. Neighbouring threads
-// have neighbouring packs. Plain loads: where channels are few, other threads read the rest of a line.
+// `period` channels are innermost in memory and every element has its own bit. A thread has a pack of channels in 8
+// adjacent pixels, whose bits for a channel come from one Philox block, or two where a plane is not a multiple of 8.
+// Neighbouring threads have neighbouring packs. Loads are plain: where channels are few, other threads read the rest of
+// a line.
 template <class T, int PackBytes>
 __global__ void __launch_bounds__(threads) drop_turns(const Dropout op, int64_t groups) {
   constexpr int width = PackBytes / sizeof(T);

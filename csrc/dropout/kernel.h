@@ -1,10 +1,10 @@
-// The contract of dropout, all of whose variants are one function with another mask index and other constants:
+// The contract of dropout. All variants are one function with different mask indices and constants:
 //
-//   m = (i / inner * period + i % period) * spatial + i / period % spatial       i: where the element lies in memory
+//   m = (i / inner * period + i % period) * spatial + i / period % spatial       i: the element's place in memory
 //   y = keep(m) ? x * scale + shift : dropped
 //   y = (keep(m) ? x * scale : 0) + residual      with a residual: inner 1, shift and dropped 0; rounded once
 //
-// where m is the logical index of what has a fate of its own:
+// where m is the logical index of the unit that is kept or dropped as a whole:
 //
 //                              inner        period   spatial
 //   an element                 1            1        1
@@ -13,13 +13,12 @@
 //     in channels_last         H * W * C    C        1
 //
 // keep() is the stream of common/philox.h. Dropout: scale 1 / (1 - p), shift and dropped 0; alpha dropout: shift and
-// dropped such that mean and variance stay. What is dropped is never multiplied: NaN and infinity do not pass. Linear
-// in x, so backward is the same function of grad_output, with shift and dropped 0 and the state that forward drew,
-// which is all that is kept; on the CPU the keep bits as well, where each element has one. Bytes moved: x and y, each
-// once.
+// dropped preserve mean and variance. Dropped elements are never multiplied: NaN and infinity do not pass. The function
+// is linear in x: backward is the same function of grad_output, with shift and dropped 0 and forward's state. Only the
+// state is saved; on the CPU also the keep bits, where each element has one. Bytes moved: x and y, each once.
 //
-// x, residual and y are dense, in the same order, of any alignment that the element type has; y may be x. numel may be
-// 0. Arithmetic is fp32 (fp64 where dtype is F64).
+// x, residual and y are dense, in the same order, and need only the alignment of the element type; y may be x. numel
+// may be 0. Arithmetic is fp32 (fp64 where dtype is F64).
 #pragma once
 
 #include "../common/philox.h"
@@ -37,7 +36,7 @@ struct Dropout {
   uint64_t threshold;  // drop_threshold(p)
   double scale, shift, dropped;
   DType dtype;
-  bool apart = false;  // spatial is inner / period, else 1; in the padding: a larger struct makes ptxas spill
+  bool apart = false;  // spatial is inner / period, else 1; lies in padding: a larger struct makes ptxas spill
   int64_t period = 1;  // divides inner
 };
 

@@ -1,6 +1,6 @@
 // Dropout and its variants as torch ops. The public three, dropout, dropout_ and dropout_add, check their arguments,
-// choose the constants of kernel.h and call dropout_forward, through an autograd node where a gradient is asked for.
-// Backward is dropout_apply, the pure function of a state: it is its own backward as well. philox_draw advances a
+// choose the constants of kernel.h and call dropout_forward, with an autograd node where a gradient is needed. Backward
+// is dropout_apply, the pure function of a state, which is also its own backward. philox_draw advances a
 // dlkit.random.Philox. Forward-mode derivatives and torch.func's transforms go through a differentiable formula with
 // the same mask, which dropout_mask draws.
 #include "op.h"
@@ -35,7 +35,8 @@ using torch::autograd::variable_list;
 
 DLKIT_RUN_WITH(KeptBits, Dropout, dropout)
 
-// What an op does with the mask: y = keep ? x * scale + shift : dropped, a bit for every `inner` adjacent elements.
+// The function that an op computes: y = keep ? x * scale + shift : dropped, with a bit for every `inner` adjacent
+// elements.
 template <class Int>
 struct Form {
   double p;
@@ -43,13 +44,13 @@ struct Form {
   double scale, shift, dropped;
 };
 
-// Whether memory as it lies can be given to the kernels, and as what of kernel.h.
+// Whether the kernels can take the tensor's memory as it is, and with which inner, period and spatial of kernel.h.
 struct Layout {
   bool direct;
   int64_t inner, period, spatial;
 };
 
-// Whether dimensions [first, last) lie in the order of a contiguous tensor, the last of them in steps of `stride`.
+// Whether dimensions [first, last) are in the order of a contiguous tensor, the last one with this stride.
 bool in_order(const Tensor& x, int64_t first, int64_t last, int64_t stride) {
   for (int64_t d = last - 1; d >= first; stride *= x.size(d--)) {
     if (x.size(d) != 1 && x.stride(d) != stride) return false;
@@ -57,8 +58,8 @@ bool in_order(const Tensor& x, int64_t first, int64_t last, int64_t stride) {
   return true;
 }
 
-// One dimension innermost and the others in order, as in channels_last; inner > 1 leaves the order free in which the
-// elements of a channel or sample lie.
+// Accepts one dimension innermost and the others in order, as in channels_last. With inner > 1 the elements of a
+// channel or sample may be in any order.
 Layout layout_of(const Tensor& x, int64_t inner) {
   const Layout other{false, inner, 1, 1};
   if (x.is_contiguous()) return {true, inner, 1, 1};
@@ -82,8 +83,8 @@ Layout layout_of(const Tensor& x, int64_t inner) {
   return other;
 }
 
-// Other layouts go through contiguous memory, in which the logical order is that of addresses, and so do those whose
-// bits are to be kept. Bits that are at hand serve where memory is in that order.
+// Other layouts are made contiguous first, and so are tensors whose bits are to be kept, since bits are kept in logical
+// order. Kept bits are used only where memory is in that order.
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
          const PhiloxSource& source, int64_t* rng_state, const KeptBits& bits) {
@@ -111,7 +112,7 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
   if (!y.is_same(output)) output.copy_(y);
 }
 
-// Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
+// An empty input, or p = 1, needs no mask: nothing is drawn.
 template <class Device>
 Tensor forward_into(const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
                     const OptionalGenerator& generator, bool keep_bits) {
@@ -179,7 +180,7 @@ std::tuple<Tensor, Tensor> add_forward(const Tensor& input, const Tensor& residu
   return {std::move(y), rng_state->clone()};
 }
 
-// Shapes and dtypes of the above, for tracing. A state that was given is returned as it is.
+// Shapes and dtypes of the above, for tracing. A given state is returned unchanged.
 std::tuple<Tensor, Tensor> add_forward_meta(const Tensor& input, const Tensor&, const OptionalTensor& rng_state, double,
                                             const OptionalGenerator&, bool keep_bits) {
   return {at::empty_symint(input.sym_sizes(), input.options()),
@@ -200,7 +201,7 @@ Tensor forward_meta_(Tensor& input, const OptionalTensor& rng_state, double, c10
   return has(rng_state) ? at::empty_like(*rng_state) : empty_rng_state(input, keep_bits);
 }
 
-// (seed, offset) of this call from a dlkit.random.Philox, which moves on.
+// Draws (seed, offset) of this call from a dlkit.random.Philox, which advances.
 Tensor philox_draw(Tensor& stream) {
   static std::mutex mutex;
   TORCH_CHECK(stream.is_cpu() && stream.scalar_type() == at::kLong && stream.numel() == 2 && stream.is_contiguous(),
@@ -250,7 +251,7 @@ Form<c10::SymInt> linear_part(Form<c10::SymInt> form) {
   return form;
 }
 
-// Whether each element has a bit of its own, and backward had better read it.
+// Whether each element has its own bit and backward should read it rather than draw again.
 bool keeps_bits(const Tensor& input, const Form<c10::SymInt>& form) {
   const auto inner = form.inner.maybe_as_int();
   return inner.has_value() && *inner == 1 && should_keep_bits(input, form.p);
@@ -258,7 +259,7 @@ bool keeps_bits(const Tensor& input, const Form<c10::SymInt>& form) {
 
 struct DropoutBackward : SavingNode<DropoutBackward, 1> {  // the state
   Form<c10::SymInt> form{};
-  bool residual = false;  // a second input, whose gradient is that of the output
+  bool residual = false;  // there is a second input, whose gradient is the output's
 
   std::string name() const override { return "DlkitDropoutBackward"; }
   auto fields() const { return std::tie(form.p, form.inner, form.scale, residual); }
@@ -272,7 +273,7 @@ struct DropoutBackward : SavingNode<DropoutBackward, 1> {  // the state
   }
 };
 
-// The node of a call, or null where no gradient is asked for.
+// The node of a call, or null where no gradient is needed.
 auto node_of(const Form<c10::SymInt>& form, const auto&... inputs) {
   const auto node = node_for<DropoutBackward>(inputs...);
   if (node) {
@@ -282,14 +283,14 @@ auto node_of(const Form<c10::SymInt>& form, const auto&... inputs) {
   return node;
 }
 
-// `keep`: not zero where an element stays.
+// `keep` is not zero where an element stays.
 Tensor select(const Tensor& input, const Tensor& keep, const Form<c10::SymInt>& form) {
   const auto constant = [&](double value) { return at::scalar_tensor(value, input.options()); };
   const Tensor kept = form.shift == 0 ? input * form.scale : input * form.scale + form.shift;
   return at::where(keep.ne(0), kept, constant(form.dropped));
 }
 
-// The pure function where a gradient, a derivative in forward mode or a transform is asked for.
+// dropout_apply for gradients, forward-mode derivatives and transforms.
 Tensor apply_autograd(const Tensor& input, const Tensor& rng_state, double p, c10::SymInt inner, double scale,
                       double shift, double dropped) {
   const Form<c10::SymInt> form{p, inner, scale, shift, dropped};
@@ -316,8 +317,8 @@ Form<c10::SymInt> form_of(const char* name, const Tensor& input, double p, int64
     inner = inner.max(1);
   }
   if (!alpha) return {p, inner, dropout_scale(p), 0, 0};
-  // Klambauer et al., "Self-normalizing neural networks", 2017: what is dropped becomes SELU's lower bound, then the
-  // mean and the variance of normal input are put back. p = 1 makes zeros, as in torch.
+  // Klambauer et al., "Self-normalizing neural networks", 2017: dropped elements become SELU's lower bound, then the
+  // mean and the variance of normal input are restored. p = 1 gives zeros, as in torch.
   constexpr double saturated = 1.7580993408473766;
   const double scale = p < 1 ? 1 / std::sqrt((saturated * saturated * p + 1) * (1 - p)) : 0;
   return {p, inner, scale, saturated * scale * p, saturated * scale * (p - 1)};
@@ -342,9 +343,10 @@ int64_t vmap_level(const Tensor& tensor) {
   return batch == nullptr ? -1 : batch->level();
 }
 
-// One mask for all samples of a vmap, or one for each: then that of the whole batch, as a call without vmap draws it.
+// One mask for all samples of a vmap, or one for each, which is the mask a call without vmap draws for the whole batch.
 Tensor mask_vmap(const Tensor& input, double p, const OptionalGenerator& generator, const OptionalTensor& stream) {
-  // torch's own random op, which draws nothing here, raises or has a batch of this vmap's as `randomness` asks for.
+  // torch's own random op, which draws nothing for an empty tensor, raises or returns a batched tensor as `randomness`
+  // asks.
   const Tensor probe = at::rand({0});
   const c10::impl::ExcludeDispatchKeyGuard no_vmap(c10::DispatchKey::FuncTorchVmapMode);
   const Tensor outside = at::rand({0});
@@ -363,7 +365,7 @@ Tensor by_mask(const Tensor& input, const Form<c10::SymInt>& form, int64_t mask_
   return select(input, draw_mask(sizes, input, form.p, generator, stream), form);
 }
 
-// torch's own op, for what has no kernel here: other dtypes, layouts and devices.
+// torch's own op, for dtypes, layouts and devices without a kernel.
 Tensor native(const char* name, const Tensor& input, double p, int64_t mask_ndim, bool alpha,
               const OptionalGenerator& generator, const OptionalTensor& stream) {
   TORCH_CHECK_NOT_IMPLEMENTED(!(generator.has_value() && generator->defined()) && !has(stream), name,
@@ -392,7 +394,7 @@ const auto& add_op() {
   return op;
 }
 
-// dropout(input) + residual; broadcasts and promotes as the addition does. One pass where neither is needed.
+// dropout(input) + residual, which broadcasts and promotes as the addition does. One pass where neither is needed.
 Tensor dropout_add(const Tensor& input, const Tensor& residual, double p, const OptionalGenerator& generator,
                    const OptionalTensor& stream) {
   const auto form = form_of("dropout_add", input, p, -1, false, generator, stream);

@@ -1,4 +1,5 @@
-// The ops of dropout that other ops call. Each signature stands here once: its numbers lie side by side.
+// The ops of dropout that other ops call. Each signature is written only here, since its many numbers are easy to
+// confuse.
 #pragma once
 
 #include "../common/philox.h"
@@ -17,14 +18,14 @@ using AddForwardOp = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const
 // (input, state, p, inner, scale, shift, dropped)
 using ApplyOp = at::Tensor(const at::Tensor&, const at::Tensor&, double, c10::SymInt, double, double, double);
 
-// The op, of elements.
+// Calls the op that drops single elements.
 inline at::Tensor drop(const at::Tensor& input, double p, const OptionalGenerator& generator,
                        const OptionalTensor& stream) {
   static const auto op = find_op<PublicOp>("dropout");
   return op.call(input, p, -1, false, generator, stream);
 }
 
-// The same with the mask of a state: its own backward, too.
+// The same with the mask of a state; also its own backward.
 inline at::Tensor drop_again(const at::Tensor& input, const at::Tensor& rng_state, double p) {
   static const auto op = find_op<ApplyOp>("dropout_apply");
   return op.call(input, rng_state, p, 1, dropout_scale(p), 0, 0);

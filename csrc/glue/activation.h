@@ -1,4 +1,4 @@
-// Activations by torch's own ops.
+// Activations computed by torch's own ops.
 #pragma once
 
 #include <ATen/ops/gelu.h>

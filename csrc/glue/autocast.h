@@ -1,4 +1,4 @@
-// What torch.autocast does to a call, for the ops that torch's own autocast does it to.
+// The casts of torch.autocast, for those ops whose torch equivalents it casts.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -7,7 +7,7 @@
 
 namespace dlkit {
 
-// The op with its tensors of 16 bits in fp32, as autocast on a GPU runs torch's op of that name.
+// The op with its 16-bit tensors cast to fp32, as autocast on a GPU runs torch's op of that name.
 template <auto kFunction>
 struct InFp32;
 template <class Result, class... A, Result (*kFunction)(A...)>

@@ -1,4 +1,4 @@
-// What the ops share on autograd's side: which calls it serves, and the node that saves variables.
+// The autograd code that ops share: which calls go to torch's own ops, and the node that saves variables.
 #pragma once
 
 #include <ATen/core/grad_mode.h>
@@ -28,19 +28,20 @@ bool has_kernel(const Op& op, const at::Tensor& input) {
          op.hasKernelForDispatchKey(c10::computeDispatchKey(std::nullopt, std::nullopt, input.device()));
 }
 
-// Inside a transform of torch.func.
+// Whether the call is inside a transform of torch.func.
 inline bool is_transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
-// Where only torch's own ops will do: what has no kernel, torch.func transforms, forward-mode derivatives.
+// Whether only torch's own ops can serve the call: tensors without a kernel, torch.func transforms, forward-mode
+// derivatives.
 template <class Op, class... Optionals>
 bool needs_native(const Op& op, const at::Tensor& input, const Optionals&... others) {
   [[maybe_unused]] const auto with_tangent = [](const OptionalTensor& t) { return has(t) && has_tangent(*t); };
   return !has_kernel(op, input) || is_transformed() || has_tangent(input) || (with_tangent(others) || ...);
 }
 
-// The gradients of y with respect to those of `sources` that the mask names, differentiable themselves.
+// The gradients of y with respect to those of `sources` that the mask selects; they are differentiable themselves.
 inline std::array<at::Tensor, 3> differentiable_gradients(const at::Tensor& y, const at::Tensor& grad_output,
                                                           const std::array<at::Tensor, 3>& sources,
                                                           std::array<bool, 3> mask) {
@@ -57,15 +58,15 @@ inline std::array<at::Tensor, 3> differentiable_gradients(const at::Tensor& y, c
   return result;
 }
 
-// What call() returns, below autograd, as the kernels' ops are called.
+// Returns call(), made below autograd, as kernels' ops are called.
 template <class F>
 auto below_autograd(const F& call) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call();
 }
 
-// A node for the gradients of `inputs`, or null where none is asked for. torch names nodes differently from release to
-// release: up to 2.12 one is held by shared_ptr, from the release on that has node.h by intrusive_ptr.
+// A node for the gradients of `inputs`, or null where none is needed. Torch up to 2.12 holds a node by shared_ptr;
+// later releases, which have node.h, by intrusive_ptr.
 template <class T, class... Inputs>
 auto node_for(const Inputs&... inputs) {
 #if __has_include(<torch/csrc/autograd/node.h>)
@@ -79,8 +80,8 @@ auto node_for(const Inputs&... inputs) {
   return node;
 }
 
-// A bias of which backward reads no element, only the type that its gradient gets: what a node keeps in its place, so
-// that the user may change it in the meantime.
+// Stands for a bias whose elements backward does not read. A node keeps only its type, which its gradient gets, and the
+// user may change the bias before backward.
 struct Bias {
   std::optional<at::ScalarType> type;
   Bias() = default;
@@ -88,19 +89,19 @@ struct Bias {
     if (has(bias)) type = bias->scalar_type();
   }
   at::Tensor stand_in(c10::SymIntArrayRef sizes, const at::Tensor& input) const {
-    // By the input's own method: of the input's kind, where that is a subclass.
+    // A method of the input makes it, which gives a subclass where the input is one.
     return type ? input.new_zeros_symint(sizes, input.options().dtype(*type)).requires_grad_(at::GradMode::is_enabled())
                 : at::Tensor();
   }
 };
 
-// A node with kCount saved variables. To unpack one may run hooks of the user, who computes in them (checkpointing) or
-// copies (offloading): that needs all of torch's dispatch. So all are unpacked here, before autograd's keys are
-// excluded for the kernels, and what an op's node is given are plain tensors. A node of its own rather than
-// torch::autograd::Function, which costs some 5 us more a call: as much as a small layer.
+// A node with kCount saved variables. Unpacking one may run the user's hooks, which compute (checkpointing) or copy
+// (offloading) and need all of torch's dispatch. All are therefore unpacked here, before autograd's keys are excluded
+// for the kernels, and an op's node gets plain tensors. torch::autograd::Function would cost some 5 us more a call: as
+// much as a small layer.
 //
-// What Self keeps beside tensors it names in fields(), a tuple of references: a compiler must know it to be constant,
-// but for sizes, which it may not.
+// Self lists its fields other than tensors in fields(), a tuple of references: a compiler must know them to be
+// constant, except sizes, which may be dynamic.
 template <class Self, size_t kCount>
 struct SavingNode : torch::autograd::Node {
   using Variables = torch::autograd::variable_list;
@@ -111,9 +112,9 @@ struct SavingNode : torch::autograd::Node {
     is_output_[i] = is_output;
   }
 
-  // The gradients by the kernels' ops, which need no autograd.
+  // Computes the gradients by the kernels' ops, without autograd.
   virtual Variables backward(const Variables& grads, const Saved& saved) = 0;
-  // The same by ops that can themselves be differentiated, or transformed by torch.func. By default the kernels' own.
+  // The same by ops that can be differentiated again or transformed by torch.func. The default is the kernels' ops.
   virtual Variables differentiable_backward(const Variables& grads, const Saved& saved) {
     return backward(grads, saved);
   }
@@ -173,7 +174,7 @@ struct SavingNode : torch::autograd::Node {
   std::array<bool, kCount> is_output_{};
 };
 
-// y of (y, state): given its node, if there is one, which saves the state.
+// Takes y of (y, state) and sets its node, if there is one, which saves the state.
 template <class Node>
 at::Tensor with_history(std::tuple<at::Tensor, at::Tensor> result, const Node& node) {
   auto& [y, rng_state] = result;

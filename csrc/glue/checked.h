@@ -1,6 +1,6 @@
-// What every op asks of its tensor arguments before anything else: one device, one layout, and below autograd the
-// dtypes that its kernels read. Ops are registered through here, so that no argument can be forgotten. A message names
-// the argument by the op's schema.
+// The checks that every op makes of its tensor arguments first: one device, one layout, and below autograd the dtypes
+// that its kernels read. Ops are registered through this header, which means that no argument can be forgotten.
+// Messages name an argument as the op's schema does.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 
 namespace dlkit {
 
-// Public: a user's call, which may still go to torch's own ops. Kernel: addresses are taken next.
+// Public: a user's call, which may still go to torch's own ops. Kernel: the next step takes the tensors' addresses.
 enum class Level { Public, Kernel };
 
 inline const at::Tensor* tensor_or_null(const at::Tensor& tensor) { return tensor.defined() ? &tensor : nullptr; }
@@ -21,9 +21,9 @@ const at::Tensor* tensor_or_null(const Other&) {
   return nullptr;
 }
 
-// What an argument is, by its name in the schema.
+// The role of an argument, derived from its name in the schema.
 enum class Role {
-  Other,      // nothing more than the device: a statistic, a sum
+  Other,      // only the device is checked: a statistic, a sum
   LikeInput,  // of the input's dtype, where a kernel reads it
   Residual,   // the same; in a user's call a number on the CPU too, as in an addition
   Parameter,  // of the input's dtype or fp32, where a kernel reads it
@@ -34,7 +34,7 @@ enum class Role {
 struct Arguments {
   std::vector<std::string> names;
   std::vector<Role> roles;
-  size_t input = 0;  // whose device and dtype the others are to have
+  size_t input = 0;  // the argument whose device and dtype the others must have
 
   explicit Arguments(const char* op) {
     const std::string qualified = std::string(DLKIT_STRING(DLKIT_LIBRARY)) + "::" + op;
@@ -85,7 +85,7 @@ void check_argument(const char* op, const Arguments& arguments, size_t i, const 
   }
 }
 
-// torch's formulas of these ops take nested tensors.
+// The ops whose torch formulas accept nested tensors.
 inline bool takes_nested(const std::string& op, bool strided) {
   for (const char* name : {"layer_norm", "add_layer_norm", "dropout", "dropout_add", "dropout_add_layer_norm"}) {
     if (op == name) return true;
@@ -123,7 +123,7 @@ struct Checked<kLevel, kFunction> {
   }
 };
 
-// library.impl(name, kFunction) behind the checks.
+// library.impl(name, kFunction), with the checks first.
 template <auto kFunction>
 void implement_public(torch::Library& library, const char* name) {
   Checked<Level::Public, kFunction>::name = name;

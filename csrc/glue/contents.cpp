@@ -1,6 +1,6 @@
-// A plan reads tensors that groups and state hold. It keeps no reference to them, which would keep replaced ones alive.
-// What it keeps is addresses. Before each step the containers are walked, and they must hold the same tensors at the
-// same places. A tensor that a container holds is alive, so an address that matches may be used.
+// A plan reads tensors that an optimizer's groups and state hold. It keeps their addresses and no references, which
+// would keep replaced tensors alive. Before each step the containers are walked and must hold the same tensors in the
+// same places. A tensor in a container is alive; an address that matches is therefore safe to use.
 #include "contents.h"
 
 #include <torch/csrc/Exceptions.h>
@@ -13,9 +13,9 @@ namespace {
 
 constexpr const char* kCapsule = "dlkit._C.contents";
 
-// One object in a container. `local` is the part of a DTensor that is on this process. `layout` says of a parameter
-// where its elements are, since parameters that overlap are stepped one after the other. An empty entry ends each
-// container, so that what moves from one to the next is seen.
+// One object in a container. `local` is the part of a DTensor that is on this process. `layout` says where a
+// parameter's elements are, since parameters that overlap are stepped one after the other. An empty entry ends each
+// container, which shows when an object moves from one container to the next.
 struct Entry {
   const PyObject* key = nullptr;  // in a dict
   const PyObject* object = nullptr;
@@ -64,7 +64,7 @@ Entry entry_of(PyObject* key, PyObject* object) {
   return entry;
 }
 
-// Whether the object is still what it was. Of a state the op itself checks dtype, device and shape at each step.
+// Whether the object is unchanged. A state's dtype, device and shape are not compared: the op checks them at each step.
 bool is_same(const Entry& entry, PyObject* key, PyObject* object) {
   if (object != entry.object || key != entry.key || Py_TYPE(object) != entry.type) return false;
   if (entry.tensor == nullptr) return true;
@@ -72,8 +72,8 @@ bool is_same(const Entry& entry, PyObject* key, PyObject* object) {
   return entry.layout == 0 || layout_of(entry.local != nullptr ? *entry.local : *entry.tensor) == entry.layout;
 }
 
-// Calls visit(key or null, object) for what a container holds, in order. A dict's dicts are opened: {a: {b: x}} gives
-// {b: x}, then x. False as well for a container that cannot be looked into, which counts as changed.
+// Calls visit(key or null, object) for what a container holds, in order. Dicts in a dict are walked too: {a: {b: x}}
+// gives {b: x}, then x. Returns false also for a container of another type, which counts as changed.
 template <class Visit>
 bool walk(PyObject* container, const Visit& visit, bool opened = false) {
   if (PyDict_Check(container)) {

@@ -1,4 +1,4 @@
-// What an optimizer's lists and dicts held when a plan was made, and whether they still hold it.
+// Records the contents of an optimizer's lists and dicts when a plan is made, and checks later that they are the same.
 #pragma once
 
 #include <Python.h>

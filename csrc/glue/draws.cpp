@@ -1,4 +1,4 @@
-// From random.h to dlkit.random, which knows torch.utils.checkpoint's Python.
+// Passes draws from random.h to dlkit.random, which handles torch.utils.checkpoint's Python side.
 #include "draws.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -14,7 +14,7 @@ namespace {
 
 PyObject *replay_function = nullptr, *record_function = nullptr;
 
-// function(kind, seed, offset, the pack hooks of saved tensors, the innermost first).
+// Calls function(kind, seed, offset, the pack hooks of saved tensors with the innermost first).
 THPObjectPtr call(PyObject* function, Draw draw) {
   THPObjectPtr hooks(PyList_New(0));
   auto stack = at::SavedTensorDefaultHooks::get_tls_state().stack;

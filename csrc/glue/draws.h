@@ -1,4 +1,4 @@
-// Draws inside torch.utils.checkpoint, which restores torch's default generators alone before it computes again.
+// Draws inside torch.utils.checkpoint, which restores only torch's default generators before it recomputes.
 #pragma once
 
 #include <Python.h>
@@ -7,9 +7,9 @@ namespace dlkit {
 
 // watch_draws(replay, record): dlkit.random's functions of that name.
 PyObject* watch_draws(PyObject* module, PyObject* arguments);
-// From now on what is drawn inside checkpoints is recorded.
+// From now on draws inside checkpoints are recorded.
 PyObject* others_draw_soon(PyObject* module, PyObject*);
-// The same for kernels that draw in Python: what was drawn before, or None; and what was drawn now.
+// For kernels that draw in Python: replay_draw returns an earlier draw or None, record_draw records a new one.
 PyObject* replay_draw(PyObject* module, PyObject* arguments);
 PyObject* record_draw(PyObject* module, PyObject* arguments);
 

@@ -1,4 +1,4 @@
-// What ops that write to their input ask of it.
+// Checks and bookkeeping for ops that write to their input.
 #pragma once
 
 #include <c10/core/InferenceMode.h>
@@ -9,7 +9,7 @@
 
 namespace dlkit {
 
-// torch's checks: of leaves and views that autograd knows, and of inference tensors.
+// The checks that torch makes of leaves and views known to autograd, and of inference tensors.
 inline void check_written(const char* name, const at::Tensor& input) {
   torch::autograd::check_inplace(input, any_requires_grad(input));
   TORCH_CHECK(
@@ -17,14 +17,14 @@ inline void check_written(const char* name, const at::Tensor& input) {
       "(): an inference tensor cannot be changed in place outside InferenceMode: clone it, or leave out inplace");
 }
 
-// After a kernel wrote to `input`, whose gradients go by `node`, if there is one.
+// Called after a kernel wrote to `input`; `node`, if there is one, becomes its gradient function.
 template <class Node>
 void mark_written(at::Tensor& input, const Node& node) {
   if (!input.is_inference()) torch::autograd::increment_version(input);
   if (node) torch::autograd::rebase_history(input, node);
 }
 
-// Whether memory may be reused at will: a compiler, a mode, a subclass or vmap has plans of its own.
+// Whether the tensor's memory may be reused freely. Under a compiler, a mode, a subclass or vmap it may not.
 inline bool is_plain(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet others{c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                        c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched};

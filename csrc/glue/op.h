@@ -1,4 +1,4 @@
-// What every op.cpp shares: the library's name, dtypes and row layouts of tensors, and running a kernel on a tensor's
+// Shared by every op.cpp: the library's name, dtypes and row layouts of tensors, and running a kernel on a tensor's
 // device.
 #pragma once
 
@@ -26,8 +26,8 @@
 #define DLKIT_DEFINE_OPS(m) DLKIT_DEFINE_OPS_(DLKIT_LIBRARY, m)
 #define DLKIT_IMPLEMENT_OPS_(library, key, m) TORCH_LIBRARY_IMPL(library, key, m)
 #define DLKIT_IMPLEMENT_OPS(key, m) DLKIT_IMPLEMENT_OPS_(DLKIT_LIBRARY, key, m)
-// What the public ops are for calls with gradients, without, and under torch.vmap. Under vmap what is random is so for
-// inputs without a batch too.
+// Registers the public ops for calls with gradients, without, and under torch.vmap. Random ops use FuncTorchVmapMode,
+// since under vmap a call is random even where no input has a batch dimension.
 #define DLKIT_IMPLEMENT_BY_KEYS(implement, VmapKey)                   \
   DLKIT_IMPLEMENT_OPS(Autograd, m) { implement(m); }                  \
   DLKIT_IMPLEMENT_OPS(CompositeExplicitAutograd, m) { implement(m); } \
@@ -35,7 +35,7 @@
 #define DLKIT_IMPLEMENT_PUBLIC_OPS(implement) DLKIT_IMPLEMENT_BY_KEYS(implement, FuncTorchBatched)
 #define DLKIT_IMPLEMENT_RANDOM_OPS(implement) DLKIT_IMPLEMENT_BY_KEYS(implement, FuncTorchVmapMode)
 
-// How ops are tagged: whether two calls with the same arguments give the same.
+// The tags of ops: whether two calls with the same arguments give the same result.
 #define DLKIT_PURE {at::Tag::pt2_compliant_tag}
 #define DLKIT_RANDOM {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded}
 
@@ -58,7 +58,7 @@
 #define DLKIT_RUN_WITH(More, Op, kernel)                                                                  \
   DLKIT_FOR_CPU(void run(const CpuDevice&, const Op& op, const More& more) { kernel##_cpu({op, more}); }) \
   DLKIT_FOR_CUDA(void run(const CudaDevice& device, const Op& op, const More&) { kernel##_cuda(op, device.stream()); })
-// ask(device, op), of what depends on the kernel: question##_cpu or question##_cuda.
+// ask(device, op) for a property that depends on the kernel: question##_cpu or question##_cuda.
 #define DLKIT_ASK(ask, Op, question)                                                     \
   DLKIT_FOR_CPU(auto ask(const CpuDevice&, const Op& op) { return question##_cpu(op); }) \
   DLKIT_FOR_CUDA(auto ask(const CudaDevice&, const Op& op) { return question##_cuda(op); })
@@ -94,7 +94,7 @@ inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A nested tensor of strided layout, which has no sizes to ask for. Those of jagged layout are as other tensors are.
+// A nested tensor of strided layout, which has no sizes(). One of jagged layout has them as other tensors do.
 inline bool is_strided_nested(const at::Tensor& tensor) {
   return tensor.is_nested() && tensor.layout() == at::kStrided;
 }
@@ -122,7 +122,7 @@ inline at::ScalarType parameter_type(const at::Tensor& input, const OptionalTens
   return has(weight) ? weight->scalar_type() : has(bias) ? bias->scalar_type() : input.scalar_type();
 }
 
-// What the kernels take: parameters in the input's type or fp32, both in one.
+// Kernels take weight and bias in one type: the input's or fp32.
 inline void check_parameter_types(const char* name, const at::Tensor& input, const OptionalTensor& weight,
                                   const OptionalTensor& bias) {
   const at::ScalarType type = input.scalar_type();
@@ -140,7 +140,7 @@ inline void check_parameter_types(const char* name, const at::Tensor& input, con
 }
 
 // f(x, weight, bias) by torch's own ops, in the accumulation type, the result in x's: torch refuses fp32 parameters
-// with 16-bit input on some devices, and what its double backward makes of fp16 overflows from rstd = 40 on.
+// with 16-bit input on some devices, and its double backward overflows in fp16 from rstd = 40 on.
 template <class F>
 at::Tensor in_accumulate_type(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                               const F& f) {
@@ -156,8 +156,8 @@ inline void* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
-// A tensor seen as rows of adjacent elements at one distance: the last `row_ndim` dimensions are a row. Copies only
-// where the strides do not allow that. Undefined stays undefined.
+// A tensor seen as rows of adjacent elements with one row stride: the last `row_ndim` dimensions are a row. It is
+// copied only where its strides do not allow that. Undefined stays undefined.
 struct Rows {
   at::Tensor tensor;
   int64_t stride = 0;
@@ -189,7 +189,7 @@ inline Rows as_rows(const at::Tensor& tensor, int64_t row_ndim) {
   return {tensor, row_stride < 0 ? cols : row_stride};
 }
 
-// Where a kernel runs: made from a tensor, it makes that tensor's device current for as long as it lives.
+// The device a kernel runs on. Made from a tensor, it makes that tensor's device current for its lifetime.
 struct CpuDevice {
   explicit CpuDevice(const at::Tensor&) {}
 };
@@ -207,8 +207,8 @@ struct CudaDevice {
 };
 #endif
 
-// DLKIT_BACKEND=cuda|triton|native says what serves CUDA tensors; unset, the compiled kernels do where they were built.
-// native leaves every device to torch's own ops.
+// DLKIT_BACKEND=cuda|triton|native selects the kernels for CUDA tensors; if unset, the compiled ones serve where they
+// were built. native leaves every device to torch's own ops.
 inline bool backend_is(const char* name) {
   const char* backend = std::getenv("DLKIT_BACKEND");
   return std::strcmp(backend == nullptr ? "" : backend, name) == 0;

@@ -1,13 +1,13 @@
-// dlkit.override(): torch's own functions, served by dlkit's ops while it is on.
+// dlkit.override(): while it is on, dlkit's ops serve torch's own functions.
 //
 // Norms and dropouts are composite ops in torch, which have no kernel at the autograd keys of a device. While override
-// is on they have one here, and one at the device's own key for inference mode: it hands the call to dlkit's op, or
-// calls torch's composite function itself. What is called from C++ comes here too: the dropout in attention that torch
-// computes step by step. Where it declines it costs 0.01 us a call; a kernel in Python costs 0.6 us at least, and a
-// TorchFunctionMode 0.9 us in every call of torch.
+// is on they have one from this file at those keys, and at the device's own key for inference mode. It passes the call
+// to dlkit's op, or declines and calls torch's composite function. Calls from C++ come here too, such as the dropout in
+// attention that torch computes step by step. A declined call costs 0.01 us; a kernel in Python costs 0.6 us at least,
+// and a TorchFunctionMode 0.9 us in every call of torch.
 //
-// It declines tensors that have no kernel, subclasses of Tensor and whatever traces (torch.compile keeps torch's ops),
-// transforms of torch.func and forward-mode derivatives, and calls that dlkit's ops make themselves.
+// It declines tensors that have no kernel, subclasses of Tensor, tracing (torch.compile keeps torch's ops), transforms
+// of torch.func, forward-mode derivatives, and calls that dlkit's ops make themselves.
 #include "override.h"
 
 #include <ATen/core/Tensor.h>
@@ -37,7 +37,7 @@ using OptionalGenerator = std::optional<at::Generator>;
 
 enum Function { LayerNorm, RmsNorm, BatchNorm, GroupNorm, InstanceNorm, Dropout, CrossEntropy, kFunctions };
 constexpr struct {
-  const char *name, *kernel;  // of torch's function; the op that must have a kernel for the input
+  const char *name, *kernel;  // torch's function; the op that must have a kernel for the input
 } kServed[kFunctions] = {
     {"layer_norm", "layer_norm_forward"},       {"rms_norm", "layer_norm_forward"},
     {"batch_norm", "batch_norm_forward"},       {"group_norm", "batch_norm_forward"},
@@ -129,7 +129,7 @@ Tensor instance_norm(const Tensor& input, const OptionalTensor& weight, const Op
 
 bool drops(const Tensor& input, double p, bool train) { return train && p > 0 && p <= 1 && serves(Dropout, input); }
 
-// kChannels: the mask is for the first two dimensions.
+// kChannels: the mask covers only the first two dimensions.
 template <bool kChannels, bool kAlpha, Tensor (*kTorch)(const Tensor&, double, bool)>
 Tensor dropout(const Tensor& input, double p, bool train) {
   if ((kChannels && input.dim() < 2) || !drops(input, p, train)) return kTorch(input, p, train);
@@ -164,7 +164,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     const int64_t ignored = ignore_index.guard_int(__FILE__, __LINE__);
     return std::get<0>(op.call(input, target, weight, reduction, ignored, label_smoothing, 0, 0, false, false));
   } catch (const c10::Error&) {
-    return by_torch();  // it raises too, and says it as its users know it
+    return by_torch();  // it raises as well, with the message its users know
   }
 }
 
@@ -187,7 +187,7 @@ void implement(torch::Library& m) {
          TORCH_FN((dropout_<true, true, at::compositeimplicitautograd::feature_alpha_dropout_>)));
 }
 
-// Their destruction takes the kernels back.
+// Destroying them removes the kernels.
 std::vector<std::unique_ptr<torch::Library>> libraries;
 
 void switch_on() {

@@ -1,4 +1,4 @@
-// dlkit.override(): torch's functions served by dlkit's ops, while it is on.
+// dlkit.override(): while it is on, dlkit's ops serve torch's own functions.
 #pragma once
 
 #include <Python.h>

@@ -1,7 +1,7 @@
-// Where an op's random numbers come from. A call draws seed and offset once: from torch's generator of the device, or
-// from a state it was given. What was drawn travels as an int64 [2] tensor, (seed, offset), on the input's device, and
-// is all that backward needs. On CUDA the kernel itself writes it: nothing waits for the device, and under graph
-// capture the generator's own memory is read anew at each replay.
+// The source of an op's random numbers. A call draws seed and offset once: from the device's torch generator, or from a
+// state it was given. The result is an int64 [2] tensor, (seed, offset), on the input's device, which is all that
+// backward needs. On CUDA the kernel itself writes it: nothing waits for the device, and a captured graph reads the
+// generator's memory anew at each replay.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -26,8 +26,8 @@ namespace dlkit {
 
 using OptionalGenerator = std::optional<at::Generator>;
 
-// torch.utils.checkpoint restores torch's default generators before it computes again, and no other. So what others
-// give inside it is recorded, and given again (dlkit.random has the rest).
+// torch.utils.checkpoint restores only torch's default generators before it recomputes. Draws from other sources inside
+// it are recorded and replayed (the rest is in dlkit.random).
 enum class From : int { Default, Generator, Stream };
 struct Draw {
   From from;
@@ -38,16 +38,16 @@ struct WatchedDraws {
   void (*record)(Draw draw) = nullptr;
 };
 inline WatchedDraws watched_draws;
-inline std::atomic<bool> others_draw{false};  // whether anything but a default generator ever did
+inline std::atomic<bool> others_draw{false};  // whether a source other than a default generator ever drew
 
-// Where a checkpoint may run: it has hooks, computes without grad, or computes again in a backward pass.
+// Whether a checkpoint may be running: it has hooks, computes without grad, or recomputes in a backward pass.
 inline bool may_be_checkpointed() {
   return others_draw && watched_draws.replay != nullptr &&
          (!at::GradMode::is_enabled() || !at::SavedTensorDefaultHooks::get_tls_state().stack.empty() ||
           torch::autograd::get_current_graph_task_id() != -1);
 }
 
-// What `draw` gives, or what it gave before where a checkpoint computes again.
+// The result of draw(), or its earlier result where a checkpoint recomputes.
 template <class F>
 PhiloxSource drawn_once(From from, const F& draw) {
   if (from != From::Default) others_draw = true;
@@ -67,7 +67,7 @@ inline From from_generator(const OptionalGenerator& generator) {
   return is_default ? From::Default : From::Generator;
 }
 
-// The CPU's generator has no offset: it gives a seed a call.
+// The CPU's generator has no offset: each call draws a seed from it.
 inline PhiloxSource draw_cpu(const OptionalGenerator& generator) {
   auto* const cpu = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   return drawn_once(from_generator(generator), [&]() -> PhiloxSource {
@@ -97,7 +97,7 @@ inline PhiloxSource draw(const CudaDevice&, const at::Tensor& input, const Optio
 }
 #endif
 
-// A state on the CPU (a dlkit.random.Philox drew it) serves any device, but a captured graph would replay its value.
+// A state on the CPU (drawn from a dlkit.random.Philox) serves any device, but a captured graph would replay its value.
 inline PhiloxSource source_of(const at::Tensor& rng_state, const at::Tensor& input) {
   TORCH_CHECK(rng_state.numel() >= 2 && rng_state.is_contiguous(),
               "dropout: expected rng_state of 2 adjacent elements or more, got ", rng_state.sizes(), " with strides ",
@@ -115,7 +115,7 @@ inline PhiloxSource source_of(const at::Tensor& rng_state, const at::Tensor& inp
   return {nullptr, nullptr, uint64_t(data[0]), uint64_t(data[1])};
 }
 
-// Words that the keep bits of so many elements take behind seed and offset, with room for the vectors at their end.
+// Words that the keep bits of that many elements take after seed and offset, with room for the vectors at their end.
 template <class Int>
 Int keep_words(const Int& numel) {
   return (numel + 255) / 256 * 4 + 1;
@@ -126,21 +126,21 @@ inline at::Tensor empty_rng_state(const at::Tensor& input, bool keep_bits = fals
   return keep_bits ? at::empty_symint({keep_words(input.sym_numel()) + 2}, options) : at::empty({2}, options);
 }
 
-// Whether a call that is differentiated keeps its bits, for a 32nd of the bytes of fp32 input. Not where something
-// traces it, nor where saved tensors pass through hooks: a checkpoint compares the sizes of what is saved, and
-// offloading wants them small.
+// Whether a call that is differentiated keeps its bits, which take a 32nd of the bytes of fp32 input. Not where it is
+// traced, nor where saved tensors pass through hooks: a checkpoint compares the sizes of saved tensors, and offloading
+// wants them small.
 inline bool should_keep_bits(const at::Tensor& input, double p) {
   return p > 0 && p < 1 && input.is_cpu() && !input.unsafeGetTensorImpl()->is_python_dispatch() &&
          input.is_contiguous() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
-// The bits in a state, if it has any for so many elements.
+// The bits in a state, if it has bits for that many elements.
 inline KeptBits bits_in(const at::Tensor& rng_state, int64_t numel, bool drawn) {
   if (!rng_state.is_cpu() || rng_state.numel() != keep_words(numel) + 2) return {};
   return {reinterpret_cast<uint8_t*>(const_cast<int64_t*>(rng_state.const_data_ptr<int64_t>()) + 2), drawn};
 }
 
-// torch's checks of a call.
+// The checks that torch makes of a dropout call.
 inline void check_dropout(const char* name, const at::Tensor& input, double p, const OptionalGenerator& generator,
                           const OptionalTensor& stream) {
   TORCH_CHECK(input.defined(), name, "(): expected input to be a Tensor, got None");
@@ -154,8 +154,8 @@ inline void check_dropout(const char* name, const at::Tensor& input, double p, c
   TORCH_CHECK(!has(stream), name, "(): expected generator or stream, got both");
 }
 
-// The state of this call where a stream gives it, else none: then the kernel's op draws. A stream moves on only if
-// there is something to draw, as a generator does.
+// The state of this call drawn from the stream, if there is one; else none, and the kernel's op draws. Like a
+// generator, a stream advances only if there is something to draw.
 inline OptionalTensor draw_for(const at::Tensor& input, double p, const OptionalTensor& stream) {
   if (!has(stream) || p == 1 || TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0))) return std::nullopt;
   static const auto op = find_op<at::Tensor(at::Tensor&)>("philox_draw");
@@ -163,8 +163,8 @@ inline OptionalTensor draw_for(const at::Tensor& input, double p, const Optional
   return op.call(tensor);
 }
 
-// 1 where an element stays and 0 where it is dropped, with probability p: what a kernel would do, but as a tensor, for
-// torch.func's transforms and forward-mode derivatives. Its vmap goes by `randomness`.
+// 1 where an element stays and 0 where it is dropped, with probability p: the mask of a kernel as a tensor, for
+// torch.func's transforms and forward-mode derivatives. Its vmap follows `randomness`.
 inline at::Tensor draw_mask(c10::SymIntArrayRef sizes, const at::Tensor& input, double p,
                             const OptionalGenerator& generator, const OptionalTensor& stream) {
   static const auto op =

@@ -1,9 +1,9 @@
-// What override.cpp must know of dlkit's own calls: torch's functions that they fall back on are torch's own.
+// Tells override.cpp about dlkit's own calls: when they fall back on torch's functions, torch itself must serve them.
 #pragma once
 
 namespace dlkit {
 
-// Inside of an op of dlkit, or of its backward, where torch's functions are not to come back to dlkit.
+// Above 0 inside an op of dlkit or its backward, where torch's functions must not come back to dlkit.
 inline thread_local int calls_of_torch_itself = 0;
 
 struct TorchItself {

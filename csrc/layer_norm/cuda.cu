@@ -10,15 +10,16 @@
 //              atomics, the same bits every run. Rows of more than 16 K columns (or 14.5 K in fp32, where two rows of
 //              inputs outgrow 227 KB) go in pieces: 5 units.
 //
-// Speed needs bytes in flight: at 4.8 TB/s and some 0.8 us of latency, 29 KB for each of an H200's 132 multiprocessors.
-// Full packs give forward 32 to 64 KB (512 to 1024 resident threads with 32 to 128 bytes each) and backward 32 to 128
-// KB (512 or 1024 threads with 64 to 256 bytes of the next row). Predicted from that: 0.88 and 0.80 of a copy.
+// Bandwidth needs bytes in flight: at 4.8 TB/s and some 0.8 us of latency, 29 KB for each of an H200's 132
+// multiprocessors. Full packs give forward 32 to 64 KB (512 to 1024 resident threads with 32 to 128 bytes each) and
+// backward 32 to 128 KB (512 or 1024 threads with 64 to 256 bytes of the next row). Predicted from that: 0.88 and 0.80
+// of a copy's bandwidth.
 //
-// Rows of odd width or address come into shared memory by whole 16 bytes (cp.async), from where threads take them an
-// element at a time: 64 KB in flight, where single elements had 16 (fp32) and 8 (16 bits). Issue slots, not bytes, are
-// short then: about 25 instructions an element in forward, and 5 elements a clock in 16 bits would fill a
-// multiprocessor's four. Predicted: 0.8 of a copy in fp32, 0.65 in 16 bits. weight and bias are fetched into L1 while x
-// is on its way.
+// Rows of odd width or address are copied into shared memory 16 bytes at a time (cp.async), and threads read them there
+// an element at a time: 64 KB in flight, where loads of single elements gave 16 KB (fp32) and 8 KB (16 bits). The limit
+// is then the issue slots: forward takes about 25 instructions an element, and a multiprocessor's four slots would be
+// full at 5 elements a clock in 16 bits. Predicted: 0.8 of a copy's bandwidth in fp32, 0.65 in 16 bits. weight and bias
+// are fetched into L1 while x is on its way.
 //
 // Not yet run on a GPU.
 #include "../common/cuda/partials.cuh"
@@ -37,7 +38,7 @@ struct Spread {
 template <class... Each>
 struct Spreads {};
 
-// Calls f with the first spread that a row of `packs` fits in; false where there is none.
+// Calls f with the first spread that holds a row of `packs`; returns false where there is none.
 template <class F, class... Each>
 bool with_spread(int64_t packs, Spreads<Each...>, const F& f) {
   return ((packs <= Each::lanes * Each::packs && (f(Each()), true)) || ...);
@@ -45,20 +46,20 @@ bool with_spread(int64_t packs, Spreads<Each...>, const F& f) {
 
 using ForwardSpreads = Spreads<Spread<2, 2>, Spread<4, 2>, Spread<4, 4>, Spread<8, 4>, Spread<16, 4>, Spread<32, 4>,
                                Spread<32, 8>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
-// Of elements of odd rows.
+// For rows of odd width or address; packs are single elements.
 using OddSpreads = Spreads<Spread<8, 8>, Spread<32, 16>, Spread<128, 16>, Spread<512, 1 << 16>>;
-// With a dropout, whose residual packs and random bits take registers of their own.
+// With a dropout, since the residual's packs and the random bits take registers too.
 using DropSpreads =
     Spreads<Spread<4, 4>, Spread<16, 4>, Spread<32, 4>, Spread<64, 4>, Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
 using ShortSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32, 2>, Spread<32, 4>, Spread<64, 4>,
                              Spread<128, 4>, Spread<256, 4>, Spread<512, 4>>;
 using LongSpreads = Spreads<Spread<2, 2>, Spread<8, 2>, Spread<16, 2>, Spread<32, 2>, Spread<32, 4>, Spread<64, 4>,
                             Spread<128, 4>, Spread<256, 4>, Spread<512, 4>, Spread<512, 8>>;
-// 8 packs of 8 columns would be 128 sums a thread: too many registers.
+// 8 packs of 8 columns would need 128 sums a thread: too many registers.
 template <int Width>
 using BackwardSpreads = std::conditional_t<Width <= 4, LongSpreads, ShortSpreads>;
 
-// Whether 16 bytes at a time will do.
+// Whether the address and the distance of rows allow accesses of 16 bytes.
 bool wide_rows(const void* tensor, int64_t stride, int64_t element, int64_t rows) {
   return tensor == nullptr || (are_aligned(16, tensor) && (rows == 1 || stride * element % 16 == 0));
 }
@@ -88,7 +89,7 @@ void with_types(const Op& op, const F& f) {
   });
 }
 
-// How forward runs where there is no dropout.
+// How forward runs without a dropout.
 struct ForwardPlan {
   bool in_registers;
   int64_t shared_bytes;  // of a block; 0: in registers, or in pieces
@@ -99,7 +100,7 @@ template <class T, int PackBytes>
 ForwardPlan plan(const Forward& op) {
   ForwardPlan result{};
   const int64_t packs = op.cols * int64_t(sizeof(T)) / PackBytes, row_bytes = op.cols * int64_t(sizeof(T));
-  const int64_t most = current_device().shared_per_block - 1024;  // less what kernels have statically
+  const int64_t most = current_device().shared_per_block - 1024;  // less the kernels' static shared memory
   if (PackBytes == 16) {
     result.in_registers = with_spread(packs, ForwardSpreads(), [](auto) {});
     if (!result.in_registers && row_bytes <= most) result.shared_bytes = row_bytes;
@@ -146,7 +147,7 @@ void forward(const Forward& op, void* stream) {
   }
 }
 
-// How backward runs: a pure function of the op and the device, because the caller allocates the partial sums by it.
+// How backward runs: it depends only on the op and the device, because the caller allocates the partial sums from it.
 struct BackwardPlan {
   bool long_rows;
   int blocks;  // each writes one row of partial sums; of backward_columns in y where long_rows
@@ -178,8 +179,8 @@ BackwardPlan plan(const Backward& op) {
     result.partial = parameters * result.blocks * op.cols;
   });
   if (result.long_rows) {
-    // Some 8 blocks for each multiprocessor, but partial sums stay a small part of the traffic: 16 rows or more to
-    // each. A single block's sums are final.
+    // About 8 blocks for each multiprocessor, but at least 16 rows a block, which keeps partial sums a small part of
+    // the traffic. A single block's sums are final.
     const int64_t tiles = divide_up(op.cols / width, column_threads);
     const int64_t chunks =
         std::min(divide_up(int64_t(device.multiprocessors) * 8, tiles), divide_up(op.rows, parameters > 0 ? 16 : 1));

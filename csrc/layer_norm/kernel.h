@@ -1,5 +1,5 @@
-// The contract of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, forward and backward. x may pass a
-// dropout on its way to the addition.
+// The contract of layer_norm: forward and backward of LayerNorm and RMSNorm, with or without a residual add before
+// them. Before that addition x may pass a dropout.
 //
 //   sum  = x + residual                      (rounded to the input's dtype; only with a residual, else sum = x)
 //   sum  = drop(x) + residual                (with op.dropout, whose mask goes by row * cols + col; rounded once)
@@ -12,12 +12,12 @@
 //   grad_input    = grad_residual, or drop(grad_residual) with op.dropout
 //   grad_weight   = sum over rows of grad_output * xhat,  grad_bias = sum over rows of grad_output
 //
-// Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; any alignment that
-// the element type itself has. weight, bias and their gradients are [period, cols]: row r takes row r % period, which
-// is how group_norm's groups are rows; rows is a multiple of period. On CUDA, and where parameter_dtype is not that of
-// accumulate, period is 1. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where dtype is
-// F64). `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null, then
-// that input counts as absent and that output is not computed. rows may be 0; cols is at least 1.
+// Tensors are [rows, cols]; a stride is the distance of two rows in elements; columns are adjacent; addresses need only
+// the alignment of the element type. weight, bias and their gradients are [period, cols]: row r takes row r % period,
+// which lets group_norm pass its groups as rows; rows is a multiple of period. On CUDA, and where parameter_dtype is
+// not that of accumulate, period is 1. Outputs are contiguous. Statistics and parameter arithmetic are fp32 (fp64 where
+// dtype is F64). `accumulate` below is float, or double where dtype is F64. A pointer documented "or null" may be null:
+// that input counts as absent, that output is not computed. rows may be 0; cols is at least 1.
 #pragma once
 
 #include "../common/philox.h"
@@ -39,7 +39,7 @@ struct Forward {
   DType dtype;            // of x, residual, y and sum
   DType parameter_dtype;  // of weight and bias: dtype or F32
   bool rms;
-  FusedDropout dropout;  // only with a residual, and where can_drop_*() says yes
+  FusedDropout dropout;  // only with a residual, and where can_drop_*() is true
   int64_t period = 1;
   void* partials = nullptr;  // CUDA: forward_partials_cuda() bytes, 64-byte aligned; null where that is 0
 };
@@ -47,7 +47,7 @@ struct Forward {
 struct Backward {
   const void* grad_output;
   const void* grad_sum;  // gradient that reaches `sum` from elsewhere, or null
-  const void* x;         // what was normalised: `sum` where there was a residual
+  const void* x;         // the normalized tensor: `sum` where there was a residual
   const void* mean;      // [rows] of accumulate; null for RMSNorm
   const void* rstd;      // [rows] of accumulate
   const void* weight;    // [period, cols] or null
@@ -61,11 +61,11 @@ struct Backward {
   DType dtype;            // of grad_output, grad_sum, x, grad_input and grad_residual
   DType parameter_dtype;  // of weight, grad_weight and grad_bias: dtype or F32
   bool rms;
-  FusedDropout dropout;  // forward's; only with grad_input, and where can_drop_*() says yes
+  FusedDropout dropout;  // forward's; only with grad_input, and where can_drop_*() is true
   int64_t period = 1;
 };
 
-// Whether the kernels can drop on the way: the rows may be too long.
+// Whether the kernels can apply the dropout: rows may be too long for it.
 bool can_drop_cpu(const Forward& op);
 bool can_drop_cpu(const Backward& op);
 bool can_drop_cuda(const Forward& op);

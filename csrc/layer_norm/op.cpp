@@ -1,9 +1,9 @@
 // LayerNorm and RMSNorm as torch ops. The public four check their arguments, then call layer_norm_forward, through an
 // autograd node where a gradient is asked for; layer_norm_backward is an op of its own, so that compilers see both.
-// With a dropout before the residual add they are dropout_add_layer_norm and dropout_add_rms_norm, and forward and
-// backward are two ops more, which give and take the dropout's state; where a row is too long for the fused kernels
-// they fall apart into dropout's own op and these.
-// Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
+// dropout_add_layer_norm and dropout_add_rms_norm have a dropout before the residual add, and forward and backward ops
+// of their own, which return and take the dropout's state. Where a row is too long for the fused kernels they call
+// dropout's op, then these. Forward-mode derivatives, torch.func transforms and double backward go through
+// differentiable torch formulas.
 #include "../glue/op.h"
 
 #include <ATen/ops/broadcast_tensors.h>
@@ -35,7 +35,7 @@ DLKIT_ASK(partials_bytes, Backward, backward_partials)
 DLKIT_FOR_CUDA(int64_t partials_bytes(const CudaDevice&, const Forward& op) { return forward_partials_cuda(op); })
 DLKIT_FOR_CPU(int64_t partials_bytes(const CpuDevice&, const Forward&) { return 0; })
 
-// With the room for partial sums that the kernel asks for.
+// Runs the kernel with the memory for partial sums that it asks for.
 template <class Device, class Op>
 void run_with_partials(const Device& device, Op& op, const Tensor& input) {
   const int64_t bytes = partials_bytes(device, op);
@@ -44,7 +44,7 @@ void run_with_partials(const Device& device, Op& op, const Tensor& input) {
   run(device, op);
 }
 
-// What is normalized, and how.
+// The tensors of a norm and its options.
 struct Norm {
   const Tensor& input;
   const OptionalTensor& residual = kNone;
@@ -153,7 +153,7 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& residual, int6
                          stats);
 }
 
-// Nothing is drawn for nothing: an empty input, or p = 1, which needs no mask.
+// An empty input, or p = 1, needs no mask: nothing is drawn.
 template <class Device>
 DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& rng_state,
                                       double p, int64_t normalized_ndim, const OptionalTensor& weight,
@@ -195,7 +195,7 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
   return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), std::move(drawn)};
 }
 
-// What reaches backward, beside the norm that forward computed: of it, input is what was normalized.
+// The arguments of backward beside forward's norm, whose `input` is then the normalized tensor.
 struct Upstream {
   const Tensor& grad_output;
   const OptionalTensor& grad_sum;
@@ -203,7 +203,7 @@ struct Upstream {
   const Tensor& rstd;
 };
 
-// With a state, the gradient of the sum is grad_residual, and grad_input what is left of it behind the dropout.
+// With a state, grad_residual is the gradient of the sum, and grad_input that gradient after the dropout's backward.
 template <class Device>
 DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, const OptionalTensor& rng_state, double p,
                                 std::array<bool, 4> output_mask) {
@@ -346,7 +346,7 @@ DroppedForwardOutputs call_forward(const Norm& norm, bool stats, const DropoutCa
 }
 
 struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
-  enum { Input, Mean, Rstd, Weight, RngState };  // Input: what was normalized, the sum where there is one
+  enum { Input, Mean, Rstd, Weight, RngState };  // Input: the normalized tensor, which is the sum if there is one
   Bias bias;
   int64_t normalized_ndim = 0;
   double eps = 0, p = 0;
@@ -360,7 +360,7 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
     const Tensor grad_sum = residual ? grads[1] : Tensor();
     if (!grad_output.defined()) return through_dropout({grad_sum, Tensor(), Tensor()}, saved);
     const auto wanted = mask();
-    // A weight tells the parameters' type as well.
+    // A weight has the parameters' type too.
     const Tensor b = saved[Weight].defined() ? Tensor() : bias.stand_in(row_sizes(saved), saved[Input]);
     if (!saved[RngState].defined()) {
       static const auto op = find_op<decltype(backward_meta)>("layer_norm_backward");
@@ -400,7 +400,7 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
             task_should_compute_output(3)};
   }
 
-  // The gradient of what was normalized goes to the residual as it is, and to the input by way of the dropout.
+  // The normalized tensor's gradient goes to the residual unchanged, and to the input through the dropout's backward.
   variable_list through_dropout(const BackwardOutputs& found, const Saved& saved) const {
     const auto& [grad_sum, grad_weight, grad_bias] = found;
     Tensor first = task_should_compute_output(0) ? grad_sum : Tensor();
@@ -409,7 +409,7 @@ struct LayerNormBackward : SavingNode<LayerNormBackward, 5> {
   }
 };
 
-// The check that torch's op makes, in torch's exception types.
+// The checks that torch's op makes, with torch's exception types.
 void check_arguments(const char* name, const Norm& norm) {
   const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
   TORCH_CHECK(!shape.empty(), name, "(): expected normalized_shape to have at least one dimension, got an empty one");
@@ -429,7 +429,7 @@ void check_arguments(const char* name, const Norm& norm) {
               input.sym_sizes());
 }
 
-// y and the sum, through a node where a gradient is asked for.
+// Returns y and the sum, with a node where a gradient is needed.
 std::tuple<Tensor, Tensor> normalize(const char* name, const Norm& norm, const DropoutCall* dropout = nullptr) {
   const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
   if (!is_strided_nested(input)) check_arguments(name, norm);
@@ -485,7 +485,7 @@ std::tuple<Tensor, Tensor> promote(const Tensor& input, const Tensor& residual) 
   if (nested || (input.scalar_type() == residual.scalar_type() && input.sym_sizes().equals(residual.sym_sizes()))) {
     return {input, residual};
   }
-  const at::ScalarType type = at::result_type(input, residual);  // without dimensions one counts for less
+  const at::ScalarType type = at::result_type(input, residual);  // one without dimensions counts for less
   const auto expanded = at::broadcast_tensors({input.to(type), residual.to(input.device(), type)});
   return {expanded[0], expanded[1]};
 }
@@ -521,7 +521,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& resid
                        {.input = x, .residual = added, .shape = normalized_shape, .weight = weight, .eps = eps});
 }
 
-// One pass where x and residual have one shape and one type; else dropout, then what the addition makes of them.
+// One pass where x and residual have one shape and type; else dropout, then the norm of the promoted sum.
 std::tuple<Tensor, Tensor> dropout_add_norm(const char* name, const Norm& norm, double p,
                                             const OptionalGenerator& generator, const OptionalTensor& stream) {
   const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
@@ -560,8 +560,8 @@ std::tuple<Tensor, Tensor> dropout_add_rms_norm(const Tensor& input, const Tenso
       generator, stream);
 }
 
-// Autocast on CUDA runs torch's layer_norm and, from torch 2.12 on, its rms_norm in fp32, and leaves the addition as it
-// is; on the CPU it does nothing.
+// Autocast on CUDA runs torch's layer_norm and, from torch 2.12 on, its rms_norm in fp32; it does not cast the
+// addition. On the CPU it casts neither.
 bool casts_rms_norm() {
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow("aten::rms_norm", "")

@@ -1,9 +1,10 @@
 // Linear + cross entropy as one torch op, on any device that has cross entropy's kernels. Rows go in chunks: the logits
 // of a chunk are written to one buffer, become their gradient in place, and give their part of each gradient before the
-// next chunk takes the buffer. So logits are never whole, and with a reduction forward leaves the gradients behind, for
-// three matrix products in all, as the unfused layers take. They are sums over O(1) terms in fp32 (fp64 for fp64): a
-// gradient already divided by the number of rows would be lost in fp16. Without a reduction backward runs the chunks
-// again, with the gradient of each row. Double backward, torch.func and forward mode go through the unfused ops.
+// next chunk takes the buffer. All logits are thus never in memory at once. With a reduction, forward computes the
+// gradients too, with three matrix products in all, as many as the unfused layers take. They are sums in fp32 (fp64 for
+// fp64) of terms that are O(1): a gradient already divided by the number of rows would underflow in fp16. Without a
+// reduction backward runs the chunks again, with the gradient of each row. Double backward, torch.func and forward mode
+// go through the unfused ops.
 #include "../cross_entropy/op.h"
 
 #include <ATen/TensorOperators.h>
@@ -30,7 +31,7 @@ using cross_entropy::Options;
 using torch::autograd::variable_list;
 
 constexpr auto name = "linear_cross_entropy";
-constexpr int64_t kLeastRows = 256, kElements = 1 << 25;  // of a chunk: fewer rows make matrix products slow
+constexpr int64_t kLeastRows = 256, kElements = 1 << 25;  // of a chunk: fewer rows would make matrix products slow
 
 struct Problem {
   Tensor input, linear_weight, target;
@@ -40,7 +41,7 @@ struct Problem {
 
 bool has_probabilities(const Tensor& target) { return target.is_floating_point(); }
 
-// What a mean divides the loss and the z-loss by.
+// The mean's divisors of the loss and the z-loss.
 std::pair<Tensor, Tensor> totals(const Problem& problem) {
   const auto options = problem.input.options().dtype(at::kDouble);
   if (has_probabilities(problem.target)) {
@@ -53,7 +54,8 @@ std::pair<Tensor, Tensor> totals(const Problem& problem) {
   return {(problem.weight->to(at::kDouble).index({index}) * kept).sum(), count};
 }
 
-// A chunk's row is not the row of the whole, so they are looked at first. A GPU's kernel stops at a wrong one.
+// Targets are checked before the chunks, since a chunk's kernel would report its own row number. On a GPU the kernel
+// stops at a wrong target.
 void check_targets(const Problem& problem, int64_t classes) {
   const Tensor& target = problem.target;
   if (has_probabilities(target) || !target.is_cpu()) return;
@@ -80,7 +82,7 @@ void check(const Tensor& input, const Tensor& linear_weight, const OptionalTenso
 }
 
 struct Gradients {
-  Tensor input, weight, bias;  // of the accumulation type, undefined where not asked for
+  Tensor input, weight, bias;  // of the accumulation type, undefined where not needed
 };
 
 using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, z_loss, gradients
@@ -93,8 +95,8 @@ void for_chunks(const Problem& problem, const F& f) {
   for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
 }
 
-// Losses of all rows, and the gradients that the mask names: of grad_loss, one a row, or of the sum of losses (z-loss
-// times the second of `total`, where that is given).
+// The losses of all rows, and the gradients that the mask selects: for grad_loss, one value a row, or for the sum of
+// losses. With `total`, that sum has the losses divided by its first value and the z-losses by its second.
 std::pair<Tensor, Tensor> run_chunks(const Problem& problem, const OptionalTensor& grad_loss,
                                      const OptionalTensor& total, std::array<bool, 3> mask, Gradients& gradients) {
   static const auto forward = find_op<cross_entropy::ForwardOp>("cross_entropy_forward");
@@ -249,7 +251,7 @@ struct LinearCrossEntropyBackward : SavingNode<LinearCrossEntropyBackward, 8> {
       return {narrow(grad_input, saved[Input]), narrow(grad_weight, saved[LinearWeight]),
               narrow(grad_bias, saved[LinearBias])};
     }
-    // backward() alone has a gradient of 1: not to multiply saves a pass, and a tensor of the weight's size.
+    // A plain backward() has a gradient of 1: not multiplying by it saves a pass and a tensor of the weight's size.
     const bool is_one = grads[0].is_cpu() && is_plain(grads[0]) && grads[0].item<double>() == 1;
     const auto scaled = [&](bool asked, const Tensor& gradient, const Tensor& of) {
       if (!asked) return Tensor();
@@ -288,7 +290,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
                              target.sym_size(1) == linear_weight.sym_size(0);
   const bool fits = (classes || probabilities) && target.sym_size(0) == input.sym_size(0) &&
                     (!has(weight) || (weight->dim() == 1 && weight->sym_size(0) == linear_weight.sym_size(0)));
-  // What does not fit is for cross entropy's own checks.
+  // Arguments that do not fit are left to cross entropy's own checks.
   if (!fits || needs_native(kernel, input, linear_weight, linear_bias, weight) || target.requires_grad() ||
       has_tangent(target) || (has(weight) && weight->requires_grad()) ||
       TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0)) || linear_weight.sym_size(0) == 0 || label_smoothing < 0 ||
@@ -321,7 +323,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
   return {std::move(loss), std::move(z_loss)};
 }
 
-// The product in autocast's type, the loss in fp32, as the unfused ops have them.
+// The product is in autocast's type and the loss in fp32, as with the unfused ops.
 template <c10::DispatchKey kKey, c10::DeviceType kDevice>
 std::tuple<Tensor, Tensor> autocast(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                                     const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t reduction,

@@ -1,10 +1,11 @@
 // CPU memory that the next tensor reuses. glibc takes blocks above 32 MB from the kernel at every malloc and gives them
-// back at every free, so a fresh output is paid for in page faults: 8,193 of them for 32 MB, more than its LayerNorm.
-// Told by mallopt to keep such blocks in its heap, glibc loses them there: torch asks for aligned blocks, the scraps
-// cut off for the alignment go to small objects, and the freed block is a few bytes too short for the next of its size.
-// A loop that keeps one small tensor a step (a list of losses) then grew by a whole block a step, 3 GB in 48 steps. So
-// blocks of 128 KB and more (what glibc maps at first) get an allocator of their own here: mapped once, kept when
-// freed, handed to the next tensor of at least half the size. In huge pages where the system has them on request.
+// back at every free: a fresh output of 32 MB costs 8,193 page faults, which take longer than its LayerNorm. If mallopt
+// tells glibc to keep such blocks in its heap, it loses them there: torch asks for aligned blocks, the scraps cut off
+// for the alignment go to small objects, and the freed block is a few bytes too short for the next one of its size. A
+// loop that keeps one small tensor a step (a list of losses) then grew by a whole block a step, 3 GB in 48 steps.
+// Blocks of 128 KB and more (the sizes that glibc maps at first) therefore have their own allocator here: they are
+// mapped once, kept when freed, and given to the next tensor of at least half the size. They use huge pages where the
+// system gives them on request.
 #if !defined(DLKIT_CUDA_ON_CPU)
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
@@ -56,13 +57,13 @@ class Reusing final : public c10::Allocator {
     give_back(std::max<int64_t>(limit_, 0));
   }
 
-  // Keeps at most `limit` bytes from now on, or with kOff leaves new tensors to the allocator that was there before.
+  // From now on at most `limit` bytes are kept; with kOff the previous allocator serves new tensors.
   int64_t set_limit(int64_t limit) {
     const int64_t before = limit_.exchange(limit);
     if (before == kOff && limit != kOff) {
       under_ = c10::GetCPUAllocator();
-      // What glibc's own rule makes of the first large tensor freed, which it no longer sees: blocks below 32 MB come
-      // from its heap from then on, and the heap shrinks only where 64 MB are free at its end.
+      // glibc adapts to the first large block freed: from then on blocks below 32 MB come from its heap, which shrinks
+      // only where 64 MB are free at its end. It no longer sees large tensors, and this block stands in for one.
       void* volatile block = std::malloc((32 << 20) - kPage);
       std::free(block);
       c10::SetCPUAllocator(this);
@@ -83,11 +84,12 @@ class Reusing final : public c10::Allocator {
  private:
   using Key = std::pair<size_t, uint64_t>;  // size, and a count that falls: the block freed last comes first
 
-  // What a block of n bytes takes of the address space: room to begin in, up to a multiple of any system's pages.
+  // The address space that a block of n bytes takes, with room for where it begins, rounded up to any system's pages.
   static size_t mapped(size_t n) { return (n + kPage + kLargestPage - 1) / kLargestPage * kLargestPage; }
 
-  // Blocks begin at different places of a page: where all tensors begin at the same one, their rows meet in the same
-  // cache sets (LayerNorm's backward of 256 x 1024 took 110 us so, and takes 75). Large ones lie on whole huge pages.
+  // Blocks begin at different places in a page: if all tensors began at the same place, their rows would compete for
+  // the same cache sets (LayerNorm's backward of 256 x 1024 then takes 110 us instead of 75). Large blocks are aligned
+  // to huge pages.
   void* map(size_t n) {
     const size_t align = n < kHugePage ? 0 : kHugePage, length = mapped(n);
     void* data = mmap(nullptr, length + align, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -109,7 +111,7 @@ class Reusing final : public c10::Allocator {
     munmap(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) / kPage * kPage), mapped(n));
   }
 
-  // The smallest kept block of n to 2n bytes, of these the one freed last, which the caches may still hold.
+  // Takes the smallest kept block of n to 2n bytes; among equals the one freed last, which the caches may still hold.
   void* take(size_t n) {
     const std::lock_guard lock(mutex_);
     const auto found = kept_.lower_bound({n, 0});
@@ -125,7 +127,7 @@ class Reusing final : public c10::Allocator {
     const std::lock_guard lock(mutex_);
     const auto found = used_.find(data);
     if (found == used_.end()) return false;
-    c10::profiledCPUMemoryReporter().Delete(data);  // before another thread can be given the block
+    c10::profiledCPUMemoryReporter().Delete(data);  // before another thread can get the block
     kept_.emplace(Key{found->second, --count_}, data);
     kept_bytes_ += static_cast<int64_t>(found->second);
     used_.erase(found);

@@ -1,4 +1,4 @@
-// What a step of the optimizers is given, and the checks of it, which are the same for every backend.
+// The arguments of an optimizer's step, and their checks, which are the same for every backend.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -12,7 +12,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// A row of `options` a group, in this order, which optim_options() gives to Python.
+// The options of a group, in the order of a row of `options`; optim_options() gives it to Python.
 #define DLKIT_OPTIM_OPTIONS(option)                                                                          \
   option(lr) option(weight_decay) option(eps) option(beta1) option(beta2) option(momentum) option(dampening) \
       option(alpha) option(ema_decay) option(decoupled_weight_decay) option(nesterov) option(maximize)       \
@@ -27,12 +27,12 @@ constexpr const char* kOptionNames[] = {DLKIT_OPTIM_OPTIONS(DLKIT_OPTIM_NAME)};
 constexpr int64_t kOptions = std::size(kOptionNames);
 static_assert(sizeof(Options) == kOptions * sizeof(double));
 
-// Everything that belongs to the tensors of a step. A list is empty where the step has no such array.
+// The lists of a step's tensors. A list is empty where the step has no such array.
 struct Lists {
   TensorList params, grads, states[kStates], scales[kStates], remainders, ema, steps;
 };
 
-// The rest. Without a seed nothing is rounded stochastically.
+// The other arguments. Without a seed nothing is rounded stochastically.
 struct Settings {
   at::IntArrayRef groups;        // of each tensor
   at::ArrayRef<double> options;  // of each group
@@ -79,14 +79,14 @@ void check_like(const char* list, size_t i, const Tensor& tensor, const Tensor& 
               " (that of params[", i, "]), got ", tensor.sizes());
 }
 
-// The gradient's own type where the kernels, or a copy, can serve it; else the parameter's.
+// The gradient's own type where the kernels can read it or a copy of it; else the parameter's.
 at::ScalarType gradient_type(const Tensor& grad, at::ScalarType param) {
   const at::ScalarType type = grad.scalar_type();
   if (type == param) return type;
   return is_real_or_complex(type) && c10::isComplexType(type) == c10::isComplexType(param) ? type : param;
 }
 
-// What an average of `type`'s values is kept in.
+// The type in which an average of `type`'s values is kept.
 at::ScalarType average_type(at::ScalarType type) {
   return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
 }
@@ -100,7 +100,8 @@ bool state_type_serves(at::ScalarType state, at::ScalarType param) {
 constexpr const char* kStateNames[kStates] = {"state1", "state2", "state3"};
 constexpr const char* kScaleNames[kStates] = {"scales1", "scales2", "scales3"};
 
-// What is written must hold each element once. An expanded one would be copied, and the copy back would raise too late.
+// A tensor that is written must hold each element once. An expanded one would be copied, and copying back would raise
+// too late.
 void check_overlap(const char* list, size_t i, const Tensor& tensor) {
   if (tensor.is_contiguous()) return;
   TORCH_CHECK(tensor.is_non_overlapping_and_dense() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
@@ -156,7 +157,7 @@ void check_lists(Algorithm algorithm, const Lists& lists, at::IntArrayRef groups
     if (!lists.remainders.empty()) {
       TORCH_CHECK(type == at::kBFloat16 || type == at::kHalf, "optim_step_(): expected params[", i,
                   "] of BFloat16 or Half with a remainder, got ", type);
-      // Its bits may travel as a type that tools of checkpoints and communication know.
+      // Its bits may be stored as the parameter's type, which tools for checkpoints and communication know.
       check_like("remainders", i, lists.remainders[i], param,
                  lists.remainders[i].scalar_type() == type ? type : at::kShort);
     }
@@ -186,7 +187,7 @@ void check_norm(const char* op, const Tensor& norm, const Tensor& tensor) {
               " ", norm.sizes(), " on ", norm.device());
 }
 
-// Of all arguments of a step, before anything is written.
+// Checks all arguments of a step before anything is written.
 void check(c10::string_view algorithm, const Lists& lists, const Settings& settings) {
   const int64_t group_count = settings.group_count();
   TORCH_CHECK(group_count * kOptions == int64_t(settings.options.size()), "optim_step_(): expected ", kOptions,
@@ -203,7 +204,7 @@ void check(c10::string_view algorithm, const Lists& lists, const Settings& setti
   if (has(settings.grad_norm)) check_norm("optim_step_", *settings.grad_norm, first);
 }
 
-// Of the gradients for a norm, or to be scaled.
+// Checks the gradients of a norm or a scaling.
 void check_gradients(const char* op, TensorList grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& grad = grads[i];

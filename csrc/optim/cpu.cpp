@@ -1,8 +1,8 @@
 // An optimizer's step on the CPU: one parallel loop over blocks of 256 elements of all tensors, each array read and
 // written once (AdamW in fp32: 4 words read and 3 written a parameter, 28 bytes, the least there is). Which thread
-// takes which blocks changes no result. The flags of a step are branches inside the loop over vectors: a root and a
-// division take some 25 cycles a vector of 16, a predicted branch one. 8-bit states go through fp32 copies of one
-// block, in L1.
+// takes which blocks changes no result. The flags of a step are branches inside the loop over vectors: the root and the
+// division take some 25 cycles for a vector of 16 elements, a predicted branch one. 8-bit states are unpacked to fp32
+// block by block, in L1.
 #include <cmath>
 
 #include "../common/cpu/parallel.h"
@@ -31,11 +31,11 @@ struct Math {
   }
 };
 
-// Adjacent elements of one tensor, `index` of the step, from `first` on.
+// Adjacent elements, from `first` on, of the step's tensor number `index`.
 template <class T, class S>
 struct Span {
   T* param;
-  T* grad;  // or null: in wide_grad
+  T* grad;  // null where wide_grad has it
   accumulate_t<T>* wide_grad;
   S* states[kStates];
   int16_t* remainder;
@@ -56,7 +56,7 @@ DLKIT_INLINE void store_bits(void* p, VectorU32 bits, First width) {
 
 // join(), split() and round_stochastically() of math.h on vectors.
 DLKIT_INLINE VectorI32 extend_sign(VectorU16 bits) {
-#if defined(__AVX512F__)  // GCC makes more of the plain conversion
+#if defined(__AVX512F__)  // GCC needs more instructions for the plain conversion
   return (VectorI32)_mm512_cvtepi16_epi32((__m256i)bits);
 #elif defined(__AVX2__)
   return (VectorI32)_mm256_cvtepi16_epi32((__m128i)bits);
@@ -71,14 +71,14 @@ DLKIT_INLINE VectorI32 load_remainder(const int16_t* p, First width) {
   return extend_sign(bits);
 }
 
-// `rest` where the bf16 value `high`, in fp32 bits, may have a remainder, else 0.
+// `rest` where the bf16 value `high`, given as fp32 bits, may have a remainder, else 0.
 DLKIT_INLINE VectorU32 rest_beside(VectorU32 high, VectorU32 rest) {
 #if defined(__AVX512DQ__)
   const __mmask16 has_none = _mm512_fpclass_ps_mask((__m512)high, 0x9f);  // zero, infinity and NaN of every kind
   return (VectorU32)_mm512_maskz_mov_epi32(_knot_mask16(has_none), (__m512i)rest);
 #else
-  const VectorI32 place = (VectorI32)((high - 0x10000) & 0x7fff0000);  // zero comes after all others
-#if defined(__AVX2__)  // GCC makes two instructions of a comparison with a constant
+  const VectorI32 place = (VectorI32)((high - 0x10000) & 0x7fff0000);  // zero becomes the largest
+#if defined(__AVX2__)  // GCC needs two instructions for a comparison with a constant
   return rest & (VectorU32)_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f7f0000), (__m256i)place);
 #else
   return rest & (VectorU32)(place < 0x7f7f0000);
@@ -91,7 +91,7 @@ DLKIT_INLINE VectorF32 join(const BFloat16* high, const int16_t* remainder, Widt
   return (VectorF32)(wide + rest_beside(wide, (VectorU32)load_remainder(remainder, width)));
 }
 
-// The upper 16 bits of `high` and the lower ones of `rest`, to two arrays.
+// Stores the upper 16 bits of `high` and the lower 16 bits of `rest` to two arrays.
 template <class Width>
 DLKIT_INLINE void store_halves(VectorU32 high, VectorU32 rest, BFloat16* to_high, int16_t* to_rest, Width width) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -162,9 +162,9 @@ DLKIT_INLINE VectorF32 round_stochastically(VectorF32 value, VectorU32 random, F
   return value - value == 0 ? result : value;
 }
 
-// stochastic_block() of all elements of a block of kBlock, 16 bits each, in their order: the words of 32 blocks of
-// Philox side by side, which compilers make vectors of: 12 times as fast as one after the other. Not inlined: a step
-// may draw for the parameter and each state.
+// stochastic_block() for all elements of a block of kBlock, 16 bits each, in order. The words of 32 Philox blocks lie
+// side by side, which compilers vectorize: 12 times as fast as one block after the other. Not inlined, since a step may
+// draw for the parameter and each state.
 __attribute__((noinline)) void fill_random(uint64_t seed, int64_t index, int64_t first, int stream, uint16_t* bits) {
   constexpr int kCount = kBlock / 8;
   uint32_t c0[kCount], c1[kCount], c2[kCount], c3[kCount];
@@ -190,12 +190,13 @@ __attribute__((noinline)) void fill_random(uint64_t seed, int64_t index, int64_t
   }
 }
 
-// 16 random bits, by fill_random(), for each lane at element i.
+// The 16 random bits of each lane at element i, from fill_random().
 DLKIT_INLINE VectorU32 random_lanes(const uint16_t* bits, int64_t i) {
   return __builtin_convertvector(load_raw<VectorU16>(bits + i % kBlock), VectorU32);
 }
 
-// Parameters as they are computed with, and back. `stored` is what a later reader finds, for the average of weights.
+// Parameters to the type of arithmetic and back. `stored` is the value that a later reader finds, for the average of
+// weights.
 template <class T, class S, class Width>
 DLKIT_INLINE Vector<accumulate_t<T>> load_param(const Span<T, S>& span, int64_t i, Width width) {
   if constexpr (sizeof(T) == 2) {
@@ -219,7 +220,7 @@ DLKIT_INLINE Vector<accumulate_t<T>> store_param(const uint16_t* random, const S
   return value;
 }
 
-// Gradients may be of another type than a 16-bit parameter: then they are fp32 here.
+// A gradient of another type than its 16-bit parameter is fp32 here.
 template <class T, class S, class Width>
 DLKIT_INLINE Vector<accumulate_t<T>> load_grad(const Span<T, S>& span, int64_t i, Width width) {
   if constexpr (sizeof(T) == 2) {
@@ -239,7 +240,7 @@ constexpr int kAnyStates = -1;
 template <int kMask>
 using Has = std::integral_constant<int, kMask>;
 
-// Of the states that kHas has a bit for; with kHas of kAnyStates, of those that the span has.
+// One of the states that kHas has a bit for; with kHas of kAnyStates, that the span has.
 template <class S, class Width, int kHas, int kIndex>
 struct State {
   S* p;
@@ -260,8 +261,9 @@ struct State {
   }
 };
 
-// The arguments are copies, since a store through a pointer to float might change one that has an address: the loop
-// would read them again after every store. kHas other than kAnyStates: there are those states and nothing else.
+// The arguments are copies: a store through a pointer to float might change an object in memory, which the loop would
+// then read again after every store. With kHas other than kAnyStates there are those states and no other optional
+// arrays.
 template <Algorithm kAlgorithm, int kHas, class T, class S>
 void update_by(const uint64_t seed, const bool write_grads, const Scalars<accumulate_t<T>> k, Span<T, S> span) {
   using A = accumulate_t<T>;
@@ -269,7 +271,7 @@ void update_by(const uint64_t seed, const bool write_grads, const Scalars<accumu
   constexpr bool kPlain = kHas != kAnyStates, kRandom = !kPlain && (sizeof(T) == 2 || sizeof(S) == 2);
   if constexpr (kPlain) span.remainder = nullptr, span.ema = nullptr;
   alignas(64) uint16_t bits[kRandom ? 1 + kStates : 1][kBlock];  // of the parameter and the states
-  const uint16_t* random[1 + kStates] = {};                      // those of them that are rounded stochastically
+  const uint16_t* random[1 + kStates] = {};                      // null for those that are not rounded stochastically
   if (kRandom && sizeof(T) == 2 && k.stochastic_rounding && span.remainder == nullptr) random[0] = bits[0];
   for (int s = 0; kRandom && sizeof(S) == 2 && s < kStates; ++s) {
     if (k.stochastic_states >> s & 1 && span.states[s] != nullptr) random[s + 1] = bits[s + 1];
@@ -297,8 +299,8 @@ void update_by(const uint64_t seed, const bool write_grads, const Scalars<accumu
   });
 }
 
-// The loop of what is asked for most has no branch on what there is: 2 to 3 times as fast in cache, and a store of SGD
-// or of 16-bit states then waits for memory alone.
+// The most common cases have a loop without branches on the arrays there are: 2 to 3 times as fast in cache, and SGD
+// and 16-bit states are then limited only by memory.
 template <Algorithm kAlgorithm, class T, class S>
 void update_with(const Step& op, Scalars<accumulate_t<T>> k, const Span<T, S>& span) {
   if constexpr (std::is_same_v<T, S>) {
@@ -330,19 +332,19 @@ void update(const Step& op, const Scalars<accumulate_t<T>>& k, const Span<T, S>&
   }
 }
 
-// encode() by a table: how many midpoints lie below all values whose upper 16 bits are those of the index, sign,
-// exponent from 2^-24 on and 7 bits of mantissa. Such values have at most one midpoint among them, so one comparison is
-// left of a search of 8 steps.
+// encode() by a table. An index is the upper 16 bits of values: sign, exponent from 2^-24 on and 7 bits of mantissa. An
+// entry is the number of midpoints below all values of that index. At most one midpoint lies among these values: one
+// comparison replaces a search of 8 steps.
 struct Codes {
   static constexpr int kExponents = 25, kCells = kExponents * 128;
   static constexpr uint32_t kFirst = uint32_t(127 - 24) << 7;
-  uint8_t below[2][kCells];  // of positive values, of negative ones
+  uint8_t below[2][kCells];  // for positive values and for negative ones
 };
 constexpr Codes make_codes(const DynamicMap& map) {
   Codes codes{};
   int positive = 0, negative = 0;
   for (int cell = 0; cell < Codes::kCells; ++cell) {
-    // From the least magnitude up: the smallest of the positive values of a cell, of the negative ones the largest.
+    // The least magnitude of a cell: the smallest of its positive values, and of its negative ones the largest.
     float unit = 1.0f / (1 << 24);
     for (int i = 0; i < cell / 128; ++i) unit *= 2;
     const float low = cell == 0 ? 0 : unit * (1 + float(cell % 128) / 128),
@@ -365,14 +367,14 @@ DLKIT_INLINE uint8_t encode(const Codes& codes, const DynamicMap& map, float val
   return uint8_t(code + (map.midpoints[code] < value));
 }
 
-// One block of an 8-bit state to fp32 and back.
+// Unpacks one block of an 8-bit state to fp32; the function below packs it.
 DLKIT_INLINE void decode(const uint8_t* codes, float scale, const DynamicMap& map, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i) values[i] = map.values[codes[i]] * scale;
 }
 DLKIT_INLINE float encode_block(const float* values, bool with_sign, int64_t count, uint8_t* codes) {
   const Codes& table = with_sign ? kSignedCodes : kUnsignedCodes;
   const DynamicMap& map = with_sign ? kSignedMap : kUnsignedMap;
-  uint32_t largest = 0;  // magnitudes are in the order of their bits, NaN last
+  uint32_t largest = 0;  // magnitudes are ordered as their bits are, NaN last
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & 0x7fffffff;
     largest = largest < magnitude ? magnitude : largest;
@@ -404,7 +406,7 @@ void update_int8(const Step& op, const Scalars<float>& k, const Tensor& tensor, 
   }
 }
 
-// `wide_grad`: the gradient of these elements in fp32, or null: it is of T.
+// `wide_grad` is the gradient of these elements in fp32, or null where the gradient is of T.
 template <class T, class S>
 Span<T, S> span_of(const Tensor& tensor, accumulate_t<T>* wide_grad, int64_t index, int64_t begin, int64_t end) {
   Span<T, S> span{at<T>(tensor.param, begin),
@@ -452,7 +454,7 @@ void update_states(const Step& op, const Scalars<accumulate_t<T>>& k, const Tens
   }
 }
 
-// 16-bit gradients to fp32, and back.
+// Converts 16-bit gradients to fp32; the function below converts them back.
 template <class G>
 void widen_grad(const G* grad, int64_t count, float* wide) {
   for_columns<float, 1>(
@@ -464,7 +466,7 @@ void narrow_grad(const float* wide, int64_t count, G* grad) {
       0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { store(grad + i, load(wide + i, width), width); });
 }
 
-// 16-bit gradients of another type than the parameter's: as fp32, block by block, in L1.
+// For 16-bit gradients of another type than the parameter's: converted to fp32 block by block, in L1.
 template <class T, class G>
 void update_widened(const Step& op, const Scalars<float>& k, const Tensor& tensor, G* grad, int64_t index,
                     int64_t begin, int64_t end) {
@@ -520,7 +522,7 @@ DLKIT_INLINE void for_blocks(const Array* tensors, const int64_t* first_block, i
 
 constexpr int64_t kGrainBlocks = kGrain / kBlock;
 
-// Sum of squares of adjacent elements; within one block in fp32.
+// The sum of squares of adjacent elements, in fp32 within a block.
 template <class T>
 double sum_squares(const T* grad, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;

@@ -1,16 +1,15 @@
-// The optimizers on CUDA. What a step moves is each array once in and, but for gradients, once out: 28 bytes a
-// parameter for AdamW in fp32, the least there is. Clipping adds the 4 bytes of the norm's pass; the coefficient, the
-// loss scale, found_inf and step counters are read where they lie, so nothing waits for the device.
+// The optimizers on CUDA. A step reads each array once and writes each but the gradients once: 28 bytes a parameter for
+// AdamW in fp32, the least there is. Clipping adds the 4 bytes of the norm's pass; the coefficient, the loss scale,
+// found_inf and step counters are read where they lie, so nothing waits for the device.
 //
 // One launch serves many tensors: their addresses travel in its arguments, never through a copy to the device. From
-// CUDA 12.1 on they may be 32 KB, some 550 tensors of AdamW. The driver copies all that a kernel declares, at every
-// launch, which takes 5 to 8 us by others' measurements: some 40 tensors or fewer get a kernel that declares 4 KB. A
-// launch holds tensors of one dtype and state type; step counters on the device, which every block reads, go up in a
-// launch of their own. A block takes one chunk of one tensor, which it finds by binary search in the arguments: 2 K to
-// 16 K elements, so that there are some eight chunks a multiprocessor even of a small model, and the setup (search,
+// CUDA 12.1 on these may be 32 KB, some 550 tensors of AdamW. The driver copies all declared arguments at every launch,
+// which for 32 KB takes 5 to 8 us by others' measurements: some 40 tensors or fewer get a kernel that declares 4 KB. A
+// launch holds tensors of one dtype and state type; step counters on the device, which every block reads, are raised in
+// a launch of their own. A block takes one chunk of one tensor, which it finds by binary search in the arguments. A
+// chunk is 2 K to 16 K elements: even a small model has some eight chunks a multiprocessor, and the setup (search,
 // hyperparameters in fp64, one barrier: about a microsecond) stays small against the 50 us of 16 K elements' traffic. A
-// thread's first elements are on their way before that barrier: a step of few tensors, a chunk or two a block, is that
-// much shorter.
+// thread requests its first elements before that barrier, which shortens a step of few tensors by that wait.
 //
 // A thread holds one pack of 16 bytes of the narrowest array, and as many elements of the others: AdamW in fp32 has 64
 // bytes a thread on their way at once. At 4.8 TB/s and some 0.8 us of latency an H200 wants 29 KB for each of its 132
@@ -37,7 +36,7 @@ Arrays arrays_of(const Tensor& t) {
            t.ema, t.step}};
 }
 
-// The tensors of one dtype and one state type.
+// Steps the tensors of one dtype and one state type.
 template <class T, class S, Algorithm Which>
 void step_kind(const Step& op, DType dtype, StateType state_type, int64_t chunk, void* stream) {
   constexpr size_t width = width_of<T, S>;
@@ -144,8 +143,8 @@ void advance_counters(const Step& op, void* stream) {
   launcher.flush();
 }
 
-// The gradients of T through a launcher: entries of first chunk and alignment, numel, address, and the number of chunks
-// that all gradients before it have.
+// Launches a kernel on the gradients of T. An entry has first chunk and alignment, numel, address, and the number of
+// chunks of all gradients before it.
 template <class T, class Common>
 void launch_grads(const Gradient* grads, int64_t count, DType dtype, const Common& common, int64_t chunk,
                   const typename MultiTensorLauncher<Common>::Kernels& kernels, void* stream) {
@@ -166,7 +165,7 @@ void launch_grads(const Gradient* grads, int64_t count, DType dtype, const Commo
   launcher.flush();
 }
 
-// Elements a block takes: enough blocks for every multiprocessor, few enough that their setup does not show.
+// Elements a block takes: few enough to give every multiprocessor blocks, many enough to make their setup negligible.
 int64_t chunk_for(int64_t blocks) {
   const int64_t wanted = blocks * kBlock / (int64_t(current_device().multiprocessors) * kChunksPerMultiprocessor);
   return std::clamp((wanted + kLeastChunk - 1) / kLeastChunk * kLeastChunk, int64_t(kLeastChunk), int64_t(kMostChunk));

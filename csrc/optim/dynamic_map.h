@@ -1,8 +1,8 @@
-// 8-bit states: each block of kBlock elements has its largest magnitude as scale, each element the code of the nearest
-// of 256 values in [-1, 1] (moments) or [0, 1] (moments of squares). The values are the dynamic map of Dettmers et al.
-// 2022, "8-bit optimizers via block-wise quantization": decades from 1e-6 to 1, each with twice as many evenly spaced
-// values as the one below it. What is above zero in [0, 1] never gets the code of 0, however small it is: a moment of
-// squares of 0 would make the step of its element infinitely long.
+// 8-bit states: the scale of a block of kBlock elements is its largest magnitude, and an element is the code of the
+// nearest of 256 values in [-1, 1] (moments) or [0, 1] (moments of squares). The values are the dynamic map of Dettmers
+// et al. 2022, "8-bit optimizers via block-wise quantization": decades from 1e-6 to 1, each with twice as many evenly
+// spaced values as the one below it. In [0, 1] a value above zero never gets the code of 0, however small it is: a
+// moment of squares of 0 would make its element's step almost infinite.
 #pragma once
 
 #include "kernel.h"
@@ -41,12 +41,12 @@ constexpr DynamicMap kSignedMap = make_dynamic_map(true), kUnsignedMap = make_dy
 constexpr uint8_t kSignedZero = 127, kUnsignedZero = 0;
 
 // The code of value / scale: how many midpoints lie below it. A scale of 0 counts as 1; a block with a NaN or an
-// infinity has that as its scale and is NaN throughout. The value's decade and its place in that give the code or a
-// neighbour, and two midpoints tell which: two lookups where a binary search has eight, each waiting for the one
-// before. For GPUs; on a CPU the table of cpu.cpp takes a third of the time.
+// infinity has that as its scale and is NaN throughout. The value's decade and its place there give a code that is at
+// most one off, which two midpoints correct: two lookups, where a binary search has eight that wait for one another.
+// For GPUs; on a CPU the table in cpu.cpp takes a third of the time.
 DLKIT_HOST_DEVICE int encode(const float* midpoints, bool with_sign, float value) {
   const float magnitude = with_sign && value < 0 ? -value : value;
-  float power = 1e6f;  // over that of the decade
+  float power = 1e6f;  // 1 / the decade
   int count = with_sign ? 1 : 2;
   if (magnitude > 1e-6f) power = 1e5f, count *= 2;
   if (magnitude > 1e-5f) power = 1e4f, count *= 2;
@@ -62,7 +62,7 @@ DLKIT_HOST_DEVICE int encode(const float* midpoints, bool with_sign, float value
   return value != value ? 0 : below + (midpoints[code] < value);
 }
 
-// The least code that an element may get. Its value itself decides, since value / scale may underflow. A block with an
+// The least code that an element may get. It depends on the value, since value / scale may underflow. A block with an
 // infinity stays NaN.
 DLKIT_HOST_DEVICE int least_code(bool with_sign, float value, float scale) {
   return !with_sign && value > 0 && scale - scale == 0 ? 1 : 0;

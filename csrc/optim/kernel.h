@@ -10,15 +10,16 @@
 //   SGD      momentum_buffer = momentum * momentum_buffer + (1 - dampening) * g      (where there is one)
 //            p = p - lr * (momentum_buffer, or g + momentum * momentum_buffer with nesterov, or g without momentum)
 //   RMSprop  square_avg = alpha * square_avg + (1 - alpha) * g^2
-//            grad_avg = lerp(grad_avg, g, 1 - alpha),  v = square_avg - grad_avg^2   (where there is one, else
-//            square_avg) momentum_buffer = momentum * momentum_buffer + g / (sqrt(v) + eps)      (where there is one)
+//            grad_avg = lerp(grad_avg, g, 1 - alpha)                        (where there is one)
+//            v = square_avg - grad_avg^2, or square_avg without grad_avg
+//            momentum_buffer = momentum * momentum_buffer + g / (sqrt(v) + eps)      (where there is one)
 //            p = p - lr * (momentum_buffer, or g / (sqrt(v) + eps))
 //   ema = lerp(ema, p, 1 - ema_decay), of the exact p where there is a remainder, else of p as stored
 //
-// A tensor's arrays are contiguous, have numel elements and any alignment that their element type itself has; arrays of
+// A tensor's arrays are contiguous, have numel elements and need only the alignment of their element type; arrays of
 // two tensors do not overlap. `accumulate` below is fp32, or fp64 where dtype is F64; all arithmetic is done in it. A
-// pointer documented "or null" may be null. The formulas stand in math.h, 8-bit states in dynamic_map.h. Where
-// found_inf is not zero, nothing at all is written, step counters included.
+// pointer documented "or null" may be null. The formulas are in math.h, 8-bit states in dynamic_map.h. Where found_inf
+// is not zero, nothing is written, not even step counters.
 #pragma once
 
 #include "../common/scalar.h"
@@ -27,10 +28,10 @@ namespace dlkit::optim {
 
 enum class Algorithm : int32_t { Adam = 0, Sgd = 1, RmsProp = 2 };
 
-// How states are stored. The first four are DType's.
+// The storage type of states. The first four values are DType's.
 enum class StateType : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3, Int8 = 4 };
 
-constexpr int64_t kBlock = 256;  // elements that share a scale in an 8-bit state, and the grain of the work
+constexpr int64_t kBlock = 256;  // elements that share a scale in an 8-bit state, and the unit of work
 constexpr int kStates = 3;
 // Adam:     exp_avg, exp_avg_sq, max_exp_avg_sq or null
 // SGD:      momentum_buffer or null, -, -
@@ -50,9 +51,9 @@ struct Tensor {
   void* grad;              // of grad_dtype; changed only with write_grads
   void* states[kStates];   // of state_type; as listed above
   float* scales[kStates];  // with Int8: [blocks of kBlock], the largest magnitude of each; where the state is not null
-  int16_t* remainder;      // what rounding took from the exact parameter (math.h); BF16 and F16 only; or null
+  int16_t* remainder;      // the exact parameter less the rounded one (math.h); BF16 and F16 only; or null
   void* ema;               // of accumulate, or null
-  void* step;              // t - 1, on the device; the kernel adds 1. Null: the host counts, and the two below hold
+  void* step;              // t - 1, on the device; the kernel adds 1. Null: the host counts and sets the two below
   double bias_correction1, bias_correction2;  // Adam's 1 - beta^t
   int64_t numel;                              // may be 0
   int32_t group;
@@ -65,9 +66,9 @@ struct Tensor {
 struct Step {
   const Group* groups;
   const Tensor* tensors;
-  const int64_t* first_block;  // [tensor_count + 1]: how many blocks of kBlock elements the tensors before it have
+  const int64_t* first_block;  // [tensor_count + 1]: the number of blocks of kBlock elements of all tensors before
   int64_t group_count, tensor_count;
-  const void* grad_norm;    // on the device, of the gradients over grad_scale; or null: no clipping
+  const void* grad_norm;    // on the device, of the gradients divided by grad_scale; or null: no clipping
   const float* grad_scale;  // on the device, or null
   const float* found_inf;   // on the device, or null
   double max_norm;
@@ -77,14 +78,14 @@ struct Step {
   bool write_grads;  // write g back, before weight decay and the sign of maximize
 };
 
-// For the norm and the scaling of gradients: dtypes may differ.
+// A gradient, for the norm and the scaling; dtypes may differ.
 struct Gradient {
   void* data;
   int64_t numel;
   DType dtype;
 };
 
-// norm = sqrt(sum of grad^2), added up in fp32 within a block, in fp64 and in a fixed order between them.
+// norm = sqrt(sum of grad^2). A block is summed in fp32, the blocks' sums in fp64 and in a fixed order.
 struct Norm {
   const Gradient* grads;
   const int64_t* first_block;  // as in Step

@@ -1,6 +1,7 @@
-// The formulas of the optimizers, once for every backend. V is what a kernel computes with (float or double on a GPU, a
+// The optimizers' formulas, shared by the CPU and CUDA. V is a kernel's type of arithmetic (float or double on a GPU, a
 // vector of them on a CPU), A the scalar type, M a struct of static functions: splat(A), fma(V, V, V), sqrt(V), and
-// choose(condition, V, V), which takes what V's comparisons give. Internal linkage, for the reason given in scalar.h.
+// choose(condition, V, V), whose condition is the result of comparing two V. Internal linkage, for the reason given in
+// scalar.h.
 #pragma once
 
 #include "../common/philox.h"
@@ -8,22 +9,22 @@
 
 namespace dlkit::optim {
 
-// A norm, F32 or F64.
+// Reads a norm of F32 or F64.
 DLKIT_HOST_DEVICE double read(const void* scalar, DType dtype) {
   return dtype == DType::F64 ? *static_cast<const double*>(scalar) : double(*static_cast<const float*>(scalar));
 }
 
-// A tensor's hyperparameters as the formulas want them, computed in fp64 and rounded once.
+// A tensor's hyperparameters in the form the formulas use, computed in fp64 and rounded once.
 template <class A>
 struct Scalars {
-  A grad_factor;  // from the gradient as it is to the one the formula takes, but for the sign
-  A l2;           // weight decay that joins the gradient
+  A grad_factor;  // from the stored gradient to the formula's, except the sign
+  A l2;           // weight decay that is added to the gradient
   A decay;        // factor on the parameter
   A step_size;    // lr, with Adam over 1 - beta1^t
   A root_factor;  // Adam: 1 / sqrt(1 - beta2^t)
   A eps;
   A average_rest;         // 1 - beta1, 1 - alpha (grad_avg)
-  A square, square_rest;  // beta2 or alpha, and 1 - it
+  A square, square_rest;  // beta2 or alpha, and 1 minus it
   A momentum, dampening_rest;
   A ema_rest;
   bool maximize, nesterov, stochastic_rounding;
@@ -57,7 +58,7 @@ DLKIT_HOST_DEVICE Scalars<A> scalars(Algorithm algorithm, const Group& group, do
   return k;
 }
 
-// What clipping multiplies gradients by. NaN stays NaN, as in torch.
+// The factor of clipping. NaN stays NaN, as in torch.
 DLKIT_HOST_DEVICE double clip_coefficient(double norm, double max_norm) {
   const double coefficient = max_norm / (norm + 1e-6);
   return coefficient > 1 ? 1 : coefficient;
@@ -73,7 +74,7 @@ DLKIT_HOST_DEVICE V maximum(V a, V b) {
   return M::choose((a > b) | (a != a), a, b);  // NaN where either is, as torch's maximum
 }
 
-// From the scaled gradient to the one that enters the averages.
+// From the scaled gradient, the one that enters the averages.
 template <class M, class V, class A>
 DLKIT_HOST_DEVICE V decayed_gradient(const Scalars<A>& k, V g, V p) {
   if (k.maximize) g = -g;
@@ -104,8 +105,8 @@ DLKIT_HOST_DEVICE void sgd(const Scalars<A>& k, V g, V& p, V* buffer) {
   p = M::fma(g, M::splat(-k.step_size), p);
 }
 
-// `average` is grad_avg, `buffer` momentum_buffer; either may be null. torch takes the root of what rounding may leave
-// below zero where a gradient does not change, NaN; here that is 0.
+// `average` is grad_avg, `buffer` momentum_buffer; either may be null. Where a gradient does not change, rounding may
+// leave square_avg - grad_avg^2 below 0. torch's root of it is NaN; here it counts as 0.
 template <class M, class V, class A>
 DLKIT_HOST_DEVICE void rmsprop(const Scalars<A>& k, V g, V& p, V& square_avg, V* average, V* buffer) {
   g = decayed_gradient<M>(k, g, p);
@@ -121,11 +122,11 @@ DLKIT_HOST_DEVICE void rmsprop(const Scalars<A>& k, V g, V& p, V& square_avg, V*
   p = M::fma(update, M::splat(-k.step_size), p);
 }
 
-// A 16-bit parameter with a remainder is an fp32 one in two halves, `high` and the remainder. Others may write to the
-// parameter between two steps, and leave a remainder that belongs to what was there before. So for any two halves the
-// joined value rounds to `high`, and is NaN only where that is.
-// BF16: bits of the fp32 value = (bits of the bf16 value << 16) + remainder, so the rounding is half away from zero,
-// which lets the remainder always fit. Zero (what is below 2^-134), infinity and NaN have no remainder.
+// A 16-bit parameter with a remainder is an fp32 one in two halves, `high` and the remainder. If other code writes to
+// the parameter between two steps, the remainder belongs to the old value. For any two halves, therefore, the joined
+// value rounds to `high`, and is NaN only where `high` is. BF16: bits of the fp32 value = (bits of the bf16 value <<
+// 16) + remainder. Ties are rounded away from zero, which lets the remainder always fit. Zero (any magnitude below
+// 2^-134), infinity and NaN have no remainder.
 DLKIT_HOST_DEVICE bool has_remainder(BFloat16 high) { return ((high.bits - 1) & 0x7fff) < 0x7f7f; }
 DLKIT_HOST_DEVICE float join(BFloat16 high, int16_t remainder) {
   const int32_t rest = has_remainder(high) ? remainder : 0;
@@ -134,18 +135,18 @@ DLKIT_HOST_DEVICE float join(BFloat16 high, int16_t remainder) {
 DLKIT_HOST_DEVICE BFloat16 split(float value, BFloat16, int16_t* remainder) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const BFloat16 high{uint16_t((bits + 0x8000) >> 16)};
-  *remainder = int16_t(has_remainder(high) ? bits : 0);  // the difference to `high` is these lower 16 bits
+  *remainder = int16_t(has_remainder(high) ? bits : 0);  // these lower 16 bits are the difference to `high`
   return value != value ? BFloat16{uint16_t(0x7fc0)} : high;
 }
 
 // F16: value = fp16 value + remainder * 2^-16 ulp of it (2^-40 among fp16's subnormals): exact for magnitudes from
-// 2^-16 to 65504, within 2^-40 below. Rounds to nearest even. What rounds to zero but has a remainder, of either sign,
-// is stored as -0: +0 is what others write, and has none, nor have infinity and NaN.
+// 2^-16 to 65504, within 2^-40 below. Rounds to nearest even. A value of either sign that rounds to zero but has a
+// remainder is stored as -0. +0, which other code writes, has no remainder, nor have infinity and NaN.
 DLKIT_HOST_DEVICE float remainder_unit(Float16 high) {
   const uint32_t exponent = bit_cast<uint32_t>(widen(high)) & 0x7f800000, least = uint32_t(127 - 14) << 23;
   return bit_cast<float>((exponent < least ? least : exponent) - (uint32_t(26) << 23));
 }
-// Of a power of two between 2^-126 and 2^126: a GPU's division takes a subroutine.
+// 1 / power, a power of two between 2^-126 and 2^126. A division would be a subroutine on a GPU.
 DLKIT_HOST_DEVICE float inverse_of_power(float power) {
   return bit_cast<float>((uint32_t(254) << 23) - bit_cast<uint32_t>(power));
 }
@@ -160,13 +161,13 @@ DLKIT_HOST_DEVICE Float16 split(float value, Float16, int16_t* remainder) {
   *remainder = 0;
   if (!(rest - rest == 0)) return high;
   const float rounded = rest + 12582912.0f - 12582912.0f;  // to the nearest integer, by 1.5 * 2^23
-  *remainder = int16_t(rounded > 32767 ? 32767 : rounded < -32767 ? -32767 : rounded);  // more would round elsewhere
+  *remainder = int16_t(rounded > 32767 ? 32767 : rounded < -32767 ? -32767 : rounded);  // more would not give `high`
   return widen(high) == 0 && rounded != 0 ? Float16{uint16_t(0x8000)} : high;
 }
 
-// 16 bits, by lane_bits(), for each of the elements 8 * block .. 8 * block + 7 of the tensor at `index` in the step.
-// `step` is t where the counter is on the device, else 0: a captured graph replays the same seed. `stream` is 0 for the
-// parameter, s + 1 for state s.
+// 16 bits, read by lane_bits(), for each of the elements 8 * block to 8 * block + 7 of the step's tensor number
+// `index`. `step` is t where the counter is on the device, else 0: a captured graph replays the same seed. `stream` is
+// 0 for the parameter, s + 1 for state s.
 DLKIT_HOST_DEVICE uint64_t stochastic_counter(int64_t block, int stream) {
   return uint64_t(block) | uint64_t(stream) << 60;
 }
@@ -174,7 +175,7 @@ DLKIT_HOST_DEVICE PhiloxBlock stochastic_block(uint64_t seed, int64_t index, uin
   return philox(seed, uint64_t(index) | uint64_t(step) << 32, stochastic_counter(block, stream));
 }
 
-// Up with the probability of the part cut off, in 65,536ths for bf16 and 8,192ths for fp16.
+// Rounds up with a probability equal to the part cut off, in 65,536ths of an ulp for bf16 and 8,192ths for fp16.
 DLKIT_HOST_DEVICE BFloat16 round_stochastically(float value, uint32_t bits, BFloat16) {
   if (value != value) return BFloat16{uint16_t(0x7fc0)};
   return BFloat16{uint16_t((bit_cast<uint32_t>(value) + bits) >> 16)};

@@ -1,5 +1,5 @@
-// The optimizers as torch ops, which change lists of tensors in place. The public three check all they are given before
-// anything is written, then call the kernels' ops, which every backend has. A step of dlkit.optim comes by way of Plan.
+// The optimizers as torch ops, which change lists of tensors in place. The public three check all arguments before
+// anything is written, then call the kernels' ops, which every backend has. A step of dlkit.optim comes through Plan.
 #include "../glue/op.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -39,12 +39,12 @@ Group group_of(const Options& options, const float* lr_pointer, bool has_seed) {
           .lr_pointer = lr_pointer};
 }
 
-// Addresses of a parameter's arrays in one common layout: the parameter's own strides where it is dense. What lies
-// otherwise is copied, and copied back by finish().
+// Gives the addresses of a parameter's arrays in one common layout: the parameter's own strides where it is dense.
+// Arrays in another layout are copied, and copied back by finish().
 class Arranger {
  public:
-  // Of the arrays that follow, until the next call. 8-bit states want their elements in logical order: a scale belongs
-  // to 256 elements of that order, so that a checkpoint means the same in every memory format.
+  // Sets the parameter of the following place() calls. 8-bit states need their elements in logical order: a scale
+  // belongs to 256 elements in that order, which lets a checkpoint mean the same in every memory format.
   void begin(const Tensor& param, bool logical_order) {
     param_ = &as_real(param);
     contiguous_ = logical_order || param_->is_contiguous();
@@ -55,7 +55,7 @@ class Arranger {
   int64_t numel() const { return param_->numel(); }
   at::ScalarType type() const { return param_->scalar_type(); }
 
-  // In the type `as`, where one is given.
+  // The address of a tensor's data, converted to the type `as` if one is given.
   void* place(const Tensor& tensor, bool changes, std::optional<at::ScalarType> as = std::nullopt) {
     const Tensor& real = as_real(tensor);
     const bool fits = contiguous_ ? real.is_contiguous() : real.strides() == at::IntArrayRef(strides_);
@@ -91,7 +91,7 @@ std::vector<int64_t> first_blocks(const auto& arrays) {
   return first;
 }
 
-// autograd must notice that what it may have saved has changed.
+// autograd must notice that tensors it may have saved have changed.
 void mark_changed(TensorList tensors) {
   for (const Tensor& tensor : tensors) {
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
@@ -103,7 +103,8 @@ double read(const Tensor& scalar) {
                                              : double(*scalar.const_data_ptr<float>());
 }
 
-// Host counters: one more step, and Adam's bias corrections, computed once for tensors in a row that agree.
+// Raises host counters by one and gives Adam's bias corrections, computed once for consecutive tensors with the same
+// values.
 class Counter {
  public:
   void advance(const Tensor& step, const Group& group, optim::Tensor& tensor) {
@@ -111,7 +112,7 @@ class Counter {
     if (step.scalar_type() == at::kDouble) {
       *step.mutable_data_ptr<double>() = t;
     } else {
-      t = *step.mutable_data_ptr<float>() = float(t);  // stays at 2^24, as in torch
+      t = *step.mutable_data_ptr<float>() = float(t);  // stops at 2^24, as in torch
     }
     if (&group != group_ || t != t_) {
       group_ = &group;
@@ -150,7 +151,8 @@ void step(Algorithm algorithm, const Lists& lists, const Settings& settings) {
 
   const auto on_host = [&](const Tensor& step) { return kHost || step.device() != first.device(); };
   if (op.found_inf != nullptr && !lists.steps.empty() && on_host(lists.steps[0])) {
-    // Host counters need the answer here; with counters on the device (fused=True, capturable=True) nothing waits.
+    // Host counters need found_inf now, which waits for the device; counters on the device (fused=True,
+    // capturable=True) do not.
     if (settings.found_inf->item<float>() != 0) return;
     op.found_inf = nullptr;
   }
@@ -211,10 +213,10 @@ void step(Algorithm algorithm, const Lists& lists, const Settings& settings) {
   arranger.finish();
   mark_changed(lists.params);
   mark_changed(lists.ema);
-  if (settings.write_grads) mark_changed(lists.grads);  // nothing saves states
+  if (settings.write_grads) mark_changed(lists.grads);  // states are not saved by any node
 }
 
-// Arrays of gradients, made dense where they are not.
+// The gradients' arrays, made dense where they are not.
 std::vector<Gradient> gradients(TensorList grads, Arranger& arranger, bool changes) {
   std::vector<Gradient> result;
   result.reserve(grads.size());
@@ -264,7 +266,7 @@ void clip_(TensorList grads, const Tensor& grad_norm, double max_norm) {
   mark_changed(grads);
 }
 
-// The ops of a step take an argument for each list and number. run(algorithm, lists, settings) gets them by name.
+// The ops of a step have one argument for each list and number. kRun(algorithm, lists, settings) gets them by name.
 template <auto kRun>
 void step_(c10::string_view algorithm, TensorList params, TensorList grads, TensorList state1, TensorList state2,
            TensorList state3, TensorList scales1, TensorList scales2, TensorList scales3, TensorList remainders,
@@ -325,7 +327,7 @@ void clip_grads_(TensorList grads, const Tensor& grad_norm, double max_norm) {
   op.call(grads, grad_norm, max_norm);
 }
 
-// What the ops do to tensors without data, for tracing.
+// The ops for tensors without data, for tracing.
 Tensor norm_meta(TensorList grads) {
   bool wide = false;
   for (const Tensor& grad : grads) wide = wide || c10::toRealValueType(grad.scalar_type()) == at::kDouble;
@@ -353,7 +355,7 @@ void implement_meta(torch::Library& m) {
   for (const char* name : {"optim_clip_grads_", "optim_clip_grads_kernel_"}) m.impl(name, clip_meta);
 }
 
-// An op and its kernels' op, under `name` and `kernel`.
+// Defines an op and its kernels' op, named `name` and `kernel`.
 void define(torch::Library& m, const std::string& name, const std::string& kernel, const std::string& arguments) {
   m.def((name + arguments).c_str());
   m.def((kernel + arguments).c_str());

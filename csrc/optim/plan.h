@@ -1,4 +1,4 @@
-// Plan, which keeps an optimizer's lists between steps so that a step costs Python nothing per parameter.
+// Plan keeps an optimizer's lists between steps, which spares Python all work per parameter in a step.
 #pragma once
 
 #include <Python.h>
@@ -14,12 +14,12 @@
 namespace dlkit::optim {
 namespace {
 
-// What op.cpp has: the kernels' op of a step, alone and behind the checks, and the checked norm.
+// Defined in op.cpp: the kernels' op of a step, without and with the checks, and the checked norm.
 void run_step(c10::string_view algorithm, const Lists& lists, const Settings& settings);
 void check_and_step(c10::string_view algorithm, const Lists& lists, const Settings& settings);
 Tensor grad_norm(TensorList grads);
 
-// Tensors that something else holds: no reference is counted. Safe to use only while that holds them.
+// Tensors without counted references. Safe to use only while something else holds them.
 class Unowned {
  public:
   Unowned() = default;
@@ -54,8 +54,8 @@ class Unowned {
   std::vector<Tensor> tensors_;
 };
 
-// The version of each parameter with a remainder as the last step left it. Every change in place that autograd sees
-// counts a tensor's version up. An optimizer keeps one of these for all its plans.
+// The version of each parameter with a remainder as the last step left it. Every in-place change that autograd sees
+// raises a tensor's version. An optimizer has one Versions for all its plans.
 class Versions : public torch::CustomClassHolder {
  public:
   static constexpr int64_t kUnknown = -1;
@@ -80,9 +80,9 @@ class Versions : public torch::CustomClassHolder {
   std::unordered_map<const at::TensorImpl*, int64_t> versions_;
 };
 
-// An optimizer's tensors between steps. A run is what one op can serve: one device, the same arrays in every tensor, no
-// two parameters that overlap. The optimizer's groups and state hold the tensors; dlkit._C.holds() says before each
-// step whether they still do.
+// An optimizer's tensors between steps. A run is a set of tensors that one op can serve: one device, the same arrays in
+// every tensor, no two parameters that overlap. The optimizer's groups and state hold the tensors; before each step
+// dlkit._C.holds() checks that they still do.
 class Plan : public torch::CustomClassHolder {
  public:
   explicit Plan(c10::intrusive_ptr<Versions> versions) : versions_(std::move(versions)) {}
@@ -109,10 +109,10 @@ class Plan : public torch::CustomClassHolder {
     runs_.push_back(std::move(run));
   }
 
-  // Parameters that have no state yet, since they had no gradient.
+  // Takes the parameters that have no state yet, since they had no gradient.
   void watch(const std::vector<Tensor>& params) { stateless_ = Unowned(params); }
 
-  // Takes hold of the gradients, or of those given, one for each parameter in the order of add(). 0: ready; 1: a
+  // Collects the gradients, or the given ones, one for each parameter in the order of add(). Returns 0: ready; 1: a
   // parameter without state has a gradient; 2: a gradient is not dense.
   int64_t gather(const std::optional<std::vector<std::optional<Tensor>>>& given) {
     const Turn turn(busy_);
@@ -133,7 +133,7 @@ class Plan : public torch::CustomClassHolder {
       run.all = true;
       for (size_t i = 0; i < run.params.size(); ++i, ++next) {
         const Tensor& param = run.params[i];
-        // Held, since other threads run during the step.
+        // A counted reference, since other threads run during the step.
         const Tensor& held = run.keep(given ? or_undefined((*given)[next]) : param.grad());
         const bool lazy = held.defined() && (held.is_conj() || held.is_neg());
         if (lazy) run.resolved.emplace_back(held, held.resolve_conj().resolve_neg());
@@ -162,7 +162,8 @@ class Plan : public torch::CustomClassHolder {
     return 0;
   }
 
-  // Those that gather() found without a gradient and that have an average, in the order of add().
+  // The parameters that gather() found without a gradient and that have an average, by their place in the order of
+  // add().
   std::vector<int64_t> idle() const { return idle_; }
 
   // Which parameters with a remainder were written since the last step, counted over those that have one.
@@ -194,8 +195,8 @@ class Plan : public torch::CustomClassHolder {
     return result;
   }
 
-  // Runs the ops, after gather() or, with `gather_first`, after gathering itself: a call from Python is 3 us. What that
-  // returned, if not 0, is returned, with nothing done.
+  // Runs the ops, after gather() or, with `gather_first`, after gathering itself, since a call from Python takes 3 us.
+  // If that gives another value than 0, step() returns it and does nothing.
   int64_t step(bool gather_first, const std::vector<double>& options, const std::vector<Tensor>& lr,
                const OptionalTensor& grad_norm, double max_norm, const OptionalTensor& grad_scale,
                const OptionalTensor& found_inf, bool write_grads, std::optional<int64_t> seed) {
@@ -249,7 +250,7 @@ class Plan : public torch::CustomClassHolder {
     return release(0);
   }
 
-  // step() of what is asked for most: each argument of a call from Python takes 0.2 us to convert.
+  // step() with the most common arguments: converting an argument from Python takes 0.2 us each.
   int64_t step_default(const std::vector<double>& options) {
     return step(true, options, {}, std::nullopt, 0, std::nullopt, std::nullopt, false, std::nullopt);
   }
@@ -268,12 +269,12 @@ class Plan : public torch::CustomClassHolder {
     std::string algorithm;
     Unowned params, grads, states[kStates], scales[kStates], remainders, ema, steps;
     std::deque<Tensor> kept;                         // the gradients, during a step
-    std::deque<std::pair<Tensor, Tensor>> resolved;  // conjugate or negated views, and what the kernels take instead
+    std::deque<std::pair<Tensor, Tensor>> resolved;  // conjugate or negated views, and their copies for the kernels
     std::vector<int64_t> groups;
-    std::vector<std::string> labels;  // what errors call the parameters
+    std::vector<std::string> labels;  // the parameters' names in error messages
     std::vector<int64_t*> versions;   // with remainders: the parameters' in Versions
     bool all = true;                  // every parameter has a gradient
-    std::unique_ptr<Run> selected;    // those that have one, where not all do
+    std::unique_ptr<Run> selected;    // the parameters with a gradient, where not all have one
     const Run& active() const { return selected ? *selected : *this; }
     Run& active() { return selected ? *selected : *this; }
     void let_go() {
@@ -289,7 +290,8 @@ class Plan : public torch::CustomClassHolder {
     }
   };
 
-  // Before gradients are written: those that cannot be raise, and one that two parameters share is written once.
+  // Called before gradients are written: raises for those that cannot be, and lets a gradient that two parameters share
+  // be written only once.
   void prepare_writing() {
     std::unordered_set<const at::TensorImpl*> seen;
     for (Run& whole : runs_) {
@@ -327,7 +329,7 @@ class Plan : public torch::CustomClassHolder {
     run.selected = std::move(some);
   }
 
-  // Calls of a custom class let other Python threads run. None may take a gradient away while it is taken hold of.
+  // Methods of a custom class run without the GIL. While gradients are collected, no Python thread may remove one.
   class Interpreter {
    public:
     Interpreter() : state_(PyGILState_Ensure()) {}
@@ -337,7 +339,7 @@ class Plan : public torch::CustomClassHolder {
     PyGILState_STATE state_;
   };
 
-  // One thread at a time: a second one would change what the first is reading.
+  // Admits one thread at a time: a second would change the data that the first reads.
   class Turn {
    public:
     explicit Turn(std::atomic_flag& busy) : busy_(busy) {

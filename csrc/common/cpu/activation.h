@@ -1,5 +1,5 @@
-// Activations and their derivatives on vectors: the one definition for the CPU. Where torch's are not differentiable,
-// the derivative is torch's too; a NaN stays one.
+// Activations and their derivatives on vectors, defined once for the CPU. Where an activation is not differentiable,
+// the derivative is torch's. A NaN stays a NaN.
 #pragma once
 
 #include "../activation.h"
@@ -50,7 +50,7 @@ struct Act {
   }
 
  private:
-  // x / (1 + exp(-u)), by the exponential that does not overflow.
+  // x / (1 + exp(-u)) by exp(-|u|), which does not overflow.
   DLKIT_INLINE_MEMBER static V times_logistic(V x, V u) {
     const V e = exp_of_negative<A>(-absolute<A>(u), V{});
     return x * (u < A(0) ? e : broadcast<A>(1)) * reciprocal(A(1) + e);
@@ -71,8 +71,9 @@ DLKIT_INLINE void with_act(Activation activation, const F& f) {
                                                             [&](auto kind) DLKIT_INLINE_LAMBDA { f(Act<A, kind>()); });
 }
 
-// The activation of a few vectors that a loop has in hand, in place, and g * act'(z) likewise. Calls, so that a kernel
-// that takes any activation compiles as fast as one that takes none; 64 elements of fp32 outweigh a call.
+// Both work in place on a few vectors of a loop: the activation, and g * act'(z). They are not inlined, since a kernel
+// that takes any activation would compile much longer than one that takes none; the work on 64 elements of fp32
+// outweighs a call.
 template <class A>
 [[gnu::noinline]] static void activate(Activation activation, A negative_slope, Vector<A>* z, int count) {
   with_act<A>(activation, [&](auto act) DLKIT_INLINE_LAMBDA {

@@ -1,6 +1,6 @@
-// Bit matrices for the CPU's kernels: keep bits come in logical order, memory may be in another. Transposed in blocks
-// of 64 x 64, by halves: first squares of 32 bits change places, then those of 16 within them, down to single bits,
-// each time as whole vectors of rows.
+// Transposes of bit matrices for the CPU's kernels, since keep bits come in logical order and memory may have another.
+// A block of 64 x 64 bits is transposed by halves: squares of 32 bits change places, then those of 16 within them, down
+// to single bits, each time for whole vectors of rows.
 #pragma once
 
 #include "philox.h"
@@ -8,9 +8,9 @@
 namespace dlkit::DLKIT_ISA {
 
 constexpr int64_t kWordBits = 64;
-constexpr int64_t kBitsSlack = 16;  // bytes that a read of bits may go past them, and a write of them
+constexpr int64_t kBitsSlack = 16;  // bytes past the bits that a read or write of them may touch
 
-// Every other run of kSize bits: 0x00000000ffffffff for 32, 0x5555555555555555 for 1.
+// A mask of every other run of kSize bits: 0x00000000ffffffff for 32, 0x5555555555555555 for 1.
 template <int kSize>
 constexpr uint64_t kLowBits = ~uint64_t(0) / ((uint64_t(1) << kSize) + 1);
 
@@ -26,7 +26,7 @@ DLKIT_INLINE V swap_lanes(V v) {
   }(std::make_integer_sequence<int, sizeof(V) / sizeof(v[0])>());
 }
 
-// Squares of kSize bits and rows, fewer than a vector has: each changes places with the one kSize rows and bits away.
+// Swaps squares of kSize bits and rows with those kSize bits and rows away, where a vector has more than kSize rows.
 template <int kSize>
 DLKIT_INLINE VectorU64 swap_squares(VectorU64 rows) {
   VectorU64 own, from_below, from_above;  // constants: which bits a row keeps, and takes from its partner
@@ -40,7 +40,7 @@ DLKIT_INLINE VectorU64 swap_squares(VectorU64 rows) {
   return (rows & own) | (partner << kSize & from_below) | (partner >> kSize & from_above);
 }
 
-// The same of whole vectors.
+// The same where a square has one or more whole vectors of rows.
 template <int kSize>
 DLKIT_INLINE void swap_squares(uint64_t* words, int64_t count) {
   for (int64_t base = 0; base < count; base += 2 * kSize) {
@@ -54,7 +54,8 @@ DLKIT_INLINE void swap_squares(uint64_t* words, int64_t count) {
   }
 }
 
-// `count` words, a power of two from a vector's to 64, as squares of count x count bits side by side: each transposed.
+// Transposes `count` words as squares of count x count bits side by side; count is a power of two from a vector's
+// number of words to 64.
 DLKIT_INLINE void transpose_squares(uint64_t* words, int64_t count) {
   if (count > 32) swap_squares<32>(words, count);
   if (count > 16) swap_squares<16>(words, count);
@@ -74,9 +75,9 @@ DLKIT_INLINE void transpose_squares(uint64_t* words, int64_t count) {
 struct BitWriter {
   uint8_t* to;
   uint64_t pending = 0;
-  int64_t filled = 0;  // bits of pending
+  int64_t filled = 0;  // how many bits `pending` holds
 
-  // The low `count` bits of a word whose others are 0.
+  // Appends the low `count` bits of a word whose other bits are 0.
   DLKIT_INLINE_MEMBER void put(uint64_t word, int64_t count) {
     pending |= word << filled;
     if (filled + count < kWordBits) {
@@ -91,14 +92,14 @@ struct BitWriter {
   DLKIT_INLINE_MEMBER void finish() { memcpy(to, &pending, sizeof(pending)); }
 };
 
-// How many columns transpose_bits takes at once: those that one read of 64 bits has, wherever it begins.
+// How many columns transpose_bits takes at once: as many as one read of 64 bits holds at any bit where a row may begin.
 DLKIT_INLINE int64_t columns_at_once(int64_t stride) { return stride % 8 == 0 ? kWordBits : kWordBits - 8; }
 
 // Words that transpose_bits needs for as many rows.
 DLKIT_INLINE int64_t transpose_words(int64_t rows) { return (rows + kWordBits - 1) / kWordBits * kWordBits; }
 
-// The first bits of up to kVectorBlocks rows: what is loaded word by word goes into the vector through registers, as a
-// load of several stores waits until they have reached the cache, behind all that is written before them.
+// The first bits of up to kVectorBlocks rows. Words go into the vector through registers: had they been stored one by
+// one, a load of the whole vector would wait until they, and all stores before them, have reached the cache.
 template <bool kWhole>
 DLKIT_INLINE VectorU64 rows_at(const uint8_t* bits, int64_t first, int64_t stride, int64_t rows) {
   VectorU64 words = {}, at = {};
@@ -116,7 +117,7 @@ DLKIT_INLINE VectorU64 rows_at(const uint8_t* bits, int64_t first, int64_t strid
 DLKIT_INLINE void transpose_bits(const uint8_t* bits, int64_t first, int64_t stride, int64_t rows, int64_t columns,
                                  uint64_t* words, uint8_t* to, int64_t skip) {
   const int64_t whole = rows / kWordBits * kWordBits, rest = rows - whole;
-  int64_t side = kVectorBlocks;  // of the rest's squares
+  int64_t side = kVectorBlocks;  // of the squares that take the remaining rows
   while (side < rest) side *= 2;
   const int64_t padded = rest > 0 ? whole + side : whole;
   for (int64_t row = 0; row < padded; row += kVectorBlocks) {

@@ -6,7 +6,7 @@
 namespace dlkit {
 namespace {
 
-// Of the last-level cache that one core sees. Not sysconf: on some virtual machines it names ten times that.
+// The size of the last-level cache that one core sees. sysconf reports ten times that on some virtual machines.
 int64_t last_level_cache_bytes() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
   int64_t size = 0;

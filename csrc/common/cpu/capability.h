@@ -1,6 +1,6 @@
 // Run-time dispatch over instruction sets. Every cpu.cpp is compiled once per instruction set (see CPU_CAPABILITIES in
-// setup.py) with DLKIT_ISA naming the namespace; DLKIT_CPU_ENTRY defines the public entry in the baseline object alone.
-// With DLKIT_BASELINE_ONLY there are no others.
+// setup.py) with DLKIT_ISA naming the namespace; DLKIT_CPU_ENTRY defines the public entry, only in the baseline object.
+// With DLKIT_BASELINE_ONLY it is the only object.
 #pragma once
 
 #include "../scalar.h"
@@ -9,15 +9,16 @@ namespace dlkit {
 
 enum class CpuCapability { Baseline, Avx2, Avx512, Avx512Bf16 };
 
-// The best the processor has, lowered by DLKIT_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16, which is read once.
+// The best instruction set of the processor, or a lower one named by
+// DLKIT_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16, which is read once.
 CpuCapability cpu_capability();
 const char* cpu_capability_name();
 
 // Lowers it to the named one from now on (or to the best there is below that); false for an unknown name. For tests.
 bool set_cpu_capability(const char* name);
 
-// AVX-512 with BF16 has an instruction that rounds to bf16 and nothing else that kernels use, so ops on tensors of
-// other types are compiled for AVX-512 alone.
+// Kernels use only one instruction of AVX-512 with BF16, which rounds to bf16. Ops on tensors of other types are
+// therefore compiled for AVX-512 at most.
 template <class Op>
 static CpuCapability capability_for(const Op& op) {
   const CpuCapability best = cpu_capability();

@@ -1,7 +1,7 @@
-// exp and the normal distribution on vectors, which libm has for scalars alone. Polynomials are Chebyshev interpolants,
-// worked out with 50 digits; their own largest relative errors: exp 2.5e-9 (fp64 4e-18), the normal tail 1.7e-8
-// (4e-17). GELU made of them is within 3.4e-7 of its value in fp32, from -12 to 8; within 4e-6 where there is no fused
-// multiply-add, which keeps what x * x loses.
+// exp, log, tanh and the normal distribution on vectors, which libm has only for scalars. The polynomials are Chebyshev
+// interpolants, computed with 50 digits; their largest relative errors are: exp 2.5e-9 (fp64 4e-18), the normal tail
+// 1.7e-8 (4e-17). GELU from them in fp32 has a relative error of at most 3.4e-7 from -12 to 8, and of 4e-6 without
+// fused multiply-add, which keeps the bits that rounding x * x loses.
 #pragma once
 
 #include "simd.h"
@@ -88,7 +88,8 @@ DLKIT_INLINE VectorF32 reciprocal(VectorF32 v) {
 }
 DLKIT_INLINE VectorF64 reciprocal(VectorF64 v) { return 1.0 / v; }
 
-// exp(x + low), low a correction far below x, for x of 0 or less; 0 where the result would be subnormal; NaN for NaN.
+// exp(x + low) for x of 0 or less, where low is a correction far smaller than x; 0 where the result would be subnormal;
+// NaN for NaN.
 template <class A>
 DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
   using C = MathConstants<A>;
@@ -100,8 +101,9 @@ DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
   return x < C::kLowest ? Vector<A>{} : polynomial<A>(C::kExp, rest) * power;
 }
 
-// exp(x) for x of 0 or less, with no correction: in fp32 as 2^(x * log2(e)), whose rest the fused product has
-// unrounded, within 2e-7; 12 instructions of AVX2, 10 of AVX-512. A power of 2^-127 is 0, and so are the results below.
+// exp(x) for x of 0 or less. In fp32 it is 2^(x * log2(e)), where the fused product gives the fraction of the exponent
+// unrounded: relative error 2e-7 in 12 instructions of AVX2, 10 of AVX-512. The power 2^-127, and so smaller results,
+// are 0.
 DLKIT_INLINE VectorF64 exponential(VectorF64 x) { return exp_of_negative<double>(x, broadcast(-0.0)); }
 DLKIT_INLINE VectorF32 exponential(VectorF32 x) {
   using C = MathConstants<float>;
@@ -132,7 +134,7 @@ DLKIT_INLINE Vector<A> logarithm(Vector<A> v) {
   const Vector<A> significand = (Vector<A>)((bits & kMantissa) | kBias << C::kExponent);
   const auto upper = significand > A(1.4142135623730951);
   const Vector<A> f = (upper ? significand * A(0.5) : significand) - A(1);
-  // A number of 2^kExponent and more has its integer in its last bits.
+  // The last bits of a number from 2^kExponent on are an integer.
   const A offset = A(Bits(1) << C::kExponent);
   const Vector<A> biased = (Vector<A>)((bits >> C::kExponent) + (VectorBits<A>)broadcast<A>(offset)) - offset;
   const Vector<A> exponent = biased - (upper ? broadcast<A>(A(kBias) - 1) : broadcast<A>(A(kBias)));
@@ -155,15 +157,15 @@ DLKIT_INLINE VectorF32 hyperbolic_tangent(VectorF32 v, VectorF32& derivative) {
 }
 DLKIT_INLINE VectorF64 hyperbolic_tangent(VectorF64 v, VectorF64& derivative) {
   for (int i = 0; i < kLanes<double>; ++i) {
-    const long double tanh = __builtin_tanhl(v[i]), cosh = __builtin_coshl(v[i]);  // libm's of doubles err by 2 ulp
+    const long double tanh = __builtin_tanhl(v[i]), cosh = __builtin_coshl(v[i]);  // libm errs by 2 ulp in double
     derivative[i] = double(1 / (cosh * cosh));
     v[i] = double(tanh);
   }
   return v;
 }
 
-// What GELU and its derivative are made of: exp(-x^2 / 2), and the normal distribution function, by its tail below
-// -|x|, whose quotient by that exponential, times |x| + 3.5, is a polynomial in (|x| - 3.5) / (|x| + 3.5): one
+// The parts of GELU and its derivative: exp(-x^2 / 2), and the normal distribution function. The latter comes from its
+// tail below -|x|: tail / exp(-x^2 / 2) * (|x| + a) is a polynomial in (|x| - a) / (|x| + a), with a = kTailShift. One
 // exponential and one division give both.
 template <class A>
 struct Normal {

@@ -1,4 +1,4 @@
-// Mean and variance of what is added up in parts.
+// Mean and variance of elements that are added in parts.
 #pragma once
 
 #include "simd.h"
@@ -8,23 +8,23 @@ namespace dlkit::DLKIT_ISA {
 DLKIT_INLINE bool is_finite(double value) { return value - value == 0; }
 DLKIT_INLINE double finite_or_zero(double value) { return is_finite(value) ? value : 0; }
 
-// What the rounding of sum = a + b left out.
+// The rounding error of sum = a + b.
 DLKIT_INLINE double rounding_error(double a, double b, double sum) {
   const double added = sum - a;
   return (a - (sum - added)) + (b - added);
 }
 
-// Mean and sum of squared deviations of what was added so far. The mean is mean + low: the difference of two means that
-// are rounded to a double errs by 1e-10 of the variance where the mean of fp64 elements is 1e7 standard deviations.
+// Mean and sum of squared deviations of the elements added so far. The mean is mean + low: with means rounded to one
+// double, the variance of fp64 elements whose mean is 1e7 standard deviations would be wrong by 1e-10 of itself.
 struct Moments {
   double count = 0, mean = 0, low = 0, m2 = 0;
-  // n elements whose deviations from `centre` add up to `sum`, their squares to `squares`.
+  // Adds n elements whose deviations from `centre` sum to `sum`, and the squares of these to `squares`.
   void add(double n, double centre, double sum, double squares) {
     const double above = sum / n, other = centre + above;
     merge({n, other, finite_or_zero(rounding_error(centre, above, other)), squares - sum * sum / n});
   }
   void merge(const Moments& other) {
-    const double other_m2 = other.m2 < 0 ? 0 : other.m2;  // what rounding can leave; a NaN stays
+    const double other_m2 = other.m2 < 0 ? 0 : other.m2;  // rounding can leave it negative; a NaN stays
     const double total = count + other.count, delta = (other.mean - mean) + (other.low - low);
     if (count == 0) {
       *this = other;
@@ -36,7 +36,7 @@ struct Moments {
     if (is_finite(delta)) {
       mean = before + step;
       low += rounding_error(before, step, mean);
-    } else {  // not by delta: an infinity is to stay one
+    } else {  // not by delta: an infinite mean must stay infinite
       mean = (mean * count + other.mean * other.count) / total;
       low = 0;
     }

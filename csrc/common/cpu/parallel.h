@@ -1,6 +1,5 @@
-// torch's own thread pool, reached through its C interface, so that kernels know no torch and no second OpenMP runtime
-// spins beside torch's. Loops are cut into chunks of `grain` or more; which thread runs which chunk never changes a
-// result.
+// torch's own thread pool, called through its C interface: kernels need no torch headers, and no second OpenMP runtime
+// competes with torch's. Loops are cut into chunks of `grain` or more; no result depends on which thread runs a chunk.
 #pragma once
 
 #include <cstdint>

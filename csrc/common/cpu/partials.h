@@ -1,4 +1,4 @@
-// The end of a sum over rows whose blocks were summed side by side, each into a partial row of its own.
+// The second stage of a sum over rows: blocks of rows were summed in parallel, each into its own row of partial sums.
 #pragma once
 
 #include "parallel.h"
@@ -6,7 +6,7 @@
 
 namespace dlkit::DLKIT_ISA {
 
-// output[i] = the sum of partials[block * block_stride + i], in the blocks' order whatever the number of threads.
+// output[i] = the sum of partials[block * block_stride + i], always in the blocks' order, for any number of threads.
 template <class P, class A>
 static void sum_partials(const A* partials, int64_t blocks, int64_t block_stride, int64_t cols, void* output) {
   parallel_for(cols, max64(64, kGrain / max64(1, blocks)), [&](int64_t begin, int64_t end) {

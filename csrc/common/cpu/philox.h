@@ -1,7 +1,7 @@
-// Keep bits for the CPU's kernels, by vectors: one bit an element, so one byte a Philox block, in element order. A
-// round works on 64-bit lanes, a block each: the multiplication reads the lanes' low halves alone, so the four words of
-// a block live in the low halves of four registers and nothing is blended until the end. Two interleaves then lay
-// whole blocks side by side as 16-bit lanes in element order, and one comparison decides 32 (16, 8) elements.
+// Keep bits for the CPU's kernels, by vectors: one bit an element, which is one byte a Philox block, in element order.
+// A round works on 64-bit lanes, a block each. The multiplication reads only the lanes' low halves: the four words of a
+// block live in the low halves of four registers and nothing is blended until the end. Two interleaves then lay whole
+// blocks side by side as 16-bit lanes in element order, and one comparison decides 32 (16, 8) elements.
 #pragma once
 
 #include "../philox.h"
@@ -46,7 +46,7 @@ DLKIT_INLINE VectorU64 join_halves(VectorU64 a, VectorU64 b) {
 #endif
 }
 
-// Which block, counted from the group's first, a 64-bit lane works on: such that the interleaves put all in order.
+// The block, counted from the group's first, that each 64-bit lane works on. After the interleaves all are in order.
 #if DLKIT_VECTOR_BYTES == 64
 constexpr VectorU64 kLaneBlocks = {0, 4, 1, 5, 2, 6, 3, 7};
 #elif DLKIT_VECTOR_BYTES == 32
@@ -55,7 +55,8 @@ constexpr VectorU64 kLaneBlocks = {0, 1, 2, 3};
 constexpr VectorU64 kLaneBlocks = {0, 1};
 #endif
 
-// Keep bits and tie bits of one group, from its words: each a vector with a word in the low half of every lane.
+// Keep bits and tie bits of one group. compare() gets them from its four words, each in the low halves of a vector's
+// lanes.
 struct KeepAndTies {
   uint64_t keep, ties;
 };
@@ -88,8 +89,8 @@ DLKIT_INLINE KeepAndTies compare(const VectorU64 (&words)[4], uint32_t high) {
 }
 #endif
 
-// What all blocks of a call share. In memory, from where a broadcast is free: out of general registers the 20 of them
-// take a seventh of a step's vector instructions.
+// The state that all blocks of a call share. The keys lie in memory, from where a broadcast is free: from general
+// registers the 20 broadcasts would be a seventh of a step's vector instructions.
 struct PhiloxKeys {
   PhiloxState state;
   uint64_t words[10][2];  // a key in the low half
@@ -102,24 +103,24 @@ struct PhiloxKeys {
       key0 += kPhiloxKeyStep0;
       key1 += kPhiloxKeyStep1;
     }
-    asm("" : "+m"(words));  // else the compiler works them out again in each step
+    asm("" : "+m"(words));  // else the compiler computes them again in each step
   }
 };
 
-// Apart, so that the fast path stays short: inlined, it is nine tenths of a kernel's code.
+// Not inlined, to keep the fast path short: inlined it would be nine tenths of a kernel's code.
 __attribute__((noinline, cold)) static void keep_step_by_definition(PhiloxState state, uint64_t threshold,
                                                                     uint64_t block, uint8_t* bits) {
   for (int64_t i = 0; i < kKeepStep; ++i) bits[i] = uint8_t(keep_block(state, threshold, block + uint64_t(i)));
 }
 
-// The bits of kKeepStep blocks from `block` on.
+// Writes the bits of kKeepStep blocks from `block` on.
 DLKIT_INLINE void keep_step(const PhiloxKeys& keys, uint64_t threshold, uint64_t block, uint8_t* bits) {
-  if (threshold >> 32) {  // 16 bits cannot say it
+  if (threshold >> 32) {  // p is 1: everything is dropped
     memset(bits, 0, kKeepStep);
     return;
   }
 #if defined(__x86_64__)
-  if (uint32_t(block) <= uint32_t(-kKeepStep)) {  // the counter's third word alone changes
+  if (uint32_t(block) <= uint32_t(-kKeepStep)) {  // only the counter's third word changes
     VectorU64 words[kPhiloxGroups][4];
     const VectorU64 multiply0 = VectorU64{} + kPhiloxMultiply0, multiply1 = VectorU64{} + kPhiloxMultiply1;
     const uint64_t counter = keys.state.offset / 4;
@@ -156,14 +157,14 @@ DLKIT_INLINE void keep_step(const PhiloxKeys& keys, uint64_t threshold, uint64_t
   keep_step_by_definition(keys.state, threshold, block, bits);
 }
 
-// The bits of `blocks` blocks from `first` on; writes up to kKeepStep - 1 bytes more.
+// Writes the bits of `blocks` blocks from `first` on, and up to kKeepStep - 1 bytes more.
 DLKIT_INLINE void keep_bits(const PhiloxState& state, uint64_t threshold, int64_t first, int64_t blocks,
                             uint8_t* bits) {
   const PhiloxKeys keys(state);
   for (int64_t i = 0; i < blocks; i += kKeepStep) keep_step(keys, threshold, uint64_t(first + i), bits + i);
 }
 
-// kept where the lane's bit is set, else dropped.
+// `kept` where the lane's bit is set, else `dropped`.
 template <class A>
 DLKIT_INLINE Vector<A> select(uint32_t bits, Vector<A> kept, Vector<A> dropped) {
 #if defined(__AVX512F__)

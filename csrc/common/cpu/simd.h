@@ -1,7 +1,7 @@
 // SIMD for every CPU kernel: GCC/Clang vector types, so one source serves SSE2/NEON (4 floats), AVX2 (8) and AVX-512
-// (16), plus what those types cannot say: 16-bit loads and stores, partial vectors, streaming stores. A Vector<A> holds
-// kLanes<A> accumulation values (A is float or double); loads widen and stores narrow in registers. Everything lives in
-// the instruction set's own namespace and is inlined: nothing leaks between objects.
+// (16), plus operations that those types lack: 16-bit loads and stores, partial vectors, streaming stores. A Vector<A>
+// holds kLanes<A> accumulation values (A is float or double); loads widen and stores narrow in registers. Everything
+// lives in the instruction set's own namespace and is inlined: nothing leaks between objects.
 #pragma once
 
 #if defined(__x86_64__)
@@ -78,7 +78,7 @@ DLKIT_INLINE Vector<A> broadcast(A value) {
   return Vector<A>{} + value;
 }
 
-// How kLanes values of T lie in memory.
+// The vector type of kLanes values of T as they lie in memory.
 template <class T>
 struct PackedOf {
   using type = VectorU16;
@@ -97,7 +97,7 @@ using Packed = typename PackedOf<T>::type;
 DLKIT_INLINE VectorF32 unpack(VectorF32 packed, float) { return packed; }
 DLKIT_INLINE VectorF64 unpack(VectorF64 packed, double) { return packed; }
 DLKIT_INLINE VectorF32 unpack(VectorU16 packed, BFloat16) {
-#if defined(__AVX512F__)  // GCC makes five instructions of the plain conversion
+#if defined(__AVX512F__)  // GCC needs five instructions for the plain conversion
   return (VectorF32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)packed), 16);
 #elif defined(__AVX2__)
   return (VectorF32)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)packed), 16);
@@ -131,7 +131,7 @@ DLKIT_INLINE VectorU32 round_to_bf16(VectorF32 v) {
 #endif
 }
 
-// The upper halves of two vectors, by turns.
+// The upper halves of two vectors' lanes, interleaved.
 DLKIT_INLINE VectorU32 join_upper_halves(VectorU32 even, VectorU32 odd) {
 #if defined(__AVX512F__)
   return (VectorU32)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even >> 16), (__m512i)odd);
@@ -146,11 +146,11 @@ DLKIT_INLINE VectorU32 join_upper_halves(VectorU32 even, VectorU32 odd) {
 DLKIT_INLINE VectorF32 pack(VectorF32 v, float) { return v; }
 DLKIT_INLINE VectorF64 pack(VectorF64 v, double) { return v; }
 DLKIT_INLINE VectorU16 pack(VectorF32 v, BFloat16) {
-#if defined(__AVX512BF16__)  // halves the time of a bf16 pass; makes subnormal results 0
+#if defined(__AVX512BF16__)  // halves the time of a bf16 pass; subnormal results become 0
   return (VectorU16)_mm512_cvtneps_pbh((__m512)v);
 #elif defined(__AVX512F__)
   return (VectorU16)_mm512_cvtepi32_epi16((__m512i)(round_to_bf16(v) >> 16));
-#elif defined(__AVX2__)  // GCC makes two instructions more of the plain conversion
+#elif defined(__AVX2__)  // GCC needs two instructions more for the plain conversion
   const __m256i high = (__m256i)(round_to_bf16(v) >> 16);
   return (VectorU16)_mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 #else
@@ -169,7 +169,7 @@ DLKIT_INLINE VectorU16 pack(VectorF32 v, Float16) {
 #endif
 }
 
-// What v becomes once it was stored as T.
+// v as it reads after it was stored as T.
 template <class T>
 DLKIT_INLINE Vector<accumulate_t<T>> round_to(Vector<accumulate_t<T>> v) {
   return unpack(pack(v, T()), T());
@@ -195,8 +195,8 @@ DLKIT_INLINE void non_temporal_store(void* p, const Packed& packed) {
 template <class T>
 constexpr int kLineVectors = 64 / int(sizeof(Packed<T>));
 
-// Whether so many elements of T are to be written past the caches: where the instruction set can, and where they would
-// push everything else out of the last one.
+// Whether that many elements of T should be written past the caches: the instruction set must be able to, and the
+// elements so many that they would evict everything else from the last-level cache.
 template <class T>
 DLKIT_INLINE bool is_beyond_caches([[maybe_unused]] int64_t elements) {
 #if defined(__x86_64__)
@@ -212,7 +212,7 @@ DLKIT_INLINE void streaming_fence() {
 #endif
 }
 
-// How much of a vector counts: all of it, or its first `count` < kLanes lanes at the end of a row.
+// The part of a vector that is used: all of it, or its first `count` < kLanes lanes at the end of a row.
 struct All {};
 struct First {
   int64_t count;
@@ -230,7 +230,7 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, All) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// All bits of the first `count` lanes of so many bytes.
+// A mask of the first `count` lanes of kBytes each.
 template <int kBytes>
 DLKIT_INLINE __m256i first_lanes(int64_t count) {
   if constexpr (kBytes == 4) {
@@ -241,8 +241,8 @@ DLKIT_INLINE __m256i first_lanes(int64_t count) {
 }
 #endif
 
-// The first `bytes` of 16 at most, an even number, in words: memcpy of a size that is known at run time is a call, and
-// takes as long as ten vectors.
+// Loads and stores of the first `bytes`, an even number of at most 16. memcpy of a size known only at run time is a
+// call, which takes as long as ten vectors.
 using Words = uint64_t __attribute__((vector_size(16)));
 DLKIT_INLINE uint64_t load_word(const char* p, int64_t bytes) {
   uint64_t word = 0;
@@ -311,7 +311,7 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
 #endif
 }
 
-// A store, past the caches where a pass streams and the vector is a whole one. A branch that is always the same costs
+// A store that goes past the caches if the pass streams and the vector is whole. A branch that is always the same costs
 // less than a second copy of every loop: 4 % of the shortest ones, which lie in the first-level cache.
 template <class T, class Width>
 DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width, bool nt_store) {
@@ -330,7 +330,7 @@ DLKIT_INLINE void repeat(Count, const F& f) {
       DLKIT_INLINE_LAMBDA { (f(I), ...); }(std::make_integer_sequence<int, Count::value>());
 }
 
-// Several vectors, v[r] to address(r): one branch for all.
+// Writes several vectors, v[r] to address(r), with one branch for all.
 template <int kCount, class V, class Width, class Address>
 DLKIT_INLINE void write_all(const V (&v)[kCount], Width width, bool nt_store, const Address& address) {
   constexpr std::integral_constant<int, kCount> kAll;
@@ -341,14 +341,15 @@ DLKIT_INLINE void write_all(const V (&v)[kCount], Width width, bool nt_store, co
   }
 }
 
-// Writes columns of kRows rows, one vector of each at a time. A store past the caches of less than a cache line has to
-// be followed by the rest of that line: lines of several rows, half filled in turns, made LayerNorm's backward half as
-// fast as torch's. So vectors wait here until their line is whole. Streamed rows are whole aligned lines.
+// Writes columns of kRows rows, one vector of each at a time. A store past the caches of less than a cache line must be
+// followed at once by the rest of that line: lines of several rows, half filled in turns, made LayerNorm's backward
+// half as fast as torch's. Vectors therefore wait here until their line is whole. Streamed rows consist of whole
+// aligned lines.
 template <class T, int kRows>
 struct RowsInTurns {
   Packed<T> waiting[kRows][kLineVectors<T>];
 
-  // `v` to the vectors at address(r), which begin at `column` of their rows.
+  // Writes v[r] to address(r), which is at `column` of its row.
   template <class V, class Width, class Address>
   DLKIT_INLINE_MEMBER void write(const V (&v)[kRows], int64_t column, Width width, bool nt_store,
                                  const Address& address) {
@@ -366,7 +367,7 @@ struct RowsInTurns {
   }
 };
 
-// Lanes past the count become those of `rest`.
+// v, with the lanes past the count taken from `rest`.
 template <class V>
 DLKIT_INLINE V keep(V v, All, V = V{}) {
   return v;
@@ -378,8 +379,8 @@ DLKIT_INLINE V keep(V v, First width, V rest = V{}) {
   return lane < decltype(lane[0] + 0)(width.count) ? v : rest;
 }
 
-// a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off):
-// it rounds the same product differently in two places, and x - x is then not 0.
+// a * b + c, rounded once where the instruction set can. The build turns automatic contraction off (-ffp-contract=off),
+// since it could round the same product differently in two places, and their difference would not be 0.
 DLKIT_INLINE VectorF32 fma(VectorF32 a, VectorF32 b, VectorF32 c) {
 #if defined(__AVX512F__)
   return (VectorF32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -399,7 +400,7 @@ DLKIT_INLINE VectorF64 fma(VectorF64 a, VectorF64 b, VectorF64 c) {
 #endif
 }
 
-// Correctly rounded, as an IEEE root is.
+// The square root, correctly rounded as IEEE 754 asks.
 DLKIT_INLINE VectorF32 square_root(VectorF32 v) {
 #if defined(__AVX512F__)
   return (VectorF32)_mm512_sqrt_ps((__m512)v);
@@ -425,7 +426,7 @@ DLKIT_INLINE VectorF64 square_root(VectorF64 v) {
 #endif
 }
 
-// The larger of two, b where a is NaN. GCC makes two instructions of the plain comparison.
+// The larger of two; b where a is NaN. GCC needs two instructions for the plain comparison.
 DLKIT_INLINE VectorF32 maximum(VectorF32 a, VectorF32 b) {
 #if defined(__AVX512F__)
   return (VectorF32)_mm512_max_ps((__m512)a, (__m512)b);
@@ -437,7 +438,7 @@ DLKIT_INLINE VectorF32 maximum(VectorF32 a, VectorF32 b) {
 }
 DLKIT_INLINE VectorF64 maximum(VectorF64 a, VectorF64 b) { return a > b ? a : b; }
 
-// The largest lane, of which none is NaN. By halving, through memory: GCC makes shuffles of it.
+// The largest lane; none may be NaN. Found by halving an array in memory, which GCC turns into shuffles.
 template <class V>
 DLKIT_INLINE auto largest_lane(V v) {
   using E = std::remove_cvref_t<decltype(v[0])>;
@@ -475,7 +476,7 @@ DLKIT_INLINE double sum_lanes(VectorF32 v) {
   return sum_lanes(__builtin_convertvector(halves[0], VectorF64) + __builtin_convertvector(halves[1], VectorF64));
 }
 
-// The lanes I of two vectors that lie behind each other.
+// The lanes I of a followed by b.
 template <int... I, class V>
 DLKIT_INLINE V shuffle(V a, V b) {
 #if __has_builtin(__builtin_shufflevector)
@@ -532,7 +533,7 @@ DLKIT_INLINE void swap_in_fours(V (&rows)[kCount]) {
   }(std::make_integer_sequence<int, kCount>());
 }
 
-// Turns round as many vectors as one has lanes: lane i of vector r becomes lane r of vector i.
+// Transposes as many vectors as one has lanes: lane i of vector r becomes lane r of vector i.
 template <class V, int kCount>
 DLKIT_INLINE void transpose(V (&rows)[kCount]) {
   static_assert(kCount * sizeof(rows[0][0]) == sizeof(V), "one vector a lane");
@@ -547,7 +548,7 @@ DLKIT_INLINE void transpose(V (&rows)[kCount]) {
 }
 
 // Lane r of the result is the sum of all lanes of vectors[r], by pairs of adjacent ones: a fixed order, the same for
-// one vector as for a vector of them. 3 instructions a sum where sum_lanes takes 10.
+// one vector as for kLanes of them. 3 instructions a sum where sum_lanes takes 10.
 template <class V, int kCount>
 DLKIT_INLINE V sums_of_lanes(const V (&vectors)[kCount]) {
   constexpr int kLaneCount = sizeof(V) / sizeof(vectors[0][0]);
@@ -563,7 +564,7 @@ DLKIT_INLINE V sums_of_lanes(const V (&vectors)[kCount]) {
   return level[0];
 }
 
-// Asks for kElements elements from p on, each cache line once, into the second-level cache.
+// Prefetches kElements elements from p on into the second-level cache, each cache line once.
 template <int64_t kElements, class T>
 DLKIT_INLINE void prefetch(const T* p) {
 #pragma GCC unroll 8
@@ -607,11 +608,11 @@ DLKIT_INLINE void sum_columns(int64_t cols, double (&totals)[kTotals], const F& 
     for_columns<A, kSlots>(begin, begin + kRun < cols ? begin + kRun : cols,
                            [&](int64_t column, int slot, auto width)
                                DLKIT_INLINE_LAMBDA { f(column, slot, width, sums[slot]); });
-#pragma GCC unroll 4  // so that the sums are registers
+#pragma GCC unroll 4  // keeps the sums in registers
     for (int k = 0; k < kTotals; ++k) {
       const double term = sum_lanes((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])) - lost[k];
       const double total = totals[k] + term;
-      lost[k] = total - total == 0 ? (total - totals[k]) - term : 0;  // not from infinity
+      lost[k] = total - total == 0 ? (total - totals[k]) - term : 0;  // 0 after an infinity
       totals[k] = total;
     }
   }

@@ -1,4 +1,4 @@
-// Activations and their derivatives: the one definition for CUDA, in the terms of common/cpu/activation.h.
+// Activations and their derivatives, defined once for CUDA with the formulas of common/cpu/activation.h.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
-// The one way to launch a kernel: <<<>>> under nvcc, fibers on the CPU where tests compile with -DDLKIT_CUDA_ON_CPU.
-// Every launch is checked, and dynamic shared memory beyond the default is asked for here. Nothing waits for the
-// device.
+// Every kernel is launched here: by <<<>>> under nvcc, by fibers on the CPU where tests compile with
+// -DDLKIT_CUDA_ON_CPU. Each launch is checked, and dynamic shared memory beyond the default is requested. Nothing waits
+// for the device.
 #pragma once
 
 #if defined(DLKIT_CUDA_ON_CPU)
@@ -26,8 +26,8 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("dlkit: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
-// What a kernel may take as arguments: 4 KB on every device, more from CUDA 12.1 on. On the CPU, where every fiber gets
-// a copy of them, a little more.
+// The most bytes of arguments a kernel may take: 4 KB on every device, 32 KB from CUDA 12.1 on. On the CPU every fiber
+// copies them, which is why the limit there is only a little higher.
 constexpr int kFewArgumentBytes = 4096;
 #if defined(DLKIT_CUDA_ON_CPU)
 constexpr int kArgumentBytes = 6144;
@@ -37,9 +37,9 @@ constexpr int kArgumentBytes = 32764;
 constexpr int kArgumentBytes = kFewArgumentBytes;
 #endif
 
-// A launch gets 48 KB of shared memory without asking, less what the kernel has statically. So a kernel with dynamic
-// shared memory is allowed all that the device has, once: were it what one launch needs, host threads that launch the
-// same kernel with different sizes would take it from each other.
+// A launch gets 48 KB of shared memory by default, less the kernel's static part. A kernel with dynamic shared memory
+// is allowed, once, all that the device has: if each launch set its own limit, host threads that launch the same kernel
+// with different sizes would lower it for each other.
 inline void allow_shared(const void* kernel, const char* name) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;  // (kernel, device)
@@ -75,10 +75,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks loop over what a grid cannot hold.
+// Blocks loop over the work that exceeds the largest grid.
 inline unsigned grid_of(int64_t blocks) { return unsigned(std::min<int64_t>(blocks, 0x7fffffff)); }
 
-// Whether so many bytes at a time will do at each address; null is no obstacle.
+// Whether each address allows accesses of that many bytes. A null pointer does.
 template <class... Pointers>
 bool are_aligned(uintptr_t bytes, Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);

@@ -1,17 +1,17 @@
-// The second stage of sums over rows. The blocks of a first stage left `count` rows of partial sums for each output;
-// this adds them up, in an order that `count` alone decides.
+// The second stage of sums over rows. The blocks of the first stage wrote `count` rows of partial sums for each output;
+// this kernel adds them up in an order that depends only on `count`.
 #pragma once
 
 #include "../scalar.h"
 #include "launch.cuh"
 
 namespace dlkit::cuda {
-namespace {  // a kernel for each op: g++ loses the launch bounds that tests read of kernels that ops have in common
+namespace {  // a kernel for each op: g++ drops the launch bounds, which tests read, of a kernel that several ops share
 
 constexpr int partials_threads = 1024;
 
-// `parts` threads (a power of two) share a column, each with every parts-th row of its partial sums; blockIdx.y tells
-// the outputs apart.
+// `parts` threads (a power of two) share a column, each with every parts-th row of its partial sums; blockIdx.y is the
+// output.
 template <class A, class Out>
 __global__ void __launch_bounds__(partials_threads)
     add_partials(const A* partials, int64_t count, int64_t cols, int parts, Out* first, Out* second) {
@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(partials_threads)
   }
 }
 
-// Into `first` and `second`, [cols] each; either may be null, and has no partial sums then. A thread adds up some 8 of
-// them: a block of 32 columns by 32 parts would read 128 bytes of each row of a single one, and a row of a million
-// columns would be 32 K such blocks.
+// Writes `first` and `second`, [cols] each; either may be null, and then has no partial sums. `parts` is such that a
+// thread adds up about 8 of them. With always 32 parts a block would have 32 columns and read only 128 bytes of a row,
+// and a row of a million columns would take 32 K blocks.
 template <class A, class Out>
 void launch_add_partials(const char* name, const void* partials, int64_t count, int64_t cols, Out* first, Out* second,
                          void* stream) {

@@ -1,6 +1,6 @@
-// keep_block() of philox.h for a thread's Count blocks at once, in some 90 instructions each: the blocks share the key
-// schedule and one branch for ties, a 16-bit lane is compared where it lies in its word, shifted up or as the word's
-// upper half, and whether any lane ties is asked of two lanes at once, since one block in 8,192 has one.
+// keep_block() of philox.h for Count blocks of a thread at once, in about 90 instructions each. The blocks share the
+// key schedule and one branch for ties. A 16-bit lane is compared as the upper half of its word, to which only the
+// lower lanes are shifted. Ties are looked for in two lanes at once, since only one block in 8,192 has one.
 #pragma once
 
 #include "../philox.h"
@@ -8,7 +8,7 @@
 
 namespace dlkit::cuda {
 
-// Bit j of kept[i]: element j of block `first + i * step` is kept.
+// Sets bit j of kept[i] where element j of block `first + i * step` is kept.
 template <int Count>
 __device__ __forceinline__ void keep_bits(const PhiloxState& state, uint64_t threshold, uint64_t first, uint64_t step,
                                           uint32_t (&kept)[Count]) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void keep_bits(const PhiloxState& state, uint64_t thr
     for (int k = 0; k < 4; ++k) {
       const uint32_t word = drawn[i].words[k], difference = word ^ both;
       kept[i] |= uint32_t(word << 16 >= limit) << 2 * k | uint32_t(word >= limit) << (2 * k + 1);
-      ties |= (difference - 0x00010001) & ~difference;  // bits 15 and 31: a half is 0, or the one above a half that is
+      ties |= (difference - 0x00010001) & ~difference;  // bits 15 and 31: this half is 0, or the half below it is
     }
   }
   if ((ties & 0x80008000) != 0 || threshold >> 32 != 0) {

@@ -1,6 +1,6 @@
 // Sums over a group of Lanes adjacent threads (a power of two; more than a warp: whole warps of one block). Every
-// thread of the group gets the same bits, whatever ran first: shuffles in a fixed butterfly, then warps in a fixed
-// order. And merges of states that are more than sums.
+// thread of the group gets the same bits, whichever ran first: lanes are added in a fixed butterfly of shuffles, then
+// warps in a fixed order. merge_threads() merges states that are more than sums.
 #pragma once
 
 #include "launch.cuh"
@@ -10,7 +10,8 @@ namespace dlkit::cuda {
 constexpr uint32_t full_warp = 0xffffffff;
 
 // Several sums in one exchange. All threads of the block must call. `exchange` holds Count values for each warp of the
-// block; it may be used again after the next __syncthreads, so a loop needs two of them and one barrier an iteration.
+// block; it may be used again only after the next __syncthreads, so a loop needs two exchanges and one barrier an
+// iteration.
 template <int Lanes, int Count, class A>
 __device__ __forceinline__ void group_sum(A (&values)[Count], A (*exchange)[Count]) {
 #pragma unroll
@@ -37,9 +38,9 @@ __device__ __forceinline__ void group_sum(A (&values)[Count], A (*exchange)[Coun
 }
 
 // Merges the states of threads, each an array `at` of State::size values with a merge(): over lanes `first` to `last`
-// (powers of two) of each warp, then over `warps` warps, every warp_stride-th. The result is the first thread's. All
-// threads of the block must call; `exchange` holds a State for each of them, for half of them where warps * warp_stride
-// is all of the block's warps.
+// (powers of two) of each warp, then over `warps` warps, every warp_stride-th. The first thread gets the result. All
+// threads of the block must call; `exchange` holds a State for each of them, or for half of them where warps *
+// warp_stride is the block's number of warps.
 template <class State, class A>
 __device__ __forceinline__ void merge_threads(State& state, int first, int last, int warp_stride, int warps,
                                               A* exchange) {

@@ -1,7 +1,8 @@
-// A Pack is what one memory instruction moves: 16 bytes in the fast paths, one element where addresses are odd. Kernels
-// keep packs in registers as they came (a bf16 row takes half the registers of its fp32 values) and widen at use. Loads
-// meant to be read once leave L1 to the parameters, which every row reads again. copy_async moves a pack into shared
-// memory without a register in between (cp.async; elements of two bytes, too small for it, are copied at once).
+// A Pack is the memory that one instruction moves: 16 bytes in the fast paths, one element where addresses are odd.
+// Kernels keep packs in registers as they were loaded (a bf16 row takes half the registers of its fp32 values) and
+// widen at use. Data that is read once bypasses L1, which leaves it to the parameters, which every row reads again.
+// copy_async moves a pack into shared memory without a register in between (cp.async; elements of two bytes, too small
+// for it, are copied at once).
 #pragma once
 
 #include <type_traits>
@@ -40,7 +41,7 @@ __device__ __forceinline__ Pack<Bytes> load(const void* address) {
   return *static_cast<const Pack<Bytes>*>(address);
 }
 
-// For memory that the kernel does not write and each byte of which is read once.
+// For memory that the kernel does not write and reads only once.
 template <int Bytes>
 __device__ __forceinline__ Pack<Bytes> load_once(const void* address) {
 #if defined(DLKIT_CUDA_ON_CPU)
@@ -70,7 +71,7 @@ __device__ __forceinline__ void store(void* address, Pack<Bytes> pack) {
   *static_cast<Pack<Bytes>*>(address) = pack;
 }
 
-// The first to leave L2: what is written once and not read soon makes room for what is read again.
+// Marks the line as the first to leave L2: data that is not read soon makes room for data that is.
 template <int Bytes>
 __device__ __forceinline__ void store_once(void* address, Pack<Bytes> pack) {
 #if defined(DLKIT_CUDA_ON_CPU)
@@ -126,7 +127,7 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// Where kernels are to give the same bits, whatever the compiler fuses: a * b + c rounded once, a * b never fused.
+// For kernels that must give the same bits whatever the compiler fuses: a * b + c rounded once, and a * b never fused.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
@@ -198,7 +199,7 @@ __device__ __forceinline__ void store_values(A* to, const A* values) {
   }
 }
 
-// Weight or bias, which are of T or float, from one column or channel on; `absent` where there is none.
+// Loads weight or bias, of type T or float, from column or channel `first` on; `absent` where there is none.
 template <class T, class A, int Count>
 __device__ __forceinline__ void load_parameter(const void* parameter, DType dtype, int64_t first, A absent,
                                                A (&values)[Count]) {
@@ -212,7 +213,7 @@ __device__ __forceinline__ void load_parameter(const void* parameter, DType dtyp
   }
 }
 
-// So that load_parameter finds it in L1.
+// Fetches a parameter into L1 for load_parameter.
 template <class T>
 __device__ __forceinline__ void prefetch_parameter(const void* parameter, DType dtype, int64_t first) {
   if (parameter != nullptr) {

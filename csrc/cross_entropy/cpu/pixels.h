@@ -1,5 +1,5 @@
-// Pixels, and rows of few classes, which are turned round: a lane is a pixel or a row. A pixel's target, factors and
-// loss are worked out in loops over arrays of lanes, without branches: with few classes they take as long as the
+// Pixels, and rows of few classes, which are transposed: a lane is a pixel or a row. A pixel's target, factors and loss
+// are computed in loops over arrays of lanes, without branches, since with few classes they take as long as the
 // exponentials.
 #pragma once
 
@@ -11,10 +11,10 @@ namespace {
 constexpr int64_t kPixels = 128;   // rows or pixels a block
 constexpr int64_t kClasses = 40;   // classes of a block that forward copies at a time: 20 KB of fp32
 constexpr int64_t kWritten = 512;  // pixels a block in backward, which copies none: longer runs of memory
-constexpr int64_t kFew = 104;      // the most adjacent classes that are turned round
+constexpr int64_t kFew = 104;      // the most adjacent classes that are transposed
 
-// Whether rows of adjacent classes go this way. 10 classes take a quarter of the time, 64 of 16 bits 0.9 of it. Beyond
-// 40 classes of 32 bits a turned block no longer fits the first-level cache.
+// Whether rows of adjacent classes are transposed. 10 classes then take a quarter of the time that rows.h takes, 64
+// classes of 16 bits 0.9 of it. With more than 40 classes of 32 bits a block no longer fits the first-level cache.
 bool are_short(const Problem& op) {
   const bool narrow = op.dtype == DType::BF16 || op.dtype == DType::F16;
   return op.inner == 1 && op.classes <= (narrow ? kFew : kClasses);
@@ -26,14 +26,14 @@ using Pixels = Rows<A, kPixels>;
 template <class A>
 using Target = typename MathConstants<A>::Bits;
 
-// The row's class 0 in a tensor that lies as the logits do; `stride` is that of rows of adjacent classes.
+// The row's class 0 in a tensor laid out as the logits; `stride` is that of rows of adjacent classes.
 template <class T, class Pointer>
 T* pixel_at(const Problem& op, Pointer* tensor, int64_t row, int64_t stride) {
   const int64_t image = row / op.inner;
   return static_cast<T*>(tensor) + (op.inner == 1 ? row * stride : image * op.inner * op.classes + row % op.inner);
 }
 
-// Rows of adjacent classes and their lanes: logits [count, classes] <-> lanes [classes, kPixels].
+// Transposes rows of adjacent classes: logits [count, classes] <-> lanes [classes, kPixels].
 template <class A>
 struct Turned {
   static constexpr int64_t kStep = kLanes<A>;
@@ -100,8 +100,8 @@ struct Turned {
   }
 };
 
-// Calls f(logits, probabilities or null, distance of two classes, turned or null) of some pixels: as they are, or
-// turned round.
+// Calls f(logits, probabilities or null, distance of two classes, turned or null) for some pixels, transposed if they
+// are rows of adjacent classes.
 template <class T, class F>
 void with_lanes(const Problem& op, int64_t first, int64_t count, const F& f) {
   using A = accumulate_t<T>;
@@ -133,7 +133,7 @@ bool read_targets(const Problem& op, int64_t first, int64_t count, Target<A>* ta
   return wrong != 0;
 }
 
-// u of one class, without hit and the factor `share`.
+// u of one class; for class targets without the target's `hit` and the factor `share`.
 template <class S, class Width>
 DLKIT_INLINE Vector<accumulate_t<S>> pixel_share(const Problem& op, const S* probabilities, int64_t c, Width width) {
   using A = accumulate_t<S>;
@@ -231,7 +231,7 @@ struct PixelSlopes {
   alignas(64) Target<A> target[kWritten];
 
   PixelSlopes(const Backward& op, int64_t first, int64_t count, wide_t<A> weights) {
-    const size_t past = size_t((count + kLanes<A> - 1) / kLanes<A> * kLanes<A> - count);  // lanes of the last vector
+    const size_t past = size_t((count + kLanes<A> - 1) / kLanes<A> * kLanes<A> - count);  // unused lanes at the end
     for (A* const lanes : {shift, scale, z, share, hit}) memset(lanes + count, 0, past * sizeof(A));
     memset(target + count, 0, past * sizeof(A));
     if (op.z_scale != 0) {
@@ -278,10 +278,10 @@ struct PixelSlopes {
   }
 };
 
-// Equal: u is the same for all classes but the target. Each: every class has its own. All: softcap or z-loss as well.
+// Equal: u is the same for all classes but the target. Each: every class has its own. All: with a softcap or a z-loss.
 enum class Slopes { Equal, Each, All };
 
-// The same pixels' gradient, to grad + c * pitch; grad may be x.
+// Writes these pixels' gradient to grad + c * pitch; grad may be x.
 template <class S>
 void write_pixels(const Backward& op, const PixelSlopes<accumulate_t<S>>& slopes, int64_t count, const S* x,
                   const S* probabilities, S* grad, int64_t pitch, bool nt_store) {

@@ -10,7 +10,7 @@ namespace {
 template <class A>
 constexpr int64_t kChunk = sizeof(A) == 8 ? 512 : 2048;
 
-// The larger of `max` and the logits; with a softcap of what is left in `staged`, capped.
+// The largest of `max` and the logits; with a softcap, of the capped logits, which it writes to `staged`.
 template <class T>
 accumulate_t<T> largest_of(const T* x, int64_t count, double softcap, accumulate_t<T>* staged, accumulate_t<T> max) {
   using A = accumulate_t<T>;
@@ -33,13 +33,13 @@ accumulate_t<T> largest_of(const T* x, int64_t count, double softcap, accumulate
   return largest_lane(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
 }
 
-// What a chunk adds to a row.
+// The sums of a chunk.
 template <class A>
 struct Sums {
   wide_t<A> sum = 0, dot = 0, mass = 0;
 };
 
-enum class Dot { None, Ones, Array };  // what x - shift is multiplied with
+enum class Dot { None, Ones, Array };  // the factor of x - shift
 
 template <Dot kDot, class T, class A>
 void add_chunk(const T* values, const A* u, int64_t count, A shift, Sums<A>& sums) {
@@ -69,7 +69,7 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
   Sums<A> sums;
   for (int64_t begin = 0; begin < op.classes; begin += kChunk<A>) {
     const int64_t count = min64(kChunk<A>, op.classes - begin);
-    int64_t done = 0;  // by pairs
+    int64_t done = 0;  // elements done by pairs
     if constexpr (std::is_same_v<T, BFloat16>) {
       const A largest = op.softcap == 0 ? largest_of_pairs(x + begin, count / kPair * kPair) : A(NAN);
       if (largest == largest) done = count / kPair * kPair, max = max > largest ? max : largest;
@@ -106,7 +106,7 @@ void read_row(const Forward& op, int64_t row, Rows<accumulate_t<T>, kRows>& rows
     op.softcap == 0 ? add(x + begin + done) : add(staged);
   }
   rows.max[i] = max;
-  rows.sum[i] = A(sums.sum > 0 && sums.sum < 1 ? 1 : sums.sum);  // the largest logit adds 1, before rounding
+  rows.sum[i] = A(sums.sum > 0 && sums.sum < 1 ? 1 : sums.sum);  // the largest logit adds 1 before rounding
   rows.dot[i] = A(sums.dot);
   rows.mass[i] = A(sums.mass);
   const int64_t target = read_target(op, row, rows, i);
@@ -123,8 +123,8 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end) {
   }
 }
 
-// Writes the gradient of adjacent classes. kMore: with a softcap or a z-loss; then `staged` has x, and `slopes` its
-// derivative.
+// Writes the gradient of adjacent classes. kMore: with a softcap or a z-loss; then `staged` holds x and `slopes` the
+// softcap's derivative.
 template <class T, bool kArray, bool kMore>
 void write_chunk(const T* x, T* grad, int64_t count, const Slope<accumulate_t<T>>& slope, const accumulate_t<T>* u,
                  const accumulate_t<T>* staged, const accumulate_t<T>* slopes, bool nt_store) {

@@ -1,4 +1,4 @@
-// What rows of adjacent classes (rows.h) and pixels (pixels.h) share: a row's numbers, its loss and the factors of its
+// Shared by rows of adjacent classes (rows.h) and pixels (pixels.h): a row's sums, its loss and the factors of its
 // gradient.
 #pragma once
 
@@ -15,18 +15,18 @@ namespace {
 
 using namespace dlkit::DLKIT_ISA;
 
-constexpr int64_t kRows = 64;  // rows whose losses are worked out together
+constexpr int64_t kRows = 64;  // rows whose losses are computed together
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// Calls f(offset) for each vector of [0, count), the last one whole too: buffers have room for it.
+// Calls f(offset) for each vector of [0, count). The last one is whole too: buffers have room for it.
 template <class A, class F>
 DLKIT_INLINE void for_vectors(int64_t count, const F& f) {
   for (int64_t i = 0; i < count; i += kLanes<A>) f(i);
 }
 
-// What is taken from a row's maximum in its exponents: 0 where all of it is -inf so far.
+// The number subtracted in exponents: the row's maximum, or 0 where all values so far are -inf.
 template <class V>
 DLKIT_INLINE V shift_of(V max) {
   return max == -kInfinity<decltype(max[0] + 0)> ? V{} : max;
@@ -39,7 +39,7 @@ A weight_of(const Problem& op, int64_t column) {
   return op.weight == nullptr ? A(1) : static_cast<const A*>(op.weight)[column];
 }
 
-// What a row's factors are worked out in, so that they are rounded once.
+// The type in which a row's factors are computed, to round them only once.
 template <class A>
 using wide_t = std::conditional_t<std::is_same_v<A, double>, long double, double>;
 
@@ -51,7 +51,7 @@ wide_t<A> sum_of_weights(const Problem& op) {
   return sum;
 }
 
-// The softcap.
+// The softcap and its derivative.
 template <class A>
 struct Cap {
   Vector<A> cap;
@@ -71,8 +71,8 @@ accumulate_t<T> capped(T x, double softcap) {
   return softcap == 0 ? A(widen(x)) : A(Cap<A>(softcap)(broadcast(A(widen(x))))[0]);
 }
 
-// u_c of adjacent classes into `u`, or null where it is one constant: (1 - e) * probabilities_c + e / classes, times
-// w_c; for classes w_c alone.
+// u_c of adjacent classes. For probabilities ((1 - e) * probabilities_c + e / classes) * w_c, written to `u`. For class
+// targets w_c, or null where that is 1 or has no effect.
 template <class T>
 const accumulate_t<T>* shares(const Problem& op, int64_t row, int64_t begin, int64_t count, accumulate_t<T>* u) {
   using A = accumulate_t<T>;
@@ -87,7 +87,7 @@ const accumulate_t<T>* shares(const Problem& op, int64_t row, int64_t begin, int
   return u;
 }
 
-// What the passes over kCount rows leave, a lane a row.
+// The results of the passes over kCount rows, a lane a row.
 template <class A, int64_t kCount>
 struct Rows {
   alignas(64) A max[kCount], sum[kCount];
@@ -95,7 +95,7 @@ struct Rows {
   alignas(64) A dot[kCount], mass[kCount];  // sum_c u_c * (x_c - max), without hit and the factor `share`; sum_c u_c
 };
 
-// Reads the row's target. A wrong one is remembered, the smallest row of all threads.
+// Reads the row's target. Of rows with a wrong target, the first among all threads is recorded.
 template <class A, int64_t kCount>
 DLKIT_INLINE int64_t read_target(const Forward& op, int64_t row, Rows<A, kCount>& rows, int64_t i) {
   rows.hit[i] = rows.at_target[i] = 0;
@@ -147,12 +147,12 @@ void finish(const Forward& op, int64_t first, int64_t count, Rows<A, kCount>& ro
   save(op.mass, rows.mass);
 }
 
-// Elements a task. Those of fp64 take four times as long.
+// Elements a task; those of fp64 take four times as long.
 int64_t grain_of(const Problem& op) { return op.dtype == DType::F64 ? kGrain / 4 : kGrain; }
 
-// What backward multiplies with in one row: grad_c = exp(x_c - shift) * scale - rest_c + exp(x_c - shift) * z, where
-// rest_c is share * u_c, or `hit` at the target. With z in the scale a small gradient of the z-loss would be lost
-// beside the large terms that cancel where the target is certain.
+// The factors of backward in one row: grad_c = exp(x_c - shift) * scale - rest_c + exp(x_c - shift) * z, where rest_c
+// is share * u_c, or `hit` at the target. z is not added to the scale: a small gradient of the z-loss would be lost
+// beside the large terms, which cancel where the target is certain.
 template <class A>
 struct Slope {
   A shift, scale, z, share, hit;

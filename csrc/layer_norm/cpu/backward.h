@@ -1,7 +1,7 @@
 // Backward. Rows go in groups of kGroup; each row's two sums first, then, column by column over the whole group,
-// grad_input and the parameter gradients, so that weight and the running parameter gradients are touched once a group,
-// not once a row. Bytes moved: grad_output, x and grad_input, each once, and one partial row a block of rows, summed in
-// a fixed order.
+// grad_input and the parameter gradients. This way weight and the running parameter gradients are read and written once
+// a group instead of once a row. Bytes moved: grad_output, x and grad_input, each once, and one partial row a block of
+// rows, summed in a fixed order.
 #pragma once
 
 #include "../../common/cpu/partials.h"
@@ -11,11 +11,11 @@ namespace dlkit::layer_norm::DLKIT_ISA {
 namespace {
 
 template <class A>
-constexpr int64_t kShortBackward = 16 * kLanes<A>;  // within the caches, but 1.9 instead of 1.5 ms for 32768x256
+constexpr int64_t kShortBackward = 16 * kLanes<A>;  // columns up to which a row is short
 
 // Backward's work: blocks of whole periods, each with one partial row of each parameter gradient, times tiles of the
-// places in a period, so that few samples are work for many threads and a tile's parameters stay in the first-level
-// cache. A function of the shape alone.
+// rows of a period: this way even few samples give many threads work, and a tile's parameters stay in the first-level
+// cache. Depends only on the shape.
 struct Cut {
   int64_t blocks, tiles;
 };
@@ -31,7 +31,7 @@ Cut cut(const Backward& op) {
   return {max64(1, min64(64, min64(by_work, by_rows)) / tiles), tiles};
 }
 
-// What a row's sums give: grad_input = rstd * (wdy - mean_wdy - (x - mean) * slope).
+// The terms from a row's sums in grad_input = rstd * (wdy - mean_wdy - (x - mean) * slope).
 template <class A>
 struct RowGradients {
   static constexpr int64_t kRows = kLanes<A> > kGroup ? kLanes<A> : kGroup;
@@ -44,7 +44,7 @@ struct RowGradients {
   }
 };
 
-// Of up to a vector of short rows, each in a lane of its own as in forward_short_rows.
+// The same for short rows, at most a vector of them, each in its own lane as in forward_short_rows.
 template <class T>
 void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int64_t first, int count,
                          RowGradients<accumulate_t<T>>& found) {
@@ -75,7 +75,7 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
   store(found.slope, sums_of_lanes(products) * rstds * rstds / A(op.cols), All{});
 }
 
-// Rows first, first + period, ...; those of `found`, from `place` on, where there are any.
+// Rows first, first + period, ... If `found` is there, it holds their sums from `place` on.
 template <class T, int kRows>
 void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t first, int64_t end,
                     accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state,
@@ -124,7 +124,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
   const T *x[kRows], *grad_output[kRows], *grad_sum[kRows];
   T* grad_residual[kRows];  // grad_input where there is no dropout
   A mean[kRows], rstd[kRows], mean_wdy[kRows], slope[kRows];
-#pragma GCC unroll 4  // so that the arrays are registers
+#pragma GCC unroll 4  // keeps the arrays in registers
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + r * op.period;
     x[r] = all_x + row * op.x_stride;
@@ -179,7 +179,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
   });
 }
 
-// The rows of periods [begin, end) at places [first, last) of theirs.
+// The rows at places [first, last) of periods [begin, end).
 template <class T>
 void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first, int64_t last,
                    accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, bool nt_store) {
@@ -191,7 +191,7 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
   const Widened<T> weights(op.weight, op.parameter_dtype, cols);
   RowBits<kGroup * kScratch> bits;
   const PhiloxState state = read(op.dropout.source);
-  // Of each place the rows of as many periods as go together, in groups; what is left at the end row by row.
+  // For each place, rows of several periods are taken in groups; the remaining ones one by one.
   constexpr int kShortGroup = kGroup < kLanes<A> ? kGroup : int(kLanes<A>);
   const bool is_short = op.grad_input != nullptr && cols <= kShortBackward<A>;
   const int64_t most = is_short ? kLanes<A> : kGroup;

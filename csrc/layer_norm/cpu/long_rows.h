@@ -1,6 +1,6 @@
-// One to three long rows: fewer than there are threads. They are cut into pieces of kPiece columns. The sums over the
-// pieces are worked out side by side and added up in the pieces' order; then each piece is written. x is read twice,
-// from memory or from the last-level cache. The cut hangs on the shape alone.
+// One to three long rows, fewer than there are threads, are cut into pieces of kPiece columns. The sums over the pieces
+// are computed in parallel and added up in the pieces' order; then each piece is written. x is read twice, from memory
+// or from the last-level cache. The cut depends only on the shape.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ bool has_few_long_rows(const Op& op) {
   return op.rows < 4 && op.cols >= 4 * kPiece;
 }
 
-// Calls f(i, row, begin, end) for the i-th piece, columns [begin, end) of a row, of `rows` rows.
+// Calls f(i, row, begin, end) for each piece of `rows` rows: the i-th piece is columns [begin, end) of `row`.
 template <class F>
 void for_pieces(int64_t rows, int64_t cols, const F& f) {
   const int64_t pieces = (cols + kPiece - 1) / kPiece;
@@ -32,7 +32,7 @@ void for_pieces(int64_t rows, int64_t cols, const F& f) {
   });
 }
 
-// Of weight or bias the columns [begin, end) of the row that belongs to `row`, widened.
+// Columns [begin, end) of weight or bias for `row`, widened.
 template <class T, class Op>
 Widened<T> parameter_piece(const Op& op, const void* parameter, int64_t row, int64_t begin, int64_t end) {
   const int64_t first = row % op.period * op.cols + begin;
@@ -47,7 +47,7 @@ void forward_long_rows(const Forward& op) {
   using A = accumulate_t<T>;
   using V = Vector<A>;
   const int64_t cols = op.cols, pieces = (cols + kPiece - 1) / kPiece;
-  const auto normalised = [&](int64_t row) {  // a row of what is normalised: the sum, once its pieces are written, or x
+  const auto normalised = [&](int64_t row) {  // the row to normalize: the sum, once its pieces are written, or x
     return kAdds ? static_cast<const T*>(op.sum) + row * cols : static_cast<const T*>(op.x) + row * op.x_stride;
   };
   std::vector<Moments> found(size_t(op.rows * pieces));  // of each piece
@@ -82,7 +82,7 @@ void forward_long_rows(const Forward& op) {
     }
   });
 
-  A mean[4] = {}, rest[4] = {}, rstd[4];  // rest: what rounding took from the mean
+  A mean[4] = {}, rest[4] = {}, rstd[4];  // rest: the mean's rounding error
   for (int64_t row = 0; row < op.rows; ++row) {
     Moments all;
     for (int64_t piece = row * pieces; piece < (row + 1) * pieces; ++piece) all.merge(found[piece]);
@@ -144,7 +144,7 @@ void backward_long_rows(const Backward& op) {
   }
 
   const bool nt_store = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, cols);
-  // The rows of a period by turns, so that a piece of the parameters' gradients is one task's.
+  // One task takes a piece for all periods, since it owns that piece of the parameters' gradients.
   for_pieces(op.period, cols, [&](int64_t, int64_t place, int64_t begin, int64_t end) {
     const Widened<T> weight = parameter_piece<T>(op, op.weight, place, begin, end);
     alignas(64) A weight_sums[kPiece], bias_sums[kPiece];

@@ -1,4 +1,5 @@
-// What both directions share: when to fetch ahead and to write past the caches, room for widened rows and parameters.
+// Shared by both directions: when to fetch ahead and to write past the caches, and memory for widened rows and
+// parameters.
 #pragma once
 
 #include <memory>
@@ -20,7 +21,7 @@ bool is_far(int64_t rows, int64_t cols) {
   return rows * cols * int64_t(sizeof(T)) >= int64_t(1) << 20;
 }
 
-// Past the caches go rows of whole aligned lines.
+// Only rows of whole aligned lines are written past the caches.
 template <class T>
 bool should_stream(const void* output, int64_t rows, int64_t cols) {
   return is_beyond_caches<T>(rows * cols) && cols * int64_t(sizeof(T)) % 64 == 0 && uintptr_t(output) % 64 == 0;
@@ -35,7 +36,7 @@ __attribute__((noinline)) void draw_bits(const PhiloxState& state, uint64_t thre
   keep_bits(state, threshold, first, blocks, bits);
 }
 
-// The keep bits of a few rows that follow each other, of kElements or less.
+// The keep bits of a few consecutive rows, at most kElements in all.
 template <int64_t kElements>
 struct RowBits {
   alignas(64) uint8_t bits[kElements / kBlockElements + kKeepStep + 16];
@@ -69,14 +70,14 @@ int64_t padded(int64_t cols) {
   return (cols + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// v * weight + bias, each where there is one.
+// v * weight + bias; either may be absent.
 template <class V, class A, class Width>
 DLKIT_INLINE V scaled(V v, const A* weight, const A* bias, int64_t i, Width width) {
   if (weight != nullptr) return fma(v, load(weight + i, width), bias != nullptr ? load(bias + i, width) : V{});
   return bias != nullptr ? v + load(bias + i, width) : v;
 }
 
-// weight or bias as the inner loops want it: of T widened once a task, else as it is.
+// weight or bias as the inner loops read it: of T it is widened once a task, else used as it is.
 template <class T>
 struct Widened {
   using A = accumulate_t<T>;

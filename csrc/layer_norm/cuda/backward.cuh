@@ -1,4 +1,4 @@
-// Backward of rows of which one block holds two.
+// Backward of rows short enough that one block's shared memory holds two.
 #pragma once
 
 #include "shared.cuh"
@@ -8,7 +8,7 @@ namespace {
 
 using namespace dlkit::cuda;
 
-// Blocks that share a multiprocessor: 64 registers are enough for a few columns' sums, else 128.
+// Threads that share a multiprocessor: the sums of a few columns fit in 64 registers a thread, those of more in 128.
 template <class T, int PackBytes, int Packs>
 constexpr int backward_resident = Packs * PackBytes <= 8 * int(sizeof(T)) && Packs <= 4 && sizeof(T) <= 4 ? 1024 : 512;
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
     const A mean = next_mean, rstd = next_rstd;
     if constexpr (!whole_packs) {
       copy_async_wait<0>();
-      group_barrier<Lanes>();  // this row is there, and all have done with the one that the next takes the place of
+      group_barrier<Lanes>();  // this row has arrived, and nobody reads the row that the next one overwrites
     }
     prefetch(row + step, stage ^ 1);
     prefetch_statistics(row + step);
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(threads_of<Lanes>, backward_resident<T, PackBy
   copy_async_wait<0>();
   if (op.partials == nullptr) return;
 
-  // The block's groups add up in order: within a warp by shuffles, then warps (or groups of several) one after another
-  // in shared memory, which the stages no longer need.
+  // The block's groups are added up in order: within a warp by shuffles, then warps (or groups of several warps) one
+  // after another in shared memory, which the stages no longer need.
 #pragma unroll
   for (int offset = Lanes; offset < 32; offset *= 2) {
 #pragma unroll

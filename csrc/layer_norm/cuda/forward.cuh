@@ -8,8 +8,8 @@ namespace {
 
 using namespace dlkit::cuda;
 
-// Blocks that share a multiprocessor, so that ptxas keeps to 64, 80 or 128 registers a thread. With the next smaller
-// number of registers it spills on sm_100 or sm_120, where a dropout wants more of them for its bits.
+// Blocks that share a multiprocessor; they hold ptxas to 64, 80 or 128 registers a thread. With the next smaller number
+// it spills on sm_100 or sm_120, since a dropout's bits take registers too.
 template <class T, int PackBytes, int Lanes, int Packs, bool Drop>
 constexpr int forward_resident() {
   constexpr int threads = threads_of<Lanes>, bytes = Packs * PackBytes, words = 16 * int(sizeof(T));
@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(threads_of<Lanes>, forward_resident<T, PackByt
   }
 }
 
-// Rows beyond what registers hold, kept in shared memory.
+// Rows that registers cannot hold, kept in shared memory.
 template <class T, int PackBytes>
 __global__ void __launch_bounds__(long_threads, 2) forward_shared(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int width = PackBytes / sizeof(T), batch = 4;
-  constexpr int run = 32;  // packs that a thread sums by themselves: with all in one sum the error grows with the row
+  constexpr int run = 32;  // packs in a sum of their own: with one sum for all, the error grows with the row
   __shared__ A exchange[long_threads / 32][1], deviation_exchange[long_threads / 32][deviation_sums<T>];
   unsigned char* cache = dynamic_shared();
   const int64_t packs = op.cols / width;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(long_threads, 2) forward_shared(const Forward 
       }
     }
     sum[0] += run_sum;
-    // A thread reads back only what it wrote itself, so this needs no barrier.
+    // A thread reads back only its own writes: no barrier is needed.
     const auto again = [&](int64_t at) { return load<PackBytes>(cache + at * PackBytes); };
     A mean = 0;
     if (!op.rms) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(threads_of<Lanes>, (sizeof(T) > 4 ? 1024 : 153
     forward_odd(const Forward op) {
   using A = accumulate_t<T>;
   constexpr int pack_bytes = sizeof(T), threads = threads_of<Lanes>, rows_per_block = threads / Lanes;
-  constexpr int run = 32;  // elements that a thread sums by themselves
+  constexpr int run = 32;  // elements in a sum of their own
   __shared__ A exchange[threads / 32][1], deviation_exchange[threads / 32][deviation_sums<T>];
   const int lane = threadIdx.x % Lanes, group = threadIdx.x / Lanes;
   const int row_bytes = int(op.cols * sizeof(T)), slot = slot_bytes<pack_bytes>(row_bytes);

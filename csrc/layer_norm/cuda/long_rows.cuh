@@ -1,5 +1,5 @@
-// Rows too long for one block. They are cut into pieces of a size that the row's length alone decides, so that a row
-// has the same bits whatever rows are beside it, and one row has as many blocks as many rows have.
+// Rows too long for one block. They are cut into pieces, whose size depends only on the row's length: a row has the
+// same bits whatever other rows there are, and a single row gets as many blocks as each of many.
 //
 //   forward    forward_moments reads x and leaves each piece's moments (and writes sum); forward_apply merges the
 //              moments of its row, in a fixed order, reads x again and writes y: 3 units of one tensor.
@@ -17,15 +17,15 @@ namespace {
 
 using namespace dlkit::cuda;
 
-// A unit is what a block holds in registers: 32 KB of a row; of one with an odd width or address 8 K elements in fp32,
-// and 4 K in 16 bits and fp64, which would spill.
+// A unit is the part of a row that a block holds in registers: 32 KB. With an odd width or address it is 8 K elements
+// in fp32, and 4 K in 16 bits and fp64, where more would spill.
 template <class T, int PackBytes>
 constexpr int unit_packs = PackBytes == 16 ? 4 : (sizeof(T) == 4 ? 16 : 8);  // of a thread
 template <class T, int PackBytes>
 constexpr int long_resident = PackBytes == 16 && sizeof(T) <= 4 ? 2 : 1;  // blocks: others need 64 to 128 registers
 
-// Pieces are a unit, and more units where a row would have more than 1024: every block of a row reads all their
-// moments.
+// A piece is one unit, or more where a row would have more than 1024 pieces: every block of a row reads the moments of
+// all of them.
 struct Pieces {
   int64_t packs, count;  // of a piece; pieces of a row
 };
@@ -48,7 +48,7 @@ struct Piece {
   }
 };
 
-// Calls f(i, at) for each pack of a unit from `first` on that is this thread's.
+// Calls f(i, at) for each of this thread's packs in the unit that begins at `first`.
 template <class T, int PackBytes, class F>
 __device__ __forceinline__ void each_pack(int64_t first, int64_t end, const F& f) {
 #pragma unroll
@@ -58,7 +58,7 @@ __device__ __forceinline__ void each_pack(int64_t first, int64_t end, const F& f
   }
 }
 
-// Count, mean, and the sums of deviations from that mean (what rounding took from it) and of their squares.
+// Count, mean, the sum of deviations from that mean (not 0, since the mean is rounded) and the sum of their squares.
 template <class A>
 struct RowMoments {
   static constexpr int size = 4;
@@ -71,7 +71,7 @@ struct RowMoments {
       return;
     }
     const A total = at[0] + other.at[0], share = other.at[0] / total;
-    const A mean = at[1] * (A(1) - share) + other.at[1] * share;  // not by the difference: an infinity is to stay one
+    const A mean = at[1] * (A(1) - share) + other.at[1] * share;  // not by the difference: an infinity must stay one
     const A shift = at[1] - mean, other_shift = other.at[1] - mean;
     at[3] = at[3] + shift * (2 * at[2] + at[0] * shift) +
             (other.at[3] + other_shift * (2 * other.at[2] + other.at[0] * other_shift));
@@ -176,9 +176,9 @@ __global__ void __launch_bounds__(long_threads, (long_resident<T, PackBytes>))
   }
 }
 
-// The sums of wdy and of wdy * xhat over each piece, [rows * pieces, 2], to `row_sums`. PackBytes comes first: second,
-// it would tell check_sass.py to look for wide stores, and this kernel has none. Without a number of blocks to be
-// resident ptxas spills for sm_100.
+// The sums of wdy and of wdy * xhat over each piece, [rows * pieces, 2], to `row_sums`. PackBytes comes first, since
+// check_sass.py expects wide stores where it comes second, and this kernel has none. Without a number of resident
+// blocks in its launch bounds ptxas spills for sm_100.
 template <int PackBytes, class T>
 __global__ void __launch_bounds__(long_threads, 1)
     backward_sums(const Backward op, const Pieces pieces, accumulate_t<T>* row_sums) {
@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(long_threads, 1)
   }
 }
 
-// grad_input, and sums of the parameters' gradients, by threads that walk down their columns, every gridDim.y-th row.
-// Where all rows are one block's the sums are the gradients.
+// Computes grad_input and sums of the parameters' gradients. A thread walks down its columns, every gridDim.y-th row.
+// Where one block has all rows, the sums are the gradients.
 constexpr int column_threads = 256;
 
 template <class T, int PackBytes>
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(column_threads, 1)
   A grad_weight[width] = {}, grad_bias[width] = {};
   for (int64_t first = blockIdx.y; first < op.rows; first += step * turn_rows) {
     if (op.grad_input != nullptr) {
-      __syncthreads();  // the turn before has read its means
+      __syncthreads();  // the previous iteration has read its means
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
       const int64_t row = first + step * warp;
       A sums[2] = {0, 0};

@@ -1,4 +1,4 @@
-// What the kernels of both directions share: how a row is spread, packs with a residual or a dropout, a row's
+// Shared by the kernels of both directions: how a row is spread, packs with a residual or a dropout, a row's
 // statistics, the gradients of a pack.
 #pragma once
 
@@ -14,8 +14,8 @@ namespace {
 using namespace dlkit::cuda;
 
 // Kernels are templates of the input type, of PackBytes (16 in the fast paths, sizeof(T) where addresses or widths are
-// odd) and of how a row is spread: Lanes threads a row, Packs packs a thread. Lanes below a block's threads: several
-// rows a block.
+// odd) and of how a row is spread: Lanes threads a row, Packs packs a thread. Where Lanes is below a block's threads, a
+// block has several rows.
 template <int Lanes>
 constexpr int threads_of = Lanes > 256 ? Lanes : 256;
 constexpr int long_threads = 512;  // of a block that has a row, or a piece of one, to itself
@@ -34,10 +34,10 @@ __device__ __forceinline__ void group_barrier() {
   }
 }
 
-// A row of odd width or address begins anywhere in a line. Element by element it would be on its way in accesses of 2
-// or 4 bytes, and 2 are too few for cp.async. So its lanes fetch whole 16 bytes, but for its ends, and it keeps its
-// place in them: it lies in shared memory as many bytes behind a multiple of 16, its phase, as in global memory. What a
-// thread owns and adds up is the same, wherever the row begins.
+// A row of odd width or address begins anywhere in a line. Element by element it would be fetched in accesses of 2 or 4
+// bytes, and cp.async cannot copy 2. Its lanes therefore fetch 16 aligned bytes at a time, except at its ends. The row
+// begins in shared memory as many bytes after a multiple of 16 as in global memory; these are its phase. The elements a
+// thread owns and adds up do not depend on the phase.
 template <class T>
 __device__ __forceinline__ int phase_of(const T* row) {
   return int(reinterpret_cast<uintptr_t>(row) % 16);
@@ -77,13 +77,13 @@ __device__ __forceinline__ Pack<PackBytes> add(const Pack<PackBytes>& x, const P
   return narrow<T, PackBytes>(a);
 }
 
-// The keep bits of a pack of adjacent elements, the first a multiple of their number. Narrow packs share a block and
-// each draw it again: with four tensors to move for every element there is time for that.
+// The keep bits of a pack of adjacent elements; the first one's index is a multiple of their number. Narrow packs share
+// a Philox block and each draw it again: moving four tensors for every element leaves time for that.
 __device__ __forceinline__ uint32_t keep_pack(const FusedDropout& dropout, const PhiloxState& state, int64_t element) {
   return keep_bits(state, dropout.threshold, uint64_t(element / kBlockElements)) >> element % kBlockElements;
 }
 
-// drop(x) + residual, rounded to T: the bits of a dropout with a residual.
+// drop(x) + residual, rounded to T: the same bits as dropout's op with a residual.
 template <class T, int PackBytes>
 __device__ __forceinline__ Pack<PackBytes> drop_add(const Pack<PackBytes>& x, const Pack<PackBytes>& residual,
                                                     uint32_t keep, accumulate_t<T> scale) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ accumulate_t<T> pack_sum(const Pack<PackBytes>& pack)
   return sum;
 }
 
-// Adds a pack's squared deviations from `mean` to sums[0] and, where T is fine enough for the mean's own rounding to
-// show in small deviations from a large mean, the deviations themselves to sums[1].
+// Adds a pack's squared deviations from `mean` to sums[0] and, where T is precise enough for the mean's rounding error
+// to show in small deviations from a large mean, the deviations themselves to sums[1].
 template <class T, int PackBytes, int Count>
 __device__ __forceinline__ void add_deviations(const Pack<PackBytes>& pack, accumulate_t<T> mean,
                                                accumulate_t<T> (&sums)[Count]) {
@@ -124,7 +124,7 @@ constexpr int deviation_sums = std::is_same_v<T, accumulate_t<T>> ? 2 : 1;
 
 template <class A>
 struct Statistics {
-  A mean, rest, rstd;  // rest: what rounding took from the mean
+  A mean, rest, rstd;  // rest: the mean's rounding error
 };
 
 template <class A, int Count>
@@ -159,7 +159,7 @@ __device__ __forceinline__ void store_statistics(const Forward& op, int64_t row,
   if (op.mean != nullptr) static_cast<A*>(op.mean)[row] = mean;
   if (op.rstd != nullptr) static_cast<A*>(op.rstd)[row] = rstd;
 }
-// What the row sums and the gradients need of one pack. The same bits with a dropout and without.
+// The values of one pack that the row sums and the gradients need. Their bits are the same with and without a dropout.
 template <class T, int PackBytes>
 struct Gradients {
   static constexpr int width = PackBytes / sizeof(T);
@@ -174,7 +174,7 @@ struct Gradients {
     for (int k = 0; k < width; ++k) centered[k] -= mean;
   }
 
-  // sums: of wdy, and of wdy * xhat.
+  // Adds wdy to sums[0] and wdy * xhat to sums[1].
   __device__ __forceinline__ void add_to(accumulate_t<T> (&sums)[2], accumulate_t<T> rstd) const {
 #pragma unroll
     for (int k = 0; k < width; ++k) {

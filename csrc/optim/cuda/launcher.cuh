@@ -1,4 +1,4 @@
-// One launch for many tensors: the metadata that travel in its argument, and what fills them.
+// One launch for many tensors: the metadata that its argument carries, and the class that fills them.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@ using namespace dlkit::cuda;
 
 constexpr int kThreads = 256;  // of a block
 
-// A launch's argument: what all its tensors have in common, and an entry of `stride` words for each of them. The low
-// half of an entry's first word is the first chunk of the tensor.
+// A launch's argument: the data that all its tensors have in common, and an entry of `stride` words for each of them.
+// The low half of an entry's first word is the tensor's first chunk.
 template <class Common, int Bytes = kArgumentBytes>
 struct TensorListMetadata {
   static constexpr int words_that_fit = (Bytes - int(sizeof(Common)) - 16) / 8;
@@ -23,7 +23,7 @@ struct TensorListMetadata {
   uint64_t words[words_that_fit];
 };
 
-// Where in `words` the entry of the tensor that has this chunk begins.
+// The index in `words` of the entry of the tensor that has this chunk.
 template <class Common, int Bytes>
 __device__ __forceinline__ int find_entry(const TensorListMetadata<Common, Bytes>& metadata, uint32_t chunk) {
   int low = 0, high = metadata.tensor_count;
@@ -44,7 +44,7 @@ class MultiTensorLauncher {
  public:
   using Many = TensorListMetadata<Common>;
   using Few = TensorListMetadata<Common, kFewArgumentBytes>;
-  // The same kernel for many tensors and for few.
+  // Two variants of a kernel, for many tensors and for few.
   struct Kernels {
     const char* name;
     void (*many)(Many);
@@ -59,7 +59,7 @@ class MultiTensorLauncher {
   bool is_full() const {
     return (metadata.tensor_count + 1) * metadata.stride > Many::words_that_fit || blocks_ > (1u << 30);
   }
-  // The next entry, for a tensor of that many chunks; its first word's upper half is `bits`.
+  // Adds an entry for a tensor of `chunks` chunks; the upper half of its first word is `bits`.
   uint64_t* add(int64_t chunks, uint32_t bits) {
     uint64_t* entry = metadata.words + metadata.tensor_count++ * metadata.stride;
     *entry = uint64_t(bits) << 32 | uint32_t(blocks_);

@@ -1,6 +1,6 @@
-// The norm of all gradients, and their scaling. For the norm a block adds up one chunk of one tensor, threads in fp32
-// (64 squares each), then the block in fp64; one block adds up the chunks. Chunks do not depend on the device, so
-// neither does the sum.
+// The norm of all gradients, and their scaling. For the norm a block adds up one chunk of one tensor: each thread 64
+// squares in fp32, then the block in fp64. One block adds up the chunks' sums. Neither the chunks nor the sum depend on
+// the device.
 #pragma once
 
 #include "../../common/cuda/reduce.cuh"

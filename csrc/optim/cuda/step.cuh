@@ -1,4 +1,4 @@
-// The kernels of a step: of the tensors, and of step counters on the device.
+// The kernels of a step: one for the tensors, and one for step counters on the device.
 #pragma once
 
 #include "../dynamic_map.h"
@@ -19,7 +19,7 @@ struct Record {
   double bias_correction1, root_bias_correction2;
 };
 
-// What the tensors of a launch have in common.
+// The data that the tensors of a launch have in common.
 struct StepCommon {
   static constexpr int records_that_fit = 16;
   const void* grad_norm;
@@ -33,7 +33,8 @@ struct StepCommon {
   Record records[records_that_fit];
 };
 constexpr int kFixedWords = 3;  // before the arrays: first chunk and bits, numel, index of the tensor in the step
-// Of the bits; below them the record's index, from kGradShift on the gradient's DType.
+// Flags in an entry's `bits`, whose low 16 bits are the record's index; from kGradShift on they are the gradient's
+// DType.
 constexpr uint32_t kAligned = 1u << 16, kDoubleStep = 1u << 17;
 constexpr int kGradShift = 18;
 
@@ -76,7 +77,7 @@ __device__ __forceinline__ void narrow_stochastically(const PhiloxBlock& random,
   }
 }
 
-// Leaves in p what the average of weights takes.
+// Writes the parameter, and leaves in p the value that the average of weights takes.
 template <class T, class S, Algorithm Which, int Part>
 __device__ __forceinline__ void narrow_param(const Scalars<accumulate_t<T>>& k, const PhiloxBlock& random,
                                              Tile<T, S, Which>& tile, const Span<T, S>& span, int part,
@@ -102,8 +103,8 @@ __device__ __forceinline__ void narrow_param(const Scalars<accumulate_t<T>>& k, 
   }
 }
 
-// Has2 and Has3: whether the second and third states are there. Constants, since a pointer to a register that may be
-// null would move the registers to memory.
+// Has2 and Has3 tell which optional states are there. They are constants, since a pointer that may be null would force
+// the states out of registers into memory.
 template <Algorithm Which, bool Has2, bool Has3, class A, int Width>
 __device__ __forceinline__ void apply(const Scalars<A>& k, const A (&g)[Width], A (&p)[Width],
                                       A (&states)[kStates][Width]) {
@@ -150,9 +151,9 @@ __device__ __forceinline__ void apply(const Scalars<A>& k, const bool (&has)[kSt
 
 __device__ __forceinline__ float larger_or_nan(float a, float b) { return !(b <= a) && a == a ? b : a; }
 
-// The formulas on one tile. Products that a difference follows are not fused to it, so that a state's or a gradient's
-// type changes no bit but by its own rounding. With 8-bit states all lanes of the warp must come, with a block of 256
-// elements; `count` of this lane's are there.
+// The formulas on one tile. Scaled gradients and decoded states are products that are never fused into a following
+// addition: the type of a gradient or a state then changes a result only by its own rounding. With 8-bit states all
+// lanes of the warp must call, with a block of 256 elements, of which `count` of this lane's exist.
 template <class T, class S, Algorithm Which>
 __device__ __forceinline__ void update(const StepCommon& common, const Scalars<accumulate_t<T>>& k,
                                        const DynamicMap* maps, const Span<T, S>& span, Tile<T, S, Which>& tile, int at,
@@ -205,7 +206,7 @@ __device__ __forceinline__ void update(const StepCommon& common, const Scalars<a
         for (int j = 0; j < part; ++j) values[s][i * part + j] = states[s][j];
       } else {
         if (sizeof(S) == 2 && (k.stochastic_states >> s & 1) != 0) {
-          // Drawn for each part anew: kept for the next one it would cost every step registers.
+          // Drawn again for each part: keeping it for the next would cost every step registers.
           narrow_stochastically(draw(s + 1), tile.states[s], i, states[s]);
         } else {
           tile.states[s].narrow_from(states[s], i);
@@ -253,14 +254,14 @@ __device__ __forceinline__ void update(const StepCommon& common, const Scalars<a
   }
 }
 
-// Codes of 8-bit states, so that a kernel's name tells its state type.
+// The code of an 8-bit state. A type of its own shows the state type in a kernel's name.
 struct Code {
   uint8_t bits;
 };
 static_assert(sizeof(Code) == 1);
 
-// Without a number of blocks to be resident ptxas spills where much is in flight, for one architecture or another:
-// where states are codes, with 16-bit parameters, and in RMSprop with 16-bit states. Others keep its own choice.
+// Without a number of resident blocks in the launch bounds ptxas spills, on some architecture, where much is in flight:
+// with 8-bit states, with 16-bit parameters, and in RMSprop with 16-bit states. Elsewhere ptxas chooses.
 template <class T, class S, Algorithm Which>
 constexpr int resident_blocks =
     sizeof(S) == 1 || sizeof(T) == 2 || (sizeof(S) == 2 && Which == Algorithm::RmsProp) ? 2 : 0;
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
   const int64_t left = int64_t(metadata.words[entry + 1]) - first;
   const int numel = int(left < metadata.chunk ? left : metadata.chunk);
 
-  // The array's part in this chunk, or 0.
+  // The address of this chunk in an array, or 0.
   const auto array = [&](int slot, int element_bytes) -> uint64_t {
     const int word = common.slot[slot];
     const uint64_t address = word < 0 ? 0 : metadata.words[entry + word];
@@ -333,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, (resident_blocks<T, S, Which>))
     scalars_of_tensor = scalars<A>(Which, record.group, lr, bias_correction1, root_bias_correction2, factor);
   };
 
-  // A warp's elements are adjacent: with 8-bit states, one block of them.
+  // A warp's elements are adjacent; with 8-bit states they are one block.
   const bool aligned = (bits & kAligned) != 0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -368,7 +369,7 @@ struct CounterCommon {
   const float* found_inf;
 };
 
-// An entry is the counter's address, the lowest bit set where it is fp64.
+// An entry is the counter's address, with the lowest bit set where it is fp64.
 template <int ArgumentBytes>
 __global__ void __launch_bounds__(kThreads)
     advance_steps(const __grid_constant__ TensorListMetadata<CounterCommon, ArgumentBytes> metadata) {

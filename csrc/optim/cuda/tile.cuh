@@ -1,4 +1,4 @@
-// What a thread holds of a tensor's arrays in a step, and how it comes and goes.
+// The elements of a tensor's arrays that a thread holds in a step, and their loads and stores.
 #pragma once
 
 #include <type_traits>
@@ -11,13 +11,13 @@ namespace {
 
 using namespace dlkit::cuda;
 
-// The elements a thread handles at once: one access of 16 bytes of the narrowest type, but eight where 8-bit states
-// have a warp share a scale.
+// The elements a thread handles at once: one access of 16 bytes of the narrowest type, but 8 with 8-bit states, where a
+// warp shares a scale.
 template <class T, class S>
 constexpr int width_of = sizeof(S) == 1 ? 8 : 16 / int(sizeof(S) < sizeof(T) ? sizeof(S) : sizeof(T));
 
-// Wide accesses of global memory. The addresses come from the launch's words, where the compiler does not see by itself
-// that they are global, and generic accesses take an instruction more to find out.
+// Wide accesses of global memory. The addresses come from the launch's words, and the compiler cannot tell that they
+// are global; a generic access would take one more instruction.
 template <int Bytes>
 __device__ __forceinline__ Pack<Bytes> load_global(const void* address) {
 #if defined(DLKIT_CUDA_ON_CPU)
@@ -53,13 +53,13 @@ __device__ __forceinline__ void store_global(void* address, Pack<Bytes> pack) {
 #endif
 }
 
-// Elements of which the formulas take so many at once: eight of them in flight need half as many registers again.
+// The elements that the formulas take at once: eight would need half as many registers again.
 template <class T>
 constexpr int part_of = sizeof(T) == 8 ? 2 : 4;
 
-// Width adjacent elements of one array as they came, in parts: widened at use, so that nothing waits for one load
-// before the next is on its way. Full: all are there, at an address that allows wide accesses; else the first
-// `present`, one by one.
+// Width adjacent elements of one array as they were loaded, in parts. They are widened at use: nothing waits for one
+// load before the next is issued. Full: all elements exist, at an address that allows wide accesses; else the first
+// `present` do and are loaded one by one.
 template <class T, int Width, int Part>
 struct Packs {
   static constexpr int all_bytes = Width * int(sizeof(T)), part_bytes = Part * int(sizeof(T));
@@ -133,7 +133,7 @@ struct Span {
 
 struct Absent {};
 
-// Calls f(G()): G the gradient's type beside a parameter of T.
+// Calls f(G()), where G is the gradient's type for a parameter of T.
 template <class T, class F>
 __device__ __forceinline__ void with_grad_dtype(DType dtype, const F& f) {
   if constexpr (std::is_same_v<T, double>) {
@@ -147,8 +147,8 @@ __device__ __forceinline__ void with_grad_dtype(DType dtype, const F& f) {
   }
 }
 
-// A thread's elements of the gradient, widened as they come: of what type they are, only the launch knows. Loaded last,
-// since this waits for them.
+// A thread's elements of the gradient. They are widened when loaded, since their type is known only at run time, and
+// loaded last, since widening waits for them.
 template <class T, int Width, int Part>
 struct Grads {
   accumulate_t<T> parts[Width / Part][Part];
@@ -188,7 +188,7 @@ struct Tile {
   __device__ __forceinline__ static bool has(const Span<T, S>& span, int state) {
     return state < required || (state < used && span.states[state] != nullptr);
   }
-  // All but the gradient, for which load_grad waits.
+  // Loads all arrays but the gradient; load_grad loads that and waits for it.
   template <bool Full>
   __device__ __forceinline__ void load_from(const Span<T, S>& span, int at, int count) {
     param.template load_from<Full>(span.param + at, count);

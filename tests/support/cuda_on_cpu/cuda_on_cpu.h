@@ -2,18 +2,18 @@
 // thread of a block becomes a fiber of the calling host thread. Blocks run one after another. A fiber runs until it
 // waits at __syncthreads, __syncwarp or a shuffle; a switch costs nanoseconds, and results do not depend on timing.
 //
-// What would be undefined or fault on a GPU ends the process with a message here: a barrier or shuffle that live
-// threads never reach or reach on different lines, a shuffle that reads a lane outside its mask, a misaligned vector
-// access (vec.cuh asks). Dynamic shared memory starts as NaN, and an asynchronous copy lands as late as it may. Every
-// launch is checked against a device's limits (device_model.h) and refused with the runtime's error codes.
+// Errors that would be undefined or a fault on a GPU end the process with a message here: a barrier or shuffle that
+// live threads never reach or reach on different lines, a shuffle that reads a lane outside its mask, a misaligned
+// vector access (vec.cuh asks). Dynamic shared memory starts as NaN, and an asynchronous copy lands as late as it may.
+// Every launch is checked against a device's limits (device_model.h) and refused with the runtime's error codes.
 //
-// DLKIT_CUDA_ON_CPU_ARCH=80|90|100|120 sets whose limits these are (90 unset), and so how the kernels' plans come out.
-// DLKIT_CUDA_ON_CPU_SHUFFLE=<seed> permutes the order in which warps and their lanes run between barriers: with a
-// barrier missing, some order gives another result. DLKIT_CUDA_ON_CPU_SMS=<count> sets the number of multiprocessors
-// (3 unless set).
+// DLKIT_CUDA_ON_CPU_ARCH=80|90|100|120 selects the device (90 if unset); its limits also decide the kernels' plans.
+// DLKIT_CUDA_ON_CPU_SHUFFLE=<seed> permutes the order in which warps and their lanes run between barriers: if a barrier
+// is missing, some order gives another result. DLKIT_CUDA_ON_CPU_SMS=<count> sets the number of multiprocessors (3
+// unless set).
 #pragma once
 
-#include <math.h>  // as under nvcc, sqrt and its like have overloads for float in the global namespace
+#include <math.h>  // as under nvcc, sqrt and similar functions have overloads for float in the global namespace
 #include <sys/mman.h>
 
 #include <cstdarg>
@@ -144,7 +144,7 @@ struct Fiber {
   void* fake_stack;  // ASan's
 };
 
-// `ready` lanes can run; the arrays hold what each lane brought to the shuffle or __syncwarp it waits at.
+// The `ready` lanes can run; the arrays hold each lane's arguments of the shuffle or __syncwarp at which it waits.
 struct Warp {
   uint32_t ready, arrived, live;
   uint32_t mask[32];
@@ -189,8 +189,8 @@ inline thread_local Machine machine;
 inline void fiber_main();
 
 #if defined(__x86_64__)
-// Saves what the System V ABI wants kept and continues on another stack. noipa: callers must treat it as any opaque
-// call.
+// Saves the registers that the System V ABI preserves and continues on another stack. noipa: callers must treat it as
+// any opaque call.
 #if defined(__clang__)
 __attribute__((noinline))
 #else
@@ -286,7 +286,7 @@ inline void fiber_main() {
 inline void wait_or_go_on(Machine& m) {
   Fiber& self = *m.current;
   if (self.waiting || m.random != 0) {
-    if (!self.waiting) release(m, self);  // the last to arrive takes its chance with the others
+    if (!self.waiting) release(m, self);  // the last to arrive has no priority over the others
     yield(m);
   }
 }
@@ -306,7 +306,7 @@ inline void barrier(int line) {
   wait_or_go_on(m);
 }
 
-// Waits until every lane of the mask has come to this line; returns the value that lane `source` brought.
+// Waits until every lane of the mask has reached this line; returns lane `source`'s value.
 inline uint64_t exchange(uint32_t mask, uint64_t value, unsigned source, int line) {
   Machine& m = machine;
   Fiber& self = *m.current;
@@ -380,7 +380,7 @@ inline unsigned draw(Machine& m, size_t below) {
   return unsigned((m.random >> 33) % below);
 }
 
-// A warp runs as far as it can, up to a barrier, before the next one does: as unfair as the hardware may be.
+// A warp runs up to a barrier before the next one runs: as unfair as hardware may be.
 inline void run_block(Machine& m, unsigned threads) {
   m.live = threads;
   m.at_barrier = 0;
@@ -422,7 +422,7 @@ inline void run_block(Machine& m, unsigned threads) {
 inline std::mutex attribute_mutex;
 inline std::map<std::pair<const void*, int>, size_t> raised_shared;  // (kernel, arch) -> dynamic memory it may use
 
-// Of dynamic shared memory, the most that a launch may ask for.
+// The most dynamic shared memory that a launch may ask for.
 inline size_t shared_limit(const void* kernel) {
   const std::lock_guard<std::mutex> lock(attribute_mutex);
   const auto found = raised_shared.find({kernel, device_model().arch});
@@ -459,7 +459,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
     }
   }
   const std::function<void()> body = [&] { kernel(arguments...); };
-  // Exactly as long as asked for, so that AddressSanitizer sees an access beyond it.
+  // Exactly the requested size: AddressSanitizer then sees an access beyond it.
   const std::unique_ptr<unsigned char, void (*)(unsigned char*)> memory(
       static_cast<unsigned char*>(::operator new(shared, std::align_val_t(16))),
       [](unsigned char* pointer) { ::operator delete(pointer, std::align_val_t(16)); });
@@ -506,7 +506,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// Blocks run one after another and a fiber until it waits, so nothing comes between.
+// Needs no atomic instruction: blocks run one after another, and a fiber runs until it waits.
 template <class T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
@@ -521,7 +521,7 @@ T atomicOr(T* address, T value) {
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
-// Products that no sum is fused to, and so hidden from the compiler as such.
+// Products that must not be fused with a sum; fmaf hides them from the compiler.
 inline float __fmul_rn(float a, float b) { return fmaf(a, b, 0.0f); }
 inline double __dmul_rn(double a, double b) { return fma(a, b, 0.0); }
 
@@ -545,7 +545,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   }
   return "unknown error";
 }
-// A device's index is its architecture, so that what is kept for one device is not used for another.
+// A device's index is its architecture: data cached for one device is then not used for another.
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_cpu::device_model().arch;
   return cudaSuccess;

@@ -1,10 +1,10 @@
-// What a device would refuse to launch, and what a kernel needs, read from the library that the compiler made.
+// The launches that a device would refuse, and a kernel's needs, read from the compiled library.
 //
-// Static shared memory: a kernel's __shared__ variables are static thread_local ones here, and the symbol table of the
-// library has the size of each beside the name of the kernel it stands in. Threads: __launch_bounds__ leaves as many
-// bytes before the kernel's first instruction as it names threads, and the compiler lists where they begin. ptxas gives
-// no kernel more registers than its launch bounds leave a thread (tests/support/check_sass.py looks), so a block within
-// them has registers enough.
+// Static shared memory: a kernel's __shared__ variables are static thread_local ones here, and the library's symbol
+// table has the size of each beside its kernel's name. Threads: __launch_bounds__ leaves as many bytes before the
+// kernel's first instruction as it names threads, and the compiler lists where they begin. ptxas gives no kernel more
+// registers than its launch bounds leave a thread (tests/support/check_sass.py checks that), which means that a block
+// within them has registers enough.
 #pragma once
 
 #include <dlfcn.h>
@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-// "+ 0": g++ 12 takes no constant's bare name in a template.
+// "+ 0": g++ 12 accepts no constant's bare name here in a template.
 #define __launch_bounds__(threads, ...) __attribute__((patchable_function_entry((threads) + 0, (threads) + 0)))
 
 extern "C" {
@@ -28,10 +28,10 @@ extern const uintptr_t __stop___patchable_function_entries[] __attribute__((visi
 
 namespace cuda_on_cpu {
 
-// Of the compute capabilities that are built by default; DLKIT_CUDA_ON_CPU_ARCH chooses one.
+// The compute capabilities that are built by default; DLKIT_CUDA_ON_CPU_ARCH chooses one.
 struct DeviceModel {
   int arch;
-  size_t shared_opt_in, shared_per_multiprocessor;  // bytes; a block's includes what its kernel has statically
+  size_t shared_opt_in, shared_per_multiprocessor;  // bytes; a block's includes its kernel's static part
 };
 constexpr DeviceModel device_models[] = {
     {80, 163 << 10, 164 << 10}, {90, 227 << 10, 228 << 10}, {100, 227 << 10, 228 << 10}, {120, 99 << 10, 100 << 10}};
