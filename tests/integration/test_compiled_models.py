@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 from support.architectures import TIMM, distances, make
-from support.compiled import TEN, step
+from support.compiled import SHOWN, step
 from torch._dynamo.utils import counters
 
-NAMES = [*TEN, "deit_tiny_patch16_224", "resnet18", "whisper", "cohere", "opt", "phi3"]
-NAMES += ["deit3_small_patch16_224", "dinov2", "convnext", "convformer_s18", "efficientnet_b0"]
+NAMES = [*SHOWN, "deit_tiny_patch16_224", "resnet18", "whisper", "cohere", "opt", "phi3"]
+NAMES += ["deit3_small_patch16_224", "dinov2", "convnext", "convformer_s18"]
 NAMES += ["mobilenetv3_small_050"]
 NAMES = [name for name in NAMES if importlib.util.find_spec("timm" if name in TIMM else "transformers")]
 ADD_NORMS = {  # of all norms, those that take in the add before them

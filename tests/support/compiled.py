@@ -24,8 +24,8 @@ from dlkit.fusion._layers import NORMS
 from support.architectures import TIMM, TRANSFORMERS, distances, make, results
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-TEN = ["bert", "roberta", "gpt2", "llama", "qwen3", "gemma2", "t5", "vit_tiny_patch16_224", "convnext_atto"]
-TEN += ["swin_tiny_patch4_window7_224"]
+SHOWN = ["bert", "roberta", "gpt2", "llama", "qwen3", "gemma2", "t5", "vit_tiny_patch16_224", "convnext_atto"]
+SHOWN += ["swin_tiny_patch4_window7_224", "efficientnet_b0"]
 COLUMNS = {
     "add and norm": ("add_layer_norm", "add_rms_norm"),
     "dropout, add and norm": ("dropout_add_layer_norm", "dropout_add_rms_norm"),
@@ -113,7 +113,7 @@ def main(names):
         return print_fused(names[1:])
     print("| architecture | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
-    for name in names or TEN:
+    for name in names or SHOWN:
         fused = []
         step(*make(name, 0.1), torch.float32, fused)
         count = Counter(map(kind_of, fused))
