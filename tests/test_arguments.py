@@ -200,8 +200,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_layers_made_without_memory(name):
-    """skip_init, meta and to_empty, and assign=True: a layer whose parameters come from elsewhere computes with
-    them."""
+    """skip_init, meta and to_empty, and assign=True: a layer computes with parameters from elsewhere."""
     make = getattr(dlkit.nn, name)
     plain = make(*MODULES[name]).eval()
     arguments = (X,) * (3 if name == "MultiheadAttention" else 2 if "Add" in name else 1)

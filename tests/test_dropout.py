@@ -653,8 +653,7 @@ def test_fused_gradients(function):
 
 @pytest.mark.parametrize("function", FUSED)
 def test_fused_is_the_sum_of_its_parts(function):
-    """The fused call equals the three calls with broadcasting, promotion, evaluation, p of 0 and 1, strided input,
-    integers."""
+    """As the three calls, with broadcasting, promotion, evaluation, p of 0 and 1, strided input, integers."""
     weight, bias = torch.randn(6), torch.randn(6)
     for x, residual in (
         (torch.randn(4, 5, 6), torch.randn(4, 5, 6)),
