@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 NAMES = [*TEN, "deit_tiny_patch16_224", "resnet18", "whisper", "cohere", "opt", "phi3"]
 NAMES = [name for name in NAMES if importlib.util.find_spec("timm" if name in TIMM else "transformers")]
-ADD_NORMS = {  # of all norms, those that take in the add before them
+ADD_NORMS = {  # the norms that include the add before them
     "bert": 4,
     "gpt2": 4,
     "llama": 4,
