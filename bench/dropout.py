@@ -195,8 +195,7 @@ def settled(case: Case, inputs: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[
         return keep | (doubtful & (misses[1] < misses[0]))
 
     def settle(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # The mask is read from the sum or from the gradient of x: an element is dropped where that equals the value for
-        # a zero.
+        # The mask is read from the sum or from the gradient of x: a dropped element leaves the residual there, or 0.
         if case.direction == "forward":
             read, nothing = -1, inputs.tensors[1].detach() if _tensors(case) > 1 else 0
         else:
