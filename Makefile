@@ -44,7 +44,7 @@ test: install
 	$(PYTHON) setup.py -q build_cuda_on_cpu
 	$(PYTHON) -m pytest -q -n auto --dist worksteal --ignore=tests/integration
 
-# About a minute: two cases of each test, on the best CPU kernels. For the time between two changes.
+# About a minute: two cases of each test, on the best CPU kernels, to run between two changes.
 test-quick: install
 	$(PYTHON) -m pytest -q -n auto --dist worksteal --quick --ignore=tests/integration
 
@@ -52,14 +52,14 @@ test-quick: install
 test-big: install
 	DLKIT_TEST_BIG=1 $(PYTHON) -m pytest -q tests/test_big.py
 
-# The libraries of others, and the examples. pip is told of the torch that is there, so that it stays.
+# Tests with other libraries, and the examples. pip is told the installed torch, which it then keeps.
 test-integration: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
 	$(PYTHON) -m pytest -q tests/integration tests/test_examples.py
 
-# Which of the quick cases are slower than in BASELINE, a result file of this kind of machine, in each of three runs:
-# four minutes, with nothing else running. Before a change: python -m dlkit bench --quick --json BASELINE.
+# Shows which of the quick cases are slower than in BASELINE, a result file of this kind of machine, in each of three
+# runs: four minutes, with nothing else running. Before a change: python -m dlkit bench --quick --json BASELINE.
 BASELINE ?= bench/results/amd-epyc-2-threads-quick.json
 bench-check: install
 	for run in 1 2 3; do \
@@ -103,7 +103,7 @@ $(DOCS_VENV)/ready: pyproject.toml
 docs: $(DOCS_VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
-# A wheel for the Linux of this machine and newer ones, in dist/, and proof that it installs and runs where there is no
+# A wheel for the Linux of this machine and newer ones, in dist/, and a test that it installs and runs without a
 # compiler. torch's libraries and CUDA's stay outside it.
 WHEELS := build/wheels
 wheel: $(READY)
@@ -117,7 +117,8 @@ wheel: $(READY)
 	  "$$(ls -t dist/*.whl | head -1)"
 	cd $(WHEELS) && fresh/bin/python -m dlkit info && fresh/bin/python $(CURDIR)/examples/training_loop.py
 
-# The whole CUDA build with a CUDA build of torch, without a GPU: compile, link, import, and what the kernels look like.
+# The whole CUDA build with a CUDA build of torch, without a GPU: compile, link, import, and checks of the kernels'
+# machine code.
 CUDA_ARCHS ?= 8.0;9.0;10.0;12.0+PTX
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 check-cuda: $(CUDA_VENV)/ready-$(CUDA_TORCH)
@@ -127,7 +128,7 @@ check-cuda: $(CUDA_VENV)/ready-$(CUDA_TORCH)
 	  --arch $$(echo '$(CUDA_ARCHS)' | sed 's/+PTX//; s/[.]//g; s/;/\n/g' | sed 's/^/sm_/') \
 	  --ptx $$(echo '$(CUDA_ARCHS)' | tr ';' '\n' | sed -n 's/[.]//; s/+PTX//p')
 
-# The CPU kernels of aarch64, with NEON, on an x86-64 machine: the script says what it needs.
+# The CPU kernels of aarch64, with NEON, on an x86-64 machine: the script lists its requirements.
 check-neon:
 	tests/support/check_neon.sh
 
@@ -145,15 +146,15 @@ sanitize: install
 	  ../../tests --ignore ../../tests/integration -m 'kernel or sanitize' \
 	  -k 'not triton and not compile and not (very_long and cuda)'
 
-# On a machine with a GPU, in the environment that has its torch; downloads nothing. Each part runs all its steps, those
-# behind a failure too, logs each to OUT and fails at the end if one did. Together under 9 minutes on 16 cores.
+# On a machine with a GPU, in the environment that has its torch; downloads nothing. Each part runs all its steps, even
+# after a failure, logs each to OUT and fails at the end if one did. Together under 9 minutes on 16 cores.
 GPU_PYTHON ?= python3
 OUT ?= bench/results
 GPU_TESTS := -m 'kernel or gpu' --ignore=tests/integration --ignore=tests/fuzz
 GPU_PYTEST = $(GPU_PYTHON) -m pytest -q -p no:cacheprovider
 SIDE_BY_SIDE = $$($(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null)
 
-# $(call logged,name,command): what it prints goes to OUT/name.log too; a failure is remembered in the shell's `failed`.
+# $(call logged,name,command): the output goes to OUT/name.log too; a failure is recorded in the shell's `failed`.
 logged = mkdir -p $(OUT); echo "== $(1)"; { $(2); } 2>&1 | tee $(OUT)/$(1).log; \
   [ $${PIPESTATUS[0]} = 0 ] || { echo "== $(1) failed"; failed="$$failed $(1)"; }
 finished = [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
@@ -161,8 +162,8 @@ finished = [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 gpu:
 	$(MAKE) --keep-going --jobs=1 gpu-build gpu-test gpu-bench gpu-sanitize
 
-# For the GPU that is here alone, and with one set of CPU kernels: as quick as a build can be. nvcc splits the work on a
-# file where it knows how to.
+# Only for this machine's GPU, and with one set of CPU kernels, for the quickest build. nvcc splits the work on a file
+# if it can.
 gpu-build:
 	@$(call logged,gpu-build,\
 	  arch=$$($(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') && \
@@ -184,8 +185,8 @@ gpu-bench:
 	@$(call logged,gpu-bench,$(GPU_PYTHON) -m dlkit bench --quick --device cuda --json $(OUT)); \
 	for file in $(OUT)/*-quick.json; do $(GPU_PYTHON) -m dlkit bench plot $$file; done; $(finished)
 
-# Accesses out of bounds and races in shared memory. Without torch's caching, so that what lies beside a tensor is no
-# other tensor; a graph cannot be captured then.
+# Accesses out of bounds and races in shared memory. Runs without torch's caching allocator, which would put another
+# tensor beside each; graphs cannot be captured then.
 gpu-sanitize:
 	@for tool in memcheck racecheck; do \
 	  $(call logged,gpu-$$tool,PYTORCH_NO_CUDA_MEMORY_CACHING=1 PATH="$$PATH:/usr/local/cuda/bin" \

@@ -1,11 +1,11 @@
-"""Builds dlkit._C against the installed torch. Metadata is in pyproject.toml; what to build follows from csrc/ itself.
+"""Builds dlkit._C against the installed torch. Metadata is in pyproject.toml; the files to build are found in csrc/.
 
 DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS are honoured.
-DLKIT_VERBOSE=1 prints every command with what the compiler says; DLKIT_CCACHE=0 leaves ccache and sccache aside.
-Every csrc/*/cpu.cpp is compiled once per instruction set, the best is chosen at run time; DLKIT_CPU_KERNELS=baseline
-leaves it at one, for a build that is to be quick. torch is imported only when something is compiled, so that metadata
-and the sdist need none. The version is dlkit.__version__ and what is built against, as in 0.2.0+torch2.13.cpu, and
-a wheel requires that torch: it does not load with another.
+DLKIT_VERBOSE=1 prints every command with the compiler's output; DLKIT_CCACHE=0 turns ccache and sccache off. Every
+csrc/*/cpu.cpp is compiled once per instruction set, and the best is chosen at run time; DLKIT_CPU_KERNELS=baseline
+compiles only one, for a quick build. torch is imported only when something is compiled: metadata and the sdist need
+none. The version is dlkit.__version__ with the torch and device of the build, as in 0.2.0+torch2.13.cpu, and a wheel
+requires that torch: it does not load with another.
 """
 
 import functools
@@ -37,12 +37,12 @@ CPU_CAPABILITIES = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
 CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16", "-DDLKIT_BF16_ONLY"]
-# -O3 takes half as long again: for copies of loops, which the kernels have where they pay. Branches that hold for a
-# whole loop leave it by -funswitch-loops, for 5 % more.
+# -O3 compiles half as long again, to copy loops, which the kernels do themselves where it pays. -funswitch-loops moves
+# branches that hold for a whole loop out of it, for 5 % more time.
 KERNEL_FLAGS = ["-O2", "-funswitch-loops", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# g++'s -O2 makes vectors of few loops; clang's does.
+# g++'s -O2 vectorizes few loops without these; clang's needs none.
 VECTORIZE_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic"]
-# What most op.cpp spend their time on, read once for all of them.
+# Headers that take most of the time of most op.cpp; precompiled once for all of them.
 TORCH_HEADERS = """\
 #include <Python.h>  // before the others, as it asks for
 #include <ATen/core/Tensor.h>
@@ -107,7 +107,7 @@ def nvcc_version(cuda_home: Path) -> str:
     return match.group(1) if match else "unknown"
 
 
-@functools.cache  # so that it speaks once
+@functools.cache  # prints its message only once
 def choose_cuda(torch_version: str, torch_cuda: str | None) -> Path | None:
     """The CUDA toolkit to build with, or None for a build without CUDA."""
     wanted = os.environ.get("DLKIT_BUILD", "auto")
@@ -191,14 +191,14 @@ def find_compiler_cache() -> list[str]:
 
 
 class Progress:
-    """One line for each command that has ended; what it said only where it failed or DLKIT_VERBOSE=1 asks for it."""
+    """Prints one line for each finished command, and its output only if it failed or with DLKIT_VERBOSE=1."""
 
     def __init__(self, count: int) -> None:
         self.count, self.ended, self.began = count, 0, time.monotonic()
         self.verbose = os.environ.get("DLKIT_VERBOSE") == "1"
 
     def run(self, what: str, command: list[str]) -> float:
-        """The seconds that it took."""
+        """Runs a command and returns the seconds it took."""
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         now = time.monotonic()
@@ -229,7 +229,8 @@ class Build:
         self.library_folders = [*library_paths()]
         self.libraries = ["c10", "torch", "torch_cpu"]
         self.link_flags: list[str] = []
-        # They stay, so that a second build compiles only what changed; kernels know no torch: theirs serve every one.
+        # Objects stay: a second build compiles only changed files. Kernels do not include torch: their objects serve
+        # every one.
         variant = hashlib.sha256(shlex.join(self.extra).encode()).hexdigest()[:8] if self.extra else ""
         self.folder = Path("build", "objects", name, variant)
         self.torch_folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}", variant)
@@ -258,7 +259,7 @@ class Build:
     def compile(self, progress: Progress) -> None:
         stale = {item: command for item, command in self.commands.items() if not is_current(item, command)}
         torch_files = [item for item in stale if item in self.reads_torch]
-        # Precompiled headers take as long as three files, and half a gigabyte: for a build of many. clang's are others.
+        # Precompiled headers cost the time of three files and half a gigabyte: only for many files, and only with g++.
         precompiles = len(torch_files) > 4 and not self.is_clang
         progress.count += len(stale) + precompiles
         cache = find_compiler_cache()
@@ -268,14 +269,14 @@ class Build:
             item.parent.mkdir(parents=True, exist_ok=True)
             source = command[command.index("-c") + 1]
             what = f"{source} {item.stem.partition('-')[2]}".strip()
-            # A cache would keep the precompiled headers' half gigabyte too, so it has the kernels only.
+            # A compiler cache would also store the half gigabyte of precompiled headers: it is used only for kernels.
             start, rest = command[: len(self.compiler)], command[len(self.compiler) :]
             whole = [*cache, *command] if header is None else [*start, "-include", str(header), *rest]
             seconds = progress.run(what, whole)
             item.with_suffix(".command").write_text(shlex.join(command))
             item.with_suffix(".seconds").write_text(f"{seconds:.1f}")
 
-        # The slowest first, so that none of them is left alone at the end: by the time each took before, else by size.
+        # The slowest first, which leaves none of them running alone at the end: by each one's last time, else by size.
         def expected_seconds(item: Path) -> float:
             record, source = item.with_suffix(".seconds"), Path(stale[item][stale[item].index("-c") + 1])
             if record.exists():
@@ -316,7 +317,7 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Build("dlkit")
         build.libraries.append("torch_python")
-        if sys.platform != "darwin" and not build.extra:  # who gives flags of their own may want to debug
+        if sys.platform != "darwin" and not build.extra:  # with flags of their own, users may want to debug
             build.link_flags.append("-s")
         cuda_home = choose_cuda(build.torch.__version__, build.torch.version.cuda)
         definitions = []
@@ -380,7 +381,7 @@ class BuildCudaOnCpu(Command):
     def run(self) -> None:
         build = Build("cuda_on_cpu")
         definitions = ["-DDLKIT_CUDA_ON_CPU", "-DDLKIT_LIBRARY=dlkit_cuda_on_cpu"]
-        # nvcc fuses a product and a sum wherever it can, so that bits which hang on it are seen here.
+        # nvcc fuses a product and a sum wherever it can; here the same shows bits that depend on it.
         flags = ["-O2", "-ffp-contract=fast", *(["-mfma"] if has_fma() else [])]
         for source in map(Path, sources()):
             if source.name == "cuda.cu":

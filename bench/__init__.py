@@ -1,10 +1,10 @@
 """Benchmarks: `python -m dlkit bench [OP …]` measures ops, `bench models` training steps, `bench calls` single calls;
 `bench table FILE …`, `bench plot FILE …` and `bench overview MODELS OPS` show result files.
 
-Every file in this folder whose name does not begin with an underscore is the spec of one op: what is measured, on which
-inputs, by whom and against which reference. The runner (`_runner.py`) and the report (`_report.py`) know no op.
-What is not an op is a command: a word in COMMANDS, and a module with `add_arguments(parser)` and `main(args)`.
-Nothing but the standard library is imported before a command runs.
+Every file in this folder whose name does not begin with an underscore is the spec of one op: its cases, inputs,
+contestants and reference. The runner (`_runner.py`) and the report (`_report.py`) know no op. Everything else is a
+command: a word in COMMANDS, and a module with `add_arguments(parser)` and `main(args)`. Nothing but the standard
+library is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
-# word: its module in this folder, what it does
+# word: its module in this folder, its help text
 COMMANDS = {
     "table": ("_table", "print result files as Markdown tables"),
     "models": ("_models", "training steps of four models: time, memory, profile"),
@@ -36,9 +36,9 @@ def specs() -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> None:
-    """Adds what follows `python -m dlkit bench` to `parser`: a command's arguments if `given` begins with its word.
+    """Adds the arguments of `python -m dlkit bench` to `parser`: those of a command if `given` begins with its word.
 
-    `given` is by default what the process was started with. argparse itself cannot tell a list of ops from a command.
+    `given` is by default the process's own arguments. argparse itself cannot tell a list of ops from a command.
     """
     words = sys.argv[2:] if given is None else given
     if words and words[0] in COMMANDS:
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None =
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs what `add_arguments` parsed. Returns the exit status: 2 for bad input, 1 where dlkit was wrong or slower."""
+    """Runs the parsed command. Returns the exit status: 2 for bad input, 1 where dlkit was wrong or slower."""
     try:
         status: int = importlib.import_module(f"{__name__}.{args.bench_command}").main(args)
     except BadInput as error:

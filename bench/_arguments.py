@@ -1,4 +1,4 @@
-"""Arguments that the commands share. A mistake in them is BadInput: one line, with what is valid."""
+"""Arguments that the commands share. A mistake in them is BadInput: one line that lists the valid values."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def checked(what: str, given: Sequence[str], valid: Sequence[str]) -> list[str]:
 
 
 def listed(what: str, text: str | None, valid: Sequence[str]) -> list[str]:
-    """The words of "a,b"; all that are valid where nothing was given."""
+    """The words of "a,b"; all valid ones where nothing was given."""
     return list(valid) if text is None else checked(what, text.split(","), valid)
 
 

@@ -1,6 +1,6 @@
-"""The cost of one call from Python on 1 to 4,096 elements, dlkit's against native's, and which hop it goes to.
+"""The cost of one call from Python on 1 to 4,096 elements, dlkit's against native's, and its share of each hop.
 
-Each op is called at every hop from the user to the kernel, in turns; a hop costs what the level above it takes more:
+Each op is called at every hop from the user to the kernel, in turns; a hop's cost is the difference to the hop below:
 
     module      dlkit.nn's module, less the function
     functional  dlkit.functional's function, less the op
@@ -9,8 +9,8 @@ Each op is called at every hop from the user to the kernel, in turns; a hop cost
     kernel      the op under no_grad, less that
     backward    torch.autograd.grad through the module (or function, where there is none), less the call itself
 
-torch's own side is its module, or what a user writes in place of a fused op. Optimizers are one whole step() of one
-parameter, without hops.
+torch's side is its module, or a user's code in place of a fused op. Optimizers are one whole step() of one parameter,
+without hops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HOPS = ("module", "functional", "autograd", "dispatch", "kernel", "backward")
 
 @functools.cache
 def cases() -> dict[str, Callable[[int], Levels]]:
-    """Those of every spec that has CALLS."""
+    """The calls of every spec that has CALLS."""
     found: dict[str, Callable[[int], Levels]] = {}
     for name in specs():
         found |= getattr(importlib.import_module(f"{__package__}.{name}"), "CALLS", {})
@@ -55,7 +55,7 @@ def _backward(call: Call, leaves: list[Tensor]) -> Call:
 
 
 def _without_grad(sampler: Callable[[], Sample]) -> Callable[[], Sample]:
-    """Around the whole loop: entering no_grad at each call would cost more than the op."""
+    """Enters no_grad around the whole loop: entering it at each call would cost more than the op."""
 
     def sample() -> Sample:
         with torch.no_grad():

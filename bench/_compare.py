@@ -3,10 +3,10 @@ ones, all have to say so.
 
 Three times a case must have changed by more than 5% beyond twice the spread, the middle half of the samples about the
 median: its time; its time over native's; its time over the floor's. Native and the floor, a copy of as many bytes, were
-measured in the same rounds, so a machine that computes slower that day, or whose memory others use, slows one of them
-with dlkit. The samples of one run do not show what differs between runs, such as where tensors come to lie: of 30 pairs
-of quick runs of one build on a shared machine, 141 cases each, 21 then have none that is slower, and with the spread
-alone 3. A case made 1.5 times as slow is found in 6 of 10, one made twice as slow in 9.
+measured in the same rounds: a machine that computes slower that day, or whose memory others use, slows one of them too.
+The samples of one run do not show the differences between runs, such as the tensors' addresses: of 30 pairs of quick
+runs of one build on a shared machine, 141 cases each, 21 then have none that is slower, and with the spread alone 3. A
+case made 1.5 times as slow is found in 6 of 10, one made twice as slow in 9.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
 
 
 def _over(mine: Interval, other: Interval | None) -> Interval | None:
-    """The ratio, least and most that the two spreads allow."""
+    """The ratio, with the least and the largest value that the two spreads allow."""
     return other and (mine[0] / other[1], mine[1] / other[0])
 
 
@@ -49,7 +49,7 @@ def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:
     found = {_moved(before, after)}
     for witness in (lambda entry: entry["contestants"].get("native"), lambda entry: entry["floor"]):
         found.add(_moved(_over(before, _interval(witness(old))), _over(after, _interval(witness(new)))))
-    found.discard(None)  # one of the files lacks that witness
+    found.discard(None)  # one of the files lacks native or the floor
     return found.pop() or "" if len(found) == 1 else ""
 
 

@@ -56,7 +56,7 @@ def train(name: str, steps: int) -> None:
     torch.manual_seed(0)
     model, loss_of = LanguageModel(), _loss(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    # Texts that can be learned: each token follows from the one before by a rule, now and then by chance.
+    # Texts that can be learned: a rule gives each token from the one before, except now and then a random one.
     tokens = torch.randint(0, 500, (BATCH, LENGTH + 1))
     for i in range(1, LENGTH + 1):
         tokens[:, i] = torch.where(torch.rand(BATCH) < 0.9, (tokens[:, i - 1] * 7 + 3) % 500, tokens[:, i])

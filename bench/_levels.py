@@ -17,7 +17,7 @@ Call = Callable[[], Any]
 
 
 class Levels(NamedTuple):
-    """The same computation at every hop; None where there is no such one. `leaves` are what gradients are taken of."""
+    """The same computation at every hop; None where one is missing. `leaves` are the tensors that get gradients."""
 
     leaves: list[Tensor]
     native: Call
@@ -37,7 +37,7 @@ def levels_of(inputs: tuple[Tensor, ...], native: Callable[..., Any], module: An
 
 
 def twin_of(native: nn.Module) -> nn.Module:
-    """dlkit's layer with the very parameters of torch's."""
+    """dlkit's layer that shares the parameters of torch's."""
     twin: nn.Module = getattr(dlkit.nn, type(native).__name__).__new__(getattr(dlkit.nn, type(native).__name__))
     twin.__dict__ = dict(native.__dict__)
     return twin

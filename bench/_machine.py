@@ -1,4 +1,4 @@
-"""What a result file records of the machine, the build and the run."""
+"""The facts about machine, build and run that a result file records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout these files are tracked in, "-dirty" added where it was changed."""
+    """The commit of the checkout that tracks these files, with "-dirty" where it was changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
@@ -59,7 +59,7 @@ def _commit() -> str | None:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a measurement."""
+    """The facts that a reader needs to judge or repeat a measurement."""
     cpu = _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine()
     affinity = getattr(os, "sched_getaffinity", None)
     machine: dict[str, Any] = {
@@ -92,7 +92,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def header(device: str) -> dict[str, Any]:
-    """What every result file begins with."""
+    """The beginning of every result file."""
     return {
         "command": shlex.join(["python", "-m", "dlkit", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,7 +1,7 @@
-"""What reuse_cpu_memory() gains and costs: time and page faults of a call, and the resident memory of the process; and
-what a mask costs: the resident peak of training through dropout.
+"""Gain and cost of reuse_cpu_memory(): time and page faults of a call, and the resident memory of the process; and the
+cost of a mask: the resident peak of training through dropout.
 
-Each runs in a fresh process: memory as it comes, and after dlkit.reuse_cpu_memory(); torch's dropout, and dlkit's.
+Each runs in a fresh process: with default memory, and after dlkit.reuse_cpu_memory(); torch's dropout, and dlkit's.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _dropouts(library: Any) -> Callable[[], object]:
 
 
 def peak(library: str) -> None:
-    """Prints what `_dropouts` raises the resident peak of this fresh process by. To be run on its own."""
+    """Prints by how much `_dropouts` raises the resident peak of this fresh process. To be run on its own."""
     step = _dropouts(torch.nn if library == "torch" else dlkit.nn)
     before = _resident_mb()
     step()
@@ -95,7 +95,7 @@ def measure(way: str) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table of the ways memory is had, and one of the libraries."""
+    """A table of the kinds of memory, and one of the libraries."""
     found = report["found"]
     parts = [
         _report.table(["", *heads], [[name, *(found[way][name] for way in pair)] for name in found[pair[0]]])

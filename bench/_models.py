@@ -1,16 +1,16 @@
 """Training steps of whole models: zero_grad, forward, loss, backward, clipping to norm 1, AdamW.
 
-Who takes part: native as people write it; native_best, torch's own fastest settings (fused AdamW, foreach clipping,
-channels_last convolutions); compile, torch.compile of the model with these; dlkit, replace() and fuse() and its
-AdamW(max_norm=1); dlkit_best, the same in channels_last, where there are convolutions; dlkit_graph, the same through
-torch.compile(backend="dlkit"); ceiling, the model as written without norms and dropouts under the fused AdamW, about
-the most that faster ones could give. All start from the same weights and see the same batches. Parity first: with
-dropout off the losses of the first steps agree, or a contestant is not timed. Then they take turns, some steps each, so
-that each finds its own weights in the caches as in training.
+The contestants are: native, the model as people write it; native_best, torch's own fastest settings (fused AdamW,
+foreach clipping, channels_last convolutions); compile, torch.compile of the model with these; dlkit, replace() and
+fuse() and its AdamW(max_norm=1); dlkit_best, the same in channels_last, if there are convolutions; dlkit_graph, the
+same through torch.compile(backend="dlkit"); ceiling, the model without norms and dropouts under the fused AdamW, about
+the limit for faster ones. All start from the same weights and see the same batches. Parity comes first: with dropout
+off the losses of the first steps must agree, or a contestant is not timed. Then they take turns of some steps each, in
+which each finds its own weights in the caches as in training.
 
-Twice, each in a process of its own: with memory as it comes, and after dlkit.reuse_cpu_memory(), for every contestant.
-Peak memory is what a process that trains one contestant alone grows by, the model included. Last, by the profiler, what
-dlkit's step is made of.
+All is measured twice, each time in its own process: with default memory, and after dlkit.reuse_cpu_memory() for every
+contestant. Peak memory is the growth of a process that trains only one contestant, the model included. Last, the
+profiler gives the parts of dlkit's step.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ IMAGE, CLASSES = (28, 28), 10
 SHAPE = lab.Shape(IMAGE, CLASSES)
 BATCHES = 4
 PARITY_STEPS = 4
-# Rounding grows through AdamW, whose first steps are of size lr for any gradient: 4 steps on, native against itself
-# with other sums is 1e-4 apart.
+# Rounding errors grow through AdamW, whose first steps have size lr for any gradient: after 4 steps native with another
+# order of summation differs from itself by 1e-4.
 TOLERANCE = 1e-3
 SAMPLE_S = 0.05
 MEMORY = ("default", "reuse")
@@ -52,7 +52,8 @@ CONTESTANTS = ("native", "native_best", "compile", "dlkit", "dlkit_best", "dlkit
 
 
 def cnn(image_size: tuple[int, int], classes: int, dropout: float = 0.25) -> nn.Module:
-    """Two blocks of two convolutions (32-32-64-64 channels), each BatchNorm and ReLU; max-pool and dropout end one."""
+    """Two blocks of two convolutions (32-32-64-64 channels), each BatchNorm and ReLU; each ends with max-pool,
+    dropout."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, image_size[0]))]
     inputs = 1
     for width in (32, 64):
@@ -205,7 +206,7 @@ def trainer(name: str, contestant: str, dropout: bool = True) -> Trainer:
 
 
 def losses(name: str, contestant: str) -> list[float]:
-    """Of the first steps, without dropout."""
+    """The losses of the first steps, without dropout."""
     trained = trainer(name, contestant, dropout=False)
     return [trained.step().item() for _ in range(PARITY_STEPS)]
 
@@ -252,7 +253,7 @@ def measure(name: str, contestants: list[str], reuse: bool, threads: int, budget
 
 
 def _sample(trained: Trainer, steps: int) -> list[float]:
-    """Seconds of each step; one more before them finds the caches full of another contestant's weights."""
+    """Seconds of each step, after an untimed one that finds the caches full of another contestant's weights."""
     trained.step()
     taken = []
     for _ in range(steps):
@@ -263,7 +264,7 @@ def _sample(trained: Trainer, steps: int) -> list[float]:
 
 
 def _resident(peak: bool) -> int:
-    """Bytes of this process in memory now, or the most there ever were."""
+    """Bytes of this process in memory, now or at its peak."""
     word = "VmHWM:" if peak else "VmRSS:"
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(word):
@@ -272,7 +273,7 @@ def _resident(peak: bool) -> int:
 
 
 def peak_memory(name: str, contestant: str, reuse: bool, threads: int) -> int | None:
-    """By how much this process, fresh, grows while it trains one contestant; None where the system does not say."""
+    """The growth of this fresh process while it trains one contestant; None where the system does not tell it."""
     torch.set_num_threads(threads)
     if reuse:
         dlkit.reuse_cpu_memory()
@@ -292,7 +293,7 @@ def _answer(connection: Any, function: Callable[..., Any], arguments: tuple[Any,
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a process of its own; RuntimeError where that one dies."""
+    """`function(*arguments)` in its own process; RuntimeError where that dies."""
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload([__name__])  # imports torch once, runs nothing
@@ -340,7 +341,7 @@ def run(
                 taking_part = [one for one in contestants if one != "dlkit_best" or images]
                 try:
                     found = apart(measure, name, taking_part, reuse, threads, budget_s)
-                except RuntimeError as error:  # no contestant's exception: its process died
+                except RuntimeError as error:  # not a contestant's exception: its process died
                     found = {one: {"status": "error", "message": str(error)} for one in taking_part}
                 for contestant, entry in found.items():
                     if entry["status"] == "ok":
@@ -410,13 +411,13 @@ def lines(entry: dict[str, Any]) -> list[str]:
 
 
 def shares(name: str, threads: int, trace: Path | None) -> dict[str, float]:
-    """What each kind of op takes of dlkit's step, its own time; writes a trace of some steps."""
+    """The share of each kind of op in dlkit's step, by its own time; writes a trace of some steps."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(threads)
     trained = trainer(name, "dlkit")
     for _ in range(3):
         trained.step()
-    # Of five profiles the one of median time: a thread that waits for its core is booked on the op that waits.
+    # Of five profiles the one of median time, since a thread's wait for its core counts for the op that waits.
     profiles = []
     for _ in range(5):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -473,7 +474,7 @@ def _names(given: list[str] | None) -> list[str]:
     names = []
     for word in given:
         if _zoo.is_name(word):
-            workload_of(word)  # a name that nobody knows is refused now
+            workload_of(word)  # refuses an unknown name now
             names.append(word)
         else:
             names += _arguments.listed("--models", word, MODELS)

@@ -43,12 +43,12 @@ def chosen(spec: Spec, settings: Settings, sizes: str | None, dtypes: Sequence[s
 
 
 def compiled_cases(spec: Spec, cases: Sequence[Case], mode: str, device: str) -> set[Case]:
-    """Where torch.compile takes part: everywhere, but with --quick once an op and direction.
+    """The cases in which torch.compile takes part: all, but with --quick one for each op and direction.
 
-    Not on a GPU, which rotates through up to 64 sets of inputs, where each would be compiled by itself.
+    None on a GPU, which rotates through up to 64 sets of inputs: each would be compiled separately.
 
-    A compilation takes 1.5 to 3 s (12 the first one; 0.1 where inductor's cache on disk has it from an earlier run), so
-    of the op's first variant in fp32 the largest case.
+    A compilation takes 1.5 to 3 s (the first one 12 s; 0.1 s from inductor's cache on disk): --quick therefore takes
+    only the largest case of the op's first variant in fp32.
     """
     if device == "cuda" and getattr(spec, "COMPILED_PER_SET", False):
         return set()
@@ -93,7 +93,7 @@ def run(
 ) -> dict[str, Any]:
     """Measures the cases of each op, a table line each. Returns the result file's content.
 
-    An interrupt (Ctrl-C) ends the run early; what was measured is returned.
+    An interrupt (Ctrl-C) ends the run early; the finished cases are returned.
     """
     report: dict[str, Any] = {
         **_machine.header(settings.device),
@@ -117,9 +117,9 @@ def run(
 
     total = sum(cost(spec, case, case in with_compile[name]) for name, (spec, cases) in plan.items() for case in cases)
     if settings.compile:
-        importlib.import_module("torch._inductor.compile_fx")  # what the first compilation would load
+        importlib.import_module("torch._inductor.compile_fx")  # the first compilation would load it
         torch._logging.set_logs(all=logging.ERROR)
-    # The collection before each case then looks at that case's objects alone: 1 ms instead of 80, or 200 with inductor.
+    # The collection before each case then looks only at that case's objects: 1 ms instead of 80, or 200 with inductor.
     gc.collect()
     gc.freeze()
     with progress(total) as (echo, advance):
@@ -179,7 +179,7 @@ def main(args: argparse.Namespace) -> int:
     gone = absent(against, device)
     reuses = False
     if device == "cpu" and args.allocator == "reuse":
-        with dlkit.reuse_cpu_memory() as memory:  # which some systems do without
+        with dlkit.reuse_cpu_memory() as memory:  # some systems lack it
             reuses = memory.active
     settings = Settings(
         mode=mode,

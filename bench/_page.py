@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from . import _report
 
-# Colours of middle lightness, so that each is seen on white and on black; the symbols tell them apart without colour.
+# Colours of middle lightness, visible on white and on black; the symbols differ too, for readers without colour.
 LOOKS = {
     "dlkit": ("#2f7fd6", "circle"),
     "native": ("#d9730d", "square"),
@@ -45,7 +45,7 @@ def _span(found: dict[str, Any]) -> str:
 
 
 def _figure(entries: Sequence[Entry], names: Sequence[str]) -> go.Figure:
-    """Bandwidth over size of cases that differ in shape alone: dots with whiskers over the spread.
+    """Bandwidth over size of cases that differ only in shape: dots with whiskers over the spread.
 
     Several shapes may have one size: the line runs along the slowest.
     """
@@ -121,7 +121,7 @@ def _figure(entries: Sequence[Entry], names: Sequence[str]) -> go.Figure:
 
 
 def _plots(entries: Sequence[Entry], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """By kind and dtype, which the page lets the reader choose: a figure for each direction."""
+    """For each kind and dtype, which the reader chooses on the page: a figure for each direction."""
     kinds: dict[str, dict[str, list[Entry]]] = {}
     for entry in entries:
         kind = f"{_kind(entry)}, {entry['dtype']}"
@@ -147,7 +147,7 @@ def _cell(entry: Entry | None, name: str) -> str:
     ratio = _report.ratio(entry, name)
     if ratio is None:
         return "<td></td>"
-    # Half as fast or twice as fast is the fullest colour but a little; the number is what counts.
+    # The colour is fullest from half as fast or twice as fast on, and pale even there: the number matters.
     strength = min(abs(math.log2(ratio)) / 2, 1.0) * 0.5 + 0.04
     mine, other = (entry["contestants"][who] for who in (_report.SUBJECT, name))
     share = entry["floor"]["median_us"] / mine["median_us"]
@@ -158,7 +158,7 @@ def _cell(entry: Entry | None, name: str) -> str:
 
 
 def _table(entries: Sequence[Entry], names: Sequence[str]) -> str:
-    """Rows: what, which way, how large. Columns: for each dtype, the ratio to each contestant."""
+    """Rows: kind, direction, size. Columns: for each dtype, the ratio to each contestant."""
     dtypes = [dtype for dtype in DTYPES if any(entry["dtype"] == dtype for entry in entries)]
     columns = [
         (dtype, name)

@@ -2,7 +2,7 @@
 
 Ratios are another contestant's time over dlkit's: above 1, dlkit is faster. A row where it is slower than native says
 so: "slower" where it was in at least three quarters of the rounds, "~" where the two lie within each other's spread.
-The spread is the middle half of the samples, above and below the median, of whichever of the two scatters more.
+The spread is the middle half of the samples, above and below the median, of the one that scatters more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a result file of ops, also one of the time when a file held one op and no size of its inputs."""
+    """Reads a result file of ops, also an old one, which holds one op and no sizes of inputs."""
     report = read(path)
     if "bench" in report:
         raise BadInput(f"cannot read {path}: expected a result file of ops, got one of bench {report['bench']}")
@@ -118,7 +118,7 @@ def line(cells: Sequence[str], width: int) -> str:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """The processor that the figures are of, in a few words."""
+    """The processor on which the figures were measured, in a few words."""
     if "gpu" in machine:
         return str(machine["gpu"])
     ours = machine.get("dlkit_simd", "")
@@ -133,7 +133,7 @@ def busy(machine: dict[str, Any]) -> str:
 
 
 def heading(report: dict[str, Any]) -> str:
-    """Where and with what the figures were taken, in two or three lines."""
+    """The machine and software of the figures, in two or three lines."""
     machine = report["machine"]
     software = f"torch {machine['torch']}, dlkit {machine['dlkit'] or 'not installed'}"
     if machine["commit"]:
@@ -189,7 +189,7 @@ def footnotes(report: dict[str, Any]) -> str:
 
 
 def contestants(report: dict[str, Any], op: str) -> list[str]:
-    """Who took part in a case of `op`, in the order of the columns."""
+    """The contestants in the cases of `op`, in the order of the columns."""
     return list(dict.fromkeys(name for entry in cases(report, op) for name in entry["contestants"]))
 
 
@@ -226,7 +226,7 @@ def save(path: Path, report: dict[str, Any]) -> bool:
 
 
 def save_text(path: Path, text: str) -> bool:
-    """Writes `text`; where `path` cannot be written, to a new folder for temporary files. Says where."""
+    """Writes `text` to `path`, or to a new temporary folder if that cannot be written. Prints the place."""
     try:
         _write(path, text)
         return True
@@ -241,7 +241,7 @@ def save_text(path: Path, text: str) -> bool:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What the file held before is lost only to a whole new one.
+    # The old file is replaced only by a complete new one.
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -1,10 +1,10 @@
 """Measures one op: checks every contestant against a float64 reference, then times those that passed, interleaved.
 
-One process, A B C A B C, medians. A sample is a loop long enough that the timer's resolution does not matter. The floor
-is a contestant too: a copy that moves the least bytes the op must move, sampled in the same rounds, so that a noisy
-moment falls on it as on the others. On a GPU the time is the device's own, taken with events behind a short sleep
-kernel that lets the host queue every call first; the host's time per call is kept beside it, and inputs rotate through
-more memory than the L2 holds.
+One process, A B C A B C, medians. A sample is a loop long enough to make the timer's resolution negligible. The floor
+is a contestant too: a copy that moves the least bytes the op must move, sampled in the same rounds, where noise affects
+it as the others. On a GPU the time is the device's own, taken with events after a short sleep kernel, during which the
+host queues every call; the host's time per call is recorded too, and inputs rotate through more memory than the L2
+holds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Settle = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `forward` runs without autograd, `backward` alone on a retained graph."""
+    """One row of the table. `forward` runs without autograd, `backward` only the backward pass, on a retained graph."""
 
     variant: str
     direction: str
@@ -71,12 +71,12 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    tensors: tuple[Tensor, ...]  # what a contestant is given; gradients go to those that require one
+    tensors: tuple[Tensor, ...]  # a contestant's arguments; those that require a gradient get one
     grad_outputs: tuple[Tensor, ...]  # one for each output
 
 
 class Spec(Protocol):
-    """What the file of an op defines. A module is one."""
+    """The names that an op's file defines; the module is the spec."""
 
     def cases(self, mode: str, device: str) -> list[Case]:
         """`mode` is quick, default or sweep."""
@@ -148,7 +148,7 @@ def compiled(native: Contestant) -> Contestant:
     def bind(*tensors: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         function, arguments = native(*tensors)
         if function not in cache:
-            # Functions of torch itself are skipped by the tracer unless they are called from a frame of ours.
+            # The tracer skips torch's own functions unless a frame outside torch calls them.
             target = function if isinstance(function, torch.nn.Module) else lambda *given: function(*given)
             cache[function] = torch.compile(target, dynamic=False)
         return cache[function], arguments
@@ -157,12 +157,12 @@ def compiled(native: Contestant) -> Contestant:
 
 
 def peer(module: str, function: str, arguments: Callable[..., tuple[Any, ...]]) -> Contestant:
-    """Another library's function, imported when it is first called: that it fails to load is its own error alone."""
+    """Another library's function, imported when it is first called: a failure to load is only its own error."""
     return lambda *tensors: (getattr(importlib.import_module(module), function), arguments(*tensors))
 
 
 def expected_outputs(spec: Spec, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    """What a contestant should return for `inputs`, in float64."""
+    """The results that a contestant should return for `inputs`, in float64."""
 
     def widen(tensor: Tensor) -> Tensor:
         wide = tensor.detach().double() if tensor.is_floating_point() else tensor
@@ -175,7 +175,7 @@ def expected_outputs(spec: Spec, case: Case, inputs: Inputs) -> tuple[Tensor, ..
 
 
 def expected_dtypes(inputs: Inputs, direction: str) -> list[torch.dtype]:
-    """Those of the outputs, then of the gradients: a gradient has the dtype of its tensor."""
+    """The dtypes of the outputs, then of the gradients: a gradient has its tensor's dtype."""
     outputs = [tensor.dtype for tensor in inputs.grad_outputs]
     gradients = [tensor.dtype for tensor in inputs.tensors if tensor.requires_grad]
     return {"forward": outputs, "backward": gradients, "forward_backward": outputs + gradients}[direction]
@@ -185,8 +185,8 @@ def errors(
     call: Call, expected: Sequence[Tensor], dtypes: Sequence[torch.dtype], settle: Settle | None = None
 ) -> list[float]:
     """Largest error of each tensor over the largest value expected; infinite for a wrong shape or dtype, or a NaN."""
-    # The allocator hands out blocks that the contestant before has just freed, its correct outputs still in them: a
-    # kernel that writes nothing would pass. So such blocks are filled with NaN first.
+    # The allocator reuses blocks that the previous contestant has just freed, with its correct outputs still in them: a
+    # kernel that writes nothing would pass. Such blocks are therefore filled with NaN first.
     poison = [
         torch.full(tensor.shape, math.nan, dtype=dtype, device=tensor.device)
         for tensor, dtype in zip(expected, dtypes, strict=True)
@@ -222,7 +222,7 @@ QUEUE_S, QUEUE_CALLS = 0.004, 64
 
 def sample_cuda(calls: Iterator[Call], count: int, host_seconds: float) -> Sample:
     """The next `count` of `calls`. `host_seconds`: about how long the host takes to queue them; the device sleeps for
-    that long first, so that it finds them all."""
+    that long first and then finds them all."""
     cuda: Any = torch.cuda
     begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
     cuda._sleep(int(1.5 * host_seconds * 2e9))  # in clock cycles, at about 2 GHz
@@ -237,7 +237,7 @@ def sample_cuda(calls: Iterator[Call], count: int, host_seconds: float) -> Sampl
 
 
 def spin(device: str, seconds: float = 1.0) -> None:
-    """Keeps a GPU at work until its clocks are up."""
+    """Keeps a GPU busy until its clocks are high."""
     if device != "cuda":
         return
     tensor, until = torch.ones(1 << 24, device=device), time.perf_counter() + seconds
@@ -276,7 +276,7 @@ def interleave(
 ) -> dict[str, list[T]]:
     """Samples A B C A B C until the budget is spent, at least `min_rounds` and at most `max_rounds` times each.
 
-    The first round is dropped: it only puts caches into the state that every later round finds.
+    The first round is dropped: it only brings caches into the state of later rounds.
     """
     samples: dict[str, list[T]] = {name: [] for name in samplers}
     began = time.perf_counter()
@@ -291,11 +291,11 @@ def interleave(
 
 
 def copies(total_bytes: int, device: str, sets: int = 1) -> dict[str, list[Call]]:
-    """Ways to move `total_bytes` (half read, half written), the floor of a case that moves as many.
+    """Ways to move `total_bytes` (half read, half written), for the floor of a case that moves as many.
 
-    On a CPU torch's copy has no streaming stores and so reads each line it writes; the C library's memmove has them for
-    blocks above a threshold of its own (a MB on some machines, 240 where it takes the cache for larger than it is), so
-    halves on two threads can be a third faster. The best of the two is the floor.
+    On a CPU torch's copy has no streaming stores and reads each line that it writes; the C library's memmove has them
+    for blocks above a threshold (1 MB on some machines, 240 MB where it overestimates the cache), and two halves on two
+    threads can be a third faster. The better of the two is the floor.
     """
     elements = max(1, total_bytes // 8)
     sources = [torch.rand(elements, device=device) for _ in range(sets)]
@@ -346,17 +346,17 @@ def _input_sets(spec: Spec, case: Case, settings: Settings) -> list[Inputs]:
 
 
 def _memory(settings: Settings) -> contextlib.AbstractContextManager[Any]:
-    """Memory that calls reuse, and that goes back after a case: the blocks of all sizes would add up.
+    """Memory that calls reuse, and that is returned after a case, since the blocks of all sizes would add up.
 
-    By default every block above 32 MB is mapped afresh at each call and paid for in page faults: 32,769 of them for an
-    output of 128 MB, which cost more than the work itself.
+    By default every block above 32 MB is mapped anew at each call: an output of 128 MB costs 32,769 page faults, which
+    take longer than the work itself.
     """
     return dlkit.reuse_cpu_memory() if settings.allocator == "reuse_cpu_memory" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _measuring(case: Case, settings: Settings) -> Iterator[None]:
-    """Autograd only where the case needs it, and no garbage collection inside a sample."""
+    """Autograd is on only where the case needs it, and samples run without garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -383,7 +383,7 @@ def contestants(spec: Spec, case: Case, settings: Settings) -> dict[str, Contest
 
 
 def input_bytes(spec: Spec, case: Case) -> int:
-    """Size of the case's main tensor, or of what the spec counts instead (an optimizer's parameters)."""
+    """Size of the case's main tensor, or the spec's own count instead (an optimizer's parameters)."""
     elements: int = spec.elements(case) if hasattr(spec, "elements") else case.numel
     return elements * case.itemsize
 
@@ -404,7 +404,7 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
             expected = expected_outputs(spec, case, sets[0])
         dtypes = expected_dtypes(sets[0], case.direction)
         allowed = spec.tolerances(case)
-        # The spec of a random op has settled(case, inputs): it puts the values of the reference where chance decides.
+        # The spec of a random op has settled(case, inputs): it fills in the reference's values where chance decides.
         settle = spec.settled(case, sets[0]) if hasattr(spec, "settled") else None
         ready: dict[str, list[Call]] = {}
         for name, contestant in contestants(spec, case, settings).items():
@@ -415,10 +415,10 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
                 results[name] = {"status": "error", "message": _message(error)}
                 continue
             exact = len(found) == len(allowed) and all(map(operator.le, found, allowed))
-            # Native is what a user has today, so it is the baseline even where it is off: its weight gradients in bf16
-            # on a CPU are summed in bf16 and miss by 10% at 8192 rows. Everyone else has to be right.
+            # Native is the user's present code and stays the baseline even where it is inexact: on a CPU its bf16
+            # weight gradients are summed in bf16 and have errors of 10% at 8192 rows. All others must be right.
             status = "ok" if exact else "inexact" if name == "native" and all(map(math.isfinite, found)) else "wrong"
-            # JSON has no infinity: null stands for a shape, dtype or NaN that no number describes.
+            # JSON has no infinity: null stands for a wrong shape, a wrong dtype or NaN.
             results[name] = {
                 "status": status,
                 "errors": [error if math.isfinite(error) else None for error in found],
@@ -440,7 +440,7 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
     for name in ready:
         results[name].update(summary(samples[name], settings.device))
         if name != "native" and "native" in ready:
-            # What a training loop sees: the slower of host and device.
+            # The time that a training loop sees: the slower of host and device.
             slower = [
                 max(mine.seconds, mine.host_seconds) > max(native.seconds, native.host_seconds)
                 for mine, native in zip(samples[name], samples["native"], strict=True)
@@ -477,8 +477,9 @@ def failed(spec: Spec, case: Case, error: Exception) -> dict[str, Any]:
 def copy_bandwidth(settings: Settings) -> list[dict[str, Any]]:
     """Copy bandwidth over size: bytes read and written, and GB/s of each way (median).
 
-    in_place writes where it has read, so that no line is read only to be overwritten: out of caches, what kernels with
-    streaming stores can reach and copies do not. It is no floor, as half as much memory has to fit into a cache.
+    in_place writes where it has read, which means that no line is read only to be overwritten: beyond the caches it
+    shows the bandwidth that kernels with streaming stores can reach and copies cannot. It is no floor, since half as
+    much memory must fit into a cache.
     """
     rows = []
     for exponent in (16, 20, 23, 25, 27, 28):

@@ -1,4 +1,4 @@
-"""Models of timm and transformers as workloads: `timm:resnet50`, `hf:llama`, options behind commas.
+"""Models of timm and transformers as workloads: `timm:resnet50`, `hf:llama`, options after commas.
 
 `timm:deit_tiny_patch16_224,drop_path_rate=0.1` gives timm.create_model that option; `hf:llama,hidden_size=512` the
 configuration. Weights are random, nothing is downloaded.
@@ -22,7 +22,7 @@ CLASSES = 10
 IMAGE = 64  # pixels, where the model takes any size
 IMAGES, TEXTS = 16, 4  # of a batch
 CONTEXT = 128  # tokens
-# A small model of whatever kind; what a configuration does not know, it keeps and does not use.
+# A small model of any kind; a configuration ignores options that it does not know.
 SMALL: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -95,7 +95,7 @@ def _timm(model: str, options: dict[str, Any]) -> Any:
 
 
 class Logits(nn.Module):
-    """Token ids [batch, context] to logits of all tokens, without what else transformers returns."""
+    """Token ids [batch, context] to logits of all tokens, without transformers' other outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is measured of batch_norm: training, alone, with ReLU, with a residual add and ReLU; evaluation; module calls.
+"""Benchmark of batch_norm: training, without more, with ReLU, with a residual add and ReLU; evaluation; module calls.
 
 Native is what users write: F.batch_norm, then add_ and relu_ in place as torchvision's ResNets do. bf16 and fp16 come
 with fp32 parameters and running statistics, as under autocast.
@@ -28,12 +28,12 @@ from ._runner import DIRECTIONS, DTYPES, Case, Contestant, Inputs
 EPS = 1e-5
 MOMENTUM = 0.1  # y does not depend on it: training uses the batch's own statistics
 FUNCTIONS = ("batch_norm", "batch_norm_relu", "batch_norm_add_relu", "batch_norm_eval")
-ACTIVATED = ("batch_norm_silu",)  # the loops of the others, with the activation in them: a few sizes
+ACTIVATED = ("batch_norm_silu",)  # the same loops with the activation in them: a few sizes
 MODULES = ("BatchNorm1d",)  # variants that go through a module's call
 LAYOUTS = ("contiguous", "channels_last")
 
 ROWS = ((4, 16), (128, 128), (64, 1024), (1000, 1003), (131072, 64), (8192, 1024), (32768, 1024))
-# Tiny ones, few and many channels, small and large images, a volume, one sample; up to 128 MB in fp32.
+# Tiny inputs, few and many channels, small and large images, a volume, one sample; up to 128 MB in fp32.
 IMAGES = (
     (2, 3, 4, 4),
     (4, 16, 8, 8),
@@ -98,7 +98,7 @@ def cases(mode: str, device: str) -> list[Case]:
             for direction in both
             for dtype in ("fp32", "bf16", "fp16", "fp64")
             for shape in ROWS + IMAGES
-            # The forms share the kernels' loops: all sizes in every form in fp32, in the commonest two in bf16.
+            # The forms share the kernels' loops: all sizes of every form in fp32, of the most common two in bf16.
             if dtype == "fp32" or (dtype == "bf16" and variant in FUNCTIONS[:2]) or shape in few
         ]
     else:
@@ -155,8 +155,8 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
     tensors += [channels[2].clone(), torch.rand_like(channels[2]) + 0.5]
     grad_output = normal()
     if _has_relu(case) and case.direction != "forward":
-        # ReLU's gradient jumps at 0, so within the rounding of what it is given the reference could take the other
-        # side: no gradient arrives there.
+        # ReLU's gradient jumps at 0, and within the rounding of its input the reference may be on the other side:
+        # elements there get no gradient.
         with torch.no_grad():
             before = _before_relu(case, *(tensor.double() for tensor in tensors))
             grad_output[before.abs() < 1e-4 + 8 * torch.finfo(dtype).eps] = 0
@@ -183,7 +183,8 @@ def _native_silu(*arguments: Any) -> Tensor:
 def _functional(case: Case, function: Callable[..., Any]) -> Contestant:
     def bind(*tensors: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         x, *residual, weight, bias, mean, var = tensors
-        # Running statistics of its own: native's graph keeps them, and another's update would invalidate it.
+        # Each contestant has its own running statistics: native's graph saves them, and another's update would
+        # invalidate it.
         running = mean.clone(), var.clone()
         return function, (x, *running, weight, bias, _training(case), MOMENTUM, EPS, *residual)
 

@@ -1,4 +1,5 @@
-"""What is measured of cross_entropy: classes, label smoothing, probabilities, pixels, the layer, a linear layer before.
+"""Benchmark of cross_entropy: classes, label smoothing, probabilities, pixels, the layer, with a linear layer before
+it.
 
 Least bytes of N logits: forward N (reads them), backward 2N (reads them, writes the gradient); targets are int64, or N
 more for probabilities. linear_cross_entropy, whose shape is (rows, features, classes), is bound by its three matrix
@@ -103,7 +104,7 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
     else:
         sizes = (rows,) if _is_linear(case) else (case.shape[0], *case.shape[2:])
         target = torch.randint(0, classes, sizes, generator=generator, device=device)
-    # fp16 gradients of a mean would be too small for it: there the loss is scaled, as by a GradScaler.
+    # Gradients of a mean would underflow fp16: there the loss is scaled, as by a GradScaler.
     grad_output = normal(1, scale=1024.0 if case.dtype == "fp16" else 1.0)[0]
     return Inputs((*(t.requires_grad_() for t in logits), target), (grad_output,))
 

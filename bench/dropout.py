@@ -1,12 +1,12 @@
-"""What is measured of dropout: plain, through the module, in one pass with a residual add and a norm behind it, and
-behind a bias and GELU or ReLU.
+"""Benchmark of dropout: plain, through the module, in one pass with a residual add and a norm after it, and after a
+bias and GELU or ReLU.
 
-Masks differ between contestants. Each one's is read off its own outputs, and what it should have computed with that
-mask is worked out in float64; what its outputs miss that by counts as its error, and its mask must drop about p.
+Masks differ between contestants. Each one's is read from its own outputs, the right results for that mask are computed
+in float64, the difference is its error, and its mask must drop about p.
 
 Least bytes of N elements: dropout 2N either way; with the add forward 3N, backward 2N (the residual's gradient is the
 output's own); with the norm 4N forward (read two, write sum and result) and 5N backward (read grad_output, grad_sum and
-the sum, write two); behind an activation 2N forward and 3N backward.
+the sum, write two); after an activation 2N forward and 3N backward.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
 
     def normal(*shape: int) -> Tensor:
         values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        return values + values.sign() * 0.25  # away from 0, by which a dropped element is known
+        return values + values.sign() * 0.25  # away from 0, which marks a dropped element
 
     tensors: list[Tensor] = [normal(*case.shape).requires_grad_() for _ in range(_tensors(case))]
     tensors += [nn.Parameter(normal(case.shape[-1])) for _ in range(_parameters(case))]
@@ -164,12 +164,12 @@ def _formula(case: Case, keep: Tensor | None) -> Callable[..., Any]:
 
 
 def reference(case: Case) -> Callable[..., Any]:
-    """Nothing dropped."""
+    """The op without dropping."""
     return _formula(case, None)
 
 
 def settled(case: Case, inputs: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Adds what chance made of the reference to each output; NaN everywhere if too much or too little was dropped."""
+    """Gives each output's reference for its mask; NaN everywhere if too much or too little was dropped."""
 
     def results(keep: Tensor | None) -> tuple[Tensor, ...]:
         leaves = [tensor.detach().double().requires_grad_() for tensor in inputs.tensors]
@@ -195,7 +195,7 @@ def settled(case: Case, inputs: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[
         return keep | (doubtful & (misses[1] < misses[0]))
 
     def settle(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # The mask is read off the sum, or off the gradient of x: where that is what nothing at all would leave.
+        # The mask is read from the sum or from the gradient of x: a dropped element leaves the residual there, or 0.
         if case.direction == "forward":
             read, nothing = -1, inputs.tensors[1].detach() if _tensors(case) > 1 else 0
         else:

@@ -1,12 +1,11 @@
-"""What is measured of dropout's variants: whole channels, alpha, whole samples, blocks.
+"""Benchmark of dropout's variants: whole channels, alpha, whole samples, blocks.
 
-Native is what users write: torch's own op where there is one, and for DropPath and DropBlock what timm and torchvision
-do. Masks differ between contestants, so what is checked is what no mask changes: the values of the elements that were
-kept, and how many they are.
+Native is users' code: torch's own op where there is one, and for DropPath and DropBlock the code of timm and
+torchvision. Masks differ between contestants: the check is of the values of kept elements and of their number.
 
 Least bytes of N elements: 2N either way (read x, write y); whole channels or samples that are dropped need not be read,
 which the floor does not count. DropBlock must know how many elements it keeps before it writes the first: that is a
-count over bits, not over the tensor, so its floor is 2N as well.
+count over bits, not over the tensor, and its floor is 2N too.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
 
     def normal() -> Tensor:
         values = torch.randn(case.shape, generator=generator, device=device, dtype=dtype)
-        # Away from 0, by which a dropped element is known.
+        # Away from 0, which marks a dropped element.
         values = values + values.sign() * 0.25
         return values.contiguous(memory_format=case.memory_format)
 
@@ -103,7 +102,7 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 
 def _form(case: Case) -> tuple[float, float, float]:
-    """(scale, shift, dropped) of what is kept and of what is not; DropBlock's scale is known only with its mask."""
+    """(scale, shift) of kept elements and the value of dropped ones; DropBlock's scale is known only with its mask."""
     p = _p(case)
     if case.variant == "dropblock2d":
         return 1.0, 0.0, 0.0
@@ -114,7 +113,7 @@ def _form(case: Case) -> tuple[float, float, float]:
 
 
 def reference(case: Case) -> Callable[..., Any]:
-    """Nothing dropped."""
+    """The op without dropping."""
     scale, shift, _ = _form(case)
     return lambda x: x * scale + shift
 
@@ -123,7 +122,7 @@ def settled(case: Case, inputs: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[
     """Puts the reference's values where something was dropped; NaN everywhere if too much or too little was."""
     scale, shift, dropped_value = _form(case)
     dtype = DTYPES[case.dtype]
-    # A value and a gradient where each element is kept, and what they are where not.
+    # Value and gradient of each element if it is kept, and if it is dropped.
     value = (inputs.tensors[0].detach().double() * scale + shift, dropped_value)
     gradient = (inputs.grad_outputs[0].double() * scale, 0.0)
     kinds = {"forward": [value], "backward": [gradient], "forward_backward": [value, gradient]}[case.direction]
@@ -134,7 +133,7 @@ def settled(case: Case, inputs: Inputs) -> Callable[[tuple[Tensor, ...]], tuple[
     def one(output: Tensor, kept: Tensor, constant: float) -> Tensor:
         gone = (output.double() - constant).abs() <= 4 * torch.finfo(dtype).eps
         share = gone.double().mean().item()
-        # Draws with a fate of their own, and how far their share may stray.
+        # The number of independent draws, and the allowed deviation of the dropped share.
         draws = {"drop_path": case.shape[0], "alpha_dropout": case.numel}.get(
             case.variant, case.shape[0] * case.shape[1]
         )

@@ -1,4 +1,4 @@
-"""What is measured of group_norm: GroupNorm of 32 groups and InstanceNorm, as functions and as modules.
+"""Benchmark of group_norm: GroupNorm of 32 groups and InstanceNorm, as functions and as modules.
 
 Least bytes of N elements: forward 2N (read x, write y), backward 3N (read grad_output and x, write grad_input). That
 counts one read, which holds while one group of one sample (in channels_last: one sample) stays in cache.
@@ -24,7 +24,7 @@ GROUPS = 32
 FUNCTIONS = ("group_norm", "instance_norm")
 MODULES = ("GroupNorm",)  # variants that go through a module's call
 
-# Tiny ones, few and many channels, small and large images, a volume, one sample; up to 128 MB in fp32.
+# Tiny inputs, few and many channels, small and large images, a volume, one sample; up to 128 MB in fp32.
 IMAGES = (
     (1, 32, 4, 4),
     (4, 64, 8, 8),
@@ -39,7 +39,7 @@ IMAGES = (
     (128, 64, 56, 56),
     (64, 128, 64, 64),
 )
-ROWS = ((4, 512), (128, 1024), (8192, 1024))  # at least 16 values a group: of 2 that are close, nothing is exact
+ROWS = ((4, 512), (128, 1024), (8192, 1024))  # at least 16 values a group: results for 2 close values are never exact
 
 
 QUICK = ((2, 64, 4, 4), (8, 64, 14, 14), (32, 64, 28, 28))
@@ -65,7 +65,7 @@ def cases(mode: str, device: str) -> list[Case]:
             for direction in both
             for dtype in ("fp32", "bf16", "fp16", "fp64")
             for shape in (ROWS if variant == "group_norm" else ()) + IMAGES
-            # The forms share the kernels' loops: all sizes in fp32, and group_norm's in bf16.
+            # The forms share the kernels' loops: all sizes in fp32, and group_norm's also in bf16.
             if dtype == "fp32" or (dtype == "bf16" and variant == "group_norm") or shape in few
         ]
     else:

@@ -1,4 +1,4 @@
-"""What is measured of layer_norm: LayerNorm and RMSNorm, alone or behind a residual add, as functions and as modules.
+"""Benchmark of layer_norm: LayerNorm and RMSNorm, with and without a residual add before, as functions and as modules.
 
 Least bytes of N elements: forward 2N (read x, write y), backward 3N (read grad_output and x, write grad_input), with a
 residual 4N each way (forward reads two and writes two; backward also reads the gradient that reaches the sum).
@@ -68,7 +68,7 @@ def cases(mode: str, device: str) -> list[Case]:
             for direction in both
             for dtype in ("fp32", "bf16", "fp16", "fp64")
             for shape in SMALL + LARGE
-            # The residual forms share the kernels' loops, fp64 is rare: a few sizes of each will do.
+            # The residual forms share the kernels' loops, and fp64 is rare: a few sizes of each are enough.
             if not (variant.startswith("add_") or dtype == "fp64") or shape in ((4, 16), (1024, 128), (8192, 1024))
         ]
         return found + [Case(name, "forward_backward", shape, "fp32") for name in MODULES for shape in SMALL]
@@ -164,12 +164,12 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
 
 
 def _peers(case: Case) -> dict[str, Contestant]:
-    """Libraries that have this function; never in place, which overwrites the gradient they are given."""
+    """Libraries that have this function; never in place, which would overwrite the given gradient."""
     liger, quack = "liger_kernel.transformers.functional", "quack.rmsnorm"
     llama = (EPS, 0.0, "llama", False)
     if case.variant == "layer_norm":
         found = {"liger": peer(liger, "liger_layer_norm", lambda x, weight, bias: (x, weight, bias, EPS))}
-        if case.direction == "forward" and case.dtype == "fp32":  # neither autograd nor weights of 16 bits
+        if case.direction == "forward" and case.dtype == "fp32":  # it has neither autograd nor 16-bit weights
             found["quack"] = peer(quack, "layernorm_fwd", lambda x, weight, bias: (x, weight, bias, EPS))
         return found
     if case.variant == "rms_norm":

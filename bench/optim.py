@@ -1,4 +1,4 @@
-"""What is measured of the optimizers: whole step() calls, of few large parameters, of many small ones, with clipping.
+"""Benchmark of the optimizers: whole step() calls with few large parameters, with many small ones, with clipping.
 
 A case's shape is pairs of a count and a size: 100x64x100x4096 is 100 parameters of 64 elements and 100 of 4,096. native
 is torch's default (a loop over parameters on a CPU). Least bytes a parameter: AdamW reads 4 words and writes 3, SGD
@@ -21,7 +21,7 @@ from ._levels import Levels
 from ._runner import DTYPES, Case, Contestant, Inputs
 
 MAX_NORM = 1.0
-COMPILED_PER_SET = True  # an optimizer holds its parameters, so torch.compile would take each set of inputs anew
+COMPILED_PER_SET = True  # an optimizer holds its parameters: torch.compile would compile for each set of inputs
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {  # variant: class, arguments
     "AdamW": ("AdamW", {}),
     "AdamW_clip": ("AdamW", {}),
@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {  # variant: class, argumen
     "SGD_momentum": ("SGD", {"momentum": 0.9}),
     "RMSprop": ("RMSprop", {}),
 }
-# What bitsandbytes has no kernel for: SGD without momentum, amsgrad. Its SGD has no default rate; torch's is 1e-3.
+# bitsandbytes has no kernel for SGD without momentum and for amsgrad. Its SGD has no default rate; torch's is 1e-3.
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "AdamW_clip": {},
@@ -144,7 +144,7 @@ def contestants(case: Case, device: str) -> dict[str, Contestant]:
         found["fused"] = _step(case, torch.optim, fused=True)
     found["dlkit"] = _step(case, optim)
     if device == "cuda" and case.dtype != "fp64" and case.variant in BITSANDBYTES:
-        # Imported when it is first called: if it fails to load, that is its error and no one else's.
+        # Imported when it is first called: a failure to load is then only its own error.
         found["bitsandbytes"] = lambda *tensors: _step(
             case, importlib.import_module("bitsandbytes.optim"), **BITSANDBYTES[case.variant]
         )(*tensors)
@@ -161,7 +161,8 @@ def reference(case: Case) -> Callable[..., Any]:
 
 
 def tolerances(case: Case) -> Sequence[float]:
-    # Of a parameter's largest value, so a few steps of the dtype; SGD adds a gradient as large as the parameter.
+    # Relative to a parameter's largest value: a few steps of the dtype, since SGD adds a gradient as large as the
+    # parameter.
     return [4 * torch.finfo(DTYPES[case.dtype]).eps] * sum(1 for _ in _sizes(case))
 
 

@@ -32,7 +32,7 @@ def pytest_make_parametrize_id(val):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks what is seen from a test or its file. The longest come first, so that the processes finish together."""
+    """Marks tests by their names and files. The longest run first, to let the processes finish together."""
     for item in items:
         if "backend" in item.fixturenames:
             item.add_marker("kernel")
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def quick(items):
-    """The last two cases of each test: where sizes or layouts are a parameter, the plainest is the first."""
+    """The last two cases of each test, since the first of several sizes or layouts is usually the plainest."""
     best = f"cpu-{_C.cpu_capability()}"
     cases = {}
     for item in items:
@@ -68,7 +68,7 @@ def fresh_memory_is_nan():
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """DLKIT_TEST_SEED=n gives every test other inputs; the seed is shown with a failure."""
+    """DLKIT_TEST_SEED=n gives every test different inputs; the seed is shown with a failure."""
     value = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("DLKIT_TEST_SEED", "0"))
     torch.manual_seed(value)
     return value
@@ -85,7 +85,7 @@ def backend(request):
 
 @pytest.fixture
 def one_thread():
-    """Where other work runs, two threads of which one waits for a core take seconds for small tensors."""
+    """One thread: beside other work, two threads take seconds for small tensors when one of them waits for a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

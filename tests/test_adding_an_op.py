@@ -1,4 +1,4 @@
-"""docs/adding_an_op.md: the files of its small op compile as they stand."""
+"""docs/adding_an_op.md: the files of its small example op compile unchanged."""
 
 import re
 import shutil

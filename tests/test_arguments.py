@@ -1,4 +1,4 @@
-"""Tensor arguments of every op, by the ops' schemas, and layers whose parameters come from elsewhere."""
+"""Checks of every op's tensor arguments, found by the ops' schemas, and layers whose parameters come from elsewhere."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ CLASSES, ROWS, WEIGHT = torch.tensor([[1, 0, 5, 2, 3]] * 4), torch.ones(2, 20), 
 FEATURES, LABELS = X[0, :, :3], torch.arange(6)
 LOSS = (1, -100, 0.1, 0.1, 4.0)
 
-# Arguments by position that fit, with every optional tensor present.
+# Valid positional arguments, with every optional tensor present.
 CALLS = {
     "layer_norm": (X, (5,), ROW, ROW, 1e-5),
     "rms_norm": (X, (5,), ROW, 1e-5),
@@ -87,7 +87,7 @@ def test_every_op_is_in_the_table():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tensors_are_checked_by_schema(name):
-    """Each in turn on another device, in another layout and, where a kernel reads it, of another type."""
+    """Each argument in turn is on another device, in another layout and, where a kernel reads it, of another type."""
     call(name, CALLS[name])
     tensors = tensors_of(name)
     input_at = next((i for i, argument in tensors if argument == "input"), tensors[0][0])
@@ -102,12 +102,13 @@ def test_tensors_are_checked_by_schema(name):
         if not public or argument in ("weight", "bias", "stream"):
             bad["type"] = tensor.double() if argument != "num_batches_tracked" else tensor.int()
         if "rms" in name and public and argument == "weight":
-            del bad["type"]  # any floating type will do, as in torch
+            del bad["type"]  # any floating type is accepted, as in torch
         for kind, value in bad.items():
             if kind == "type" and argument in ("mean", "rstd", "sums", "running_mean", "running_var"):
                 continue
             arguments = [value if j == i else a for j, a in enumerate(CALLS[name])]
-            # A kernel op has no kernel for other layouts, and torch's own addition speaks where a sum falls apart.
+            # A kernel op has no kernel for other layouts; a residual that the op does not fuse is checked by torch's
+            # own addition.
             apart = argument == "residual" and name in ("dropout_add", "batch_norm") and kind != "device"
             named = not apart and (public or kind != "layout")
             with pytest.raises((RuntimeError, NotImplementedError), match=re.escape(argument) if named else None):
@@ -152,7 +153,7 @@ def test_what_is_refused_leaves_everything_as_it_was():
 @pytest.mark.parametrize("kind", ["Long", "float", "double", "int", "one element", "meta"])
 @pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNormReLU1d", "SyncBatchNorm"])
 def test_counters_of_any_kind(name, kind, momentum):
-    """A checkpoint that was averaged has float counters; torch's layer counts on in them."""
+    """An averaged checkpoint has float counters; torch's layer goes on counting in them."""
     counter = {
         "Long": torch.tensor(3),
         "float": torch.tensor(3.0),
@@ -199,7 +200,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_layers_made_without_memory(name):
-    """skip_init, meta and to_empty, and assign=True: a layer with parameters from elsewhere computes with them."""
+    """skip_init, meta and to_empty, and assign=True: a layer computes with parameters from elsewhere."""
     make = getattr(dlkit.nn, name)
     plain = make(*MODULES[name]).eval()
     arguments = (X,) * (3 if name == "MultiheadAttention" else 2 if "Add" in name else 1)

@@ -79,7 +79,7 @@ def test_gradients_of_gradients_in_groups():
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["group_norm", "instance_norm", "batch_norm"])
 def test_gradients_in_any_order(name, channels_last, create_graph):
-    """torch's batch_norm exchanges elements of a gradient whose strides are others than its input's."""
+    """Strides of a gradient may differ from its input's; torch's batch_norm then exchanges the gradient's elements."""
     for shape, order in itertools.product([(1, 2, 3, 1), (2, 4, 3, 5)], itertools.permutations(range(4))):
         x, grad = lay_out(make(shape, torch.float32), channels_last), make(shape, torch.float32)
         there_and_back = [order.index(d) for d in range(4)]
@@ -103,7 +103,7 @@ def test_gradients_in_any_order(name, channels_last, create_graph):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"])
 def test_gradients_of_gradients_in_16_bits(name, dtype):
-    """torch's formulas hold rstd^3, which is beyond fp16 from a deviation of 0.025 on; they run in fp32."""
+    """torch's formulas contain rstd^3, which overflows fp16 for deviations below 0.025; here they run in fp32."""
     x = make((4, 6, 8), dtype, scale=2e-3)
     arguments = {
         "layer_norm": ((8,),),
@@ -126,7 +126,7 @@ def test_gradients_of_gradients_in_16_bits(name, dtype):
 
 
 def test_graphs_of_gradients_where_torch_goes_wrong():
-    """Its batch_norm reads a weight with gaps beyond it, its group_norm crashes where the input needs no gradient."""
+    """torch's batch_norm reads past a weight with gaps, its group_norm crashes where the input needs no gradient."""
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     grad, weight = torch.randn_like(x), torch.randn(5, dtype=torch.float64)[1::2]
     for call in (
@@ -144,7 +144,7 @@ def test_graphs_of_gradients_where_torch_goes_wrong():
 
 @pytest.mark.parametrize(("dtype", "scale", "eps"), [(torch.float32, 1, 1e10), (torch.float16, 300, 1e-5)], ids=str)
 def test_running_statistics_of_instances(dtype, scale, eps):
-    """The variance is not taken back from rstd, and only what is kept is rounded: a variance may overflow fp16."""
+    """The variance is not computed from rstd, and only running statistics are rounded: a variance may overflow fp16."""
     x = make((3, 4, 50), dtype, scale=scale)
     ours = [torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)]
     right = [t.double() for t in ours]
@@ -329,7 +329,7 @@ def test_bad_input(name):
 
 
 def test_bad_input_leaves_statistics():
-    """An error is raised before running statistics move; the message says what was wrong."""
+    """An error is raised before running statistics change; the message names the mistake."""
     x, running = torch.randn(3, 4), (torch.full((4,), 7.0), torch.full((4,), 9.0))
     tracked = torch.tensor(3)
     calls = {
@@ -366,7 +366,7 @@ def test_residual_broadcasts_and_promotes():
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS, None])
 def test_functions_and_layers_with_an_activation(name):
-    """The public side: residuals that broadcast, evaluation, layers; gradients and their own."""
+    """The public functions and layers: residuals that broadcast, evaluation, gradients and gradients of gradients."""
     x, residual = (torch.randn(3, 4, 5, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     number, running = ACTIVATIONS.get(name, 0), (torch.randn(4).double(), torch.rand(4).double() + 0.5)

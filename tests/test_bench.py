@@ -1,4 +1,4 @@
-"""The benchmark on itself: what it writes and draws, what it refuses to time, in which order it samples."""
+"""Tests of the benchmark: its files and pictures, the contestants it refuses to time, the order of its samples."""
 
 import argparse
 import errno
@@ -116,7 +116,7 @@ def test_quick_run_of_an_op(quick_run, name):
         assert entry["id"] in output
         assert set(entry["contestants"]) == {"native", "dlkit"}
         for contestant, found in entry["contestants"].items():
-            # Native's sums in bf16 are off by more on one thread than on two.
+            # Native's sums in bf16 have larger errors on one thread than on two.
             assert found["status"] in ("ok", "inexact" if contestant == "native" else "ok"), (entry["id"], found)
             assert report["allocator"] == "default" or found["page_faults"] < 1
             assert 0 < found["min_us"] <= found["q1_us"] <= found["median_us"] <= found["q3_us"]
@@ -279,7 +279,7 @@ def test_floor_copies_move_every_byte(megabytes):
 
 
 def _copied(call):
-    """Source and target of a copy, found where the call keeps them."""
+    """Source and target of a copy, read from the call."""
     if hasattr(call, "func"):
         return call.args[0], call.func.__self__
     kept = dict(zip(call.__code__.co_freevars, (cell.cell_contents for cell in call.__closure__), strict=True))
@@ -291,7 +291,7 @@ def times(median_us):
 
 
 def result_file(tmp_path):
-    """A result file of two cases with figures that are easy to check by eye, as written when a file held one op."""
+    """A result file of two cases with figures that are easy to check by eye, in the old form of one op a file."""
 
     def entry(variant, direction, native_us, mine):
         return {
@@ -343,7 +343,7 @@ def test_markdown_table_of_a_file(tmp_path, capsys):
 
 
 RESULTS = Path(bench.__file__).parent / "results"
-KEPT = [path for path in sorted(RESULTS.glob("*.json")) if path.stem != "fashion_mnist"]  # which is the demo's
+KEPT = [path for path in sorted(RESULTS.glob("*.json")) if path.stem != "fashion_mnist"]  # fashion_mnist is the demo's
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
@@ -354,7 +354,7 @@ def test_table_of_every_file_that_is_kept(path, capsys):
     rows = {"models": "models", "memory": "found", "language_model": "found"}.get(report.get("bench"), "cases")
     tables = [line for line in lines if line.startswith("| ")]
     assert len(tables) > len(report[rows]) and len([line for line in lines if line.startswith("| ---")]) >= 1
-    # Pictures and comparisons are of ops alone.
+    # Pictures and comparisons accept only results of ops.
     status = bench.main(parsed("--compare", str(path), str(path)))
     captured = capsys.readouterr()
     if "bench" in report:
@@ -380,7 +380,7 @@ def test_plot_of_files(tmp_path, capsys):
 
 
 def changed(report, **changes):
-    """A copy of `report` whose first case has other times: of dlkit, native or the floor, in us."""
+    """A copy of `report` whose first case has other times, in us, of dlkit, native or the floor."""
     copy = json.loads(json.dumps(report))
     entry = copy["cases"][0]
     for name, time in changes.items():
@@ -550,7 +550,7 @@ def test_case_without_memory_does_not_end_the_run(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.0, 64), (0.01, 1)])
 def test_a_gpu_s_sample_is_no_longer_than_its_queue(monkeypatch, seconds, most):
-    """Where it is, the host stalls and the device waits for it; the device sleeps until the last call is queued."""
+    """A longer one would stall the host, and the device would wait. The device sleeps until the last call is queued."""
     slept, made = [], []
 
     class Event:

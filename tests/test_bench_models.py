@@ -1,4 +1,4 @@
-"""bench models and bench calls: what they refuse, write and print, on runs of a second."""
+"""bench models and bench calls: the input they refuse, their files and output, in runs of a second."""
 
 import argparse
 import json
@@ -159,7 +159,7 @@ def _exit(status):
 
 
 def test_calls_of_every_op_agree_with_native_hop_by_hop():
-    """What is timed as one computation is one; dropout draws otherwise, so only its shape is compared."""
+    """All hops give the same result. dropout's masks differ from native's: only its shape is compared."""
     for name, make in _calls.cases().items():
         for n in (1, 4096):
             levels = make(n)

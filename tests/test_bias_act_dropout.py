@@ -33,7 +33,7 @@ def ours(name, x, bias=None, p=P, training=True, generator=None):
 
 @functools.cache
 def problem(name, dtype, bias_dtype, shape, draw):
-    """Inputs with both tails of the activation in them, the exact results, and torch's own with the same mask."""
+    """Inputs that include both tails of the activation, the exact results, and torch's own with the same mask."""
     torch.manual_seed(100 * draw + shape[-1])
     x, bias, grad = make(shape, dtype, scale=3.0), make(shape[-1:], bias_dtype), make(shape, dtype)
     keep = reference.keep_mask(SEED, OFFSET, P, x.numel()).reshape(shape)
@@ -93,7 +93,7 @@ def test_without_bias_without_dropout_and_at_any_address(backend, name):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_extremes(backend, name):
-    """Limits, NaN where torch has it (but for gelu(inf), which is inf in all of torch but its CPU path in fp32)."""
+    """Limits, NaN where torch has it (except gelu(inf), which is inf everywhere in torch but on the CPU in fp32)."""
     x = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0, 1e-30, 20.0, -20.0, 3e38, -3e38] * 2)
     leaf = x.clone().double().requires_grad_()
     expected = plain(name, leaf)
@@ -112,7 +112,7 @@ def test_extremes(backend, name):
     torch.testing.assert_close(y.cpu(), expected.detach().float(), equal_nan=True)
     finite = x.cpu().abs() < 1e15  # squares beyond fp32 make NaN in torch's fp32 too
     torch.testing.assert_close(grad.cpu()[finite], slopes.float()[finite])
-    # What is dropped is 0 whatever it was.
+    # A dropped element is 0, even if it was NaN.
     everything = torch.full((300,), math.nan, device=backend.device)
     assert not backend.call(
         "bias_act_dropout_forward", input=everything, rng_state=state, activation=activation, p=1.0
@@ -191,7 +191,7 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, activation):
 
 @pytest.mark.parametrize("cols", [3, 40])
 def test_the_sum_of_many_equal_gradients(backend, cols):
-    """To add up all rows of a block in one fp32 number would be off by 1e-4."""
+    """One fp32 sum over all rows of a block would be off by 1e-4."""
     rows = 200_000 if backend.name.startswith("cpu") else 2_000
     x, bias, grad = torch.ones(rows, cols), torch.ones(cols), torch.full((rows, cols), 0.1)
     arguments = (t.to(backend.device) for t in (grad, x, bias, torch.tensor([SEED, OFFSET])))
@@ -201,7 +201,7 @@ def test_the_sum_of_many_equal_gradients(backend, cols):
 
 def test_threads_and_streaming_stores_change_nothing():
     x, bias, grad = torch.randn(4096, 2304), torch.randn(2304), torch.randn(4096, 2304)
-    assert x.nbytes > 2**25  # beyond half of common last-level caches, so written past them
+    assert x.nbytes > 2**25  # more than half of common last-level caches: written past them
     forward, backward = torch.ops.dlkit.bias_act_dropout_forward, torch.ops.dlkit.bias_act_dropout_backward
     state = torch.tensor([SEED, OFFSET])
     threads, results = torch.get_num_threads(), []

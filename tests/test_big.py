@@ -1,8 +1,7 @@
-"""More than 2^31 elements through every op: what an index of 32 bits would get wrong. `make test-big`, with 20 GB free.
+"""More than 2^31 elements through every op, where an index of 32 bits would fail. `make test-big` needs 20 GB free.
 
-An input is one block, over and over, and an op has to give what it gives for the block, over and over. A block is a
-whole row, or sample, so that statistics are the block's too. Masks of dropouts are compared with the reference where
-32 bits would end.
+An input repeats one block, and an op must repeat its result for the block. A block is a whole row or sample: its
+statistics repeat too. Dropout masks are compared with the reference around the index 2^31.
 """
 
 import os
@@ -30,7 +29,7 @@ def layout_of(block: torch.Tensor) -> torch.memory_format:
 
 
 def assert_repeats(big: torch.Tensor, block: torch.Tensor, rtol: float) -> None:
-    """Every sample of big is block's, bit for bit the first of big."""
+    """Every sample of big equals block's within rtol, and bit for bit the first sample of big."""
     step = max(1, CHUNK // block.numel())
     first = big[:1].clone()
     for begin in range(0, len(big), step):
@@ -91,7 +90,7 @@ def test_repeats(case):
         y = call(x, *weights)
         return y.detach(), torch.autograd.grad(y, [x, *weights], grad, allow_unused=True)
 
-    # Batch statistics of 4 blocks are those of any number, so that only the sum over them grows.
+    # Batch statistics of 4 blocks are those of any number of blocks; only sums grow.
     small, small_grads = run(repeated(block, 4), repeated(grad, 4))
     y, grads = run(repeated(block, times), repeated(grad, times))
     assert y.numel() > 1 << 31
@@ -163,7 +162,7 @@ def test_one_parameter(optimizer):
         getattr(dlkit.optim, optimizer)([one], **options).step()
     if optimizer == "SGD":
         assert_repeats(parameter.detach(), rows.detach()[:1], 0)
-    else:  # a first step of Adam is lr * sign of the gradient, whatever the rounding of states
+    else:  # Adam's first step is lr * sign of the gradient, however states are rounded
         for begin in range(0, ROWS, CHUNK // 1024):
             some = parameter.detach()[begin : begin + CHUNK // 1024]
             torch.testing.assert_close(some, rows.detach()[:1].expand_as(some), rtol=2 * EPS, atol=2e-3)

@@ -34,12 +34,12 @@ OPTIONS = {
 
 
 def rows_of(tensor):
-    """[N, C, ...] as rows of classes."""
+    """Turns [N, C, ...] into rows of classes."""
     return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 
 def like_rows(tensor):
-    """The same of what has one element a row."""
+    """The same for a tensor with one element a row."""
     return tensor.reshape(-1) if tensor.dim() else tensor
 
 
@@ -84,7 +84,7 @@ def run(backend, x, target, weight, grad, reduction, *rest):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES)
 def test_errors_stay_below_torch_s(backend, dtype, weight_dtype, option):
-    """In units of each tensor's largest element, over all shapes: a power of two makes them comparable."""
+    """Errors over all shapes, divided by each tensor's largest element, rounded to a power of two."""
     if dtype != weight_dtype and not OPTIONS[option][1]:
         pytest.skip("has no weight")
     yardsticks = [Yardstick(part) for part in ("loss", "z_loss", "grad_input")]
@@ -109,7 +109,7 @@ def test_errors_stay_below_torch_s(backend, dtype, weight_dtype, option):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_of_few_classes(backend, dtype):
-    """CPU kernels turn blocks of them round: every remainder of rows and classes, adjacent rows and slices."""
+    """CPU kernels transpose blocks of them: every remainder of rows and classes, adjacent rows and slices."""
     precision = torch.finfo(dtype).eps
     for classes, probabilities, sliced in itertools.product((*range(1, 19), 31, 33, 40, 41), *[(False, True)] * 2):
         rows = int(torch.randint(1, 290, ()))
@@ -148,7 +148,7 @@ def test_infinities_and_nan_are_torch_s(backend, shape, option):
         torch.testing.assert_close(found, expected_grad, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
-# Rows of bf16 logits of every kind, and what their losses are multiplied with.
+# Rows of bf16 logits of every kind, and the gradients of their losses.
 BF16_ROWS = {
     "normal": (lambda x: x * 3, 1.0),
     "negative": (lambda x: -x.abs() - 5, -1.0),
@@ -174,7 +174,7 @@ BF16_ROWS = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", BF16_ROWS)
 def test_bf16_rows_of_any_kind(backend, kind, smoothing):
-    """Each element of the gradient is within half a step of bf16, and a 20th of that, of the exact one."""
+    """Each element of the gradient differs from the exact one by at most half an ulp of bf16 and a 20th of that."""
     row, factor = BF16_ROWS[kind]
     for classes in (41, 256, 2500):
         x = torch.stack([row(torch.randn(classes)) for _ in range(3)]).bfloat16()
@@ -187,20 +187,20 @@ def test_bf16_rows_of_any_kind(backend, kind, smoothing):
         loss, _, stats, total = backend.op("cross_entropy_forward")(x, target, None, *options, True)
         found = backend.op("cross_entropy_backward")(grad, x, target, None, stats, total, *options).double()
         torch.testing.assert_close(loss.double(), expected.detach(), equal_nan=True, rtol=1e-5, atol=1e-5)
-        # Near the target, and with smoothing everywhere, terms cancel which are known to some 1e-6. Exponentials that
-        # would be subnormal may be 0.
+        # At the target, and with smoothing everywhere, terms cancel whose relative error is some 1e-6. Exponentials
+        # that would be subnormal may be 0.
         terms = abs(factor) * (1e-6 * expected_grad.detach().abs() + (4e-6 / classes if smoothing else 0))
         terms[range(3), target.clamp(min=0)] += 1e-6 * abs(factor)
         bound = expected_grad.abs() * (1.05 * 2**-8) + terms + max(1, abs(factor)) * 2.0**-126
         same = (found == expected_grad) | (found.isnan() & expected_grad.isnan())
-        if kind != "an infinite gradient":  # torch's 0 * inf is not of interest
+        if kind != "an infinite gradient":  # torch's 0 * inf is not compared
             wrong = ~(same | ((found - expected_grad).abs() <= bound))
             assert not wrong.any(), (found[wrong], expected_grad[wrong])
 
 
 @pytest.mark.parametrize("shape", [(2, 5000), (2, 70, 3)])
 def test_masked_classes_and_late_maxima(backend, shape):
-    """-inf over the first classes, which are chunks on their own, then small logits, then the maximum."""
+    """-inf in the first classes, which fill whole chunks, then small logits, then the maximum."""
     x, half = torch.randn(shape), shape[1] // 2
     x[:, :half], x[1, half:], x[:, -2] = -INF, x[1, half:] - 1000, 60.0
     target, grad = torch.full((2, *shape[2:]), shape[1] - 1), torch.ones(2, *shape[2:])
@@ -228,7 +228,7 @@ def test_any_address_and_distance_of_rows(backend):
         before = copy._base.clone() if copy._base is not None else None
         backend.op("cross_entropy_backward_")(torch.ones_like(loss), copy, target, None, stats, total, *options)
         assert torch.equal(copy, found)
-        if before is not None:  # what lies between the rows stays
+        if before is not None:  # memory between the rows is unchanged
             mask = torch.ones_like(before, dtype=torch.bool)
             mask[offset:].as_strided((4, classes), (stride, 1), offset).fill_(False)
             assert torch.equal(copy._base[mask], before[mask])
@@ -346,7 +346,7 @@ def test_inplace_backward(shape, dtype):
 
 def test_inplace_backward_is_seen_by_who_needs_the_logits():
     x, target = torch.randn(6, 9, requires_grad=True), torch.randint(0, 9, (6,))
-    logits = x.exp()  # whose backward needs its result
+    logits = x.exp()  # exp's backward needs its result
     loss = fused.cross_entropy(logits, target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -363,7 +363,7 @@ def test_inplace_backward_is_seen_by_who_needs_the_logits():
 
 def test_threads_rows_and_streaming_stores_change_nothing():
     x, target = torch.randn(3000, 4096), torch.randint(0, 4096, (3000,))
-    assert x.nbytes > 2**25  # beyond half of common last-level caches, so written past them
+    assert x.nbytes > 2**25  # more than half of common last-level caches: written past them
     ops, options = torch.ops.dlkit, (1, -100, 0.1, 0.0, 0.0)
     threads, results = torch.get_num_threads(), []
     try:
@@ -397,7 +397,7 @@ def test_empty_input(shape, reduction):
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 500), (0, 5, 3)])
 def test_kernels_take_no_rows(backend, shape):
-    """What compiled programs with sizes from data ask of them."""
+    """Compiled programs whose sizes depend on data call kernels without rows."""
     x, target = torch.zeros(shape), torch.zeros((0, *shape[2:]), dtype=torch.int64)
     for reduction, wanted in ((1, torch.tensor(NAN)), (2, torch.tensor(0.0)), (0, target.float())):
         loss, _, grad = run(backend, x, target, None, torch.ones_like(wanted), reduction, 0.0, 0.0, 0.0)
@@ -567,7 +567,7 @@ def test_layer():
 
 
 def linear_problem(dtype, rows=300, features=16, classes=33, bias=True):
-    """More rows than a chunk has."""
+    """Inputs with more rows than a chunk."""
     x, weight = make((rows, features), dtype), make((classes, features), dtype, scale=0.3)
     target = torch.randint(0, classes, (rows,))
     target[rows // 2] = -100

@@ -1,4 +1,4 @@
-"""Norms and dropout inside a captured CUDA graph: what a replay gives is what a call would have given."""
+"""Norms and dropout inside a captured CUDA graph: a replay gives the results of a call."""
 
 import math
 
@@ -11,14 +11,14 @@ import dlkit.functional as fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SEED, DRAWN = 11, 8  # DRAWN: how far a call moves the generator's offset
+SEED, DRAWN = 11, 8  # DRAWN: a call advances the generator's offset by it
 
 
 def captured(function):
-    """A graph of function() and the tensors that a replay writes to."""
+    """Returns a graph of function() and the tensors that a replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is made once is made here
+    with torch.cuda.stream(stream):  # lazy initialization happens here, before the capture
         for _ in range(2):
             function()
     torch.cuda.current_stream().wait_stream(stream)
@@ -60,7 +60,7 @@ def test_a_norm_replays_forward_and_backward(name, dtype):
 
 
 def test_dropout_draws_anew_at_each_replay():
-    """By the generator's offset at the time of the replay, which it moves on; backward has forward's mask."""
+    """A replay uses the generator's current offset and advances it; backward has forward's mask."""
     shape, p = (17, 768), 0.4
     x, nothing = make(shape, torch.float32, "cuda").requires_grad_(), torch.zeros(shape, device="cuda")
 

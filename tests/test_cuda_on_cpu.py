@@ -1,4 +1,4 @@
-"""The CUDA-on-CPU harness refuses what a device would refuse."""
+"""The CUDA-on-CPU harness refuses launches that a device would refuse."""
 
 import shutil
 import subprocess

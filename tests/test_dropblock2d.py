@@ -14,10 +14,10 @@ import dlkit.functional as fused
 from dlkit.random import Philox, use
 
 P, SEED, OFFSET = 0.3, 5, 24
-# Planes with and without whole words, several tasks of the CPU, rows wider than what is read at a time.
+# Planes with and without whole words, several tasks on the CPU, rows wider than one read.
 SHAPES = ((3, 4, 12, 9), (2, 70, 7, 7), (5, 3, 28, 28), (1, 3, 5, 130), (1, 2, 150, 121), (2, 1, 1, 1))
 
-# Tables for tests of all ops: support/of_ops.py.
+# Tables for the tests that run over all ops: see support/of_ops.py.
 PLANES, STATE = torch.ones(2, 3, 6, 6), torch.tensor([3, 4])
 OP_ARGUMENTS = {
     "dropblock2d": (PLANES, 0.5, 2, None, STATE),
@@ -34,7 +34,7 @@ OP_LAYERS = {"DropBlock2d": ((0.4, 2), ((4, 8, 4, 4),))}
 
 
 def aot_cases(op, dtype):
-    """Counting and applying, the state drawn and given."""
+    """Cases that count and apply, with the state drawn and given."""
     x = torch.zeros(2, 3, 28, 28, dtype=dtype)
     yield "forward", False, functools.partial(op.dropblock2d_forward, x, None, 0.1, 7)
     if dtype == torch.float32:
@@ -56,7 +56,7 @@ def seed_probability(p, height, width, size):
 
 @functools.cache
 def kept(shape, p, block_size, seed=SEED, offset=OFFSET):
-    """Which elements stay, by the paper's Algorithm 1 on the stream's seeds."""
+    """The elements that are kept by the paper's Algorithm 1, with seeds from the stream."""
     samples, channels, height, width = shape
     size = min(block_size, height, width)
     rows, columns = height - size + 1, width - size + 1

@@ -19,7 +19,7 @@ from dlkit.random import Philox, use
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# Of Random123's kat_vectors: counter, key, result.
+# From Random123's kat_vectors: counter, key, result.
 PUBLISHED = [
     ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
@@ -72,7 +72,7 @@ def test_mask_is_the_reference_s(backend, p):
 
 
 def test_ties_are_broken_by_the_second_block(backend):
-    """p whose upper 16 bits equal an element's: what follows them decides, to the last of 32 bits."""
+    """Where the upper 16 bits of p equal an element's, the second 16 bits decide, to the last bit."""
     count, seed, offset = 3000, 99, 16
     for lane in (0, 5, 1234, 2999):
         high, low = (int(reference.lane_bits(seed, offset // 4 + k, np.array([lane]))[0]) for k in range(2))
@@ -85,7 +85,7 @@ def test_ties_are_broken_by_the_second_block(backend):
 @pytest.mark.parametrize("inner", [1, 2, 3, 7, 16, 49, 64, 784, 5000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values(backend, dtype, inner):
-    """y = keep ? x * scale + shift : dropped, rounded once; NaN and infinity do not leave dropped places."""
+    """y = keep ? x * scale + shift : dropped, rounded once; dropped NaN and infinity become 0 like all others."""
     count = {1: 2531, 5000: 15000}.get(inner, 37 * inner)
     seed, offset, p = 5, 24, 0.4
     mask = np.repeat(reference.keep_mask(seed, offset, p, -(-count // inner)), inner)[:count]
@@ -157,7 +157,7 @@ def test_residual_add(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_add_gives_the_same_bits_wherever_an_element_lies(backend, dtype):
-    """What is less than a pack at the end, and what lies at odd addresses."""
+    """Covers ends of less than a pack and odd addresses."""
     count = 4104
     x, residual = make((count,), dtype, backend.device), make((count,), dtype, backend.device)
     op, state = backend.op("dropout_add_forward"), state_of(5, 8, backend.device)
@@ -208,9 +208,9 @@ def test_residuals_promote_as_in_an_addition(name, dtype):
     ("shape", "dtype"), [(shape, DTYPES[i % 4]) for i, shape in enumerate(FUSED_SHAPES)] + [((6, 2048), DTYPES[2])]
 )
 def test_dropout_add_and_norm_in_one_pass(backend, shape, dtype, rms):
-    """Bit for bit the sum of dropout_add, and what the norm gives for it, but for the order of its sums.
+    """The sum is dropout_add's bit for bit; the norm's result may differ only by the order of summation.
 
-    Backward is the norm's bit for bit, and then the dropout with one rounding less.
+    Backward is the norm's bit for bit, then the dropout's with one rounding fewer.
     """
     cols, p, device = shape[1], 0.3, backend.device
     x, residual, grad, grad_sum = (make(shape, dtype, device) for _ in range(4))
@@ -402,7 +402,7 @@ def test_gradients(inplace):
 
 
 class States(TorchDispatchMode):
-    """The states of the dropouts that are called under it."""
+    """Records the states of dropouts called under it."""
 
     def __init__(self):
         super().__init__()
@@ -431,7 +431,7 @@ def test_what_is_kept():
     assert state_bytes(lambda: fused.dropout(x.to(memory_format=torch.channels_last))) == [16]
     assert state_bytes(lambda: fused.dropout(x, p=1.0)) == [16]
     assert state_bytes(lambda: fused.dropout(x.detach())) == [16]
-    saved = []  # hooks get no bits: checkpoints compare sizes, offloading wants small ones
+    saved = []  # hooks get no bits: checkpoints compare sizes, offloading needs small tensors
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused.dropout(x)
     assert [t.nbytes for t in saved] == [16]
@@ -461,11 +461,11 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name):
         y = call(x, p)
     torch.manual_seed(count)
     with torch.no_grad():
-        assert torch.equal(y, call(x, p))  # without a graph nothing is kept
+        assert torch.equal(y, call(x, p))  # without a graph no bits are kept
     (state,) = states.found
     assert state.numel() > 2
     kept = mask_of(backend, x.numel(), *state[:2].tolist(), p)
-    # A gradient in the order of memory, and one that is not, for which the mask is drawn.
+    # A gradient in the order of memory, and one in another order, for which the mask is drawn again.
     for grad in (torch.randn(count, 6, dtype=dtype), torch.randn(6, count, dtype=dtype).t()):
         (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -583,7 +583,7 @@ class Block(torch.nn.Module):
 @pytest.mark.parametrize("mode", ["train", "no_grad", "inference"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_compiled_masks_are_eager_s(inplace, mode, stream):
-    """fullgraph, dynamic shapes, several calls: every one draws what eager draws."""
+    """With fullgraph, dynamic shapes and several calls: each call draws the same masks as eager."""
     torch._dynamo.reset()
     block = Block(inplace)
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -671,7 +671,7 @@ def test_fused_gradients(function):
 
 @pytest.mark.parametrize("function", FUSED)
 def test_fused_is_the_sum_of_its_parts(function):
-    """Broadcasting, promotion, evaluation, p of 0 and 1, strided input, integers: as the three calls."""
+    """As the three calls, with broadcasting, promotion, evaluation, p of 0 and 1, strided input, integers."""
     weight, bias = torch.randn(6), torch.randn(6)
     for x, residual in (
         (torch.randn(4, 5, 6), torch.randn(4, 5, 6)),

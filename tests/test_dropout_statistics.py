@@ -1,8 +1,8 @@
-"""Whether the masks are random enough: rates, positions, patterns, and what neighbours, rows, calls and ranks share.
+"""The masks are random enough: rates, positions, patterns, and correlations of neighbours, rows, calls and ranks.
 
 Seeds are fixed, so a test passes or fails for good. Bounds are those of the exact distribution under independence, at
-4.5 standard deviations (7 in a million, two-sided); chi-square ones by Wilson and Hilferty's approximation. Masks are
-the same bits on every backend (test_dropout.py), so one of them is enough here.
+4.5 standard deviations (7 in a million, two-sided); chi-square ones by Wilson and Hilferty's approximation. Masks have
+the same bits on every backend (test_dropout.py): one backend is enough here.
 """
 
 import math
@@ -30,14 +30,14 @@ def check_normal(z):
 def check_chi_square(z):
     """z: independent standard normal values under the hypothesis."""
     z = z.double().flatten()
-    assert z.abs().max() < DEVIATIONS + math.sqrt(2 * math.log(len(z)))  # the largest of many
+    assert z.abs().max() < DEVIATIONS + math.sqrt(2 * math.log(len(z)))  # the largest of many values
     count, found = len(z), z.square().sum().item()
     spread = 2 / (9 * count)
     check_normal(((found / count) ** (1 / 3) - (1 - spread)) / math.sqrt(spread))
 
 
 def correlations(a, b, p):
-    """Of the fates of pairs, standard normal: a and b are [pairs, n] of 0 and 1."""
+    """Correlations of pairs of masks, as standard normal values: a and b are [pairs, n] of 0 and 1."""
     centred = (a.float() - (1 - p)) * (b.float() - (1 - p))
     return centred.double().sum(-1) / (p * (1 - p) * math.sqrt(a.shape[-1]))
 
@@ -45,7 +45,7 @@ def correlations(a, b, p):
 @pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.5, 2**-20])
 def test_keep_rate_over_1e8_draws(p):
-    """2^-20 is dropped by the second 16 bits alone: 96 of 10^8 are expected."""
+    """For p = 2^-20 only the second 16 bits drop elements: 96 of 10^8 are expected to be dropped."""
     draws = dropped = 0
     for call in range(6):
         kept = mask(1, 8 * call, p, 2**24)
@@ -66,7 +66,7 @@ def test_every_position_of_a_vector_and_every_pattern_of_a_block(p):
     ones = (torch.arange(256)[:, None] >> torch.arange(8) & 1).sum(1)
     expected = blocks * (1 - p) ** ones * p ** (8 - ones)
     enough = expected > 50
-    # A multinomial's squares over the expected counts: independent normal values but for one degree of freedom.
+    # A multinomial's standardized counts: independent normal values less one degree of freedom.
     check_chi_square(((found - expected) / expected.sqrt())[enough])
 
 
@@ -79,7 +79,7 @@ def test_neighbours_are_independent(p):
 
 
 def check_rows(rows, p):
-    """Every pair of [rows, n]."""
+    """Checks every pair of rows of [rows, n]."""
     centred = rows.float() - (1 - p)
     products = centred @ centred.T / (p * (1 - p) * math.sqrt(rows.shape[1]))
     check_chi_square(products[torch.ones_like(products, dtype=torch.bool).triu(1)])

@@ -16,7 +16,7 @@ from dlkit.random import Philox, use
 P = 0.4
 SATURATED = 1.7580993408473766
 
-# Shape, how many leading dimensions the mask has, alpha, whether torch has it.
+# Shape, number of the mask's leading dimensions, alpha, whether torch has the variant.
 VARIANTS = {
     "dropout1d": ((6, 5, 7), 2, False, True),
     "dropout1d of one sample": ((5, 7), 1, False, True),
@@ -76,7 +76,7 @@ def test_values_and_gradients(variant):
 
 @pytest.mark.parametrize("variant", [name for name, (*_, known) in VARIANTS.items() if known])
 def test_kept_and_dropped_are_torch_s(variant):
-    """The two values that ones can take, and the granularity, against torch's own op."""
+    """For an input of ones, the two output values and the granularity of the mask are those of torch's op."""
     shape, mask_ndim, _, _ = VARIANTS[variant]
     torch.manual_seed(2)
     theirs = getattr(native, variant.split()[0])(torch.ones(shape), P, True)
@@ -193,7 +193,7 @@ SPATIAL = [(1, 1), (7, 7), (28, 28), (2, 3, 5), (1, 2)]
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 16, 60, 64, 65, 300])
 def test_elements_whose_channels_take_turns(backend, channels):
-    """channels_last, a bit for every element: bit for bit what contiguous memory gives, in place as well."""
+    """channels_last, a bit for every element: bit for bit the results of contiguous memory, also in place."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     apply, apply_ = backend.op("dropout_apply"), backend.op("dropout_forward_")
     few = backend.draws < 32
@@ -217,7 +217,7 @@ def test_elements_whose_channels_take_turns(backend, channels):
 
 
 def test_planes_larger_than_a_tile_and_other_orders():
-    """Parts of a plane, whose channels have ranges of their own; one dimension innermost wherever it stands."""
+    """Parts of a plane, whose channels have their own ranges; and any one dimension innermost."""
     apply, state = torch.ops.dlkit.dropout_apply, torch.tensor([5, 0])
     threads = torch.get_num_threads()
     try:
@@ -258,7 +258,7 @@ def test_modules_in_channels_last(module):
 
 
 def test_every_backend_draws_alike(backend):
-    """From the same generator the same state, and nothing for p = 1 or an empty input."""
+    """The same generator gives the same state; nothing is drawn for p = 1 or an empty input."""
     if backend.device != "cpu":
         pytest.skip("another generator")
     op = backend.op("dropout_forward")
@@ -288,7 +288,7 @@ def test_dropconnect_drops_weights():
         dlkit.nn.DropConnectLinear(6, 5, p=2.0)
 
 
-# Attention: with a mask that drops nothing that matters torch and we agree exactly; with one that does, ours is known.
+# Attention: where dropout drops nothing, torch and dlkit agree exactly; where it does, dlkit's mask is known.
 
 
 def attention(**options):
@@ -319,7 +319,7 @@ CALLS = {
 @pytest.mark.parametrize("case", CALLS)
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
 def test_attention_is_torch_s_with_our_mask(case, options, monkeypatch):
-    """torch's own code with our dropout in place of its, in both of its branches: the same numbers."""
+    """torch's own code, with dlkit's dropout in place of its own, gives the same numbers in both of its branches."""
     ours, theirs = attention(**options)
     x, z = torch.randn(4, 4, 8, requires_grad=True), torch.randn(4, 4, 8)
 
@@ -344,7 +344,7 @@ def test_attention_is_torch_s_with_our_mask(case, options, monkeypatch):
             torch.testing.assert_close(mine, other)
 
 
-NOTHING = 1e-12  # a dropout that takes our path and drops nothing
+NOTHING = 1e-12  # takes dlkit's path and drops nothing
 FULL_ROW = torch.zeros(4, 4, dtype=torch.bool).index_fill_(0, torch.tensor(1), True)
 PADDED = torch.zeros(3, 4, dtype=torch.bool).index_fill_(0, torch.tensor(2), True)  # one sample as a whole
 PADDED[0, 3] = True
@@ -374,7 +374,7 @@ MASKS = {
 @pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("masks", MASKS)
 def test_masked_rows_are_torch_s(masks, need_weights, dtype):
-    """Where a mask leaves nothing of a row: 0 with finite gradients, but NaN where torch gives its weights as NaN."""
+    """A row that is masked entirely gives 0 with finite gradients, but NaN where torch returns its weights as NaN."""
     torch.manual_seed(1)
     ours = dlkit.nn.MultiheadAttention(8, 2, dropout=NOTHING, batch_first=True, dtype=dtype)
     theirs = torch.nn.MultiheadAttention(8, 2, dropout=NOTHING, batch_first=True, dtype=dtype)

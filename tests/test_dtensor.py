@@ -23,7 +23,7 @@ CASES, case = new_cases()
 
 
 def run(rank, folder):
-    """What each process does."""
+    """Runs in each process."""
     join_group(rank, folder, PROCESSES)
     torch.set_default_dtype(torch.float64)
     line = dist.init_device_mesh("cpu", (PROCESSES,))
@@ -39,7 +39,7 @@ def problems(tmp_path_factory):
 
 
 def placed(tensor, mesh, placements):
-    """A DTensor leaf. Partial: of parts that add up to the tensor."""
+    """A DTensor leaf; with Partial its parts add up to the tensor."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     whole = tensor.detach().clone()
@@ -84,7 +84,7 @@ def replicated(mesh):
 
 
 def check(function, tensors, mesh, *placements):
-    """`placements`: of each tensor; where one is None, and of those without one, replicated."""
+    """`placements` holds one for each tensor; a tensor with None or without one is replicated."""
     expected = outputs_and_gradients(function, tensors)
     given = [
         tensor if tensor is None else placed(tensor, mesh, where or replicated(mesh))
@@ -101,7 +101,7 @@ def leaf(*shape):
 
 
 def layouts(line, square, ndim):
-    """(mesh, placements) of a tensor of so many dimensions."""
+    """(mesh, placements) for a tensor of `ndim` dimensions."""
     from torch.distributed.tensor import Partial, Shard
 
     for placement in (Partial(), *map(Shard, range(ndim))):
@@ -150,7 +150,7 @@ def residual_norms(rank, line, square):
 
 @case
 def gradients_are_placed_as_those_of_torch(rank, line, square):
-    """Rows cut: a weight's gradient is a sum that is not yet added up."""
+    """With sharded rows a weight's gradient is a sum that is not yet reduced."""
     from torch.distributed.tensor import Shard
 
     found = []
@@ -204,7 +204,7 @@ def losses(rank, line, square):
 
 @case
 def running_statistics(rank, line, square):
-    """Of the whole batch, written to where they lie."""
+    """Running statistics are those of the whole batch, written in place."""
     from torch.distributed.tensor import Shard
 
     batch, instance = nn.BatchNorm1d, partial(nn.InstanceNorm1d, track_running_stats=True)
@@ -247,13 +247,13 @@ SHAPES = {"dropout1d": (4, 6, 5), "dropout3d": (4, 6, 2, 3, 2)}
 
 @case
 def masks(rank, line, square):
-    """The mask of one process with that seed, on any mesh; and the generators stand at the same place after it."""
+    """On any mesh the mask is that of one process with the same seed, and all generators advance alike."""
     for name, function in DROPOUTS.items():
         shape = SHAPES.get(name, (4, 6, 5, 7))
         for mesh, placements in (layouts if name == "dropout" else few_layouts)(line, square, len(shape)):
             check(function, (leaf(*shape),), mesh, placements)
     for mesh, placements in layouts(line, square, 2):
-        check(F.dropout, (leaf(3, 2),), mesh, placements)  # some have no part
+        check(F.dropout, (leaf(3, 2),), mesh, placements)  # some processes have no part
         check(F.dropout, (leaf(0, 2),), mesh, placements)
 
 
@@ -303,7 +303,7 @@ def streams_and_generators(rank, line, square):
 
 @case
 def sixteen_bits(rank, line, square):
-    """Where nothing is added to the result, its bits are those of one process."""
+    """Where results are not sums over processes, their bits are those of one process."""
     for name, function in DROPOUTS.items():
         x = torch.randn(SHAPES.get(name, (4, 6, 5, 7)), dtype=torch.bfloat16)
         for mesh, placements in few_layouts(line, square, x.dim()):
@@ -315,21 +315,21 @@ def sixteen_bits(rank, line, square):
 
 @case
 def other_seeds(rank, line, square):
-    """The first process's serves all of a mesh."""
+    """All processes of a mesh use the first one's seed."""
     x = torch.randn(4, 6, 5, 7)
     for mesh, function in itertools.product((line, square), (F.dropout, DROPOUTS["dropblock2d"])):
         torch.manual_seed(0)
         expected = function(x)
         torch.manual_seed(rank)
         assert torch.equal(function(placed(x, mesh, replicated(mesh))).to_local(), expected)
-    # Each row of a mesh is one of its own.
+    # Each row of the mesh is a mesh of its own.
     torch.manual_seed(rank // 2 * 2)
     expected = F.dropout(x)
     torch.manual_seed(rank)
     assert torch.equal(F.dropout(placed(x, square["model"], replicated(line))).to_local(), expected)
 
 
-# What else ops are asked to do.
+# Other uses of the ops.
 
 
 @case
@@ -394,7 +394,7 @@ def every_op_has_an_answer(rank, line, square):
 
 
 class Block(nn.Module):
-    """A feed-forward block as models have it, before dlkit.replace()."""
+    """A feed-forward block as in models, before dlkit.replace()."""
 
     def __init__(self, p):
         super().__init__()
@@ -438,7 +438,7 @@ def sequence_parallel(block, mesh):
 
 @case
 def tensor_and_sequence_parallelism(rank, line, square):
-    """With dropout too: every process drops what one process would."""
+    """With dropout too: the processes together drop the same elements as one process."""
     x = torch.randn(2, 8, 8)
     for p in (0.0, 0.4):
         alone, block = make_block(p), sequence_parallel(make_block(p), line)
@@ -532,7 +532,7 @@ def test_shardings_in_the_file_of_a_function():
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
 def test_compiled(tmp_path):
-    """By a mesh of this one process: TorchDynamo's imports take seconds."""
+    """Uses a mesh of this process only, since importing TorchDynamo in others takes seconds."""
     from torch.distributed.tensor import Shard
 
     def function(x, w):

@@ -1,4 +1,4 @@
-"""Every function under compile and export with every size dynamic: what eager gives, from one graph."""
+"""Every function under compile and export with all sizes dynamic gives eager's results from one graph."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from support.calls import CALLS, RANDOM, results_and_gradients
 import dlkit
 
 SIZES = [{"N": 4, "L": 6, "C": 8}, {"N": 5, "L": 7, "C": 10}, {"N": 3, "L": 5, "C": 12}]
-# What a compiler takes for constants: a graph each.
+# Sizes that a compiler treats as constants: each needs its own graph.
 ONE_OR_NONE = [{"N": 1, "L": 6, "C": 8}, {"N": 0, "L": 6, "C": 8}, {"N": 4, "L": 1, "C": 8}]
 
 
@@ -20,7 +20,7 @@ def outcome(call, tensors):
 
 
 def assert_same(call, other, tensors):
-    """The same values and strides, or an error of both."""
+    """Both give the same values and strides, or both raise."""
     wanted, found = outcome(call, tensors), outcome(other, tensors)
     if isinstance(wanted, Exception) or isinstance(found, Exception):
         assert isinstance(wanted, Exception) and isinstance(found, Exception), (wanted, found)
@@ -67,7 +67,7 @@ def test_exported_once_for_all_sizes(name, one_thread):
     for module in (program.module(), program.run_decompositions().module()):
         for sizes in SIZES:
             tensors = [tensor.detach() for tensor in call.tensors(sizes)]
-            # A program draws by torch's own ops: its masks are those of a program for one size, not eager's.
+            # A program draws by torch's own ops: its masks are those of a program for fixed sizes, not eager's.
             expected = export(tensors).module() if name in RANDOM else call
             torch.manual_seed(1)
             wanted = expected(*tensors)
@@ -78,7 +78,7 @@ def test_exported_once_for_all_sizes(name, one_thread):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_sizes_that_depend_on_data(name, one_thread):
-    """No rows at all too, which a graph cannot know: the kernels take nothing for nothing."""
+    """Includes 0 rows, which a graph cannot know in advance: kernels accept empty input."""
     torch._dynamo.reset()
     call = CALLS[name]
 
@@ -93,7 +93,7 @@ def test_sizes_that_depend_on_data(name, one_thread):
             call_eager, call_compiled = (lambda *t, f=f, k=keep: f(k, *t) for f in (on_some, compiled))
             tensors = call.tensors(SIZES[0])
             if chosen == 0 and name in ("instance_norm", "instance_norm, running"):
-                # torch's own fails in eager; running statistics of nothing are refused.
+                # torch's own op fails in eager; running statistics of an empty batch are refused.
                 y = outcome(call_compiled, tensors)
                 assert isinstance(y, RuntimeError) if "running" in name else y[0].numel() == 0
             else:

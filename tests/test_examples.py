@@ -1,4 +1,4 @@
-"""The scripts in examples/ run, each in a process of its own and with tiny settings, and print what they promise."""
+"""The scripts in examples/ run, each in its own process and with tiny settings, and print the expected text."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-# script: its arguments, a library that it needs, what it prints
+# script: its arguments, a library that it needs, text that it prints
 EXAMPLES = {
     "training_loop": ("--steps 3 --batch 16 --width 32", None, r"now dlkit\.nn\.layer_norm\.LayerNorm.*accuracy 0\.\d"),
     "cnn": ("--steps 1 --batch 2 --size 32", "torchvision", "17 BatchNorm layers fused, 3 left.*restored: 20 layers"),

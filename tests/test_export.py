@@ -1,4 +1,5 @@
-"""The layers in tools that trace, export, quantize or rewrite models: as torch's own, or refused with the remedy."""
+"""The layers in tools that trace, export, quantize or rewrite models: they behave as torch's own, or are refused with a
+remedy."""
 
 import contextlib
 import copy
@@ -124,7 +125,7 @@ class Several(nn.Module):
         return tuple(results)
 
 
-APART = ("MultiheadAttention", "LinearCrossEntropyLoss")  # whose torch forms take other steps
+APART = ("MultiheadAttention", "LinearCrossEntropyLoss")  # their torch forms take other steps
 TWIN_CASES = [case for case in CASES.values() if case.cls in PLAIN and case.name not in APART]
 OTHER_CASES = [case for case in CASES.values() if case not in TWIN_CASES]
 
@@ -232,7 +233,7 @@ DROPOUTS = {
 
 @pytest.mark.parametrize(("mask_ndim", "alpha", "shape"), DROPOUTS.values(), ids=DROPOUTS)
 def test_dropout_in_torch_s_terms(mask_ndim, alpha, shape):
-    """The same values, alike in each channel or sample, and as many."""
+    """torch's form gives the same values, the same within each channel or sample, and drops as many."""
     ours = op("dropout")(torch.ones(shape), 0.3, mask_ndim, alpha, None, None)
     torchs = _native.dropout(torch.ones(shape), 0.3, mask_ndim, alpha, generator=None, stream=None)
     torch.testing.assert_close(torchs.unique(), ours.unique())
@@ -317,13 +318,13 @@ def test_quantization_is_refused():
     for convert in (prepare, lambda model: quantize_fx.prepare_fx(model, mapping, (x,))):
         with pytest.raises(TypeError, match="LayerNorm"):
             convert(nn.Sequential(nn.Linear(4, 4), dlkit.nn.LayerNorm(4)).eval())
-    # What does not concern the layers may do its work.
+    # Tools that do not touch the layers may run.
     dynamic = quantization().quantize_dynamic(dlkit.replace(convolutions().eval()), {nn.Linear})
     assert type(dynamic[1]) is dlkit.nn.BatchNorm2d and not hasattr(dynamic[1], "qconfig")
     assert len(list(optimization.remove_dropout(nn.Sequential(nn.ReLU(), dlkit.nn.Dropout())).graph.nodes)) == 3
 
 
-# Per-sample gradients, other weights, compiled autograd
+# Per-sample gradients, rewritten weights, compiled autograd
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "InstanceNorm1d"])
@@ -365,7 +366,7 @@ REWRITES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rewrite", REWRITES.values(), ids=REWRITES)
 def test_rewritten_weights(rewrite):
-    """Before and after replace(): what torch's layer gives."""
+    """Rewriting before and after replace() gives the results of torch's layer."""
     done = []
     for case in CASES.values():
         plain = case.make()
@@ -393,7 +394,7 @@ def test_rewritten_weights(rewrite):
 
 @pytest.mark.slow
 def test_compiled_autograd_gives_the_same_gradients():
-    """Kept graphs must not take one p, eps or draw of numbers for another."""
+    """Cached graphs must not confuse different p, eps or random draws."""
     made = (dlkit.nn.Dropout, partial(dlkit.nn.DropoutAddLayerNorm, 8), partial(dlkit.nn.BatchNorm1d, 8))
     layers = [make(number) for number in (0.2, 0.7) for make in made]
     compiler = torch.compile(backend="eager")

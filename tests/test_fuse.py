@@ -1,4 +1,5 @@
-"""fuse(): what is fused, that results, checkpoints, copies and compiled code stay the same; what restore() undoes."""
+"""fuse(): which modules are fused; results, checkpoints, copies and compiled code stay the same; restore() undoes
+it."""
 
 import copy
 import io
@@ -308,7 +309,7 @@ OTHERS = {
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)], ids=["batch", "group"])
 @pytest.mark.parametrize("act", [*ACTIVATIONS, *OTHERS], ids=repr)
 def test_each_activation_is_taken_in(act, make):
-    """As a neighbour, behind a traced forward() and an add, and as a norm's own."""
+    """As a neighbour, after an add in a traced forward(), and as a norm's own."""
     residual = AddAct(make(), act)
     own = OwnAct(make(), act)
     model = randomised(nn.Sequential(nn.Conv2d(4, 4, 1), make(), act, residual, own).double())
@@ -339,7 +340,7 @@ class AddAct(nn.Module):
 
 
 class OwnAct(AddAct):
-    """By functions."""
+    """Calls its activation as a function."""
 
     def forward(self, x):
         y = self.norm(x)
@@ -366,7 +367,7 @@ def test_an_activation_that_changes_after_fusing_raises():
 
 
 class Variants(Block):
-    """Everything here is fused."""
+    """A block in which everything is fused."""
 
     def __init__(self):
         super().__init__()
@@ -536,7 +537,7 @@ def transformer_inputs(decoder):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("kind", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
 def test_transformer_layers_fuse_and_draw_the_same_masks(kind, norm_first):
-    """Against the same layer with dlkit's layers one by one: masks, results and gradients; and evaluation."""
+    """Compared with the same layer made of dlkit's single layers: masks, results and gradients, and evaluation."""
     options = {"batch_first": True, "norm_first": norm_first, "dropout": 0.3, "activation": "gelu"}
     plain = dlkit.replace(getattr(torch.nn, kind)(16, 2, 32, **options))
     fused = copy.deepcopy(plain)
@@ -575,7 +576,7 @@ def test_transformer_layers_that_cannot_be_fused_are_left():
     assert [change.before is change.after for change in report] == [True, True, True, False]
     for change, word in zip(report, ("hooks", "dropout2", "subclass", "fused"), strict=True):
         assert word in change.reason
-    net[3].norm1 = torch.nn.Identity()  # what came later is noticed
+    net[3].norm1 = torch.nn.Identity()  # a later change is noticed
     net[3](torch.randn(2, 3, 16))
     stack = dlkit.fuse(torch.nn.TransformerEncoder(made(), 2, enable_nested_tensor=False))
     assert all(type(layer) is dlkit.nn.TransformerEncoderLayer for layer in stack.layers)
@@ -584,7 +585,7 @@ def test_transformer_layers_that_cannot_be_fused_are_left():
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, "hooked"])
 def test_feed_forward_takes_the_activation_along(activation):
-    """The same mask and values as the dropout behind the activation; a dropout with a hook is called."""
+    """The same mask and values as with the dropout after the activation; a dropout with a hook is called."""
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, 0.4, "relu" if activation == "hooked" else activation)
     seen = []
     if activation == "hooked":
@@ -598,7 +599,7 @@ def test_feed_forward_takes_the_activation_along(activation):
     assert len(seen) == (activation == "hooked")
 
 
-# What restore() gives back, and the tools that know only the base.
+# restore(), and tools that know only the base class.
 
 
 def types_of(model):
@@ -664,7 +665,7 @@ def test_restore_undoes_transformer_layers():
 
 
 class Frozen(nn.Module):
-    """As detectron2's and timm's: the statistics for ever."""
+    """Like detectron2's and timm's: its statistics never change."""
 
     def __init__(self, layer):
         super().__init__()

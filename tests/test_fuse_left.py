@@ -1,4 +1,4 @@
-"""fuse(): what is left as it is, and what is looked through."""
+"""fuse(): modules that it leaves unchanged, and modules that it looks through."""
 
 import copy
 import pickle
@@ -130,7 +130,7 @@ class SwitchesGradients(Block, reason="_set_grad_enabled"):
         return self.relu(self.bn(x))
 
 
-class Checkpoints(Block, reason="torch.fx cannot trace"):  # which of its calls is met first depends on torch
+class Checkpoints(Block, reason="torch.fx cannot trace"):  # which of its calls is traced first depends on torch
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(lambda x: self.relu(self.bn(x)), x, use_reentrant=False)
 
@@ -182,7 +182,7 @@ class ZeroDropPath(nn.Module):
 
 
 class LooksThrough(Block):
-    """What does nothing stands wherever it can, and the training flag is handed on."""
+    """Modules that do nothing stand wherever they can, and the training flag is passed on."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ def test_what_does_nothing_is_looked_through():
     assert fused_layers(fused) == ["bn", "bn2"]
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert_same_results(copy.deepcopy(model), copied, x)
-    fused.drop.p = 1.0  # stands before and behind a ReLU, and is called there
+    fused.drop.p = 1.0  # stands before and after a ReLU, and is called there
     zero = torch.zeros_like(x)
     model.drop.p = 1.0
     torch.testing.assert_close(fused.train()(x), model.train()(x))
@@ -307,7 +307,7 @@ def test_a_norm_takes_in_a_relu_of_its_own(replaced):
         copy.deepcopy(fused[0])(x)
     assert not [name for name in calls if "relu" in name]
     assert_same_results(copy.deepcopy(model[:2]), copy.deepcopy(again[:2]), x)
-    fused[0].act = model[0].act = nn.Hardtanh()  # is called, whatever it has become
+    fused[0].act = model[0].act = nn.Hardtanh()  # whatever it is now, it is called
     assert_same_results(model[:2], fused[:2], x)
     report.clear()
     dlkit.fuse(again, report=report)
@@ -467,7 +467,7 @@ def test_shared_layers_and_unusual_relus_are_left():
         assert not fused_layers(model)
     assert "registered in several places" in report[0].reason
     assert "the activation after it is left: it has hooks" in report[-3].reason
-    dlkit.fuse(twice)  # one block in two places has its layers once
+    dlkit.fuse(twice)  # a block in two places has its layers only once
     assert fused_layers(twice) == ["0.bn"]
     x = torch.randn(2, 4, 3, 3)
     assert twice(x).shape == x.shape

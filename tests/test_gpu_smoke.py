@@ -1,4 +1,4 @@
-"""Each op once on a GPU against torch's, at widths that take every path: the first thing to run there."""
+"""Each op once on a GPU against torch's, at widths that take every path: the first test to run on a new one."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DEVICE, ROWS = "cuda", 33
 WIDTHS = (64, 768, 1024, 3072, 4096, 12288)
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Functions of (module, x, residual, weight, bias), the module being dlkit's functional or torch's.
+# Functions of (module, x, residual, weight, bias); the module is dlkit's functional or torch's.
 NORMS = {
     "layer_norm": lambda m, x, r, w, b: m.layer_norm(x, x.shape[1:], w, b),
     "rms_norm": lambda m, x, r, w, b: m.rms_norm(x, x.shape[1:], w, 1e-6),
@@ -29,7 +29,7 @@ NORMS = {
 
 
 def check_norm(name, shape, dtype, layout=torch.contiguous_format):
-    """Output and gradients, against torch's in fp64."""
+    """Compares output and gradients with torch's in fp64."""
     tensors = [make(shape, dtype, DEVICE).contiguous(memory_format=layout) for _ in range(2)]
     tensors += [make(shape[1:2], dtype, DEVICE, shift=1.0), make(shape[1:2], dtype, DEVICE)]
     grad = make(shape, dtype, DEVICE)
@@ -61,7 +61,7 @@ def test_norms_of_images(layout):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_dropouts(width):
-    """What is kept and how many; the masks themselves are tested elsewhere."""
+    """Checks kept values and their number; the masks themselves are tested elsewhere."""
     x, residual = (make((ROWS, width), torch.float32, DEVICE) for _ in range(2))
     x.requires_grad_()
     y = fused.dropout(x, 0.25)

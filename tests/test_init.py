@@ -1,4 +1,4 @@
-"""Layer-sequential unit variance: what it sets, what it leaves alone, and what it says when it cannot."""
+"""Layer-sequential unit variance: the weights it sets, the modules it leaves unchanged, and its errors."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def mlp(depth: int = 6, width: int = 64) -> nn.Sequential:
 
 
 def outputs(model: nn.Module, *batch: torch.Tensor) -> list[torch.Tensor]:
-    """Of the Linear and Conv layers, in the order in which they run."""
+    """Outputs of the Linear and Conv layers, in the order in which they run."""
     seen: list[torch.Tensor] = []
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     handles = [

@@ -1,4 +1,4 @@
-"""Installing and loading: every way it can fail gives one sentence with the cause and the command that mends it."""
+"""Installing and loading: every failure gives one sentence with the cause and the command that mends it."""
 
 import os
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def build(tmp_path, *, torch_module=None, root=ROOT, **environment):
-    """setup.py build_ext in a process that sees `torch_module` in place of torch; returns (exit status, output)."""
+    """Runs setup.py build_ext with `torch_module` in place of torch; returns (exit status, output)."""
     if torch_module is not None:
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch" / "__init__.py").write_text(torch_module)
@@ -140,13 +140,13 @@ def test_a_second_torch_takes_the_kernels_that_the_first_one_made(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
     (root / "dlkit").mkdir()
-    shutil.copy(ROOT / "dlkit" / "__init__.py", root / "dlkit")  # has the version
+    shutil.copy(ROOT / "dlkit" / "__init__.py", root / "dlkit")  # holds the version
     compiler.write_text(FAKE_COMPILER)
     compiler.chmod(0o755)
     fake_utils(tmp_path)
 
     def compiled(version):
-        """Names of the sources that were."""
+        """Names of the compiled sources."""
         (tmp_path / "torch" / "__init__.py").write_text(fake_torch(version, None))
         status, output = build(
             tmp_path, root=root, DLKIT_BUILD="cpu", CXX=str(compiler), MAX_JOBS="1", DLKIT_VERBOSE="1"
@@ -180,7 +180,7 @@ def test_torch_changed_under_the_library(built, found, problem):
 
 @pytest.mark.slow
 def test_import_says_so(tmp_path):
-    """The whole package, with build facts of another torch."""
+    """Imports the whole package, with build facts of another torch."""
     package = tmp_path / "dlkit"
     shutil.copytree(ROOT / "dlkit", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "_build_facts.py").write_text("TORCH_VERSION = '2.9.0+cpu'\nCUDA_VERSION = None\n")
@@ -250,7 +250,7 @@ def test_pre_commit_and_docs_use_the_tools_of_make_lint():
 
 
 def metadata_with(torch_folder, **environment):
-    """Version and requirements that setup.py gives beside the torch in this folder."""
+    """Version and requirements that setup.py reports with the torch in this folder."""
     code = "import sys, runpy, setuptools; kept = {}; setuptools.setup = kept.update; sys.argv = ['setup.py']"
     code += "; runpy.run_path('setup.py'); print(kept['version'], *kept['install_requires'])"
     env = {**os.environ, "PYTHONPATH": str(torch_folder), **environment}
@@ -262,7 +262,7 @@ def test_version_and_requirement_name_the_torch_it_is_built_against(tmp_path):
     folder = tmp_path / "torch"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    assert metadata_with(tmp_path) == [dlkit.__version__, "torch>=2.10"]  # as where there is no torch
+    assert metadata_with(tmp_path) == [dlkit.__version__, "torch>=2.10"]  # as without torch
     facts = "from typing import Optional\n__version__ = '2.12.1+cu130'\ncuda: Optional[str] = '13.0'\n"
     (folder / "version.py").write_text(facts)
     nvcc = fake_nvcc(tmp_path / "cuda", "13.1")

@@ -1,4 +1,4 @@
-"""The lab: its commands, what they write, that a killed one goes on, and that dlkit's and torch's runs agree."""
+"""The lab: its commands and their files; a killed command resumes; dlkit's and torch's runs agree."""
 
 import argparse
 import csv
@@ -50,7 +50,7 @@ def make(setting: Setting, configuration: Configuration, layers: str = "dlkit", 
 
 
 def numbers(run: training.Run) -> list[dict[str, float]]:
-    """The metrics of each epoch but the time that it took."""
+    """The metrics of each epoch, without its time."""
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
 
 
@@ -61,8 +61,8 @@ def arguments(*text: str) -> argparse.Namespace:
 
 
 def started(*text: str) -> subprocess.Popen:
-    """`python -m dlkit lab ...` on digits with one thread, as a process of its own that Ctrl-C reaches: what a shell
-    starts in the background, tests too, ignores it."""
+    """`python -m dlkit lab ...` on digits with one thread, in a process that Ctrl-C reaches: processes that a shell
+    starts in the background ignore it, tests included."""
     code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "runpy.run_module('dlkit', run_name='__main__', alter_sys=True)"
     line = [sys.executable, "-c", code, "lab", *text, "--data", "digits", "--threads", "1"]
@@ -131,7 +131,7 @@ def test_epoch_by_epoch_is_the_same_as_at_once(data, tmp_path, layers):
     options = {"schedule": torch.optim.lr_scheduler.CosineAnnealingLR, "patience": 3}
     whole = make(setting(data, tmp_path / "whole"), small(**options), layers)
     whole.advance()
-    for _ in range(4):  # each time as a new process would
+    for _ in range(4):  # each time as a new process
         parts = make(setting(data, tmp_path / "parts"), small(**options), layers)
         parts.advance(1)
     assert parts.finished
@@ -208,7 +208,7 @@ def test_what_torch_lacks_is_dlkits_too():
     torch.testing.assert_close(twin.eval()(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
 
 
-# What is refused, and a full disk
+# Refused input, and a full disk
 
 
 def test_a_folder_of_something_else_is_refused(data, tmp_path):
@@ -351,7 +351,7 @@ def test_the_interval_is_students():
 
 @pytest.mark.slow
 def test_interrupted_and_killed_and_gone_on(tmp_path):
-    """Ctrl-C in the first training, SIGKILL in the second; then the same command ends as an unbroken one does."""
+    """Ctrl-C in the first training, SIGKILL in the second; the same command then ends as an uninterrupted one."""
     text = ["dropout", "--epochs", "12"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for name, number in (("without", signal.SIGINT), ("dropout", signal.SIGKILL)):
@@ -377,7 +377,7 @@ def test_interrupted_and_killed_and_gone_on(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    """The same weights as one process, without BatchNorm and with SyncBatchNorm."""
+    """Two processes give the weights of one, without BatchNorm and with SyncBatchNorm."""
     text = ["batchnorm", "--quick", "--epochs", "2"]
     command(*text, "--output", str(tmp_path / "one"))
     for strategy in ("ddp", "fsdp"):

@@ -1,4 +1,4 @@
-"""Checks of one's own layers and optimizers: right ones pass, and each mistake gets its message and no other."""
+"""The lab's checks of a user's layers and optimizers: right ones pass, and each mistake gets only its own message."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def messages(**given):
     return checks.run(show=None, **given).messages
 
 
-# Right ones.
+# Right implementations.
 
 
 @pytest.mark.parametrize("home", [torch.nn, dlkit.nn], ids=["torch", "dlkit"])
@@ -33,7 +33,7 @@ def test_optimizers_of_torch_and_dlkit_are_right(home, name):
     assert messages(optimizer=getattr(home, name)) == []
 
 
-# Norms, by hand. Each mistake is an option of these two, one in NumPy with its own backward, one in torch.
+# Norms written by hand, one in NumPy with its own backward, one in torch. Each mistake is an option of these two.
 
 
 def fraction(x, mean, var, eps, place):
@@ -200,7 +200,7 @@ def test_layer_norm_of_a_well_known_tutorial():
 
 
 class Dropout:
-    """Right; each mistake is a subclass."""
+    """A right dropout; each mistake is a subclass."""
 
     def __init__(self, p=0.5):
         self.p, self.training = p, True
@@ -329,7 +329,7 @@ def test_a_dropout_by_hand_is_right():
 @pytest.mark.parametrize("wrong", DROPOUTS)
 def test_dropout(wrong):
     if wrong is OneRow:
-        # One row of 100 draws: a share of 0.3 within 0.02 is luck.
+        # In one row of 100 draws a share within 0.02 of 0.3 is luck.
         assert f"Dropout: {DROPOUTS[wrong]}" in messages(Dropout=wrong)
     else:
         assert messages(Dropout=wrong) == [f"Dropout: {DROPOUTS[wrong]}"]
@@ -363,7 +363,7 @@ def test_dropout_without_modes():
     ]
 
 
-# Optimizers. The mistakes are options of one step, so that each is seen beside the right one.
+# Optimizers. The mistakes are options of one step, which shows each beside the right code.
 
 
 def adam(
@@ -465,7 +465,7 @@ def test_three_mistakes_at_once():
 
 
 class NumpySGD:
-    """On lists of arrays, changed in place."""
+    """Changes lists of arrays in place."""
 
     nesterov, damped, decoupled, shared, decays, no_momentum = False, False, False, False, True, False
 
@@ -515,7 +515,7 @@ def rmsprop(*, reverse=False, total=False, inside=False, corrected=False, ones=F
             self.lr, self.rho, self.eps, self.v, self.t = lr, rho, epsilon, {}, 0
 
         def step(self, params, grads):
-            """Returns the new ones."""
+            """Returns the new parameters."""
             self.t += 1
             new = []
             for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -543,7 +543,7 @@ def test_rmsprop(mistake, message):
     assert messages(optimizer=rmsprop(**{mistake: True})) == [f"RMSprop: {message}"]
 
 
-# What cannot be used at all.
+# Objects that cannot be used at all.
 
 
 class NoTraining:

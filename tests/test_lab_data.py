@@ -1,4 +1,4 @@
-"""The lab's data: the files, where they are found, and the batches cut out of them. No test uses the network."""
+"""The lab's data: the files, their places, and the batches made from them. No test uses the network."""
 
 import gzip
 import struct
@@ -38,7 +38,7 @@ def refuse_download(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
-    """An own, empty cache and Debian folder, no $DLKIT_DATA, and no network."""
+    """An empty cache and Debian folder for the test, no $DLKIT_DATA, and no network."""
     monkeypatch.delenv("DLKIT_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "cache")
@@ -132,7 +132,7 @@ def test_folder_asked_for_must_have_the_files(places):
 
 
 def test_search_order(places, monkeypatch):
-    # Each place has another number of images, so that what was read shows where it was found.
+    # Each place has a different number of images, which shows the place that was read.
     asked = write_fashion_mnist(places / "asked", train=11)
     environment = write_fashion_mnist(places / "environment", train=12, suffix="")
     cache = write_fashion_mnist(places / "cache", train=13)
@@ -146,7 +146,7 @@ def test_search_order(places, monkeypatch):
     assert images() == 12
     monkeypatch.setenv("DLKIT_DATA", str(places / "empty"))
     assert images() == 13
-    # What an interrupted download leaves in the cache does not count.
+    # A partial download in the cache is ignored.
     (cache / f"{TEST_LABELS}.gz").unlink()
     assert images() == 14
 
@@ -207,7 +207,7 @@ def test_batches_depend_on_the_epoch_seed_alone():
     assert once == drawn(1) != drawn(2)
     assert sorted(each for some, _ in once for each in some) == list(range(20))
     assert all(wanted == [10 * each for each in some] for some, wanted in once)
-    # Two processes have between them, batch by batch, what one has.
+    # Two processes together have the batches of one.
     halves = drawn(1, rank=0, ranks=2), drawn(1, rank=1, ranks=2)
     assert [left[0] + right[0] for left, right in zip(*halves, strict=True)] == [some for some, _ in once]
 

@@ -1,4 +1,4 @@
-"""The experiments: each runs to its figure in a small form, and what they compute beyond a training is right."""
+"""The experiments: each runs to its figure in a small form, and its own computations beside the training are right."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def setting(data: Dataset, output: Path, **options) -> Setting:
 
 
 def runs(name: str, setting: Setting, *wanted: str) -> list[training.Run]:
-    """Trained; of the configurations `wanted`, or of all."""
+    """Trains the configurations `wanted`, or all."""
     found = course.runs_of(name, experiment.load(name), setting)
     found = [run for run in found if not wanted or run.configuration.name in wanted]
     training.train(found, lambda line: None)
@@ -105,13 +105,13 @@ def test_mixup_mixes_images_and_classes_alike():
     changed, weights = augment.mixup(images, labels, classes=4)
     torch.testing.assert_close(weights.sum(1), torch.ones(64))
     assert (weights > 0).sum(1).max() == 2
-    # A square of class c covers its rows alone, so its brightness there is the part of the class.
+    # A square of class c covers only its own rows: the brightness there is the share of class c.
     prototypes = dark_squares(4)[0] + 0.8
     torch.testing.assert_close(changed + 0.8, torch.einsum("bc,chw->bhw", weights, prototypes), rtol=0, atol=1e-5)
 
 
 def test_cutmix_mixes_classes_by_area():
-    # Each image has one brightness, its class.
+    # Each image has one brightness: its class.
     labels = torch.arange(32) % 4
     images = labels.float()[:, None, None].expand(32, 16, 16).contiguous()
     changed, weights = augment.cutmix(images, labels, classes=4)
@@ -131,7 +131,7 @@ def test_augmentations_follow_torchs_seed():
         assert not torch.equal(results[0], results[2])
 
 
-# What single experiments compute
+# Computations of single experiments
 
 
 def test_confusion_counts_every_image(data, tmp_path):
@@ -233,7 +233,7 @@ def test_memory_of_a_step(data, tmp_path):
     assert sizes["32-true"]["weights"] == 4 * weights
     assert sizes["bf16-true"]["weights"] == 2 * weights
     assert sizes["32-true"]["optimizer"] >= 8 * weights
-    # The images, tanh's result, and what the loss keeps: logits and labels at most.
+    # The images, tanh's result, and the loss's tensors: logits and labels at most.
     assert 4 * 16 * (64 + 32) <= sizes["32-true"]["saved for backward"] <= 4 * 16 * (64 + 32 + 10 + 10) + 8 * 16 + 64
     assert sizes["bf16-true"]["saved for backward"] < sizes["32-true"]["saved for backward"]
 

@@ -1,4 +1,5 @@
-"""LayerNorm and RMSNorm: each backend against exact results, by the yardstick of torch, then the torch-facing side."""
+"""LayerNorm and RMSNorm: each backend against exact results, with torch's error as the yardstick; then the torch-facing
+side."""
 
 import itertools
 import math
@@ -44,7 +45,7 @@ def variant_name(value):
 
 
 def strided(tensor, kind):
-    """The same values, laid out in another way."""
+    """The same values in another layout."""
     rows, cols = tensor.shape
     if kind == "row-strided":
         return torch.cat([tensor, tensor.new_full((rows, 3), math.nan)], 1)[:, :cols]
@@ -69,7 +70,7 @@ def native_gradients(grad_output, grad_sum, x, weight, bias, eps, rms):
     """(grad_input, grad_weight, grad_bias) of torch's ops on the CPU, None where there is no parameter."""
     lone_bias = weight is None and bias is not None
     if lone_bias:
-        weight = torch.ones_like(bias)  # torch's backward refuses a lone bias of another dtype
+        weight = torch.ones_like(bias)  # torch's backward refuses a bias of another dtype without a weight
     sources = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
     y = native_norm(sources[0], None, sources[1], sources[2], eps, rms)
     found = iter(torch.autograd.grad(y, [t for t in sources if t is not None], grad_output))
@@ -80,10 +81,10 @@ def native_gradients(grad_output, grad_sum, x, weight, bias, eps, rms):
 
 
 def check(backend, shape, types, variant, layout="contiguous", scale=1.0, shift=0.0, eps=1e-5):
-    """Forward and backward of `backend` on several draws against the reference; returns what the last draw gave."""
+    """Checks forward and backward of `backend` against the reference on several draws; returns the last results."""
     yardsticks = {name: Yardstick(name) for name in ("y", "grad_input", "grad_weight", "grad_bias")}
     results = None
-    # torch's worst case is known the better the more draws it gets: three for one of ours, more where ours comes close.
+    # More draws show torch's worst case better: it gets three for one of ours, and more where ours comes close.
     draws = max(1, min(32, 16384 // max(1, shape[0] * shape[1])))
     for draw in range(30 * draws):
         if draw >= 3 * draws and all(yardstick.holds(backend.ulps) for yardstick in yardsticks.values()):
@@ -118,7 +119,8 @@ def check_draw(backend, shape, types, variant, layout, scale, shift, eps, yardst
         if wanted[name]:
             yardsticks[name].add_native(tensor, expected[name])
     if cols == 1 and rows:
-        # grad_input is what rounding leaves of two equal terms: an ulp of these, rstd * weight * grad_output, counts.
+        # grad_input is the rounded difference of two equal terms: its error is counted in ulps of rstd * weight *
+        # grad_output.
         terms = exact_rstd * reference.exact(grad_output) * (1 if weight is None else reference.exact(weight))
         yardsticks["grad_input"].one_ulp = max(yardsticks["grad_input"].one_ulp, ulp(float(abs(terms).max()), dtype))
     if backend is None:
@@ -168,7 +170,7 @@ def test_very_long_rows(backend, types):
     check(backend, (2, 70_000), types, VARIANTS[2])
     check(backend, (1, 1_000_003), types, VARIANTS[1])
     check(backend, (1, 131_072), types, VARIANTS[2])
-    check(backend, (40, 20_000), types, VARIANTS[0])  # gradients of parameters by several blocks
+    check(backend, (40, 20_000), types, VARIANTS[0])  # several blocks sum the parameters' gradients
     if backend.instruction_set:  # where few long rows are cut into pieces
         check(backend, (3, 65_549), types, (False, True, True, True), "row-strided")
 
@@ -205,7 +207,7 @@ def test_only_the_gradients_asked_for(backend, mask, cols):
 
 @pytest.mark.parametrize("types", TYPES, ids=[f"{str(a)[6:]}-{str(b)[6:]}" for a, b in TYPES])
 def test_backward_needs_no_bias_beside_a_weight(backend, types):
-    """Autograd's node leaves it out: no kernel reads it, and the weight tells the dtype."""
+    """Autograd's node does not save it: no kernel reads it, and the weight has its dtype."""
     x, dy = make((9, 40), types[0], backend.device), make((9, 40), types[0], backend.device)
     weight, bias = (make((40,), types[1], backend.device) for _ in range(2))
     _, _, mean, rstd = backend.call(
@@ -227,7 +229,7 @@ def test_backward_needs_no_bias_beside_a_weight(backend, types):
 @pytest.mark.parametrize("arch", DEVICE_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_widths_that_fill_the_shared_memory_of_a_launch(backend, dtype, arch, monkeypatch):
-    """Static shared memory counts too: for 48 KB, which need no asking, and for all that a device has."""
+    """Static shared memory counts too, both for the 48 KB available by default and for all that a device has."""
     if backend.name == "cuda-on-cpu":
         monkeypatch.setenv("DLKIT_CUDA_ON_CPU_ARCH", arch)
     elif arch != DEVICE_MODELS[0]:
@@ -682,7 +684,7 @@ def test_autocast_behaves_as_in_torch(device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm"])
 def test_autocast_on_a_gpu_gives_torchs_dtypes(name, dtype):
-    """What autocast casts hangs on the version of torch. Fake tensors need no GPU."""
+    """The casts of autocast depend on torch's version. Fake tensors need no GPU."""
     enabled, to = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)

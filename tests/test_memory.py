@@ -1,4 +1,4 @@
-"""reuse_cpu_memory(): page faults, what it costs, and every allocator that is not glibc's left alone."""
+"""reuse_cpu_memory(): page faults, its cost, and allocators other than glibc's, which it leaves unchanged."""
 
 import os
 import platform
@@ -49,7 +49,7 @@ def test_page_faults_and_what_a_process_grows_by():
     reused, default = (list(map(int, run(SCRIPT, mode).stdout.split())) for mode in ("reuse", "default"))
     assert default[0] > 12 * 8192
     assert reused[0] < default[0] / 20, (reused, default)
-    # Kept small tensors do not make it lose the freed blocks: one more of 32 MB is all it needs.
+    # Small tensors that are kept do not make it lose freed blocks: one more block of 32 MB is all it needs.
     assert reused[1] < 48 * 1024, reused
 
 
@@ -67,7 +67,7 @@ def test_context_manager_gives_back():
         assert torch.empty(size, dtype=torch.uint8).data_ptr() != first
         assert reused.kept_bytes == size
     assert reused.kept_bytes == 0
-    assert torch.equal(y, torch.arange(MB))  # outlives it
+    assert torch.equal(y, torch.arange(MB))  # y outlives the context
     del x, y
     assert reused.kept_bytes == 0  # freed afterwards: not kept
     assert torch.zeros(size // 4).sum() == 0
@@ -88,7 +88,7 @@ def test_limit_gives_back_what_was_kept_longest():
         blocks = [torch.empty(size * MB, dtype=torch.uint8) for size in (1, 2, 3)]
         while blocks:
             del blocks[0]
-        assert reused.kept_bytes == 5 * MB  # of 2 and 3 MB
+        assert reused.kept_bytes == 5 * MB  # blocks of 2 and 3 MB
         torch.empty(8 * MB, dtype=torch.uint8)
         assert reused.kept_bytes == 0
         torch.empty(5 * MB, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Nested tensors: torch's values where torch's layers take them, else a message that says what to do."""
+"""Nested tensors: torch's values where torch's layers accept them, else a message with the remedy."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_layers_give_what_torch_s_do_or_say_why_not(name, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_fused_functions_are_their_formulas(layout):
     x = nested(layout)
-    residual = x * 1  # of the same rows
+    residual = x * 1  # has the same rows
     weight, bias = torch.rand(FEATURES), torch.rand(FEATURES)
     norm = torch.nn.functional.layer_norm
     y, total = F.add_layer_norm(x, residual, (FEATURES,), weight, bias)

@@ -1,4 +1,4 @@
-"""Numbers as arguments: what kinds of them, and which, by tables against torch."""
+"""Numbers as arguments: tables of their types and values, compared with torch."""
 
 import math
 
@@ -111,7 +111,7 @@ def test_ranges_of_numbers_are_torch_s(where, value):
     if isinstance(other, type) or isinstance(mine, type):
         assert mine is other, (mine, other)
     elif "dropout" not in where or draws_nothing(value):
-        # A negative eps is what cancels.
+        # A negative eps cancels part of the variance.
         torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-3 if value < 0 else 1e-5, atol=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_running_statistics_with_odd_momenta_are_torch_s(value):
 
 
 def test_inference_tensors():
-    """In place only inside inference mode; running statistics and inputs as torch's ops take them."""
+    """They are changed in place only inside inference mode; running statistics and inputs behave as in torch's ops."""
     with torch.inference_mode():
         x, planes = torch.ones(4, 6, 5), torch.ones(2, 3, 6, 6)
         theirs = torch.ones(4, 6, 5)  # torch writes before it raises

@@ -1,4 +1,4 @@
-"""dlkit._ops: calling an op past torch.ops' own Python must change nothing that a caller can see."""
+"""dlkit._ops: calling an op without torch.ops' own Python must change nothing that a caller can see."""
 
 import sys
 
@@ -45,7 +45,7 @@ def test_keyword_only_arguments_keep_their_place():
     class Tagged(torch.Tensor):
         pass
 
-    # By way of torch.ops, which wants them by name.
+    # Through torch.ops, which needs them by name.
     again = dropout(x.as_subclass(Tagged), 0.5, generator=torch.Generator().manual_seed(1))
     assert type(again) is Tagged
     assert torch.equal(again.as_subclass(torch.Tensor), drawn[0])

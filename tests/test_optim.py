@@ -1,4 +1,4 @@
-"""Each backend's op of the optimizers against exact formulas, by the yardstick of torch."""
+"""Each backend's op of the optimizers against exact formulas, with torch's error as the yardstick."""
 
 import math
 
@@ -50,7 +50,7 @@ MIXED = [(a, b) for a in DTYPES for b in DTYPES if a != b]
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), MIXED)
 def test_gradients_of_another_dtype(backend, dtype, grad_dtype):
-    """Taken as they are, not rounded to the parameter's dtype first; fp64 on either side is converted."""
+    """They are not rounded to the parameter's dtype first; fp64 on either side is converted."""
     for variant in (VARIANTS[0], VARIANTS[7], VARIANTS[10]):
         params = starting_params(dtype)
         ours, theirs, reference = Op(backend, variant, params), Torch(variant, params, dtype), Exact(variant, params)
@@ -65,7 +65,7 @@ def test_gradients_of_another_dtype(backend, dtype, grad_dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "odd offset", "strided"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_gradients_of_another_dtype_are_not_rounded(backend, state_dtype, layout):
-    """Bit for bit the step of fp32 parameters and gradients, but for the parameters' own rounding."""
+    """Bit for bit the step of fp32 parameters and gradients, except for the parameters' own rounding."""
     pairs = [(a, b) for a, b in MIXED if a != torch.float64]
     sizes = [(3,), (17, 15), (257,), (1000,)]
     for dtype, grad_dtype in pairs if backend.draws > 2 else pairs[::2]:
@@ -161,7 +161,7 @@ def test_nothing_is_written_where_an_infinity_was_found(backend):
 
 @pytest.mark.parametrize("variant", [VARIANTS[1], VARIANTS[3], VARIANTS[7], VARIANTS[11]], ids=name_of)
 def test_nan_and_infinity_reach_what_they_reach_in_torch(backend, variant):
-    """amsgrad's maximum keeps a NaN, too."""
+    """amsgrad's maximum keeps a NaN too."""
     sizes = [(9,), (300,)]
     params = starting_params(torch.float32, sizes)
     ours, theirs = Op(backend, variant, params), Torch(variant, params, torch.float32)
@@ -253,6 +253,6 @@ def test_a_parameter_of_one_element_at_many_places_raises():
     with pytest.raises(RuntimeError, match=r"optim_step_\(\): expected grads\[0\] without elements that share memory"):
         op.step([torch.ones_like(p[..., :1]).expand(p.shape) for p in op.params], write_grads=True)
     assert all(torch.equal(a, b) for a, b in zip(op.params, before, strict=True)) and not any(op.steps)
-    op.params[1] = op.params[1][:, :1].expand(3, 1)  # of one column, which shares nothing
+    op.params[1] = op.params[1][:, :1].expand(3, 1)  # of one column, whose elements share no memory
     op.states = {key: [first, rest[:, :1].clone()] for key, (first, rest) in op.states.items()}
     op.step([torch.ones_like(p) for p in op.params])

@@ -147,7 +147,7 @@ def test_a_state_that_is_not_in_use_keeps_its_dtype():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_model_is_cast_and_its_states_are_left(name):
-    """torch's SGD and RMSprop go on then, and so does dlkit; a buffer is not taken for a new one."""
+    """torch's SGD and RMSprop then go on, as does dlkit; a momentum buffer does not count as new."""
     arguments = {"momentum": 0.5, "dampening": 0.5} if name == "SGD" else {}
     params = [parameter(50), parameter(50)]
     params[1].data = params[0].data.double()

@@ -1,4 +1,4 @@
-"""The classes of the optimizers beside torch's: results, states, groups, copies, and bad input."""
+"""The optimizers' classes compared with torch's: results, states, groups, copies, and bad input."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ from dlkit.optim._options import OPTIONS
 
 
 def assert_same_state_form(ours, theirs):
-    """Keys, types, dtypes, devices and shapes of two state dicts agree."""
+    """Checks that keys, types, dtypes, devices and shapes of two state dicts agree."""
     assert ours["state"].keys() == theirs["state"].keys()
     for index, state in ours["state"].items():
         assert list(state) == list(theirs["state"][index])
@@ -470,7 +470,7 @@ def test_param_groups():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_rate_on_a_device_is_not_asked_for(name):
-    """The meta device has no values to ask for; a GPU would be waited for, which a graph's recording refuses."""
+    """The meta device has no values; reading one from a GPU would wait, which a graph's capture refuses."""
     optimizer = getattr(dlkit.optim, name)([torch.zeros(3, requires_grad=True)], lr=0.1)
     (group,) = optimizer.param_groups
     group["lr"] = torch.tensor(0.1, device="meta")
@@ -502,7 +502,7 @@ def test_a_cuda_graph_replays_as_steps_do(name, arguments):
     (params, rate, optimizer), (expected, expected_rate, eager) = make(), make()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # makes the states, and SGD's buffers full ones
+    with torch.cuda.stream(stream):  # makes the states, and fills SGD's buffers
         for _ in range(2):
             optimizer.step()
             eager.step()
@@ -517,7 +517,7 @@ def test_a_cuda_graph_replays_as_steps_do(name, arguments):
         rate.mul_(0.7)
         expected_rate.mul_(0.7)
         graph.replay()
-        torch.cuda.set_sync_debug_mode("error")  # nor does a step outside a graph wait
+        torch.cuda.set_sync_debug_mode("error")  # a step outside a graph does not wait either
         try:
             eager.step()
         finally:

@@ -19,7 +19,7 @@ CASES, case = new_cases()
 
 
 def run(rank, folder):
-    """What each process does."""
+    """Runs in each process."""
     join_group(rank, folder, PROCESSES)
     run_cases(CASES, (rank, folder), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -171,12 +171,12 @@ def fsdp2_moved_between_steps(rank, folder):
 
 
 def big_model():
-    """Two weights of which each process's half has 8-bit states, and biases that have none."""
+    """Two weights, whose half in each process has 8-bit states, and biases without them."""
     return nn.Sequential(nn.Linear(96, 130), nn.Tanh(), nn.Linear(130, 96))
 
 
 def set_gradients(model, step):
-    """The same gradients in each process, over a few decades, cut as the parameters are."""
+    """Sets the same gradients in each process, over a few decades, sharded as the parameters are."""
     generator = torch.Generator().manual_seed(step)
     for param in model.parameters():
         grad = torch.randn(param.shape, generator=generator) * torch.logspace(-2, 0, param.shape[0]).view(
@@ -189,7 +189,7 @@ def set_gradients(model, step):
 
 @case
 def fsdp2_with_8_bit_states(rank, folder):
-    """Each process has blocks of its own; near fp32 states, and a checkpoint can be cut anew."""
+    """Each process has its own blocks; results are near those of fp32 states, and a checkpoint can be resharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     model = big_model()
@@ -278,7 +278,7 @@ def tensor_parallel(rank, folder):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model, data = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.LayerNorm(4)), batches()
-    model, data = model.double(), [x.double() for x in data]  # other orders of summation lie within the tolerance
+    model, data = model.double(), [x.double() for x in data]  # other orders of summation stay within the tolerance
     expected, norms = reference(model, data, 0.1, lr=0.05)
     mesh = dist.init_device_mesh("cpu", (PROCESSES,))
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -295,7 +295,7 @@ def tensor_parallel(rank, folder):
 
 @case
 def clipping_of_plain_and_sharded_gradients(rank, folder):
-    """torch's function refuses them together."""
+    """torch's function refuses to take both together."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     for norm_type in (2.0, 1.0, float("inf")):
@@ -355,7 +355,7 @@ def zero_redundancy_with_clipping(rank, folder):
 
 @case
 def fsdp1(rank, folder):
-    """Flat parameters: the norm needs a group, and says so."""
+    """Flat parameters: the norm needs a process group, and the error says that."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for originals in (False, True):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.sanitize
 
 
 class WithMasters:
-    """The oracle: torch's optimizer on fp32 masters, of which those restart whose 16 bits were written."""
+    """The oracle: torch's optimizer on fp32 masters; a master restarts when its 16 bits are written."""
 
     def __init__(self, param, name, **arguments):
         self.master = nn.Parameter(param.detach().float())
@@ -47,7 +47,7 @@ WRITES = {
 @SIXTEEN_BITS
 @pytest.mark.parametrize("write", WRITES)
 def test_a_written_weight_keeps_what_was_written(write, dtype):
-    """After the first write, which restarts all of the parameter's remainders, those not written keep theirs."""
+    """The first write restarts all of the parameter's remainders; later ones restart only those of written elements."""
     param = parameter(600, dtype=dtype)
     ours = dlkit.optim.AdamW([param], lr=1e-3, weight_decay=0, master_weights=True)
     oracle = WithMasters(param, "AdamW", lr=1e-3, weight_decay=0)
@@ -60,7 +60,7 @@ def test_a_written_weight_keeps_what_was_written(write, dtype):
         grad = torch.randn(600).to(dtype)
         step(ours, grad)
         oracle.step(before if i in (3, 6, 7) else oracle.stored, grad, all_of_it=first_write)
-        kept = ~oracle.master.isinf()  # an infinite weight moves by infinity less a step
+        kept = ~oracle.master.isinf()  # an infinite weight minus a step is infinite
         assert not param.isnan().any()
         torch.testing.assert_close(
             next(ours.master_parameters())[kept], oracle.master[kept].detach(), rtol=1e-6, atol=1e-9
@@ -90,7 +90,7 @@ def test_a_write_through_data_is_seen_once_there_is_a_copy(dtype):
 @SIXTEEN_BITS
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_step_of_rate_0_changes_no_bit_that_was_written(dtype, seen):
-    """All 65,536 of them, on remainders of all kinds."""
+    """All 65,536 values, with remainders of all kinds."""
     every = torch.arange(-32768, 32768).to(torch.int16).view(dtype)
     param = nn.Parameter(torch.randn(65536).to(dtype))
     ours = dlkit.optim.SGD([param], lr=1e-3, master_weights=True)
@@ -123,7 +123,7 @@ def test_masters_survive_a_mask_at_every_step():
             wide.mul_(mask)
     exact = next(ours.master_parameters())
     assert not param[~mask].any()
-    # The first mask restarts the remainders, within half a unit of the last place, once.
+    # The first mask restarts the remainders once, with an error of at most half an ulp.
     assert (exact - wide)[mask].abs().max() <= 2.0**-8 * wide[mask].abs().max()
     moved = (wide.detach() - theirs.param_groups[0]["lr"] * 0)[mask]
     torch.testing.assert_close(exact[mask] - param[mask].float(), moved - param[mask].float(), rtol=0, atol=2.0**-9)
@@ -270,7 +270,7 @@ def test_decoded_states_are_encoded_as_they_were(signed):
 
 
 def test_8_bit_states_of_version_0_1_load():
-    """Codes stood under torch's name, blocks in the order of memory, and state_dtype was a torch.dtype."""
+    """It stored codes under torch's name, cut blocks in memory order, and had a torch.dtype as state_dtype."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(8, 64, 3, 3).to(memory_format=torch.channels_last))
     ours = dlkit.optim.AdamW([param], state_dtype="int8", ema_decay=0.5)
@@ -316,7 +316,7 @@ def test_masters_of_version_0_1_load():
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
 @pytest.mark.parametrize("how", ["state_dtype", "stochastic_rounding"])
 def test_second_moments_in_bf16_follow_shrinking_gradients(name, how):
-    """Rounded to nearest they stay where they are: what a step takes away is less than half a unit."""
+    """Rounded to nearest they never change: a step takes away less than half an ulp."""
     options = {"state_dtype": torch.bfloat16} if how == "state_dtype" else {"stochastic_rounding": True}
     dtype = torch.float32 if how == "state_dtype" else torch.bfloat16
     arguments = {"alpha": 0.999} if name == "RMSprop" else {}

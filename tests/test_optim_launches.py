@@ -1,4 +1,4 @@
-"""More tensors and groups than one launch of the GPU kernels holds, of all alignments, against the same one by one."""
+"""More tensors and groups than one launch of the GPU kernels holds, of all alignments, compared with single steps."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the classes of the optimizers take beyond torch's: clipping, scaling, masters, types of states, averages."""
+"""Options of the optimizers' classes beyond torch's: clipping, scaling, masters, types of states, averages."""
 
 import copy
 import math
@@ -94,7 +94,7 @@ def test_clip_grad_norm(dtype):
 
 
 def test_clip_grad_norm_of_two_types():
-    """Squares of fp32 gradients are added up in fp32, by torch too, which takes the root of their sum there as well."""
+    """Squares of fp32 gradients are added up in fp32, as torch does; torch takes the root in fp32 too."""
     errors = {"ours": 0.0, "torch's": 0.0}
     for _ in range(20):
         grads = [torch.randn(300, dtype=torch.float64), torch.randn(7)]
@@ -153,7 +153,7 @@ def test_grad_scaler_with_clipping():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_master_weights(name):
-    """16-bit parameters with masters follow fp32 parameters to which the same 16-bit gradients come."""
+    """16-bit parameters with masters follow fp32 parameters that get the same 16-bit gradients."""
     for dtype in (torch.bfloat16, torch.float16):
         ours = getattr(dlkit.optim, name)(params_like(dtype=dtype), lr=1e-4, master_weights=True)
         copies = [p.detach().float().requires_grad_() for p in params_like(dtype=dtype)]

@@ -25,7 +25,7 @@ from dlkit.optim import _int8
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=name_of)
 def test_a_remainder_makes_16_bits_exact(backend, variant, dtype):
-    """The halves together take the very steps of an fp32 parameter."""
+    """The two halves together take exactly the steps of an fp32 parameter."""
     params = starting_params(dtype)
     halves = [torch.zeros_like(p, dtype=torch.int16, device=backend.device) for p in params]
     ours = Op(backend, variant, params, torch.float32, remainders=halves)
@@ -46,7 +46,7 @@ def test_a_remainder_makes_16_bits_exact(backend, variant, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_parameter_written_to_keeps_what_was_written(backend, dtype):
-    """All 16-bit values, with remainders that are left from others: steps of zero change no bit of them."""
+    """All 16-bit values, with remainders of other values: steps of zero change none of their bits."""
     high = torch.arange(-(2**15), 2**15).short()
     marks = torch.tensor([0, 1, -1, 32767, -32767, -32768, 16384, -16384, -16385]).short()
     rests = []
@@ -64,9 +64,9 @@ def test_a_parameter_written_to_keeps_what_was_written(backend, dtype):
     for p, rest, average in zip(ours.params, rests, ema, strict=True):
         assert torch.equal(p.cpu().isnan(), params[0].isnan())
         assert torch.equal(p.cpu().view(torch.int16)[~p.cpu().isnan()], high[~params[0].isnan()])
-        value = join(params[0], rest)[finite]  # the average of an infinity is none
+        value = join(params[0], rest)[finite]  # the average of an infinity is not compared
         assert torch.equal(average.cpu()[finite].view(torch.int32), value.view(torch.int32))
-    # What a step has made is what the next one finds, in the parameter's own dtype too.
+    # The next step reads the last one's remainders, also in the parameter's own dtype.
     ours.extras["remainders"] = [rest.view(dtype) for rest in halves]
     ours.step(grads)
     for p, rest, (p_before, rest_before) in zip(ours.params, halves, kept, strict=True):
@@ -76,8 +76,8 @@ def test_a_parameter_written_to_keeps_what_was_written(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_near_zero(backend, dtype):
-    """fp16 keeps what is too small for it, of either sign; what is too small for bf16 is zero."""
-    least = 2.0**-25 if dtype == torch.float16 else 2.0**-134  # in magnitude, of what bf16's rounding does not make 0
+    """fp16 masters keep values of either sign that fp16 itself cannot hold; values too small for bf16 become zero."""
+    least = 2.0**-25 if dtype == torch.float16 else 2.0**-134  # the least magnitude that does not round to 0 in bf16
     steps = torch.tensor([[0.75, -0.75, 2, 0.5, -1.25], [-1.5, 1.25, 0.25, 0.25, 0.75], [0.5, -0.25, -2.75, -0.5, 0]])
     halves = [torch.zeros(5, dtype=torch.int16, device=backend.device)]
     ours = Op(backend, ("SGD", {"lr": least}), [torch.zeros(5, dtype=dtype)], torch.float32, remainders=halves)
@@ -107,7 +107,7 @@ def test_states_in_another_type(backend, dtype, state_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_8_bit_states(backend, dtype):
-    """Each step is that of fp32 states, from the decoded and to the encoded ones."""
+    """Each step is that of fp32 states, decoded before it and encoded after it."""
     for variant in (VARIANTS[1], VARIANTS[6], VARIANTS[11]):
         params = starting_params(dtype)
         ours = with_codes(backend, variant, params)
@@ -147,7 +147,7 @@ def test_8_bit_codes_are_the_nearest(backend, variant):
 
 
 def test_a_positive_second_moment_is_never_the_code_of_0(backend):
-    """As small as it may be beside the largest one of its block: a root of 0 would make a step of any length."""
+    """However small it is beside the largest of its block: a root of 0 would make its step arbitrarily long."""
     grad = torch.logspace(-18, 15, 400)  # squares from 1e-36 to 1e30, some of which underflow over the largest
     grad[::9] = 0
     grad[256:] = grad[256:].clamp(max=1e-18)
@@ -195,7 +195,7 @@ def test_8_bit_conversions_know_neither_layout_nor_default_device():
     decoded = _int8.decode(codes, scale, True)
     turned = _int8.decode(laid_out(codes, "transposed"), scale, True)
     assert torch.equal(turned, decoded) and not turned.is_contiguous()
-    # The order of memory, where blocks were formerly cut.
+    # Memory order, in which version 0.1 cut blocks.
     old_codes, old_scale = _int8.encode(values.t(), True)
     assert torch.equal(
         _int8.decode_memory_order(old_codes.t(), old_scale, True).t(), _int8.decode(old_codes, old_scale, True)
@@ -219,7 +219,7 @@ def test_average_of_the_weights(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding(backend, dtype):
-    """Up as often as the part cut off says, to a neighbour always, by the definition of the stream."""
+    """Rounds to a neighbour, up with a probability equal to the part cut off, by bits of the defined stream."""
     start = torch.cat([torch.full((4000,), 1.0), torch.full((4000,), -3.0), torch.full((96,), 2.0**-20)]).to(dtype)
     lr = 0.25 * torch.finfo(dtype).eps
     grad = torch.ones_like(start)
@@ -247,7 +247,7 @@ TYPES_OF_STATES = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloa
 
 @pytest.mark.parametrize(("dtype", "state_dtype"), TYPES_OF_STATES)
 def test_stochastic_states(backend, dtype, state_dtype):
-    """Each state by a stream of its own, the others to nearest, and the parameter as if they were exact."""
+    """Each such state uses its own stream, the others round to nearest, and the parameter sees exact states."""
     sizes = [(2000,), (40,)]
     params = starting_params(dtype, sizes)
     for variant, chosen in ((VARIANTS[1], (0, 1)), (VARIANTS[11], (1, 2)), (VARIANTS[6], (0,))):
@@ -270,7 +270,7 @@ def test_stochastic_states(backend, dtype, state_dtype):
 
 
 def test_stochastic_states_let_a_second_moment_shrink(backend):
-    """To nearest, bf16 times 0.999 is what it was."""
+    """Rounded to nearest, a bf16 value times 0.999 is unchanged."""
     start, steps = torch.ones(1024), 40
     variant = ("AdamW", {"lr": 0.0})
     means = []

@@ -1,6 +1,6 @@
-"""The optimizers as people use them: plans that are outdated, scalers, kinds of gradients and parameters, subclasses.
+"""The optimizers as people use them: outdated plans, scalers, kinds of gradients and parameters, subclasses.
 
-Each test asks for the right value: that of torch's optimizer in the same situation, or of fp32 masters kept beside.
+Each test checks for the right value: torch's in the same situation, or that of fp32 masters.
 """
 
 import copy
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.sanitize
 
 
 def both(make, steps, change, sizes=((5,), (3, 4), (700,)), rtol=1e-5):
-    """dlkit's and torch's optimizer through the same changes; parameters are compared after each step."""
+    """Runs dlkit's and torch's optimizer through the same changes; parameters are compared after each step."""
     runs = []
     for library in (torch.optim, dlkit.optim):
         torch.manual_seed(3)
@@ -317,7 +317,7 @@ def test_a_step_that_raises_leaves_no_scale_behind(fused):
     ],
 )
 def test_gradients_of_another_dtype(name, dtype, grad_dtype):
-    """As if parameter, state and gradient were all in the wider one, and the parameter rounded."""
+    """The step is as if parameter, state and gradient had the wider dtype, and the parameter were rounded after it."""
     wider = torch.promote_types(dtype, grad_dtype)
     start, grads = torch.randn(300), [torch.randn(300) for _ in range(3)]
     param = nn.Parameter(start.to(dtype))

@@ -1,4 +1,4 @@
-"""override(): torch's own functions by dlkit's kernels. patch(): models built later."""
+"""override(): dlkit's kernels serve torch's own functions. patch(): models built later."""
 
 import copy
 import sys
@@ -241,7 +241,7 @@ def test_compiled_programs_hold_torch_s_ops():
 
 
 def test_what_is_traced_afterwards_is_right():
-    """torch remembers which kernels its Python dispatcher found: gradients of compiled transforms were 0."""
+    """torch caches the kernels that its Python dispatcher finds: stale ones made gradients of compiled transforms 0."""
 
     def function(data, weight):
         return torch.func.grad(lambda x: (F.layer_norm(x, (4,), weight) ** 3).sum())(data)

@@ -1,4 +1,5 @@
-"""replace() on layers of other classes: taken for what they compute, proven by running, and left where they differ."""
+"""replace() on layers of other classes: recognized by their results, which are compared by running them, and left where
+they differ."""
 
 import copy
 import pickle
@@ -15,7 +16,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 class Norm(nn.Module):
-    """What the classes below share: a weight, and eps under a name of its own."""
+    """Shared by the classes below: a weight, and eps under a name of its own."""
 
     def __init__(self, size=16, eps=1e-4):
         super().__init__()
@@ -60,7 +61,7 @@ class WeightlessNorm(nn.Module):
 
 
 class ChannelsNorm(Norm):
-    """Over channels, in elementary ops: the result is channels_last where the input is."""
+    """Normalizes over channels in elementary ops: the result is channels_last where the input is."""
 
     def __init__(self, size=16):
         super().__init__(size)
@@ -178,7 +179,7 @@ def run(layer, inputs):
 
 
 def widened(layer, inputs):
-    """The exact result of what may compute in fp32 whatever it is given."""
+    """The exact result of a layer that may compute in fp32 for any input dtype."""
     with _trial._Widened():
         return run(copy.deepcopy(layer).double(), [x.double() for x in inputs])
 
@@ -212,7 +213,7 @@ def test_float64_is_the_original_s(make, shape, form):
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 @CASES
 def test_other_dtypes_are_no_farther_from_float64(make, shape, form, dtype, parameters):
-    """And have the original's dtype; the output has its strides."""
+    """The output also has the original's dtype and strides."""
     layer = make().to(parameters or dtype)
     twin, _ = replaced(layer)
     inputs = inputs_of(layer, shape, dtype)
@@ -242,13 +243,13 @@ def test_the_order_of_rounding_is_the_original_s(name, dtype):
     found, expected = twin(*inputs), layer(*inputs)
     assert (found == expected).double().mean() > 0.99
     fused = torch.nn.functional.rms_norm(inputs[0], (16,), layer.weight, layer.epsilon)
-    if name in ("rounded first", "weight's dtype"):  # what one rounding at the end would give
+    if name in ("rounded first", "weight's dtype"):  # the result of a single rounding at the end
         assert (fused == expected).double().mean() < 0.95
 
 
 @CASES
 def test_kernels_serve(make, shape, form, monkeypatch):
-    """Results would be right too if all went to the original forward()."""
+    """Checks that kernels run: results would also be right if the original forward() served every call."""
     layer = make()
     twin, _ = replaced(layer)
     calls = []
@@ -293,7 +294,7 @@ def test_a_trial_leaves_no_trace(make, shape, form):
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-# What is left
+# Layers that are left
 
 
 class EpsOutsideNorm(Norm):
@@ -307,7 +308,7 @@ class UnbiasedNorm(Norm):
 
 
 class DetachedNorm(Norm):
-    """The right result, and another gradient."""
+    """Right result, wrong gradient."""
 
     def forward(self, states):
         scale = torch.rsqrt(states.detach().square().mean(-1, keepdim=True) + self.epsilon)
@@ -315,7 +316,7 @@ class DetachedNorm(Norm):
 
 
 class NoisyNorm(nn.LayerNorm):
-    """A norm in evaluation alone."""
+    """A norm only in evaluation."""
 
     def forward(self, states):
         y = super().forward(states)
@@ -328,7 +329,7 @@ class MaskedNorm(nn.LayerNorm):
 
 
 class CountingBatchNorm(nn.BatchNorm2d):
-    """The right result, and other buffers."""
+    """Right result, different buffers."""
 
     def forward(self, images):
         y = super().forward(images)
@@ -374,7 +375,7 @@ def test_what_was_not_proven_goes_to_the_original():
     calls.clear()
     once = twin(x)
     assert not calls
-    twin.epsilon = layer.epsilon = 0.5  # is read in each call
+    twin.epsilon = layer.epsilon = 0.5  # is read at each call
     torch.testing.assert_close(twin(x), layer(x))
     twin.epsilon, twin.twice = 1e-4, True
     calls.clear()
@@ -453,7 +454,7 @@ def test_torch_fx_traces_the_original():
 
 
 def test_autocast_casts_as_the_original():
-    """On a GPU autocast makes norms give fp32; what casts that back goes on doing so."""
+    """On a GPU norms under autocast return fp32; a layer that casts it back still does."""
     with _trial._LikeAutocast():
         assert LayerNorm2d(16).bfloat16()(torch.randn(IMAGES).bfloat16()).dtype == torch.float32
     twin, _ = replaced(NormOfWidened(16))
@@ -520,7 +521,7 @@ class OwnDropBlock(nn.Module):
 
 
 class HalfBlocks(OwnDropBlock):
-    """Blocks that may reach over the border."""
+    """Its blocks may reach over the border."""
 
     def forward(self, x):
         if not self.training or not self.p:
@@ -542,7 +543,7 @@ def test_dropblock():
     y = layer(x)
     torch.manual_seed(1)
     assert torch.equal(y, dlkit.functional.dropblock2d(x, 0.2, 3)) and layer.eval()(x) is x
-    layer.train().coupled = True  # was not so when it was proven
+    layer.train().coupled = True  # was false when the layer was checked
     dropped = layer(x) == 0
     assert torch.equal(dropped[:, :1].expand_as(dropped), dropped)
     for other in (OwnDropBlock(coupled=True), HalfDropBlock()):

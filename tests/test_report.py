@@ -1,4 +1,4 @@
-"""report(): norms and dropouts are seen whoever does them, and where."""
+"""report(): norms and dropouts are found with their places, whoever computes them."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ class Net(nn.Module):
         y = F.dropout(y, 0.5, self.training)
         y = F.dropout(y, 0.0, self.training)
         y = F.rms_norm(y, (8,))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)  # 4 * 8 elements, as every other
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)  # 4 * 8 elements, as in every other
         return F.scaled_dot_product_attention(y, y, y, dropout_p=0.5 * self.training)
 
 

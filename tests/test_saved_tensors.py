@@ -1,5 +1,5 @@
-"""What users do with saved tensors, around every layer: checkpointing in each of its modes, offloading, hooks of their
-own. The gradients must be those of the plain run, bit for bit, with the same masks."""
+"""Uses of saved tensors around every layer: checkpointing in each of its modes, offloading, users' own hooks. The
+gradients must be those of the plain run, bit for bit, with the same masks."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ CLASSES = torch.tensor([0, 6, 2, 3, -100, 5])
 
 
 class Twice(torch.nn.Module):
-    """A layer with a residual, fed with one input and something made from it."""
+    """A layer with a residual, called with one input and a tensor computed from it."""
 
     def __init__(self, layer):
         super().__init__()
@@ -136,7 +136,7 @@ def without_early_stop(block, x):
 
 
 def selective(block, x):
-    """Keeps what matrix products give, computes the rest again."""
+    """Keeps the results of matrix products and recomputes the rest."""
     keep = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.convolution.default]
     contexts = functools.partial(checkpointing.create_selective_checkpoint_contexts, keep)
     return checkpointing.checkpoint(block, x, use_reentrant=False, context_fn=contexts)
@@ -148,7 +148,7 @@ def offloaded(block, x):
 
 
 def hooked(block, x):
-    """Hooks that compute, as those that compress do."""
+    """Hooks that compute, as compressing ones do."""
     hooks = torch.autograd.graph.saved_tensors_hooks
     with hooks(lambda t: (t, (t * 2).sum()), lambda packed: torch.where(packed[1] == packed[1], packed[0], packed[0])):
         return block(x)
@@ -193,7 +193,7 @@ def test_gradients_are_those_of_the_plain_run(name, where, seed, one_thread):
 
 
 def drawing_from(generator, *layers):
-    """A function that draws from ``generator``, from torch's default one, and from it again, in layers with weights."""
+    """A function that draws from ``generator``, torch's default one, and it again, in layers with weights."""
 
     def function(x):
         x = F.dropout(layers[0](x).sin(), 0.3, generator=generator)
@@ -207,7 +207,7 @@ def drawing_from(generator, *layers):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_streams_and_generators_give_again_what_they_gave(mode, seed, one_thread):
-    """torch restores its default generators alone."""
+    """torch restores only its default generators."""
     x = torch.randn(ROWS)
     layers = [mixing(ROWS), mixing(ROWS)]
     plain = (lambda b, t: b(t.cos()).sin()) if mode == "nested" else (lambda b, t: b(t))
@@ -216,7 +216,7 @@ def test_streams_and_generators_give_again_what_they_gave(mode, seed, one_thread
         for call in (plain, MODES[mode]):
             generator = source()
             block = drawing_from(generator, *copy.deepcopy(layers))
-            grads = [g for _ in range(2) for g in gradients(block, call, x, seed)]  # the second goes on in the stream
+            grads = [g for _ in range(2) for g in gradients(block, call, x, seed)]  # the second continues the stream
             where = generator.state_dict() if isinstance(generator, dlkit.random.Philox) else generator.get_state()
             results.append((grads, where))
         torch.testing.assert_close(*results, rtol=0, atol=0)
@@ -237,7 +237,7 @@ def test_a_stream_in_use_need_not_be_in_backward(name, mode, seed, one_thread):
                 if not outside:
                     y.backward()
             if outside and mode == "selective" and call is MODES[mode] and name in ("Dropout", "MultiheadAttention"):
-                # torch compares the ops, and those of another source of random numbers are others.
+                # torch compares the ops, which differ for another source of random numbers.
                 with pytest.raises(RuntimeError, match="depend on global state that changed"):
                     y.backward()
                 continue
@@ -290,7 +290,7 @@ def test_streams_and_compiled_functions_in_checkpoints(where, in_backward, one_t
             if in_backward and where == "outside":
                 y.sum().backward()
         torch.testing.assert_close(y, expected)
-        if where == "inside":  # where the compiler draws again in the backward graph, from a stream that moved on
+        if where == "inside":  # the compiler draws again in the backward graph, from a stream that has advanced
             with pytest.raises(RuntimeError, match=r"Put torch.compile inside"):
                 y.sum().backward()
             continue
@@ -308,7 +308,7 @@ def test_draws_that_cannot_be_repeated_are_refused():
         y.sum().backward()
     sources = iter((stream, None))
     y = checkpointing.checkpoint(lambda t: F.dropout(t.exp(), generator=next(sources)).exp(), x, use_reentrant=False)
-    y.sum().backward()  # as where use() has ended
+    y.sum().backward()  # as after use() has ended
     sources = iter((None, stream))
     y = checkpointing.checkpoint(lambda t: F.dropout(t.exp(), generator=next(sources)).exp(), x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="must draw as it did before"):
@@ -332,7 +332,7 @@ def test_copies_of_streams_go_on_alone():
     "name", ["LayerNorm", "DropoutAddLayerNorm", "BatchNormReLU2d-residual", "Dropout", "DropPath"]
 )
 def test_compiled(name, seed, one_thread):
-    """Checkpointing and compile, either inside the other."""
+    """Checkpointing inside compile, and compile inside checkpointing."""
     shape, make_layer = LAYERS[name]
     block = BLOCKS["branch"](make_layer(), mixing(shape))
     x = torch.randn(shape)
@@ -348,7 +348,7 @@ def test_compiled(name, seed, one_thread):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_gradients(name, seed, one_thread):
-    """create_graph, whose backward is another path, through checkpointed blocks."""
+    """create_graph, which takes another path in backward, through checkpointed blocks."""
     shape, make_layer = LAYERS[name]
     block = BLOCKS["last"](make_layer(), mixing(shape))
     results = []
@@ -388,7 +388,7 @@ CHANGED_BIAS = {
 @pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
 @pytest.mark.parametrize("name", CHANGED_BIAS)
 def test_a_bias_may_change_between_two_backwards(name, weighted, create_graph):
-    """No backward reads it, but for a ReLU whose mask is found from it again: that one notices the change."""
+    """No backward reads it except that of a ReLU, which computes its mask from it again and notices the change."""
     shape, make_layer = CHANGED_BIAS[name]
     layer = make_layer()
     norm = getattr(layer, "layer", layer)
@@ -417,7 +417,7 @@ def test_a_relu_notices_a_changed_bias():
 
 @pytest.mark.parametrize("parameter", [torch.float32, torch.bfloat16])
 def test_a_bias_alone_gets_a_gradient_of_its_type(parameter):
-    """Where there is no weight, the type comes from the bias, whose values are not kept."""
+    """Without a weight the type comes from the bias, whose values are not kept."""
     x = torch.randn(256, FEATURES).bfloat16()
     bias = torch.zeros(FEATURES, dtype=parameter, requires_grad=True)
     grad_output = torch.randn(256, FEATURES).bfloat16()
@@ -434,7 +434,7 @@ def test_a_bias_alone_gets_a_gradient_of_its_type(parameter):
 
 
 def test_only_what_backward_reads_is_kept():
-    """By the tensors that the hooks see: no bias, but where the ReLU's mask is found from it."""
+    """Checked by the tensors that hooks see: no bias, except where the ReLU's mask is computed from it."""
     for name, kept in (*((name, False) for name in CHANGED_BIAS), ("BatchNormReLU2d", True)):
         shape, make_layer = CHANGED_BIAS.get(name) or LAYERS[name]
         layer = make_layer()

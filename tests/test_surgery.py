@@ -1,4 +1,4 @@
-"""replace() and restore(): what changes, what stays, what is reported."""
+"""replace() and restore(): changed and unchanged parts of a model, and the report."""
 
 import copy
 import inspect
@@ -78,7 +78,7 @@ def test_every_twin_is_a_subclass_with_the_same_attributes(original):
         assert list(vars(TWINS[original](6))) == list(attributes)
         return
     assert isinstance(layer, original)
-    # Of what torch's class has, forward alone is another; losses have further arguments.
+    # Of torch's attributes only forward differs; losses have further arguments.
     changed = {name for name in vars(TWINS[original]) if hasattr(original, name)} - {"__module__", "__doc__"}
     assert changed - ({"__init__"} if original in losses else set()) <= {
         "forward",
@@ -147,7 +147,7 @@ def test_batch_norm_layers_do_what_torch_does(cls, shape, options):
 def test_batch_norm_layers_obey_attributes_set_later():
     x = torch.randn(3, 4, 5, 2, dtype=torch.float64)
     frozen = torch.nn.BatchNorm2d(4).double()
-    frozen.track_running_stats = False  # in training the buffers stay, in evaluation they are used
+    frozen.track_running_stats = False  # training leaves the buffers unchanged, evaluation uses them
     assert_twins_agree(frozen, x)
     uncounted = torch.nn.BatchNorm2d(4, momentum=None).double()
     uncounted.num_batches_tracked = None
@@ -175,7 +175,7 @@ def test_instance_norm_layers_do_what_torch_does(cls, shape, options, monkeypatc
     monkeypatch.setattr(dlkit.functional, "instance_norm", lambda *args: calls.append(1) or own(*args))
     layer, x = cls(4, **options, dtype=torch.float64), torch.randn(shape, dtype=torch.float64) + 2
     assert_twins_agree(layer, x)
-    assert len(calls) == 3  # torch's forward() still comes by ours
+    assert len(calls) == 3  # torch's forward() still goes through dlkit's
     twin = dlkit.replace(layer)
     wrong = torch.randn(*shape[:-1], 5, 2, 2, 2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected"):
@@ -228,7 +228,7 @@ def test_lazy_layers_become_ours_once_they_have_seen_an_input(lazy, shape):
     state = {name: torch.full_like(value, 2) for name, value in net.state_dict().items()}
     assert type(dlkit.replace(net)[0]) is TWINS[plain]
     net.load_state_dict(state)
-    if "Instance" in lazy:  # torch itself does not run one whose state was loaded before it saw an input
+    if "Instance" in lazy:  # torch itself cannot run one whose state was loaded before it saw an input
         return
     unseen = dlkit.replace(torch.nn.Sequential(getattr(torch.nn, lazy)(), torch.nn.LazyLinear(2)))
     unseen.load_state_dict(net.state_dict())

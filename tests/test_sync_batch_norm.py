@@ -1,4 +1,4 @@
-"""SyncBatchNorm in 2 and 3 processes against one BatchNorm over the whole batch, and what happens when they disagree.
+"""SyncBatchNorm in 2 and 3 processes against one BatchNorm over the whole batch, and errors when processes disagree.
 
 Every case runs in each process, with the whole batch at hand; the processes are started once for all cases.
 """
@@ -23,7 +23,7 @@ CASES, case = new_cases()
 
 
 def run(rank, folder):
-    """What each process does: every case in turn, among three processes and then two."""
+    """Runs in each process: every case in turn, among three processes and then two."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -66,7 +66,7 @@ def layers(channels, cls=nn.BatchNorm2d, dtype=torch.float64, **options):
 
 
 def compare(whole, sync, x, own, grad, residual=None, relu=False, steps=1, tolerance=None):
-    """A training step of the whole batch in one process and of its own part in this one."""
+    """Compares a training step on the whole batch in one process with one on this process's own part."""
     tolerance = tolerance or {"atol": 1e-11, "rtol": 1e-11}
     for _ in range(steps):
         leaf, mine = x.clone().requires_grad_(), x[own].clone().requires_grad_()
@@ -224,7 +224,7 @@ def a_device_without_kernels(rank, processes):
     has_kernel = dlkit.nn.sync_batch_norm._has_kernel
     try:
         dlkit.nn.sync_batch_norm._has_kernel = lambda device: False
-        with pytest.raises(ValueError, match="expected input tensor to be on GPU"):  # what torch's own says
+        with pytest.raises(ValueError, match="expected input tensor to be on GPU"):  # torch's own message
             layers(5)[1](torch.randn(3, 5, dtype=torch.float64))
     finally:
         dlkit.nn.sync_batch_norm._has_kernel = has_kernel
@@ -341,7 +341,7 @@ def a_process_that_does_not_come(rank, processes):
 
 @case
 def a_process_that_dies(rank, processes):
-    """The very last: nothing can be shared after it."""
+    """Must be the last case: processes cannot communicate after it."""
     if processes == 3:
         return
     if rank == 1:

@@ -40,7 +40,7 @@ def test_instance_norm_of_one_sample_with_a_channels_last_gradient():
 
 def weight_gradient_error(functional, create_graph):
     x, weight = torch.randn(1, 4, 3, 5), torch.randn(4)
-    grad = torch.randn(3, 5, 4, 1).permute(3, 2, 0, 1)  # of strides 1, 1, 20, 4
+    grad = torch.randn(3, 5, 4, 1).permute(3, 2, 0, 1)  # strides 1, 1, 20, 4
 
     def gradient(function, dtype, grad, **options):
         leaf = weight.to(dtype, copy=True).requires_grad_()
@@ -174,7 +174,7 @@ def test_gradients_of_other_strides(strides):
 
 def clipped_fp16(clip):
     parameter = torch.nn.Parameter(torch.zeros(4096, dtype=torch.float16))
-    parameter.grad = torch.full((4096,), 2000.0, dtype=torch.float16)  # a norm of 128,000
+    parameter.grad = torch.full((4096,), 2000.0, dtype=torch.float16)  # its norm is 128,000
     return clip([parameter], 1.0), parameter.grad
 
 

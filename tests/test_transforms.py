@@ -1,4 +1,4 @@
-"""torch.func over every function: torch's own values where nothing is drawn, and masks as `randomness` asks for."""
+"""torch.func over every function: torch's own values where nothing is random, and masks as `randomness` asks."""
 
 import copy
 import functools
@@ -84,7 +84,7 @@ KINDS = {"value": lambda f: f, "grad": lambda f: grad(scalar(f)), "jvp": lambda 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RANDOM)
 def test_randomness_of_vmap(name, kind):
-    """Without vmap and with it, a seed's first mask is the same."""
+    """A seed's first mask is the same with and without vmap."""
     function = KINDS[kind](RANDOM[name])
     batch = [torch.stack([t] * SAMPLES) for t in plain(RANDOM[name])]
     sample = [t[0] for t in batch]
@@ -137,7 +137,7 @@ def test_different_masks_are_those_of_the_whole_batch():
 
 
 def test_what_has_no_batch_is_random_too():
-    """Weights that are dropped while the samples are mapped over."""
+    """Dropout of weights under a vmap over samples."""
     weight = torch.ones(30)
     function = lambda x: dlkit.functional.dropout(weight) * x  # noqa: E731
     same, different = (vmap(function, randomness=r)(torch.ones(2)) for r in ("same", "different"))
@@ -150,7 +150,7 @@ def test_what_has_no_batch_is_random_too():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_backward_under_vmap(name):
-    """vmap over autograd.grad, and is_grads_batched: the backward of results that were made outside."""
+    """vmap over autograd.grad, and is_grads_batched: the backward of results computed outside the vmap."""
     call = CALLS[name]
     tensors = call.tensors(SIZES)
     y = call(*tensors)[0]

@@ -1,4 +1,4 @@
-"""Triton's kernels compiled for GPUs that need not be there: no spills, wide accesses where addresses allow them."""
+"""Triton's kernels compiled for GPUs, none of which is needed: no spills, wide accesses where addresses allow them."""
 
 import importlib
 import importlib.util
@@ -37,7 +37,7 @@ def test_kernels_compile_without_spills_and_with_wide_accesses(capability):
     assert len(results) > 100
     for result in results:
         if not result.vectorised or result.dtype == "float64":
-            continue  # odd widths and fp64 may hold a few bytes on the stack; they are no fast paths
+            continue  # odd widths and fp64 may use a few bytes of stack; they are no fast paths
         assert result.spills == 0, result
         if result.kernel in ("_sum_partials", "finish_norm", "advance") or result.kernel.startswith("_merge"):
             continue  # small second stages

@@ -1,4 +1,4 @@
-// Batch norm and group norm on CUDA, with the residual add and the activation behind them. What each way moves, in
+// Batch norm and group norm on CUDA, with the residual add and the activation after them. What each way moves, in
 // units of one tensor of x's shape (a residual or a y that is read adds one where it is read):
 //
 //   forward    one block holds whole groups in shared memory where they fit: 2, the least there is. Else a pass for

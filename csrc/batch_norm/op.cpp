@@ -1,4 +1,4 @@
-// batch_norm and group_norm, with a residual add and an activation behind them, and instance_norm as torch ops. The
+// batch_norm and group_norm, with a residual add and an activation after them, and instance_norm as torch ops. The
 // public three check their arguments, then call batch_norm_forward, through an autograd node where a gradient is asked
 // for; the other internal ops are its backward and the halves of both, for statistics that several processes share.
 // Forward-mode derivatives, torch.func transforms and double backward go through differentiable torch formulas.
@@ -478,8 +478,8 @@ struct BatchNormBackward : SavingNode<BatchNormBackward, 6> {
   }
 };
 
-// The kernel, behind an autograd node where a gradient is asked for. Also gives the statistics. As with torch's op, the
-// update of running statistics leaves their version as it is.
+// The kernel, through an autograd node where a gradient is asked for. Also gives the statistics. As with torch's op,
+// the update of running statistics leaves their version as it is.
 ForwardOutputs normalize(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                          const OptionalTensor& bias, const OptionalTensor& running_mean,
                          const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, double momentum,
@@ -554,8 +554,8 @@ bool is_apart(const Tensor& input, const OptionalTensor& residual) {
          (residual->scalar_type() != input.scalar_type() || !residual->sym_sizes().equals(input.sym_sizes()));
 }
 
-// What stands behind a norm, by torch's own ops.
-Tensor behind(const Tensor& y, const OptionalTensor& residual, int64_t activation, double negative_slope) {
+// The residual add and the activation after a norm, by torch's own ops.
+Tensor added_and_activated(const Tensor& y, const OptionalTensor& residual, int64_t activation, double negative_slope) {
   return activated(has(residual) ? y + *residual : y, to_activation(activation), negative_slope);
 }
 
@@ -594,14 +594,14 @@ Tensor normalize_batch(const char* name, const Tensor& input, const OptionalTens
     const Tensor y = in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return at::batch_norm(t, w, b, running_mean, running_var, training, factor, eps, true);
     });
-    return behind(y, residual, activation, negative_slope);
+    return added_and_activated(y, residual, activation, negative_slope);
   }
   Options options{0, training, eps};
   if (!apart) options.activation = activation, options.negative_slope = negative_slope;
   const Tensor y = std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, running_mean,
                                          running_var, counted && !counted_here ? num_batches_tracked : std::nullopt,
                                          momentum.value_or(-1), options));
-  return apart ? behind(y, residual, activation, negative_slope) : y;
+  return apart ? added_and_activated(y, residual, activation, negative_slope) : y;
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -641,13 +641,13 @@ Tensor group_norm(const Tensor& input, c10::SymInt num_groups, const OptionalTen
     const Tensor y = in_accumulate_type(input, weight, bias, [&](const Tensor& t, const auto& w, const auto& b) {
       return native_norm(t, w, b, options);
     });
-    return behind(y, residual, activation, negative_slope);
+    return added_and_activated(y, residual, activation, negative_slope);
   }
   check_parameter_types(name, input, weight, bias);
   const bool apart = is_apart(input, residual);
   if (!apart) options.activation = activation, options.negative_slope = negative_slope;
   const Tensor y = std::get<0>(normalize(input, apart ? std::nullopt : residual, weight, bias, {}, {}, {}, 0, options));
-  return apart ? behind(y, residual, activation, negative_slope) : y;
+  return apart ? added_and_activated(y, residual, activation, negative_slope) : y;
 }
 
 Tensor instance_norm(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,

@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="dlkit")``: norms, dropouts and losses of the captured graph by dlkit's kernels.
 
 TorchDynamo captures what a model computes before autograd sees it. The backend replaces patterns in that graph by
-dlkit's ops: a norm that is written in elementary ops, the residual add and the norm behind it, across the border of two
+dlkit's ops: a norm that is written in elementary ops, the residual add and the norm after it, across the border of two
 blocks too. "dlkit" runs the rest of the graph as it stands; "dlkit_inductor" gives it to torch's compiler.
 """
 

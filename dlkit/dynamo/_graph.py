@@ -408,7 +408,7 @@ class Captured:
         return new
 
     def _place(self, nodes: set[Node], inputs: Sequence[Node], users: Sequence[Node], kept: set[int]) -> Node | None:
-        """Before which node the new op can stand: behind what it reads, before what reads it."""
+        """Before which node the new op can stand: after what it reads, before what reads it."""
         places = [self.order[node] for node in nodes]
         first, last = min(places), max(places)
         ready = max((self.order[node] for node in inputs), default=-1)

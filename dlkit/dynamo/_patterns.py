@@ -224,7 +224,7 @@ class Activation(NamedTuple):
 
 TITLES = {"relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU", "silu": "SiLU", "hardswish": "Hardswish"}
 TITLES |= {"relu6": "ReLU6", "leaky_relu": "LeakyReLU"}
-# The arguments behind the input, with torch's values for them.
+# The arguments after the input, with torch's values for them.
 ACTIVATION_ARGUMENTS: dict[str, dict[str, Any]] = {
     **{name: {"inplace": False} for name in ("relu", "silu", "hardswish", "relu6")},
     "leaky_relu": {"negative_slope": 0.01, "inplace": False},
@@ -358,7 +358,7 @@ BEHIND_BIAS = ("relu", "gelu", "gelu_tanh")  # what dlkit's op takes
 
 
 def act_dropout(graph: Captured, node: Node) -> Node | None:
-    """An activation, with the bias before it and the dropout behind it.
+    """An activation, with the bias before it and the dropout after it.
 
     Alone an activation is torch's, but for the GELU that is written in ten elementary ops.
     """

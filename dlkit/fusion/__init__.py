@@ -1,4 +1,4 @@
-"""fuse(): BatchNorm or GroupNorm and the activation behind it, or the residual add and the activation, become one
+"""fuse(): BatchNorm or GroupNorm and the activation after it, or the residual add and the activation, become one
 layer, in place. torch's transformer layers become those that do dropout, residual add and norm in one pass, by a change
 of class.
 

@@ -301,7 +301,7 @@ def norm_operation(
     acts: bool = False,
     **rest: Any,
 ) -> Operation:
-    """`add`: normalizes input + residual, which is an output too; `acts`: residual and activation come behind."""
+    """`add`: normalizes input + residual, which is an output too; `acts`: residual and activation come after the norm."""
     names = ("y", "sum") if add else ("y",)
 
     def torchs(t: Named, o: Named) -> dict[str, Tensor]:
@@ -376,7 +376,7 @@ STEEPEST = 1.5
 
 
 def given_to_activation(normed: Pair, t: Named) -> Pair:
-    """The norm, and the residual behind it."""
+    """The norm, and the residual after it."""
     z, size = normed
     if t.get("residual") is not None:
         residual, kind_of_sum = tensors.exact(t["residual"]), torch.result_type(t["input"], t["residual"])
@@ -464,8 +464,8 @@ def ours_batch(t: Named, o: Named) -> Any:
     if "residual" not in o:
         return outputs_of(t, fused.batch_norm(*given, *rest), ("y",))
     if "activation" in o:
-        behind = t.get("residual"), o["activation"], o["negative_slope"]
-        return outputs_of(t, fused.batch_norm_act(*given, *rest, *behind), ("y",))
+        after = t.get("residual"), o["activation"], o["negative_slope"]
+        return outputs_of(t, fused.batch_norm_act(*given, *rest, *after), ("y",))
     return outputs_of(t, fused.batch_norm_relu(*given, *rest, t.get("residual")), ("y",))
 
 
@@ -511,8 +511,8 @@ def channels_module(kind: str) -> Any:
         sync = o["sync"] and kind.startswith("BatchNorm") and t["input"].numel()
         layer = getattr(dlkit.nn, f"Sync{kind}" if sync else f"{kind}{rank}d")
         tracked = "running_mean" in t
-        behind = {name: o[name] for name in ("activation", "negative_slope") if name in o}
-        module = layer(t["input"].size(1), o["eps"], o["momentum"], True, tracked, **behind)
+        after = {name: o[name] for name in ("activation", "negative_slope") if name in o}
+        module = layer(t["input"].size(1), o["eps"], o["momentum"], True, tracked, **after)
         if not tracked and kind == "InstanceNorm":
             o = o | {"training": True}
         given = (t["input"], *([t["residual"]] if t.get("residual") is not None else []))

@@ -627,8 +627,8 @@ def simpler(case: Case) -> Iterator[Case]:
             fewer["needs"] = [n for n in fewer["needs"] if n != name]
             fewer["tensors"] = {n: spec for n, spec in fewer["tensors"].items() if not n.startswith(name)}
             yield fewer
-    behind = case["op"].endswith(("_relu", "_act"))
-    if o.get("residual") in ("none", "same") and behind and "residual" in case["tensors"]:
+    after = case["op"].endswith(("_relu", "_act"))
+    if o.get("residual") in ("none", "same") and after and "residual" in case["tensors"]:
         fewer = but(options={**o, "residual": "none"}, needs=[n for n in case["needs"] if n != "residual"])
         del fewer["tensors"]["residual"]
         yield fewer

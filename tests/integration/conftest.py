@@ -11,7 +11,7 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import support.models  # noqa: F401  (torchvision is to load before transformers asks for it)
+import support.models  # noqa: F401  (torchvision must load before transformers imports it)
 
 
 def pytest_collection_modifyitems(items):
@@ -23,12 +23,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def small(one_thread):
-    """Tensors are tiny here."""
+    """One thread for all tests, since their tensors are tiny."""
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Accelerate keeps precision, device and accumulation of the first Accelerator for the process."""
+    """Resets Accelerate, which keeps precision, device and accumulation of a process's first Accelerator."""
     yield
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState

@@ -37,15 +37,15 @@ def make_accelerator(precision="no", accumulate=1):
         cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulate, step_scheduler_with_optimizer=True
     )
     if precision == "fp16":
-        # Accelerate makes a scaler for accelerators only; autocast and all else there take the CPU as it is. The
-        # scale overflows fp16 at first, and again where it has grown.
+        # Accelerate makes a scaler only for accelerators; autocast and the rest work on the CPU. The scale overflows
+        # fp16 at first, and again after it has grown.
         accelerator.native_amp = True
         accelerator.scaler = make_scaler()
     return accelerator
 
 
 class Training:
-    """A model, its optimizer and scheduler as a script has them."""
+    """A model, its optimizer and scheduler, as in a script."""
 
     def __init__(self, library, name="AdamW", precision="no", accumulate=1, groups=False, **extras):
         self.accelerator = make_accelerator(precision, accumulate)
@@ -128,7 +128,7 @@ def test_layers():
 @pytest.mark.parametrize("clip", [None, 0.1], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_fp16_with_a_scaler(name, clip):
-    """Which steps were skipped, what the scale became, and the schedule, which waits at a skipped step."""
+    """Compares skipped steps, the scale, and the schedule, which waits at a skipped step."""
     ours, theirs = (Training(library, name, "fp16").train(clip=clip) for library in (OURS, THEIRS))
     assert any(theirs.skipped)
     assert_same_run(ours, theirs, **ROUNDED)
@@ -153,7 +153,7 @@ def test_max_norm_under_a_scaler(name, fused):
 def test_fused_under_a_scaler(clip):
     """Gradients that Accelerate has unscaled before it clips are not unscaled again.
 
-    Not with SGD: where the first step is skipped, torch's fused one takes a buffer that nothing was written to.
+    Not with SGD: if the first step is skipped, torch's fused one reads an uninitialized buffer.
     """
     ours, theirs = (Training(library, precision="fp16", fused=True).train(clip=clip) for library in (OURS, THEIRS))
     assert_same_run(ours, theirs, **ROUNDED)
@@ -178,7 +178,7 @@ def test_step_was_skipped(library):
 
 
 def resumed(folder, first, second, name="AdamW", precision="no", extras=None, **more):
-    """Half a run with one library, saved; a new one with another library goes on from there."""
+    """Runs and saves the first half with one library; a new run with another library continues from there."""
     extras = extras or {}
     half = STEPS // 2
     batches = make_batches(STEPS)
@@ -216,11 +216,11 @@ def test_a_checkpoint_of_the_other_class(libraries, name, tmp_path):
     assert_same_run(resumed(tmp_path, *libraries, name), unbroken, **EXACT)
 
 
-# What else scripts do with the prepared optimizer.
+# Other uses of the prepared optimizer in scripts.
 
 
 def test_the_prepared_optimizer_is_looked_into():
-    """State, groups and defaults read and written through Accelerate's wrapper."""
+    """State, groups and defaults are read and written through Accelerate's wrapper."""
     runs = []
     for library in (OURS, THEIRS):
         training = Training(library)
@@ -234,7 +234,7 @@ def test_the_prepared_optimizer_is_looked_into():
             group["weight_decay"] = 0.5
             group["betas"] = (0.5, 0.9)
         training.train(batches[3:6])
-        for values in training.optimizer.state.values():  # offloaded and brought back: other tensors
+        for values in training.optimizer.state.values():  # offloaded and brought back: new tensors
             for key, value in values.items():
                 values[key] = value.to("cpu", copy=True)
         training.train(batches[6:7])
@@ -244,7 +244,7 @@ def test_the_prepared_optimizer_is_looked_into():
 
 
 def test_parameters_are_switched():
-    """What Accelerate does where preparing a model makes new parameters (FSDP2, fp8, XLA)."""
+    """As Accelerate does where preparing a model makes new parameters (FSDP2, fp8, XLA)."""
     runs = []
     for library in (OURS, THEIRS):
         training = Training(library)

@@ -1,4 +1,4 @@
-"""Every architecture of support.architectures: what is reached, and results equal to the original's."""
+"""Every architecture of support.architectures: the share that dlkit reaches, and results equal to the original's."""
 
 import copy
 import importlib.util
@@ -40,7 +40,7 @@ def test_float64_is_the_original_s(name):
 def test_other_dtypes_are_no_farther_from_float64(name, dtype):
     model, example = make(name, 0.0)
     ours = dlkit.replace(copy.deepcopy(model))
-    with dlkit._trial._Widened():  # also what computes in fp32 whatever it is given
+    with dlkit._trial._Widened():  # also modules that compute in fp32 for any input
         exact = results(model, example, torch.float64)
     error, allowed = (distances(results(net, example, dtype), exact)[1] for net in (ours, model))
     assert error < 1.25 * allowed  # a mean over few tensors

@@ -14,7 +14,7 @@ NAMES = [*SHOWN, "deit_tiny_patch16_224", "resnet18", "whisper", "cohere", "opt"
 NAMES += ["deit3_small_patch16_224", "dinov2", "convnext", "convformer_s18"]
 NAMES += ["mobilenetv3_small_050"]
 NAMES = [name for name in NAMES if importlib.util.find_spec("timm" if name in TIMM else "transformers")]
-ADD_NORMS = {  # of all norms, those that take in the add before them
+ADD_NORMS = {  # the norms that include the add before them
     "bert": 4,
     "gpt2": 4,
     "llama": 4,

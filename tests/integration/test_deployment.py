@@ -1,4 +1,4 @@
-"""Exported programs in what runs or quantizes them: ONNX, AOTInductor and torchao."""
+"""Exported programs in tools that run or quantize them: ONNX, AOTInductor and torchao."""
 
 import copy
 

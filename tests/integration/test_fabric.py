@@ -74,7 +74,7 @@ class Training:
         if self.scaler is not None:
             run.scales.append(self.scaler.get_scale())
             if run.scales[-1] < before:
-                return  # skipped: what the norm is then is not said
+                return  # skipped: the norm is then undefined
         norm = getattr(self.optimizer, "grad_norm", None) if norm is None else norm
         if norm is not None:
             run.norms.append(float(norm))
@@ -103,7 +103,7 @@ def test_clipping_by_value():
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_max_norm_in_place_of_fabrics_clipping(name):
-    """And optimizer.grad_norm is read through Fabric's wrapper."""
+    """optimizer.grad_norm is read through Fabric's wrapper."""
     ours = Training(OURS, name, accumulate=2, max_norm=0.1).train()
     theirs = Training(THEIRS, name, accumulate=2).train(clip=0.1)
     assert_same_run(ours, theirs, **EXACT)
@@ -129,7 +129,7 @@ def test_16_mixed(name, clip):
 
 @pytest.mark.parametrize(("name", "fused"), [("AdamW", None), ("SGD", None), ("AdamW", True), ("SGD", True)])
 def test_max_norm_under_a_scaler(name, fused):
-    """Of unscaled gradients, whoever unscales them."""
+    """The norm is that of unscaled gradients, whoever unscales them."""
     ours = Training(OURS, name, "16-mixed", fused=fused, max_norm=0.1).train()
     theirs = Training(THEIRS, name, "16-mixed").train(clip=0.1)
     assert_same_run(ours, theirs, **ROUNDED)
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
     assert_same_run(resumed(tmp_path / "state.ckpt", *libraries), Training(THEIRS).train(), **EXACT)
 
 
-# What loops do with the wrapped optimizer.
+# Uses of the wrapped optimizer in loops.
 
 
 def test_closures_and_state():
@@ -230,7 +230,7 @@ def test_averages_are_swapped_through_fabrics_wrapper():
 
 
 def test_averages_swapped_by_the_wrapper_are_put_back_by_the_optimizer():
-    """A callback may hold the one and the loop the other."""
+    """A callback may have the wrapper and the loop the optimizer."""
     for wrapper_first in (True, False):
         training = Training(OURS, ema_decay=0.9)
         training.train(make_batches(3))

@@ -85,12 +85,12 @@ def train(folder, module, checkpoint=None, **arguments):
 
 
 def made(arguments):
-    """Plugins and callbacks belong to one Trainer: they are given as functions that make them."""
+    """Makes plugins and callbacks from functions, since they belong to one Trainer."""
     return {key: value() if callable(value) else value for key, value in arguments.items()}
 
 
 def both(folder, name="AdamW", kind=Module, extras=None, **arguments):
-    """(dlkit's run, torch's)."""
+    """Returns (dlkit's run, torch's)."""
     modules = (kind(library, name, **(extras or {})) for library in (OURS, THEIRS))
     return [train(folder, module, **made(arguments)) for module in modules]
 
@@ -151,7 +151,7 @@ def test_16_mixed_clipped_by_value_and_accumulated(tmp_path):
 
 @pytest.mark.parametrize(("name", "fused"), [("AdamW", None), ("SGD", None), ("AdamW", True), ("SGD", True)])
 def test_max_norm_under_a_scaler(name, fused, tmp_path):
-    """Of unscaled gradients, whoever unscales them."""
+    """The norm is that of unscaled gradients, whoever unscales them."""
     ours = train(tmp_path, Module(OURS, name, max_norm=0.1, fused=fused), plugins=fp16())
     theirs = train(tmp_path, Module(THEIRS, name), plugins=fp16(), gradient_clip_val=0.1)
     assert_same_run(ours, theirs, **ROUNDED)
@@ -212,7 +212,7 @@ def saving(folder):
 
 
 def resumed(folder, first, second, name="AdamW", extras=None, **arguments):
-    """The last epoch of a run that was stopped after the one before it."""
+    """The last epoch of a run that was stopped before it."""
     extras = extras or {}
     module = Module(first, name, **(extras if first is OURS else {}))
     train(folder, module, max_epochs=EPOCHS - 1, **saving(folder), **made(arguments))
@@ -253,11 +253,11 @@ def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
     assert_same_run(resumed(tmp_path, *libraries), train(tmp_path, Module(THEIRS)), **EXACT)
 
 
-# What modules and callbacks do with the optimizer.
+# Uses of the optimizer in modules and callbacks.
 
 
 class TwoOptimizers(Module):
-    """Manual optimization: two optimizers that take turns, one of which is toggled; groups are changed on the way."""
+    """Manual optimization: two optimizers step in turns, one of them is toggled, and groups change during training."""
 
     def __init__(self, library, name="AdamW", **extras):
         super().__init__(library, name, **extras)
@@ -332,7 +332,7 @@ def test_accumulation_that_changes_and_averaged_weights(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_true_precision(precision, tmp_path):
-    """fused=True, for torch's other steps round bf16 after each operation, and dlkit's once, as this does."""
+    """With fused=True: torch's other steps round bf16 after each operation, this one only once, as dlkit's does."""
     ours, theirs = both(tmp_path, precision=precision, extras={"fused": True})
     wanted = torch.bfloat16 if precision == "bf16-true" else torch.float64
     assert {weight.dtype for weight in ours.weights} == {wanted}

@@ -17,7 +17,7 @@ CASES, case = new_cases()
 
 
 def run(rank, folder):
-    """What each process does."""
+    """Runs in each process."""
     join_group(rank, folder, PROCESSES)
     run_cases(CASES, (rank, dist.init_device_mesh("cpu", (PROCESSES,))), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -41,7 +41,7 @@ trained = partial(losses_of, optimizer=dlkit.optim.SGD)
 
 
 def assert_same(found, expected):
-    """`found`: of the parts of the batch, or of all of it. transformers computes losses in fp32."""
+    """`found` holds losses of parts of the batch or of all of it. transformers computes losses in fp32."""
     found = torch.tensor(found, dtype=torch.float64)
     dist.all_reduce(found)
     assert abs(expected[-1] - expected[0]) > 1e-3 * abs(expected[0]), expected
@@ -107,7 +107,7 @@ def tensor_and_sequence_parallelism(rank, mesh):
             expected = losses_of(copy.deepcopy(model) if p else make(name, p), name)
             columns = ColwiseParallel(input_layouts=Shard(1))
             rows = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
-            # The cut of the sequence comes before what SequenceParallel asks of its input.
+            # The sequence is cut first, since SequenceParallel expects its input cut.
             cut = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1))
             join = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True)
             plan = {"bert.embeddings.LayerNorm": cut, "cls.predictions.transform": join}

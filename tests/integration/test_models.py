@@ -1,6 +1,6 @@
 """Models of torchvision and transformers with dlkit's layers: losses equal to torch's over several steps.
 
-torch draws other masks from its generator, so dropout is off where runs are compared with it, and on where a run is
+torch draws other masks from its generator: dropout is off where runs are compared with torch, and on where a run is
 compared with itself.
 """
 
@@ -16,7 +16,7 @@ CHECKPOINTED = [name for name in MODELS if name in ("gpt2", "bert", "llama")]
 
 
 def assert_same(found, expected):
-    """In float64. A step of resnet18 on four images makes a thousand times as much of a rounding error."""
+    """Compares in float64, since a step of resnet18 on four images multiplies a rounding error by a thousand."""
     assert abs(expected[-1] - expected[0]) > 1e-3 * abs(expected[0]), expected
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
@@ -50,7 +50,7 @@ def test_gradient_checkpointing(name, reentrant):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout(name):
-    """Finite, the same for the same seed, another for another, and in a checkpoint what it was in the first pass."""
+    """Losses are finite and depend only on the seed; a checkpoint draws the first pass's masks again."""
     model = twins(name, 0.3)[0]
     start = copy.deepcopy(model.state_dict())
     runs = []
@@ -60,7 +60,7 @@ def test_dropout(name):
         runs.append(losses_of(model, name))
     assert all(torch.tensor(runs[0]).isfinite())
     assert runs[0] == runs[1]
-    assert runs[0] != runs[2] or name in ("resnet18", "llama")  # which drop nothing outside attention
+    assert runs[0] != runs[2] or name in ("resnet18", "llama")  # these drop nothing outside attention
     if name in CHECKPOINTED:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.load_state_dict(start)

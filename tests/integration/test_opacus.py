@@ -1,4 +1,5 @@
-"""Opacus knows dlkit's layers: what may not be trained privately is refused, and gradients of samples are torch's."""
+"""Opacus knows dlkit's layers: it refuses those that cannot be trained privately, and per-sample gradients are
+torch's."""
 
 import copy
 
@@ -14,7 +15,7 @@ Validator = opacus.validators.ModuleValidator
 REFUSED = [
     nn.BatchNorm1d(4),
     nn.BatchNorm2d(4),
-    nn.BatchNorm2d(4, track_running_stats=False),  # has no buffers either by which opacus would find it
+    nn.BatchNorm2d(4, track_running_stats=False),  # has no buffers by which opacus would find it
     nn.SyncBatchNorm(4),
     nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
     nn.MultiheadAttention(4, 2),

@@ -26,7 +26,7 @@ STEPS = 8
 
 
 def make_language_model():
-    """Without biases: a key's has no gradient but rounding, of which Adam makes whole steps that differ at random."""
+    """Has no biases: a key's gradient is only rounding, which Adam turns into whole, random steps."""
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
         vocab_size=32,
@@ -44,14 +44,14 @@ def make_language_model():
 
 
 def make_texts(count=64):
-    """Every third token of a ring, from some start."""
+    """Texts of every third token of a ring, from random starts."""
     starts = torch.randint(32, (count,), generator=torch.Generator().manual_seed(3))
     texts = (starts[:, None] + 3 * torch.arange(12)) % 32
     return [{"input_ids": text, "labels": text} for text in texts]
 
 
 class Recorder(transformers.TrainerCallback):
-    """After each step."""
+    """Records skipped steps, norms and learning rates."""
 
     def __init__(self, run):
         self.run = run
@@ -113,7 +113,7 @@ def make_trainer(folder, optimizer=None, model=None, callbacks=(), trainer_optio
 
 
 def train(folder, library, name="AdamW", resume=False, extras=None, dtype=torch.float32, **arguments):
-    """A run with an optimizer that the user has made."""
+    """A run with an optimizer made by the user."""
     model = make_language_model().to(dtype)
     extras = extras if library is OURS and extras else {}
     trainer = make_trainer(folder, make_optimizer(library, name, model.parameters(), **extras), model, **arguments)
@@ -122,7 +122,7 @@ def train(folder, library, name="AdamW", resume=False, extras=None, dtype=torch.
 
 
 def train_by_class(folder, library, resume=False, extras=None, **arguments):
-    """A run with an optimizer that Trainer makes, with its groups."""
+    """A run with an optimizer made by Trainer, with its groups."""
     model = make_language_model()
     given = (library.AdamW, {"lr": 0.02, "betas": (0.9, 0.95), **(extras or {})})
     options = {"optimizer_cls_and_kwargs": given}
@@ -188,7 +188,7 @@ def test_fp16_with_a_scaler(name, clip, tmp_path):
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_max_norm_under_a_scaler(name, tmp_path):
-    """Trainer asks for the norm, and so for unscaled gradients, where it does not clip too."""
+    """Trainer needs the norm, and for it unscaled gradients, even where it does not clip."""
     ours = train(tmp_path, OURS, name, extras={"max_norm": 0.5}, fp16=True, max_grad_norm=0.0)
     theirs = train(tmp_path, THEIRS, name, fp16=True, max_grad_norm=0.5)
     assert any(theirs.skipped)
@@ -216,7 +216,7 @@ def test_a_resumed_run_is_the_unbroken_one(extras, tmp_path):
 
 @pytest.mark.parametrize("extras", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
 def test_a_resumed_run_of_a_bf16_model(extras, tmp_path):
-    """Stochastic rounding goes on with the same bits, for Trainer keeps the generator's state."""
+    """Stochastic rounding goes on with the same bits, since Trainer saves the generator's state."""
     unbroken = train(tmp_path, OURS, extras=extras, dtype=torch.bfloat16, **SAVES)
     resume = f"{tmp_path}/checkpoint-{STEPS // 2}"
     assert_equal_run(train(tmp_path, OURS, extras=extras, dtype=torch.bfloat16, resume=resume), last_half(unbroken))
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_the_other_class(libraries, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_layers(checkpointing, tmp_path):
-    """BERT's norms and dropouts by dlkit; without dropout, for torch draws other masks."""
+    """BERT with dlkit's norms and dropouts; p is 0, since torch draws other masks."""
     arguments = {"learning_rate": 0.05, "gradient_checkpointing": checkpointing}
     runs = []
     for library in (OURS, THEIRS):
@@ -255,7 +255,7 @@ def test_layers(checkpointing, tmp_path):
     assert_same_run(*runs, **EXACT)
 
 
-# What else is done with Trainer's optimizer.
+# Other uses of Trainer's optimizer.
 
 
 class Meddler(transformers.TrainerCallback):
@@ -283,7 +283,7 @@ def test_a_callback_that_changes_the_optimizer(tmp_path):
 
 
 def test_training_goes_on_in_a_second_call(tmp_path):
-    """Trainer wraps the optimizer again, and loads into it the state that it has."""
+    """Trainer wraps the optimizer again and loads its own state into it."""
     runs = []
     for library in (OURS, THEIRS):
         model = make_language_model()

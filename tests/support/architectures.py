@@ -1,6 +1,7 @@
 """Architectures of transformers and timm, small, from configurations: nothing is downloaded.
 
-Of transformers a model is made from its default configuration with every size cut; of timm, its smallest variant.
+A model of transformers is made from its default configuration with every size reduced, one of timm as its smallest
+variant.
 
     PYTHONPATH=tests python -m support.architectures [name ...]
 
@@ -87,7 +88,7 @@ DROPPED = (
 )
 DROPPED += ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "drop_path_rate", "activation_dropout")
 
-# What differs by model.
+# Settings of single models.
 TRANSFORMERS = {
     "bert": {},
     "roberta": {},
@@ -264,7 +265,7 @@ def _cut(config, changes, p):
         number = isinstance(old, (int, float)) and not isinstance(old, bool)
         known = hasattr(config, name) and (number or isinstance(value, bool) or name == "pad_token_id")
         if known or name in changes:
-            # What is computed, or counts in other units, stays.
+            # Computed fields, and those that count in other units, stay.
             with contextlib.suppress(AttributeError, NotImplementedError, StrictDataclassFieldValidationError):
                 setattr(config, config.attribute_map.get(name, name), value)
     for name, part in vars(config).items():
@@ -283,7 +284,7 @@ def make_transformer(name, p=0.1):
     if getattr(config, "layer_types", None) is not None and "layer_types" not in TRANSFORMERS.get(name, {}):
         with contextlib.suppress(AttributeError):
             config.layer_types = config.layer_types[:layers]
-    model = AutoModel.from_config(config, experts_implementation="eager").train()  # the others know no float64
+    model = AutoModel.from_config(config, experts_implementation="eager").train()  # other implementations lack float64
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 64, (2, 12), generator=generator)
     channels = getattr(config, "num_channels", None) or 3
@@ -351,8 +352,8 @@ def _tensors(value):
 
 
 def distances(found, expected):
-    """(largest, root mean square) difference, relative to the largest element of each tensor; of tensors that are 0 but
-    for rounding, as gradients of biases behind which a norm stands, to a thousandth of the largest of all."""
+    """(largest, root mean square) difference, relative to the largest element of each tensor; tensors that are 0 except
+    for rounding, like gradients of biases before a norm, relative to a thousandth of the largest of all."""
     assert [t.shape for t in found] == [t.shape for t in expected]
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b.numel()]
     least = 1e-3 * max(float(b.abs().max()) for _, b in pairs)
@@ -362,8 +363,8 @@ def distances(found, expected):
 
 
 def assert_equal_in_float64(ours, model, example):
-    """Training steps agree to 1e-12. Where a network multiplies roundings, as BatchNorms over a few values do, to ten
-    times what a change of its input in the last bit makes."""
+    """Training steps agree to 1e-12. Where a network multiplies rounding errors, as BatchNorms over a few values do, to
+    ten times the effect of changing its input by one ulp."""
     expected = results(model, example, torch.float64)
     difference = distances(results(ours, example, torch.float64), expected)[0]
     if difference > 1e-12:

@@ -20,7 +20,7 @@ import torch
 import dlkit
 from dlkit import _C
 
-DEVICE_MODELS = ("80", "90", "100", "120")  # whose limits the CUDA-on-CPU harness knows: DLKIT_CUDA_ON_CPU_ARCH
+DEVICE_MODELS = ("80", "90", "100", "120")  # their limits are in the CUDA-on-CPU harness: DLKIT_CUDA_ON_CPU_ARCH
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -32,9 +32,9 @@ class Backend:
     name: str
     device: str
     op: Callable[[str], Callable]
-    missing: str = ""  # why it cannot run here
+    missing: str = ""  # the reason why it cannot run here
     instruction_set: str = ""
-    draws: int = 32  # of inputs, in a parity test of small tensors: fewer where a call is slow
+    draws: int = 32  # draws of inputs in a parity test of small tensors: fewer where a call is slow
     ulps: int = 1  # beyond torch's own error
 
     def call(self, name: str, **given):
@@ -103,7 +103,7 @@ def _triton() -> Backend:
         triton_interpreter.patch_language_once()
     if HAS_GPU:
         return Backend("triton", "cuda", _triton_op, missing)
-    # The interpreter has no fused multiply-add, as every device does: products in a sum are rounded once more.
+    # Unlike every device, the interpreter has no fused multiply-add: products in a sum are rounded once more.
     return Backend("triton", "cpu", _triton_op, missing, draws=2, ulps=2)
 
 

@@ -1,4 +1,4 @@
-"""One call of every layer function, for what must hold of all of them."""
+"""One call of every layer function, for tests that run over all of them."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +19,14 @@ class Call(NamedTuple):
 
     function: Callable
     shapes: tuple[str, ...]
-    native: Callable | None = None  # of the tensors, where REFERENCE has no such function
+    native: Callable | None = None  # called with the tensors, where REFERENCE has no such function
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """dlkit's results."""
         return as_tuple(self.function(fused, *tensors))
 
     def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """torch's; only of what draws nothing."""
+        """torch's results; only for functions that draw nothing."""
         return as_tuple(self.native(*tensors) if self.native else self.function(REFERENCE, *tensors))
 
     def tensors(self, sizes: dict[str, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -38,7 +38,7 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def results_and_gradients(call: Callable, tensors: list[Tensor]) -> list[Tensor]:
-    """What ``call`` returns, and the gradients of a sum of it in which no element counts as another does."""
+    """Results of ``call``, and the gradients of their weighted sum, with a different weight for each element."""
     results = call(*tensors)
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     total = sum((y * torch.linspace(0, 1, y.numel()).view(y.shape)).sum() for y in results)
@@ -93,7 +93,7 @@ def _running(mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_running(norm: Callable) -> Callable:
-    """The running statistics that ``norm`` leaves are results too."""
+    """Adds the running statistics that ``norm`` updates to its results."""
 
     def function(F, x, mean, weight, bias):
         running = _running(mean)

@@ -4,10 +4,10 @@
 
 reads the machine code that cuobjdump prints. A kernel spills where it uses local memory (LDL, STL or a stack frame).
 Kernels say in their name whether they are a fast path: template arguments (T, PackBytes, ...), the second of which is
-how many bytes one memory instruction moves. With PackBytes = 16 a kernel must hold 128-bit global loads (LDG or, to
-shared memory, LDGSTS) and 128-bit stores (STG). With any other second
-argument it is no fast path. Every kernel has launch bounds, and registers for a block of that many threads: no launch
-can ask for too many (the CUDA-on-CPU harness refuses blocks beyond the bounds).
+the number of bytes that one memory instruction moves. With PackBytes = 16 a kernel must hold 128-bit global loads (LDG
+or, to shared memory, LDGSTS) and 128-bit stores (STG). With any other second argument it is no fast path. Every kernel
+has launch bounds, and registers for a block of that many threads: no launch can ask for too many (the CUDA-on-CPU
+harness refuses blocks beyond the bounds).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-REGISTERS = 1 << 16  # of a multiprocessor; a thread gets them by eights
+REGISTERS = 1 << 16  # of a multiprocessor; a thread gets a multiple of 8
 
 
 @dataclass
 class Kernel:
     arch: str
     name: str
-    threads: int = 0  # of a block at most, by its launch bounds; 0 where it has none
+    threads: int = 0  # the most in a block, by its launch bounds; 0 without them
     registers: int = 0
     shared: int = 0
     stack: int = 0
@@ -81,7 +81,7 @@ def read_kernels(binary: Path, cuobjdump: str) -> list[Kernel]:
             kernel.stores += match[1] == "STG" and ".128" in match[2]
             kernel.local += match[1] in ("LDL", "STL")
     function = ""
-    for line in dump("-res-usage").splitlines():  # which names no architecture where a cubin has but one
+    for line in dump("-res-usage").splitlines():  # it names no architecture where there is only one
         if match := re.match(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):$", line):
@@ -89,7 +89,7 @@ def read_kernels(binary: Path, cuobjdump: str) -> list[Kernel]:
         elif (match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)) and (arch, function) in kernels:
             kernel = kernels[arch, function]
             kernel.registers, kernel.stack, kernel.shared = (int(value) for value in match.groups())
-    # The binary's own notes, which cuobjdump prints beside all of its bytes: too much to keep.
+    # The ELF notes. cuobjdump prints all bytes beside them, too much to keep in memory.
     with subprocess.Popen([cuobjdump, "-elf", str(binary)], stdout=subprocess.PIPE, text=True, errors="replace") as elf:
         attribute = ""
         for line in elf.stdout or ():
@@ -108,7 +108,7 @@ def read_kernels(binary: Path, cuobjdump: str) -> list[Kernel]:
 
 
 def problems(kernels: list[Kernel], expected: list[str]) -> list[str]:
-    """What is wrong, one sentence each; empty when all is well."""
+    """One sentence for each problem; empty where there is none."""
     if not kernels:
         return ["there is no kernel in the binary"]
     present = {kernel.arch for kernel in kernels}

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m support.compiled [name ...]
 
-prints a row of the table of docs/fuse_and_replace.md for each: what is fused in a training step with dropout.
+prints a row of the table of docs/fuse_and_replace.md for each: the fused ops of a training step with dropout.
 
     PYTHONPATH=tests python -m support.compiled --fused [name ...]
 
@@ -46,7 +46,7 @@ class _Again(torch.fx.Interpreter):
 
 
 def widen(module):
-    """Casts to fp32 or less become casts to float64: what computes in fp32 whatever it is given can be compared too."""
+    """Turns casts to fp32 or less into casts to float64, which lets modules that compute in fp32 be compared too."""
 
     def wide(argument):
         return torch.float64 if isinstance(argument, torch.dtype) and argument in NARROW else argument
@@ -62,7 +62,7 @@ def widen(module):
 
 
 def backend(fused=None, widened=False):
-    """A backend that runs the captured graph, and fuses it first if there is a list to say what."""
+    """A backend that runs the captured graph; it fuses the graph first if there is a list to record the fusions."""
 
     def compile(module, inputs):
         if widened:
@@ -75,7 +75,7 @@ def backend(fused=None, widened=False):
 
 
 def step(model, example, dtype, fused=None, widened=False):
-    """What :func:`support.architectures.results` gives, of the compiled model."""
+    """:func:`support.architectures.results` of the compiled model."""
     torch._dynamo.reset()
     return results(model, example, dtype, lambda model: model.compile(backend=backend(fused, widened)))
 

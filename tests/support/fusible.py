@@ -1,4 +1,4 @@
-"""Models that fuse() can fuse, and what a fused one must do."""
+"""Models that fuse() can fuse, and checks of fused ones."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ def fused_layers(model):
 
 
 def assert_same_results(model, fused, x):
-    """In training, then in evaluation with and without gradients."""
+    """Compares in training, then in evaluation with and without gradients."""
     assert_same_training(model, fused, x)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
@@ -41,7 +41,7 @@ def counting(calls):
 
 
 class Block(nn.Module):
-    """One BatchNorm; the subclasses differ in what they do around it."""
+    """One BatchNorm; the subclasses differ in the code around it."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the parity tests of every norm are given."""
+"""Inputs of the parity tests of every norm."""
 
 import torch
 from torch import Tensor

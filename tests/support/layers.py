@@ -18,7 +18,7 @@ class Case(NamedTuple):
         return self.cls.__name__
 
     def make(self) -> Any:
-        """The layer with weights and statistics that show if they are left out."""
+        """The layer with weights and statistics that change the result if they are left out."""
         layer = self.cls(*self.arguments)
         with torch.no_grad():
             for name, tensor in layer.state_dict().items():

@@ -40,14 +40,14 @@ def name_of(variant):
 
 
 def gradients(sizes, dtype, step):
-    """The gradients of one step, over a few decades, the same for whoever asks."""
+    """The gradients of one step, over a few decades, the same at every call."""
     generator = torch.Generator().manual_seed(1000 + step)
     draw = [torch.randn((2, *size), generator=generator, dtype=torch.float64) for size in sizes]
     return [(a * torch.exp2(b.round())).to(dtype) for a, b in draw]
 
 
 class Torch:
-    """torch's optimizer on tensors of its own."""
+    """torch's optimizer on its own tensors."""
 
     def __init__(self, variant, params, dtype):
         self.params = [p.detach().to(dtype, copy=True).requires_grad_() for p in params]
@@ -90,7 +90,7 @@ class Exact:
 class Op:
     """The op of a backend on plain lists of tensors."""
 
-    op = "optim_step_kernel_"  # which trusts its arguments
+    op = "optim_step_kernel_"  # it does not check its arguments
 
     def __init__(self, backend, variant, params, state_dtype=None, layout="contiguous", **extras):
         self.name, self.backend = variant[0], backend
@@ -141,7 +141,7 @@ class Op:
 
 
 def laid_out(tensor, layout):
-    """The same values, laid out in another way."""
+    """The same values in another layout."""
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "odd offset":
@@ -154,7 +154,7 @@ def laid_out(tensor, layout):
 
 
 def compare(ours, theirs, reference, ulps=1):
-    """Parameters and states of ours against exact ones, by the error of torch's."""
+    """Compares our parameters and states with exact ones, by the error of torch's."""
     results = [dict(run.results()) for run in (ours, theirs, reference)]
     assert results[0].keys() == results[1].keys() == results[2].keys()
     for name in results[0]:

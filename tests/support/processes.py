@@ -1,6 +1,6 @@
 """Tests in several processes, which are started once for all cases of a file.
 
-Imports take most of their time (torch.distributed.tensor brings TorchDynamo), so a server imports once and forks them.
+Imports take most of their time (torch.distributed.tensor imports TorchDynamo): a server imports once and forks them.
 """
 
 import multiprocessing
@@ -18,8 +18,8 @@ IMPORTED = ["torch", "torch._dynamo", "torch.distributed.tensor.parallel", "torc
 
 
 def start(run, folder: Path, count: int, seconds: float = 1200) -> None:
-    """Calls run(rank, folder) in `count` processes and waits for them; after `seconds`, which only a hang takes, they
-    are killed."""
+    """Calls run(rank, folder) in `count` processes and waits for them; after `seconds`, which only a hang can take,
+    they are killed."""
     multiprocessing.set_forkserver_preload(IMPORTED)
     context = mp.start_processes(run, (str(folder),), count, join=False, start_method="forkserver")
     deadline = time.monotonic() + seconds
@@ -36,7 +36,7 @@ def new_cases() -> tuple[dict[str, Callable], Callable]:
 
 
 def problems_of(run, folder: Path, count: int) -> list[dict]:
-    """:func:`start`, for a run() whose :func:`run_cases` writes to rank.pt in the folder; what each process wrote."""
+    """:func:`start` for a run() whose :func:`run_cases` writes rank.pt in the folder; returns all results."""
     start(run, folder, count)
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
@@ -49,13 +49,13 @@ def join_group(rank: int, folder: str, count: int) -> None:
 
 
 def run_cases(cases: dict, arguments: tuple, results: str) -> None:
-    """In a process: every case in turn. `results` holds what went wrong in those done so far, or None, by name."""
+    """In a process: every case in turn. `results` holds, by name, the error of each finished case or None."""
     problems = {}
     for seed, (name, function) in enumerate(cases.items()):
         torch.manual_seed(seed)
         try:
             function(*arguments)
             problems[name] = None
-        except BaseException:  # pytest's own failures are no Exceptions
+        except BaseException:  # pytest's own failures are not Exceptions
             problems[name] = traceback.format_exc()
         torch.save(problems, results)

@@ -54,7 +54,7 @@ def philox(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
 
 
 def words(*values: int) -> np.ndarray:
-    """Numbers of 64 bits as 32-bit words, low ones first."""
+    """Numbers of 64 bits as 32-bit words, the low word first."""
     return np.array([value >> shift & 0xFFFFFFFF for value in values for shift in (0, 32)], np.uint64)
 
 
@@ -72,7 +72,7 @@ def lane_bits(seed: int, counter: int, index: np.ndarray) -> np.ndarray:
 
 
 def keep_mask(seed: int, offset: int, p: float, count: int, first: int = 0) -> np.ndarray:
-    """Which of the elements first ... first + count - 1 stay."""
+    """Which of the elements first ... first + count - 1 are kept."""
     index = np.arange(first, first + count, dtype=np.uint64)
     high, low = divmod(int(p * 2**32 + 0.5), 2**16)
     bits, tie_bits = (lane_bits(seed, (offset // 4 + i) % 2**64, index) for i in range(2))
@@ -120,7 +120,7 @@ def _normal_distribution(x: np.longdouble) -> np.longdouble:
 
 
 def activation(name: str, x: np.ndarray, negative_slope: float = 0.01):
-    """An activation of x by the name that dlkit gives it, and its derivative."""
+    """The activation that dlkit calls `name`, of x, and its derivative."""
     if name in ("none", "relu", "leaky_relu"):
         slope = np.longdouble({"none": 1, "relu": 0, "leaky_relu": negative_slope}[name])
         slope = np.where(x > 0, 1, slope)

@@ -1,4 +1,4 @@
-"""What tests/integration compares: one training run with dlkit's optimizer, and the same run with torch's."""
+"""Training runs that tests/integration compares: one with dlkit's optimizer, and the same with torch's."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -11,14 +11,15 @@ import dlkit
 
 OURS, THEIRS = dlkit.optim, torch.optim
 
-# Rates so high that a step that is lost, doubled or taken with other gradients changes every later loss by percents.
-# Adam makes whole steps of gradients that are rounding alone, which differ at random; its eps of 1e-5 damps those.
+# Rates are high enough that a step that is lost, doubled or taken with other gradients changes every later loss by
+# percents. Adam would turn gradients that are only rounding errors into whole, random steps; its eps of 1e-5 damps
+# those.
 ARGUMENTS = {
     "AdamW": {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-5},
     "SGD": {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01},
 }
 
-# What else of an optimizer a checkpoint keeps.
+# Options that add other data to an optimizer's checkpoint.
 EXTRAS = {
     "plain": {},
     "average": {"ema_decay": 0.9},
@@ -26,7 +27,7 @@ EXTRAS = {
     "8-bit states": {"state_dtype": "int8"},
 }
 
-SKIPS = 2.0**19  # a scale that overflows fp16 at first, and again where it has grown
+SKIPS = 2.0**19  # a scale that overflows fp16 at first, and again after it has grown
 
 with_either_library = pytest.mark.parametrize("library", [OURS, THEIRS], ids=["dlkit", "torch"])
 from_one_to_the_other = pytest.mark.parametrize(
@@ -37,14 +38,14 @@ from_one_to_the_other = pytest.mark.parametrize(
 # AVX2 and plain x86-64, 3e-7 of the losses and 2e-6 of the weights. This is five to thirty times that, and a thousandth
 # of a step, which moves weights by 0.02: a rate that is off by 0.05 % fails.
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
-# Under autocast an ulp of an fp32 weight can turn the rounding of its 16-bit copy, which moves that weight by 2^-8
+# Under autocast an ulp of an fp32 weight can change the rounding of its 16-bit copy, which moves that weight by 2^-8
 # (bf16) or 2^-11 (fp16) of itself for all layers. Measured: 7e-4 of the losses, 5e-4 of the weights.
 ROUNDED = {"rtol": 5e-3, "atol": 4e-3}
 
 
 @dataclass
 class Run:
-    """What a run left behind; what a test does not fill stays empty on both sides."""
+    """The record of a run; fields that a test does not fill stay empty on both sides."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # of all gradients, before clipping
@@ -76,7 +77,7 @@ def make_model() -> nn.Sequential:
 
 
 def make_batches(count: int, size: int = 16) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and classes that a linear rule gives, so that losses fall."""
+    """Inputs and classes by a linear rule, which can be learned."""
     generator = torch.Generator().manual_seed(2)
     rule = torch.randn(8, 4, generator=generator)
     inputs = [torch.randn(size, 8, generator=generator) for _ in range(count)]
@@ -89,7 +90,7 @@ def loss_of(model: nn.Module, batch) -> Tensor:
 
 
 def assert_same_run(ours: Run, theirs: Run, rtol: float, atol: float) -> None:
-    """Losses step by step, then all else. The run has learned something, or it would show nothing."""
+    """Compares losses step by step, then the rest. The losses must have fallen, else the comparison shows nothing."""
     assert min(theirs.losses) < 0.9 * theirs.losses[0], theirs.losses
     tolerance = {"rtol": rtol, "atol": atol}
     assert ours.skipped == theirs.skipped
@@ -102,7 +103,7 @@ def assert_same_run(ours: Run, theirs: Run, rtol: float, atol: float) -> None:
 
 
 def assert_equal_run(one: Run, other: Run) -> None:
-    """The same optimizer on the same numbers: the same bits."""
+    """The same optimizer on the same numbers gives the same bits."""
     assert one.losses == other.losses
     assert one.rates == other.rates
     for a, b in itertools.zip_longest(one.weights, other.weights):

@@ -1,6 +1,7 @@
-"""The one tolerance policy: our error against an exact reference is at most torch's own, plus one ulp of the output.
+"""The tolerance of all parity tests: our error against an exact reference is at most torch's plus one ulp of the
+output.
 
-A single small tensor says little about torch's error, so that is the largest over several draws of the same kind.
+A single small tensor says little about torch's error, which is therefore the largest over several similar draws.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ def max_error(actual: Tensor, expected: np.ndarray) -> float:
 
 
 def ulp(magnitude: float, dtype: torch.dtype) -> float:
-    """The distance of neighbours in dtype at this magnitude."""
+    """The distance between neighbouring values of dtype at this magnitude."""
     info = torch.finfo(dtype)
     return info.eps * 2.0 ** np.floor(np.log2(max(magnitude, info.tiny)))
 
 
 @dataclasses.dataclass
 class Yardstick:
-    """Collects one output's errors over draws; NaN, which an unwritten element is, fails."""
+    """Collects one output's errors over draws; NaN, the value of an unwritten element, fails."""
 
     name: str
     ours: float = 0.0

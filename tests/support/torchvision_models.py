@@ -1,6 +1,6 @@
 """torchvision.models, also where torchvision's compiled part does not load: its wheels on PyPI want torch's CUDA build.
 
-The models need none of it, but `import torchvision` asks for the schemas of two ops, and transformers imports it too.
+The models need none of it, but `import torchvision` needs the schemas of two ops, and transformers imports it too.
 """
 
 import importlib.util

@@ -1,10 +1,10 @@
-"""What the tests of dlkit.replace() and dlkit.fuse() compare."""
+"""The comparison for tests of dlkit.replace() and dlkit.fuse()."""
 
 import torch
 
 
 def assert_same_training(one, other, x, modes=(True, True, False)):
-    """Results, gradients and buffers of two modules over training steps and evaluation."""
+    """Compares results, gradients and buffers of two modules over training steps and evaluation."""
     for training in modes:
         results = []
         for module in (one.train(training), other.train(training)):

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reads registers, spills and access widths.
+"""Compiles the Triton kernels for GPUs, none of which is needed, and reads registers, spills and access widths.
 
 The public functions are called on CPU tensors with every launch turned into Triton's own warm-up, under a driver that
-only names the architecture: so signatures, constants, alignment hints and warps are exactly those a GPU would get.
+only names the architecture: signatures, constants, alignment hints and warps are then exactly those a GPU would get.
 `python tests/support/triton_aot.py [80 90 ...]` prints the table.
 """
 
@@ -33,7 +33,7 @@ class Result:
     kernel: str
     case: str
     dtype: str
-    vectorised: bool  # whether the case's rows keep 16-byte alignment, so that wide accesses are due
+    vectorised: bool  # whether the case's rows keep 16-byte alignment, which makes wide accesses due
     warps: int
     registers: int
     shared: int  # bytes
@@ -44,9 +44,9 @@ class Result:
 
 
 def compile_all(capability: int, timeout: float = 7200) -> list[Result]:
-    """Every case for compute capability ``capability`` (80, 90, ...), compiled in a process of its own.
+    """Every case for compute capability ``capability`` (80, 90, ...), compiled in its own process.
 
-    That process is free of TRITON_INTERPRET and of the driver that a GPU in this machine would bring.
+    That process has neither TRITON_INTERPRET nor the driver of a GPU in this machine.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, "--json", str(capability)]
@@ -57,7 +57,7 @@ def compile_all(capability: int, timeout: float = 7200) -> list[Result]:
 
 
 def _load(name: str) -> ModuleType:
-    """A module of dlkit.triton in a package of another name: dlkit's extension need not be built."""
+    """Loads a module of dlkit.triton in a package of another name, which does not need dlkit's extension."""
     package = "dlkit_unbuilt"
     if package not in sys.modules:
         sys.modules[package] = ModuleType(package)
@@ -108,7 +108,7 @@ def _layer_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
 
 
 def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Views with many columns and with one (channels_last), wide and not; of the variants those with most registers."""
+    """Views with many columns and with one (channels_last), wide and not; only the variants with the most registers."""
     import torch
 
     op = _load("batch_norm")
@@ -150,7 +150,7 @@ def _batch_norm_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[],
 
 
 def _dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Elements with bits of their own, runs of all lengths, the affine form; the state drawn, and given."""
+    """Elements with their own bits, runs of all lengths, the affine form; the state drawn and given."""
     import torch
 
     op = _load("dropout")
@@ -195,7 +195,7 @@ def _bias_act_dropout_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callab
 
 
 def _cross_entropy_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Rows of all widths and pixels; classes with everything, and probabilities."""
+    """Rows of all widths and pixels; class targets with all options, and probabilities."""
     import torch
 
     op = _load("cross_entropy")
@@ -224,7 +224,7 @@ def _cross_entropy_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[
 
 
 def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Each algorithm with all its states, and what a 16-bit parameter and 8-bit states add."""
+    """Each algorithm with all its states, and the extra code of 16-bit parameters and 8-bit states."""
     import torch
 
     op = _load("optim")
@@ -269,7 +269,7 @@ def _optim_cases(dtype_name: str) -> Iterator[tuple[str, bool, Callable[[], obje
 
 
 def _cases(name: str, dtype: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """Those of one file of dlkit/triton: from above, else by aot_cases in the op's own test file."""
+    """Cases of one file of dlkit/triton: from the functions above, else from aot_cases in the op's test file."""
     if own := globals().get(f"_{name}_cases"):
         return own(dtype)
     sys.path.insert(0, str(ROOT / "tests"))
@@ -285,7 +285,7 @@ def _compile_here(capability: int) -> list[Result]:
     from triton.runtime.jit import JITFunction
 
     class Named:
-        """What a launch asks of a driver before it has a kernel."""
+        """The attributes that a launch reads from a driver before it has a kernel."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", capability, 32)

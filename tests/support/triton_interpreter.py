@@ -1,13 +1,13 @@
 """Triton's interpreter with the right bf16 rounding, and with sums in the order a GPU takes.
 
-tl.sum: NumPy adds up a leading axis in sequence, so that a sum of n terms in fp32 loses n/2 ulps; on a GPU halves
-are added to halves, and so they are here.
+tl.sum: NumPy adds up a leading axis in sequence, and a sum of n terms in fp32 loses n/2 ulps; a GPU adds halves to
+halves, as is done here.
 
 bf16: up to 3.8 at least it truncates fp32 to bf16, where every device rounds to nearest even (triton issue 8322, pull
 request 11897); NaN may come out as infinity. torch's own conversion takes its place.
 
-Nested functions: each call of one replaces the whole of triton.language anew, which the launch around it has done; that
-takes half of a kernel's time.
+Nested functions: each call replaces all of triton.language again, though the launch has done it; that takes half of a
+kernel's time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def sum_by_halves() -> None:
 
 
 def patch_language_once() -> None:
-    """Replaces triton.language at a launch, not again at each call of a function within it, in this process."""
+    """In this process triton.language is replaced at a launch, not again at each call of a function within it."""
     original = interpreter._patch_lang
     patched: set[Any] = set()  # the modules that the launch under way has replaced
 

@@ -259,7 +259,7 @@ struct ForwardChannelsLast {
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
-    const Behind<A> behind(op);
+    const AfterNorm<A> after(op);
     const bool nt_store = matrix.has_whole_lines<T>(op.y) && should_stream<T>(op.shape, matrix.rows * matrix.cols);
     const int64_t cols = matrix.cols, begin = matrix.rows * part / parts, end = matrix.rows * (part + 1) / parts;
     const Scratch<A> own = scratch(unit, 0, parts);
@@ -272,7 +272,7 @@ struct ForwardChannelsLast {
         fetch_rows_ahead<together()>(x + row * cols, i, cols);
         if (residual != nullptr) fetch_rows_ahead<together()>(residual + row * cols, i, cols);
         const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return (row + r) * cols + i; };
-        forward_values<together()>(x, residual, behind, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+        forward_values<together()>(x, residual, after, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
           outputs.write(z, i, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
         });
       });

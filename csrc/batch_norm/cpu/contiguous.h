@@ -150,10 +150,10 @@ struct ForwardContiguous {
   void apply_slice(const Channel<V>& c, int64_t base, int64_t begin, int64_t end, bool nt_store) const {
     const T *const x = static_cast<const T*>(op.x) + base, *const residual = at<const T>(op.residual, base);
     T* const y = static_cast<T*>(op.y) + base;
-    const Behind<A> behind(op);
+    const AfterNorm<A> after(op);
     for_elements(y, nt_store, begin, end, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
       const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
-      forward_values<count()>(x, residual, behind, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+      forward_values<count()>(x, residual, after, width, c, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
         write_all(z, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return y + index(r); });
       });
     });

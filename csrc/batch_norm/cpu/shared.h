@@ -183,18 +183,18 @@ struct Channel {
 };
 
 template <class A>
-struct Behind {
+struct AfterNorm {
   Activation activation;
   A negative_slope;
   template <class Op>
-  explicit Behind(const Op& op) : activation(op.activation), negative_slope(A(op.negative_slope)) {}
+  explicit AfterNorm(const Op& op) : activation(op.activation), negative_slope(A(op.negative_slope)) {}
 };
 
 // Forward's results for several vectors of a channel each, the r-th at index(r), go to write(); `residual` may be null.
 // Flags that are the same for a whole pass are branches here, in forward and backward, one for all of these vectors: a
 // loop for each combination of them was half of the library. Of the activations the ReLU alone is inline.
 template <int kCount, class T, class Width, class Index, class Write>
-DLKIT_INLINE void forward_values(const T* x, const T* residual, const Behind<accumulate_t<T>>& behind, Width width,
+DLKIT_INLINE void forward_values(const T* x, const T* residual, const AfterNorm<accumulate_t<T>>& after, Width width,
                                  const Channel<Vector<accumulate_t<T>>>& c, const Index& index, const Write& write) {
   using V = Vector<accumulate_t<T>>;
   constexpr std::integral_constant<int, kCount> kAll;
@@ -203,12 +203,12 @@ DLKIT_INLINE void forward_values(const T* x, const T* residual, const Behind<acc
   if (residual != nullptr) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(residual + index(r), width); });
   }
-  if (behind.activation == Activation::Relu) {
+  if (after.activation == Activation::Relu) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
-  } else if (behind.activation != Activation::None) [[unlikely]] {
+  } else if (after.activation != Activation::None) [[unlikely]] {
     V called[kCount];  // a copy: what a call takes the address of stays in memory, in the other branches too
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { called[r] = z[r]; });
-    activate<accumulate_t<T>>(behind.activation, behind.negative_slope, called, kCount);
+    activate<accumulate_t<T>>(after.activation, after.negative_slope, called, kCount);
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = called[r]; });
   }
   write(z);
@@ -222,11 +222,11 @@ enum class Mask { None, FromX, FromY, FromZ };
 template <class T>
 struct Passing {
   Mask mask;
-  Behind<accumulate_t<T>> behind;
+  AfterNorm<accumulate_t<T>> after;
   const T* source;
   Passing(const Backward& op, Mask mask)
       : mask(mask),
-        behind(op),
+        after(op),
         source(mask == Mask::FromY || mask == Mask::FromZ ? static_cast<const T*>(op.y_or_residual) : nullptr) {}
   // The same for what begins at an offset.
   DLKIT_INLINE_MEMBER Passing from(int64_t offset) const {
@@ -257,8 +257,8 @@ DLKIT_INLINE void masked_gradients(const Passing<T>& passing, const T* grad_outp
     if (passing.source != nullptr) {
       repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(passing.source + index(r), width); });
     }
-    const auto& behind = passing.behind;
-    activation_gradients<accumulate_t<T>>(behind.activation, behind.negative_slope, z, called, kCount);
+    const auto& after = passing.after;
+    activation_gradients<accumulate_t<T>>(after.activation, after.negative_slope, z, called, kCount);
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = called[r]; });
   }
 }

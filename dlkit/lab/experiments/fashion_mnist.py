@@ -216,7 +216,7 @@ def caption(data: Dataset, results: list[dict[str, Any]]) -> str:
     device = facts["gpu"] if data.train_images.is_cuda else f"{facts['cpu']}, CPU threads: {facts['threads']}"
     lines += [
         f"fp32, AdamW with clipping, torch's and dlkit's, {device}.",
-        "dlkit (n, m fused): n layers replaced, m of them one with the ReLU behind.",
+        "dlkit (n, m fused): n layers replaced, m of them one with the ReLU after it.",
         f"Step time: median after {WARM_UP_STEPS} steps; the two take turns on the same batches.",
         "Dropout draws other masks for each, so the losses of transformer and batch_norm_mlp differ by chance.",
         "Through BatchNorm a difference of rounding grows from step to step.",
