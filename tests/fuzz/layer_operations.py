@@ -301,7 +301,7 @@ def norm_operation(
     acts: bool = False,
     **rest: Any,
 ) -> Operation:
-    """`add`: normalizes input + residual, which is an output too; `acts`: residual and activation come after the norm."""
+    """`add`: normalizes input + residual, which is an output too; `acts`: residual and activation follow the norm."""
     names = ("y", "sum") if add else ("y",)
 
     def torchs(t: Named, o: Named) -> dict[str, Tensor]:
