@@ -102,6 +102,7 @@ class Workload(NamedTuple):
     batches: Callable[[], list[tuple[Tensor, Tensor]]]
     batch: int
     target: float | None = None  # speed-up over native on 2 cores that dlkit aims at
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None  # else cross entropy, each contestant's own
 
 
 def _images(batch: int) -> list[tuple[Tensor, Tensor]]:
@@ -136,7 +137,7 @@ WORKLOADS = {
 @functools.cache
 def workload_of(name: str) -> Workload:
     """One of WORKLOADS, or of another library: see _zoo.py."""
-    return WORKLOADS[name] if name in WORKLOADS else Workload(*_zoo.load(name))
+    return WORKLOADS[name] if name in WORKLOADS else Workload(**_zoo.load(name))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -162,7 +163,13 @@ def bare(model: nn.Module) -> nn.Module:
 class Trainer:
     """One contestant: a model, its optimizer, and step(), one training step that returns the loss."""
 
-    def __init__(self, contestant: str, model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        contestant: str,
+        model: nn.Module,
+        data: list[tuple[Tensor, Tensor]],
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
         self.data, self.steps = data, 0
         ours = contestant.startswith("dlkit")
         self.clips_apart = not ours
@@ -181,7 +188,7 @@ class Trainer:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LR)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, fused=True)
-        self.loss = dlkit.functional.cross_entropy if ours else F.cross_entropy
+        self.loss = loss or (dlkit.functional.cross_entropy if ours else F.cross_entropy)
         backends = {"compile": "inductor", "dlkit_graph": "dlkit"}
         self.model: Callable[[Tensor], Tensor] = model
         if contestant in backends:
@@ -202,7 +209,7 @@ class Trainer:
 def trainer(name: str, contestant: str, dropout: bool = True) -> Trainer:
     torch.manual_seed(0)
     workload = workload_of(name)
-    return Trainer(contestant, workload.make(dropout and contestant != "ceiling"), workload.batches())
+    return Trainer(contestant, workload.make(dropout and contestant != "ceiling"), workload.batches(), workload.loss)
 
 
 def losses(name: str, contestant: str) -> list[float]:
@@ -337,7 +344,7 @@ def run(
         for name in names:
             for memory in MEMORY:
                 reuse = memory == "reuse"
-                images = name == "cnn" or name.startswith("timm:")
+                images = name == "cnn" or name.startswith(("timm:", "diffusers:"))
                 taking_part = [one for one in contestants if one != "dlkit_best" or images]
                 try:
                     found = apart(measure, name, taking_part, reuse, threads, budget_s)
@@ -456,7 +463,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models",
         metavar="A B",
         nargs="+",
-        help=f"default: {' '.join(MODELS)}; or timm:NAME and hf:NAME, with options: hf:llama,hidden_size=512",
+        help=f"default: {' '.join(MODELS)}; or timm:NAME, hf:NAME, diffusers:NAME; options: hf:llama,hidden_size=512",
     )
     parser.add_argument(
         "--against",

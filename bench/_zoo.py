@@ -1,7 +1,7 @@
-"""Models of timm and transformers as workloads: `timm:resnet50`, `hf:llama`, options after commas.
+"""Models of other libraries as workloads: `timm:resnet50`, `hf:llama`, `diffusers:UNet2DModel`, options after commas.
 
 `timm:deit_tiny_patch16_224,drop_path_rate=0.1` gives timm.create_model that option; `hf:llama,hidden_size=512` the
-configuration. Weights are random, nothing is downloaded.
+configuration; `diffusers:UNet2DModel,layers_per_block=2` the class. Weights are random, nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import ast
 import importlib
 import os
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import BadInput
@@ -37,15 +37,25 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "use_cache": False,
 }
+# A small one with attention at the second of three sizes.
+UNET: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (64, 128, 128),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 16,
+    "dropout": 0.1,
+}
 DROPOUT_WORDS = ("dropout", "pdrop", "dropout_prob", "drop_rate", "layerdrop")
 
 
 def is_name(name: str) -> bool:
-    return name.startswith(("timm:", "hf:"))
+    return name.startswith(("timm:", "hf:", "diffusers:"))
 
 
-def load(name: str) -> tuple[Callable[[bool], nn.Module], Callable[[], list[tuple[Tensor, Tensor]]], int]:
-    """(the model with its dropouts or without, batches of it, the size of one). BadInput where there is none."""
+def load(name: str) -> dict[str, Any]:
+    """The arguments of a Workload. BadInput where there is no such model."""
     library, _, rest = name.partition(":")
     model, *texts = rest.split(",")
     options: dict[str, Any] = {}
@@ -57,7 +67,7 @@ def load(name: str) -> tuple[Callable[[bool], nn.Module], Callable[[], list[tupl
             options[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             options[key] = value
-    return _timm(model, options) if library == "timm" else _transformers(model, options)
+    return {"timm": _timm, "hf": _transformers, "diffusers": _diffusers}[library](model, options)
 
 
 def _import(library: str) -> ModuleType:
@@ -69,7 +79,7 @@ def _import(library: str) -> ModuleType:
         raise BadInput(f"{library} cannot be imported: {str(error).splitlines()[0]}") from None
 
 
-def _timm(model: str, options: dict[str, Any]) -> Any:
+def _timm(model: str, options: dict[str, Any]) -> dict[str, Any]:
     timm = _import("timm")
     if not timm.is_model(model):
         raise BadInput(f"timm has no model {model!r}; timm.list_models() names them")
@@ -91,7 +101,7 @@ def _timm(model: str, options: dict[str, Any]) -> Any:
             for _ in range(4)
         ]
 
-    return make, batches, IMAGES
+    return {"make": make, "batches": batches, "batch": IMAGES}
 
 
 class Logits(nn.Module):
@@ -106,7 +116,7 @@ class Logits(nn.Module):
         return logits.flatten(0, 1)
 
 
-def _transformers(kind: str, options: dict[str, Any]) -> Any:
+def _transformers(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = _import("transformers")
     try:
@@ -130,4 +140,34 @@ def _transformers(kind: str, options: dict[str, Any]) -> Any:
         tokens = [torch.randint(3, config.vocab_size, size, generator=generator) for _ in range(4)]
         return [(some[:, :-1], some[:, 1:].flatten()) for some in tokens]
 
-    return make, batches, TEXTS
+    return {"make": make, "batches": batches, "batch": TEXTS}
+
+
+class Denoiser(nn.Module):
+    """Noisy images, each of a time step of its own, to the noise in them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        steps = torch.arange(len(images), device=images.device) * 50
+        noise: Tensor = self.model(images, steps).sample
+        return noise
+
+
+def _diffusers(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    diffusers = _import("diffusers")
+    cls = getattr(diffusers, kind, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)) or "UNet" not in kind:
+        raise BadInput(f"diffusers has no unconditional UNet {kind!r}; UNet2DModel is one")
+
+    def make(dropout: bool) -> nn.Module:
+        return Denoiser(cls(**{**UNET, **options, **({} if dropout else {"dropout": 0.0})})).train()
+
+    def batches() -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        size = (max(1, IMAGES // 4), 3, UNET["sample_size"], UNET["sample_size"])
+        return [(torch.randn(size, generator=generator), torch.randn(size, generator=generator)) for _ in range(4)]
+
+    return {"make": make, "batches": batches, "batch": max(1, IMAGES // 4), "loss": F.mse_loss}

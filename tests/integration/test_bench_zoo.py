@@ -1,4 +1,4 @@
-"""bench models on models of timm and transformers: the first losses are native's, norms are gone from the ceiling."""
+"""bench models on models of timm, transformers and diffusers: losses are native's, the ceiling has no norms."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from dlkit.bench import _models
 from support import architectures  # noqa: F401  (torchvision's models, also where its compiled part does not load)
 
 NAMES = ("timm:resnet18", "timm:deit_tiny_patch16_224,drop_path_rate=0.1,depth=2", "hf:llama", "hf:bert", "hf:gpt2")
+NAMES += ("diffusers:UNet2DModel",)
 
 
 @pytest.mark.parametrize("name", NAMES)
