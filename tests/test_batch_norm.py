@@ -244,8 +244,10 @@ def test_batch_norm(backend, shape, types, case, channels_last):
 
 
 # (shape, groups): contiguous in few long slices and in many short ones, in parts, and rows of one element a channel.
+# Those have 12 elements: groups of 3 now and then have so small a variance that rounding the mean decides the error,
+# torch's too (1e-14 in y at worst of 3,000 draws, both).
 ACTIVATED_SHAPES = [((4, 16, 7, 9), 0), ((2, 3, 33, 31), 0), ((128, 17), 0), ((1, 2, 70, 70), 0), ((5, 64, 3, 3), 0)]
-ACTIVATED_SHAPES += [((2, 12, 16, 33), 4), ((3, 12, 3, 3), 4), ((3, 6), 2), ((2, 4, 20, 20), 2), ((2, 6, 7), 3)]
+ACTIVATED_SHAPES += [((2, 12, 16, 33), 4), ((3, 12, 3, 3), 4), ((3, 24), 2), ((2, 4, 20, 20), 2), ((2, 6, 7), 3)]
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
