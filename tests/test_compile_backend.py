@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from support import layers
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -543,6 +544,26 @@ def test_dropouts(name):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     zeros, _ = run(Of(function, 0.0 if "path" not in name else 0.25).eval(), [data(6, C)])
     assert len(zeros) == len(found)
+
+
+@pytest.mark.parametrize("name", layers.CASES)
+def test_layers_of_dlkit(name):
+    """Their ops are in the graph as they are, with keywords: training gives what the layer itself gives."""
+    case = layers.CASES[name]
+    layer = case.make().train()
+    inputs = [x.requires_grad_() for x in case.inputs()]
+
+    def train(model):
+        torch.manual_seed(3)
+        outputs = model(*inputs)
+        outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y is not None]
+        weights = [p for p in layer.parameters() if p.requires_grad]
+        total = sum((y * torch.arange(y.numel()).view_as(y).cos()).sum() for y in outputs)
+        return outputs, torch.autograd.grad(total, [*inputs, *weights], allow_unused=True)
+
+    expected = train(layer)
+    torch._dynamo.reset()
+    torch.testing.assert_close(train(torch.compile(layer, backend="dlkit")), expected)
 
 
 def test_evaluation_drops_nothing():

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from dlkit._ops import op
@@ -80,10 +80,20 @@ def _make_eager(module: GraphModule) -> None:
         _make_eager(body)
     for node in module.graph.nodes:
         if getattr(node.target, "namespace", "") == "dlkit":
+            node.args, node.kwargs = _by_position(node), {}
             node.target = _called(node.target._opname)
         elif getattr(node.target, "__name__", "") == "tag_activation_checkpoint":
             node.target = _checkpointed
     module.recompile()
+
+
+def _by_position(node: Node) -> tuple[Any, ...]:
+    """The arguments of an op in its schema's order, as the fast call takes them."""
+    arguments = list(node.args)
+    for argument in node.target._schema.arguments[len(arguments) :]:  # type: ignore[union-attr]
+        given = argument.name in node.kwargs
+        arguments.append(node.kwargs[argument.name] if given else argument.default_value)
+    return tuple(arguments)
 
 
 @functools.cache

@@ -354,7 +354,7 @@ def dropout_of_nothing(graph: Captured, node: Node) -> Node | None:
     return None
 
 
-BEHIND_BIAS = ("relu", "gelu", "gelu_tanh")  # what dlkit's op takes
+AFTER_BIAS = ("relu", "gelu", "gelu_tanh")  # what dlkit's op takes
 
 
 def act_dropout(graph: Captured, node: Node) -> Node | None:
@@ -367,7 +367,7 @@ def act_dropout(graph: Captured, node: Node) -> Node | None:
     if not isinstance(act, Node) or (dropout and graph.only_user(act) is not node):
         return None
     found = _activation(graph, act)
-    if found is None or found.name not in BEHIND_BIAS or not graph.alike(node, act):
+    if found is None or found.name not in AFTER_BIAS or not graph.alike(node, act):
         return None
     if found.consumes and not graph.consumed(found.input, act):
         return None
