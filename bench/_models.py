@@ -155,7 +155,8 @@ def bare(model: nn.Module) -> nn.Module:
     """
     for parent in list(without_dropout(model).modules()):
         for name, child in list(parent.named_children()):
-            if "norm" in type(child).__name__.lower():
+            inside = {inner for inner, _ in child.named_children()}
+            if "norm" in type(child).__name__.lower() and inside <= {"act", "drop"}:  # not a head that has one
                 setattr(parent, name, getattr(child, "act", nn.Identity()))
     return model
 
