@@ -611,7 +611,8 @@ def test_linear_gives_what_the_unfused_ops_give(dtype, name):
     leaves, target = linear_problem(dtype)
     grad = torch.rand(300) if name == "none" else torch.tensor(0.75)
     found, expected = both_ways(leaves, target, grad, **options)
-    tolerance = 8 * torch.finfo(dtype).eps
+    # In fp64 the unfused ops round as well: with rows in another order they are up to 7 eps from themselves.
+    tolerance = (16 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
