@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +80,12 @@ def _import(library: str) -> ModuleType:
         raise BadInput(f"{library} cannot be imported: {str(error).splitlines()[0]}") from None
 
 
+def _drawn(draw: Callable[[torch.Generator], tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Four batches, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    return [draw(generator) for _ in range(4)]
+
+
 def _timm(model: str, options: dict[str, Any]) -> dict[str, Any]:
     timm = _import("timm")
     if not timm.is_model(model):
@@ -92,14 +99,12 @@ def _timm(model: str, options: dict[str, Any]) -> dict[str, Any]:
     def batches() -> list[tuple[Tensor, Tensor]]:
         known = timm.get_pretrained_cfg(model, allow_unregistered=True)
         size = known.input_size[-1] if known and known.fixed_input_size else IMAGE
-        generator = torch.Generator().manual_seed(0)
-        return [
-            (
+        return _drawn(
+            lambda generator: (
                 torch.randn(IMAGES, 3, size, size, generator=generator),
                 torch.randint(CLASSES, (IMAGES,), generator=generator),
             )
-            for _ in range(4)
-        ]
+        )
 
     return {"make": make, "batches": batches, "batch": IMAGES}
 
@@ -135,10 +140,11 @@ def _transformers(kind: str, options: dict[str, Any]) -> dict[str, Any]:
         return Logits(auto.from_config(chosen)).train()
 
     def batches() -> list[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        size = (TEXTS, CONTEXT + 1)
-        tokens = [torch.randint(3, config.vocab_size, size, generator=generator) for _ in range(4)]
-        return [(some[:, :-1], some[:, 1:].flatten()) for some in tokens]
+        def texts(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            tokens = torch.randint(3, config.vocab_size, (TEXTS, CONTEXT + 1), generator=generator)
+            return tokens[:, :-1], tokens[:, 1:].flatten()
+
+        return _drawn(texts)
 
     return {"make": make, "batches": batches, "batch": TEXTS}
 
@@ -162,12 +168,16 @@ def _diffusers(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)) or "UNet" not in kind:
         raise BadInput(f"diffusers has no unconditional UNet {kind!r}; UNet2DModel is one")
 
+    config = {**UNET, **options}
+    batch = max(1, IMAGES // 4)
+    size = (batch, 3, config["sample_size"], config["sample_size"])
+
     def make(dropout: bool) -> nn.Module:
-        return Denoiser(cls(**{**UNET, **options, **({} if dropout else {"dropout": 0.0})})).train()
+        return Denoiser(cls(**(config if dropout else {**config, "dropout": 0.0}))).train()
 
     def batches() -> list[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        size = (max(1, IMAGES // 4), 3, UNET["sample_size"], UNET["sample_size"])
-        return [(torch.randn(size, generator=generator), torch.randn(size, generator=generator)) for _ in range(4)]
+        return _drawn(
+            lambda generator: (torch.randn(size, generator=generator), torch.randn(size, generator=generator))
+        )
 
-    return {"make": make, "batches": batches, "batch": max(1, IMAGES // 4), "loss": F.mse_loss}
+    return {"make": make, "batches": batches, "batch": batch, "loss": F.mse_loss}

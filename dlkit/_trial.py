@@ -9,6 +9,7 @@ the original. Dtypes, shapes and options for which nothing was proven stay with 
 The module itself is only read, no hook is called, and torch's generators are where they were.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -326,6 +327,19 @@ def _key(module: torch.nn.Module, sizes: bool) -> str:
     return repr((sorted(plain.items()), shapes, [(name, repr(child)) for name, child in module._modules.items()]))
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """A trial runs in it: on the CPU with gradients, whatever modes are on, and torch's generators stay as they are."""
+    with (
+        _disable_current_modes(),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        yield
+
+
 def prove(module: torch.nn.Module, twin: type | None) -> Proof:
     """The form of this module, whose class derives from torch's class of which ``twin`` is dlkit's, or from none.
 
@@ -336,13 +350,7 @@ def prove(module: torch.nn.Module, twin: type | None) -> Proof:
     known, key, kin = _proofs.setdefault(cls, {}), _key(module, True), _key(module, False)
     if key not in known:
         try:
-            with (
-                _disable_current_modes(),
-                torch.random.fork_rng(devices=[]),
-                torch.device("cpu"),
-                torch.enable_grad(),
-                torch.autocast("cpu", enabled=False),
-            ):
+            with apart():
                 near = known.get(kin)
                 known[key] = _prove(module, cls, twin, near if isinstance(near, Proof) else None)
                 known[kin] = known[key]

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dlkit._activation import ACTIVATIONS, activated, layer_activation
-from dlkit._trial import LOW, _specimen
+from dlkit._trial import LOW, _specimen, apart
 
 NAMES = [name for name in ACTIVATIONS if name != "leaky_relu"]  # whose slope may be anything, and anywhere
 IN_FP32 = {"pow", "rpow", "exp", "expm1", "log", "log1p", "log2", "reciprocal", "rsqrt", "softplus", "sum", "cumsum"}
@@ -45,13 +44,7 @@ def _proven(layer: torch.nn.Module) -> str:
         return ""
     known, key = _found.setdefault(cls, {}), (getattr(layer, "inplace", None), *sorted(chosen.items()))
     if key not in known:
-        with (
-            _disable_current_modes(),
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-        ):
+        with apart():
             try:
                 known[key] = _prove(cls, layer)
             except Exception:  # it wants other inputs
