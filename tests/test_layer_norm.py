@@ -171,8 +171,10 @@ def test_very_long_rows(backend, types):
     check(backend, (1, 1_000_003), types, VARIANTS[1])
     check(backend, (1, 131_072), types, VARIANTS[2])
     check(backend, (40, 20_000), types, VARIANTS[0])  # several blocks sum the parameters' gradients
-    if backend.instruction_set:  # where few long rows are cut into pieces
+    if backend.instruction_set:  # where long rows are cut into pieces, and several batches of them add up
         check(backend, (3, 65_549), types, (False, True, True, True), "row-strided")
+        check(backend, (35, 65_549), types, VARIANTS[1], "row-strided")
+        check(backend, (35, 65_600), types, VARIANTS[0])
 
 
 @pytest.mark.parametrize("layout", ["row-strided", "odd offset", "transposed"])
@@ -303,7 +305,7 @@ def test_same_bits_every_run(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cols", [700, 701, 60_001])  # 701: rows that begin anywhere in 16 bytes
+@pytest.mark.parametrize("cols", [700, 701, 60_001, 70_001])  # 701: rows that begin anywhere in 16 bytes
 def test_a_row_does_not_depend_on_the_others(backend, cols, dtype):
     if cols > 20_000 and backend.name == "triton" and backend.device == "cpu":
         pytest.skip("minutes in the interpreter")

@@ -62,8 +62,7 @@ DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
   return (VectorU32)_mm512_maskz_mov_epi16(keep, (__m512i)scaled);
 #else
   using Halves = uint16_t __attribute__((vector_size(kVectorBytes)));
-  Halves lane;
-  for (int i = 0; i < kPair; ++i) lane[i] = uint16_t(1 << i);  // a constant
+  const Halves lane = constant<Halves>([](int i) { return 1u << i; });
   return scaled & (VectorU32)(((Halves{} + keep) & lane) != 0);
 #endif
 #endif

@@ -9,7 +9,7 @@ namespace {
 
 template <class T, bool kAdds>
 void forward_typed(const Forward& op) {
-  if (has_few_long_rows(op)) return forward_long_rows<T, kAdds>(op);
+  if (has_long_rows(op)) return forward_long_rows<T, kAdds>(op);
   const bool nt_store = should_stream<T>(op.y, op.rows, op.cols) && (!kAdds || uintptr_t(op.sum) % 64 == 0);
   parallel_for(op.rows, max64(1, kGrain / op.cols), [&](int64_t begin, int64_t end) {
     if (op.cols <= kShortForward<accumulate_t<T>> && !op.dropout.active) {
@@ -23,7 +23,7 @@ void forward_typed(const Forward& op) {
 
 template <class T>
 void backward_typed(const Backward& op) {
-  if (has_few_long_rows(op)) return backward_long_rows<T>(op);
+  if (has_long_rows(op)) return backward_long_rows<T>(op);
   using A = accumulate_t<T>;
   const bool nt_store = op.grad_input != nullptr && should_stream<T>(op.grad_input, op.rows, op.cols) &&
                         uintptr_t(op.grad_residual) % 64 == 0;
@@ -71,9 +71,9 @@ void backward(const Backward& op) {
 #if defined(DLKIT_ISA_IS_BASELINE)
 constexpr int64_t most_dropped = kScratch;  // columns: the keep bits of a group of rows lie on the stack
 int64_t partials_bytes(const Backward& op) {
-  if (has_few_long_rows(op)) return 0;
   const int64_t arrays = int64_t(op.grad_weight != nullptr) + int64_t(op.grad_bias != nullptr);
-  return cut(op).blocks * arrays * op.period * op.cols * accumulate_size(op.dtype);
+  const int64_t blocks = !has_long_rows(op) ? cut(op).blocks : op.rows > rows_of_batch(op) ? 1 : 0;
+  return blocks * arrays * op.period * op.cols * accumulate_size(op.dtype);
 }
 #endif
 

@@ -29,13 +29,12 @@ DLKIT_INLINE V swap_lanes(V v) {
 // Swaps squares of kSize bits and rows with those kSize bits and rows away, where a vector has more than kSize rows.
 template <int kSize>
 DLKIT_INLINE VectorU64 swap_squares(VectorU64 rows) {
-  VectorU64 own, from_below, from_above;  // constants: which bits a row keeps, and takes from its partner
-  for (int i = 0; i < kVectorBlocks; ++i) {
-    const bool upper = i / kSize % 2 == 0;
-    own[i] = upper ? kLowBits<kSize> : ~kLowBits<kSize>;
-    from_below[i] = upper ? ~kLowBits<kSize> : 0;
-    from_above[i] = upper ? 0 : kLowBits<kSize>;
-  }
+  // Which bits a row keeps, and takes from its partner.
+  const auto in_turns = [](uint64_t upper, uint64_t lower) DLKIT_INLINE_LAMBDA {
+    return constant<VectorU64>([&](int i) DLKIT_INLINE_LAMBDA { return i / kSize % 2 == 0 ? upper : lower; });
+  };
+  const VectorU64 own = in_turns(kLowBits<kSize>, ~kLowBits<kSize>);
+  const VectorU64 from_below = in_turns(~kLowBits<kSize>, 0), from_above = in_turns(0, kLowBits<kSize>);
   const VectorU64 partner = swap_lanes<kSize>(rows);
   return (rows & own) | (partner << kSize & from_below) | (partner >> kSize & from_above);
 }

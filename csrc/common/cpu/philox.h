@@ -175,8 +175,7 @@ DLKIT_INLINE Vector<A> select(uint32_t bits, Vector<A> kept, Vector<A> dropped) 
   }
 #else
   using Lanes = std::conditional_t<std::is_same_v<A, float>, VectorU32, VectorU64>;
-  Lanes lane;
-  for (int i = 0; i < kLanes<A>; ++i) lane[i] = 1u << i;  // a constant
+  const Lanes lane = constant<Lanes>([](int i) { return 1u << i; });
   return ((Lanes{} + bits) & lane) != 0 ? kept : dropped;
 #endif
 }

@@ -78,6 +78,15 @@ DLKIT_INLINE Vector<A> broadcast(A value) {
   return Vector<A>{} + value;
 }
 
+// The vector {f(0), f(1), ...}. A loop that sets one lane after the other stays a loop at -O2 from 16 lanes on, and the
+// vector is then written to memory and read back at every use.
+template <class V, class F>
+DLKIT_INLINE V constant(const F& f) {
+  using Lane = std::remove_cvref_t<decltype(V{}[0])>;
+  return [&]<int... I>(std::integer_sequence<int, I...>)
+             DLKIT_INLINE_LAMBDA { return V{Lane(f(I))...}; }(std::make_integer_sequence<int, sizeof(V) / sizeof(Lane)>());
+}
+
 // The vector type of kLanes values of T as they lie in memory.
 template <class T>
 struct PackedOf {
@@ -374,8 +383,7 @@ DLKIT_INLINE V keep(V v, All, V = V{}) {
 }
 template <class V>
 DLKIT_INLINE V keep(V v, First width, V rest = V{}) {
-  decltype(v < v) lane;
-  for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) lane[i] = i;  // a constant
+  const auto lane = constant<decltype(v < v)>([](int i) { return i; });
   return lane < decltype(lane[0] + 0)(width.count) ? v : rest;
 }
 

@@ -33,14 +33,24 @@ Cut cut(const Backward& op) {
 
 // The terms from a row's sums in grad_input = rstd * (wdy - mean_wdy - (x - mean) * slope).
 template <class A>
+struct RowGradient {
+  A mean_wdy, slope;  // slope: rstd^2 * mean(wdy * (x - mean))
+};
+
+// The same, from the sums of wdy and of wdy * (x - mean).
+template <class A>
+DLKIT_INLINE RowGradient<A> row_gradient(const Backward& op, double sum, double product, double rstd) {
+  return {op.rms ? A(0) : A(sum / double(op.cols)), A(product * rstd * rstd / double(op.cols))};
+}
+
+// Of several rows, as vectors.
+template <class A>
 struct RowGradients {
   static constexpr int64_t kRows = kLanes<A> > kGroup ? kLanes<A> : kGroup;
-  A mean_wdy[kRows], slope[kRows];  // slope: rstd^2 * mean(wdy * (x - mean))
-
-  // Row r, from the sums of wdy and of wdy * (x - mean).
-  DLKIT_INLINE_MEMBER void set(const Backward& op, int64_t r, double sum, double product, double rstd) {
-    mean_wdy[r] = op.rms ? A(0) : A(sum / double(op.cols));
-    slope[r] = A(product * rstd * rstd / double(op.cols));
+  A mean_wdy[kRows], slope[kRows];
+  DLKIT_INLINE_MEMBER void set(int64_t r, const RowGradient<A>& found) {
+    mean_wdy[r] = found.mean_wdy;
+    slope[r] = found.slope;
   }
 };
 
@@ -116,7 +126,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
         terms[0] += wdy;
         terms[1] = fma(wdy, load(x + i, width) - mean, terms[1]);
       });
-      own.set(op, r, totals[0], totals[1], rstd);
+      own.set(r, row_gradient<A>(op, totals[0], totals[1], rstd));
     }
     found = &own;
     place = 0;
