@@ -428,7 +428,7 @@ def test_what_is_kept():
     assert state_bytes(lambda: fused.dropout(x * 1, inplace=True)) == [few]
     assert state_bytes(lambda: fused.dropout_add(x, x, 0.5)) == [few]
     assert state_bytes(lambda: fused.dropout2d(x)) == [16]
-    assert state_bytes(lambda: fused.dropout(x.to(memory_format=torch.channels_last))) == [16]
+    assert state_bytes(lambda: fused.dropout(x.to(memory_format=torch.channels_last))) == [few]
     assert state_bytes(lambda: fused.dropout(x, p=1.0)) == [16]
     assert state_bytes(lambda: fused.dropout(x.detach())) == [16]
     saved = []  # hooks get no bits: checkpoints compare sizes, offloading needs small tensors
@@ -448,14 +448,27 @@ KEEPING = {  # dropout by a call that keeps its bits, and the factor of its grad
 }
 
 
+# Layouts of a tensor of that many times six elements.
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "transposed": lambda t: t.t().contiguous().t(),
+    "channels_last": lambda t: t.reshape(-1, 2, 3, 1).contiguous(memory_format=torch.channels_last),
+    "channels_last, 19 channels": lambda t: torch.cat([t] * 19, 1).view(-1, 19, 3, 2).contiguous(
+        memory_format=torch.channels_last
+    ),
+    "channels_last, large": lambda t: t.reshape(1, 3, -1, 2).contiguous(memory_format=torch.channels_last),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", KEEPING)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 7, 64, 255, 4099])
-def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name):
+def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name, layout):
     if not backend.instruction_set:
         pytest.skip("bits are kept on the CPU only")
     p, (call, factor) = 0.3, KEEPING[name]
-    x = torch.randn(count, 6, dtype=dtype, requires_grad=True)
+    x = LAYOUTS[layout](torch.randn(count, 6, dtype=dtype)).requires_grad_()
     torch.manual_seed(count)
     with States() as states:
         y = call(x, p)
@@ -464,12 +477,14 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name):
         assert torch.equal(y, call(x, p))  # without a graph no bits are kept
     (state,) = states.found
     assert state.numel() > 2
-    kept = mask_of(backend, x.numel(), *state[:2].tolist(), p)
-    # A gradient in the order of memory, and one in another order, for which the mask is drawn again.
-    for grad in (torch.randn(count, 6, dtype=dtype), torch.randn(6, count, dtype=dtype).t()):
+    kept = torch.from_numpy(mask_of(backend, x.numel(), *state[:2].tolist(), p)).view(x.shape)
+    # Gradients in the order of x's memory, and in other orders.
+    for grad in (torch.randn_like(x), torch.randn(x.shape, dtype=dtype), torch.randn(x.shape[::-1], dtype=dtype).permute(
+        *reversed(range(x.dim()))
+    )):  # fmt: skip
         (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        wanted = (grad.to(wide) * factor(p)).to(dtype) * torch.from_numpy(kept).view(count, 6)
+        wanted = (grad.to(wide) * factor(p)).to(dtype) * kept
         torch.testing.assert_close(found, wanted)
         assert torch.equal(found != 0, wanted != 0)
 

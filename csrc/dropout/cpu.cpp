@@ -17,6 +17,7 @@ using namespace dlkit::DLKIT_ISA;
 
 constexpr int64_t kStepElements = kKeepStep * kBlockElements;
 constexpr int64_t kAhead = 256;         // elements
+constexpr int64_t kShortRun = 128;      // elements: to read and drop them costs less than a branch foreseen wrongly
 constexpr int64_t kSlack = 8;           // bytes past a vector's bits that a read of them may touch
 constexpr int64_t kTileBits = 1 << 20;  // 128 KB: a part of the second-level cache
 
@@ -69,10 +70,12 @@ DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
 }
 
 // The same for the elements of a step, written to y; their bits begin at `bits`.
-DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scale, const uint8_t* bits) {
+DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scale, const uint8_t* bits,
+                                  bool nt_store) {
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kStepElements; i += kPair) {
-    store_raw(y + i, scale_bf16(load_raw<VectorU32>(x + i), scale, load_raw<PairBits>(bits + i / 8)));
+    const VectorU32 v = scale_bf16(load_raw<VectorU32>(x + i), scale, load_raw<PairBits>(bits + i / 8));
+    nt_store ? non_temporal_store(y + i, v) : store_raw(y + i, v);
   }
 }
 
@@ -111,7 +114,7 @@ DLKIT_INLINE void select_range(const Constants<T>& constants, const T* x, T* y, 
   if (count < kStepElements) {
     for_columns<A, 1>(0, count, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, nt_store, width); });
   } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16> && kLanes<A> % 8 == 0) {  // whole bytes of bits
-    scale_step_bf16(x, y, constants.scale, bits + lane / 8);
+    scale_step_bf16(x, y, constants.scale, bits + lane / 8, nt_store && uintptr_t(y) % kVectorBytes == 0);
   } else {
     apply_step<A>(nt_store, apply);
   }
@@ -149,7 +152,7 @@ void drop_elements(const CpuDropout& op, const PhiloxState& state, int64_t begin
       for_columns<A, 1>(0, end - first,
                         [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA { apply(i, nt_store, width); });
     } else if constexpr (kForm == kPlain && std::is_same_v<T, BFloat16>) {
-      scale_step_bf16(x + first, y + first, constants.scale, bits);
+      scale_step_bf16(x + first, y + first, constants.scale, bits, nt_store);
     } else {
       apply_step<A>(nt_store, apply);
     }
@@ -164,12 +167,12 @@ struct Tile {
   int64_t end;            // the first column after it
   int64_t pixel, pixels;  // the first pixel, counted over all samples, and how many
   int64_t lane, stride;
-  uint8_t* bits;
+  const uint8_t* bits;
 };
 
 // The bits still to be drawn for a tile: `ranges` ranges of `length` bits, the first at `mask`, `spatial` bits apart.
 struct Draws {
-  int64_t ranges, length, mask, spatial;
+  int64_t ranges = 0, length, mask, spatial;
   int64_t at, stride;  // where the first is written, and the distance to the next, in bits
   uint8_t* bits;
   int64_t blocks = 0;  // of the first range that are drawn
@@ -189,12 +192,19 @@ struct Draws {
   }
 };
 
+// The bits to be kept, in logical order.
+void draw_all(const CpuDropout& op, const PhiloxState& state) {
+  parallel_for((op.numel + kStepElements - 1) / kStepElements, kGrain / kStepElements, [&](int64_t begin, int64_t end) {
+    keep_bits(state, op.threshold, begin * kKeepStep, (end - begin) * kKeepStep, op.bits.data + begin * kKeepStep);
+  });
+}
+
 // `period` channels are innermost in memory. Work is counted in columns of up to 64 pixels of a sample. A tile's bits
 // are drawn in logical order and transposed a column at a time, which takes 0.02 to 0.03 ns an element in cache, some
 // 0.05 for 28 x 28 x 256, beside Philox's 0.17. They are drawn while the previous tile is written, a step for each
 // step's elements, to hide memory's latency: 2.1 ms instead of 2.4 for 28 x 28 x 256 in fp32.
 template <class T, Form kForm>
-void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
+void drop_turns(const CpuDropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   const Constants<T> constants(op);
   const PhiloxKeys keys(state);
   const int64_t channels = op.period, spatial = op.inner / op.period, width = columns_at_once(spatial),
@@ -204,7 +214,7 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
   const int64_t part = min64(plane, (steps * 256 - (kWordBits - width)) / width);
   const int64_t tile = channels * spatial <= kTileBits ? plane : part;
   const int64_t bytes = channels * (min64(spatial, tile * width) + 14) / 8 + kKeepStep + kBitsSlack;
-  const std::unique_ptr<uint8_t[]> bits(new uint8_t[2 * bytes]);
+  const std::unique_ptr<uint8_t[]> bits(new uint8_t[op.bits.data == nullptr ? 2 * bytes : 0]);
   const std::unique_ptr<uint64_t[]> words(new uint64_t[transpose_words(channels)]);
   const std::unique_ptr<uint8_t[]> in_order(new uint8_t[channels * kWordBits / 8 + kBitsSlack]);
 
@@ -214,6 +224,7 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
     const int64_t last = min64(min64(end, (sample + 1) * plane), first + tile);
     const int64_t pixels = min64(spatial, (last - sample * plane) * width) - pixel;
     const int64_t mask = sample * channels * spatial + pixel, lane = mask % kBlockElements;
+    if (op.bits.data != nullptr) return Tile{last, sample * spatial + pixel, pixels, mask, spatial, op.bits.data};
     const bool whole = pixels == spatial;
     // The channels' ranges may not overlap, and each must begin at the lane it has in the stream.
     const int64_t stride = whole ? spatial : pixels + 7 + (spatial - pixels + 1) % 8;
@@ -246,28 +257,44 @@ void drop_turns(const Dropout& op, const PhiloxState& state, int64_t begin, int6
   if (nt_store) streaming_fence();
 }
 
+// A vector of elements of T as they are stored: all bits of those that stay.
+template <class T>
+using StoredMask = std::conditional_t<sizeof(T) == 2, VectorU16, std::conditional_t<sizeof(T) == 4, VectorU32, VectorU64>>;
+
+template <class T>
+DLKIT_INLINE StoredMask<T> stored_mask(uint32_t bits) {
+  using V = StoredMask<T>;
+  using Lane = std::remove_cvref_t<decltype(V{}[0])>;
+  return (V)(((V{} + Lane(bits)) & constant<V>([](int i) { return 1u << i; })) != 0);
+}
+
 // `period` channels, innermost in memory, have one bit each: all rows of a sample have the same bits, which are drawn
-// once.
+// once, and kept as vectors of whole elements: to widen bits for every row would take as long as to scale bf16.
 template <class T, Form kForm>
 void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   const Constants<T> constants(op);
+  const auto dropped = StoredMask<T>(pack(constants.dropped, T()));
   const T* x = static_cast<const T*>(op.x);
   T* y = static_cast<T*>(op.y);
   const std::unique_ptr<uint8_t[]> bits(new uint8_t[op.period / 8 + 2 + kKeepStep + kSlack]);
+  const std::unique_ptr<T[]> masks(new T[op.period + kLanes<A>]);
   for (int64_t sample = begin / op.inner; sample * op.inner < end; ++sample) {
     const int64_t mask = sample * op.period, lane = mask % kBlockElements;
     keep_bits(state, op.threshold, mask / kBlockElements, (lane + op.period + 7) / kBlockElements, bits.get());
+    for (int64_t c = 0; c < op.period; c += kLanes<A>) {
+      store_raw(masks.get() + c, stored_mask<T>(lanes_at<A>(bits.get(), lane + c)));
+    }
     const int64_t last = min64(end, (sample + 1) * op.inner);
     int64_t i = max64(begin, sample * op.inner);
     while (i < last) {
       const int64_t column = i % op.period, columns = min64(op.period, column + last - i);
       const int64_t row = i - column;
       for_columns<A, 1>(column, columns, [&](int64_t c, int, auto width) DLKIT_INLINE_LAMBDA {
-        const Vector<A> kept = constants.template kept<kForm == kAffine>(load(x + row + c, width));
-        write(y + row + c,
-              select<A>(lanes_at<A>(bits.get(), lane + c), kept, kForm == kAffine ? constants.dropped : Vector<A>{}),
-              width, nt_store);
+        const auto mask = load_raw<StoredMask<T>>(masks.get() + c);
+        auto v = mask & StoredMask<T>(pack(constants.template kept<kForm == kAffine>(load(x + row + c, width)), T()));
+        if constexpr (kForm == kAffine) v |= dropped & ~mask;
+        write_packed(y + row + c, Packed<T>(v), width, nt_store);
       });
       i = row + columns;
     }
@@ -304,7 +331,13 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
       if (nt_store) for_columns<A, 1>(first, aligned, one);
       for_columns<A, kSlots>(aligned, last, one);
     };
-    if (kept(lane)) {
+    if (op.inner <= kShortRun) {
+      const uint32_t all = kept(lane) ? ~0u : 0;
+      fill([&](int64_t i, auto width) DLKIT_INLINE_LAMBDA {
+        return select<A>(all, constants.template kept<kForm == kAffine>(load(x + i, width)),
+                         kForm == kAffine ? constants.dropped : Vector<A>{});
+      });
+    } else if (kept(lane)) {
       fill([&](int64_t i, auto width)
                DLKIT_INLINE_LAMBDA { return constants.template kept<kForm == kAffine>(load(x + i, width)); });
     } else {
@@ -314,17 +347,18 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
   if (nt_store) streaming_fence();
 }
 
-// Where every element has a bit, stores past the caches pay only if memory is slower than Philox: with AVX-512 from
+// Where every element's bit is drawn, stores past the caches pay only if memory is slower than Philox: with AVX-512 from
 // four bytes an element on (8192 x 4096 in fp32 takes 6.5 ms, 7.5 with plain stores), with AVX2 from eight. Else plain
 // stores are better, which wait in the cache while the next bits are drawn: the same takes 7.4 ms with AVX2 and 14.5
-// with SSE2, against 9.4 and 16.8 past the caches. Those stores need aligned vectors at the start of every chunk of the
-// loop, and of every period.
+// with SSE2, against 9.4 and 16.8 past the caches. Where the bits are there, memory is the limit: 128 x 64 x 56 x 56 in
+// fp32 with AVX2 takes 5 ms, 7.8 with plain stores. Stores past the caches need aligned vectors at the start of every
+// chunk of the loop, and of every period.
 template <class T>
-bool should_stream(const Dropout& op) {
+bool should_stream(const CpuDropout& op) {
   constexpr int64_t element = sizeof(T);
   const bool elementwise = op.inner == 1 || op.apart;
   return is_beyond_caches<T>(op.numel) && uintptr_t(op.y) % 64 == 0 &&
-         (elementwise ? element * kVectorBytes >= 256 : op.period == 1 || op.period * element % 64 == 0);
+         (elementwise ? op.bits.drawn || element * kVectorBytes >= 256 : op.period == 1 || op.period * element % 64 == 0);
 }
 
 }  // namespace
@@ -338,6 +372,7 @@ void drop(const CpuDropout& op) {
     const auto run = [&](auto form) {
       if constexpr (form != kResidual) {
         if (op.apart) {
+          if (op.bits.data != nullptr && !op.bits.drawn) draw_all(op, state);
           const int64_t grain = max64(kGrain / (op.period * kWordBits), 1);
           return parallel_for(op.numel / op.inner * columns_of(op), grain, [&](int64_t begin, int64_t end) {
             drop_turns<T, form>(op, state, begin, end, nt_store);

@@ -41,7 +41,7 @@ struct Dropout {
 };
 
 struct CpuDropout : Dropout {
-  KeptBits bits;  // only where inner is 1
+  KeptBits bits;  // in logical order; only where each element has a bit of its own
 };
 
 void dropout_cpu(const CpuDropout& op);

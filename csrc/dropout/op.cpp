@@ -83,13 +83,11 @@ Layout layout_of(const Tensor& x, int64_t inner) {
   return other;
 }
 
-// Other layouts are made contiguous first, and so are tensors whose bits are to be kept, since bits are kept in logical
-// order. Kept bits are used only where memory is in that order.
+// Other layouts are made contiguous first.
 template <class Device>
 void run(const Device& device, const Tensor& input, const Tensor& residual, Tensor& output, const Form<int64_t>& form,
          const PhiloxSource& source, int64_t* rng_state, const KeptBits& bits) {
-  const bool in_order = residual.defined() || (bits.data != nullptr && !bits.drawn);
-  const Layout layout = in_order ? Layout{input.is_contiguous(), 1, 1, 1} : layout_of(input, form.inner);
+  const Layout layout = residual.defined() ? Layout{input.is_contiguous(), 1, 1, 1} : layout_of(input, form.inner);
   const bool fits = layout.direct && output.strides() == input.strides();
   const Tensor x = layout.direct ? input : input.contiguous();
   const Tensor added = residual.defined() ? residual.contiguous() : residual;
@@ -108,7 +106,7 @@ void run(const Device& device, const Tensor& input, const Tensor& residual, Tens
                    .dtype = dtype_of(input.scalar_type()),
                    .apart = layout.spatial > 1,
                    .period = layout.period};
-  run(device, op, layout.inner == 1 ? bits : KeptBits{});
+  run(device, op, bits);
   if (!y.is_same(output)) output.copy_(y);
 }
 

@@ -131,7 +131,7 @@ inline at::Tensor empty_rng_state(const at::Tensor& input, bool keep_bits = fals
 // wants them small.
 inline bool should_keep_bits(const at::Tensor& input, double p) {
   return p > 0 && p < 1 && input.is_cpu() && !input.unsafeGetTensorImpl()->is_python_dispatch() &&
-         input.is_contiguous() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 // The bits in a state, if it has bits for that many elements.

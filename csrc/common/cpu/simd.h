@@ -299,8 +299,7 @@ DLKIT_INLINE Vector<accumulate_t<T>> load(const T* p, First width) {
 }
 
 template <class T>
-DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
-  const auto packed = pack(v, T());
+DLKIT_INLINE void store_packed(T* p, Packed<T> packed, First width) {
 #if defined(__AVX512F__)
   const uint32_t mask = (1u << width.count) - 1;
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)packed);
@@ -320,16 +319,25 @@ DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
 #endif
 }
 
+template <class T>
+DLKIT_INLINE void store(T* p, Vector<accumulate_t<T>> v, First width) {
+  store_packed(p, pack(v, T()), width);
+}
+
 // A store that goes past the caches if the pass streams and the vector is whole. A branch that is always the same costs
 // less than a second copy of every loop: 4 % of the shortest ones, which lie in the first-level cache.
 template <class T, class Width>
-DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width, bool nt_store) {
+DLKIT_INLINE void write_packed(T* p, Packed<T> packed, Width width, bool nt_store) {
   if constexpr (std::is_same_v<Width, All>) {
-    const auto packed = pack(v, T());
     nt_store ? non_temporal_store(p, packed) : store_raw(p, packed);
   } else {
-    store(p, v, width);
+    store_packed(p, packed, width);
   }
+}
+
+template <class T, class Width>
+DLKIT_INLINE void write(T* p, Vector<accumulate_t<T>> v, Width width, bool nt_store) {
+  write_packed(p, pack(v, T()), width, nt_store);
 }
 
 // f(0), f(1), ... unrolled.
