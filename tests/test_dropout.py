@@ -448,8 +448,8 @@ KEEPING = {  # dropout by a call that keeps its bits, and the factor of its grad
 }
 
 
-# Layouts of a tensor of that many times six elements.
-LAYOUTS = {
+# Layouts of a tensor whose size is a multiple of six.
+LAYOUTS_OF_SIX = {
     "contiguous": lambda t: t.contiguous(),
     "transposed": lambda t: t.t().contiguous().t(),
     "channels_last": lambda t: t.reshape(-1, 2, 3, 1).contiguous(memory_format=torch.channels_last),
@@ -460,7 +460,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_SIX)
 @pytest.mark.parametrize("name", KEEPING)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 7, 64, 255, 4099])
@@ -468,7 +468,7 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name, la
     if not backend.instruction_set:
         pytest.skip("bits are kept on the CPU only")
     p, (call, factor) = 0.3, KEEPING[name]
-    x = LAYOUTS[layout](torch.randn(count, 6, dtype=dtype)).requires_grad_()
+    x = LAYOUTS_OF_SIX[layout](torch.randn(count, 6, dtype=dtype)).requires_grad_()
     torch.manual_seed(count)
     with States() as states:
         y = call(x, p)

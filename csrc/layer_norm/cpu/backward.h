@@ -43,15 +43,10 @@ DLKIT_INLINE RowGradient<A> row_gradient(const Backward& op, double sum, double 
   return {op.rms ? A(0) : A(sum / double(op.cols)), A(product * rstd * rstd / double(op.cols))};
 }
 
-// Of several rows, as vectors.
+// Of a vector of rows.
 template <class A>
 struct RowGradients {
-  static constexpr int64_t kRows = kLanes<A> > kGroup ? kLanes<A> : kGroup;
-  A mean_wdy[kRows], slope[kRows];
-  DLKIT_INLINE_MEMBER void set(int64_t r, const RowGradient<A>& found) {
-    mean_wdy[r] = found.mean_wdy;
-    slope[r] = found.slope;
-  }
+  alignas(64) A mean_wdy[kLanes<A>], slope[kLanes<A>];
 };
 
 // The same for short rows, at most a vector of them, each in its own lane as in forward_short_rows.
@@ -85,19 +80,88 @@ void short_row_gradients(const Backward& op, const accumulate_t<T>* weight, int6
   store(found.slope, sums_of_lanes(products) * rstds * rstds / A(op.cols), All{});
 }
 
-// Rows first, first + period, ... If `found` is there, it holds their sums from `place` on.
+using GroupBits = RowBits<kGroup * kScratch>;
+
+// Short rows first, first + period, ..., at most a vector of them. They are written one or two at a time: a
+// group's registers would take longer to prepare than such rows take.
+template <class T>
+void backward_short_rows(const Backward& op, const accumulate_t<T>* weight, int64_t first, int count,
+                         accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state,
+                         GroupBits& bits, bool nt_store) {
+  using A = accumulate_t<T>;
+  using V = Vector<A>;
+  const int64_t cols = op.cols;
+  const bool drop = op.dropout.active;
+  const bool past_caches = nt_store && !drop;  // one row at a time: two streams in turns would leave lines half full
+  if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + count) * cols);
+  RowGradients<A> found;
+  short_row_gradients<T>(op, weight, first, count, found);
+  alignas(64) A weight_sums_here[kShortBackward<A>], bias_sums_here[kShortBackward<A>];
+  for (int64_t i = 0; i < cols; i += kLanes<A>) {
+    store(weight_sums_here + i, V{}, All{});
+    store(bias_sums_here + i, V{}, All{});
+  }
+  const auto write_rows = [&](int begin, auto together) DLKIT_INLINE_LAMBDA {
+    constexpr int kRows = decltype(together)::value;
+    const T *x[kRows], *grad_output[kRows], *grad_sum[kRows];
+    T *grad_residual[kRows], *dropped[kRows];
+    V mean[kRows], rstd[kRows], mean_wdy[kRows], slope[kRows];
+    repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
+      const int64_t row = first + (begin + r) * op.period;
+      x[r] = static_cast<const T*>(op.x) + row * op.x_stride;
+      grad_output[r] = static_cast<const T*>(op.grad_output) + row * op.grad_output_stride;
+      grad_sum[r] = at<const T>(op.grad_sum, row * op.grad_sum_stride);
+      grad_residual[r] = static_cast<T*>(drop ? op.grad_residual : op.grad_input) + row * cols;
+      dropped[r] = static_cast<T*>(op.grad_input) + row * cols;
+      mean[r] = broadcast<A>(op.rms ? A(0) : static_cast<const A*>(op.mean)[row]);
+      rstd[r] = broadcast<A>(static_cast<const A*>(op.rstd)[row]);
+      mean_wdy[r] = broadcast<A>(found.mean_wdy[begin + r]);
+      slope[r] = broadcast<A>(found.slope[begin + r]);
+    });
+    for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      const V w = weight == nullptr ? broadcast<A>(1) : load(weight + i, width);
+      V weight_sum = load(weight_sums_here + i, All{}), bias_sum = load(bias_sums_here + i, All{});
+      repeat(together, [&](int r) DLKIT_INLINE_LAMBDA {
+        const V dy = load(grad_output[r] + i, width), centred = load(x[r] + i, width) - mean[r];
+        weight_sum = fma(dy, centred * rstd[r], weight_sum);
+        bias_sum += dy;
+        V dx = fma(centred, -slope[r], fma(dy, w, -mean_wdy[r])) * rstd[r];
+        if (grad_sum[r] != nullptr) dx += load(grad_sum[r] + i, width);
+        write(grad_residual[r] + i, dx, width, past_caches);
+        if (!drop) return;
+        const V scaled = dx * broadcast<A>(A(op.dropout.scale));
+        const uint32_t keep = bits.template lanes<A>((first + begin + r) * cols + i);
+        store(dropped[r] + i, select<A>(keep, scaled, V{}), width);
+      });
+      store(weight_sums_here + i, weight_sum, All{});
+      store(bias_sums_here + i, bias_sum, All{});
+    });
+  };
+  int r = 0;
+  for (; !past_caches && r + 2 <= count; r += 2) write_rows(r, std::integral_constant<int, 2>());
+  for (; r < count; ++r) write_rows(r, std::integral_constant<int, 1>());
+  const auto add = [&](A* sums, const A* of_rows) DLKIT_INLINE_LAMBDA {
+    if (sums == nullptr) return;
+    for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
+      store(sums + i, load(sums + i, width) + load(of_rows + i, width), width);
+    });
+  };
+  add(weight_sums, weight_sums_here);
+  add(bias_sums, bias_sums_here);
+}
+
+// Rows first, first + period, ...
 template <class T, int kRows>
 void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t first, int64_t end,
-                    accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state,
-                    RowBits<kGroup * kScratch>& bits, bool nt_store,
-                    const RowGradients<accumulate_t<T>>* found = nullptr, int place = 0) {
+                    accumulate_t<T>* weight_sums, accumulate_t<T>* bias_sums, const PhiloxState& state, GroupBits& bits,
+                    bool nt_store) {
   using A = accumulate_t<T>;
   const int64_t cols = op.cols;
   const T* const all_x = static_cast<const T*>(op.x);
   const T* const all_grad_output = static_cast<const T*>(op.grad_output);
   const bool input = op.grad_input != nullptr, drop = input && op.dropout.active;
   if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + kRows) * cols);
-  const bool far = found == nullptr && is_far<T>(op.rows, cols);
+  const bool far = is_far<T>(op.rows, cols);
   // Both passes fetch half of the next group each.
   const T *next_x[kRows], *next_grad_output[kRows];
 #pragma GCC unroll 4
@@ -110,8 +174,8 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
     prefetch<kSlots * kLanes<A> / 2>(x + column);
     prefetch<kSlots * kLanes<A> / 2>(grad_output + column);
   };
-  RowGradients<A> own;
-  if (input && found == nullptr) {
+  RowGradient<A> found[kRows] = {};
+  if (input) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r * op.period;
       const T *const x = all_x + row * op.x_stride, *const grad_output = all_grad_output + row * op.grad_output_stride;
@@ -126,10 +190,8 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
         terms[0] += wdy;
         terms[1] = fma(wdy, load(x + i, width) - mean, terms[1]);
       });
-      own.set(r, row_gradient<A>(op, totals[0], totals[1], rstd));
+      found[r] = row_gradient<A>(op, totals[0], totals[1], rstd);
     }
-    found = &own;
-    place = 0;
   }
   const T *x[kRows], *grad_output[kRows], *grad_sum[kRows];
   T* grad_residual[kRows];  // grad_input where there is no dropout
@@ -143,8 +205,8 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
     grad_residual[r] = at<T>(drop ? op.grad_residual : op.grad_input, row * cols);
     mean[r] = op.rms ? A(0) : static_cast<const A*>(op.mean)[row];
     rstd[r] = static_cast<const A*>(op.rstd)[row];
-    mean_wdy[r] = input ? found->mean_wdy[place + r] : A(0);
-    slope[r] = input ? found->slope[place + r] : A(0);
+    mean_wdy[r] = input ? found[r].mean_wdy : A(0);
+    slope[r] = input ? found[r].slope : A(0);
   }
   RowsInTurns<T, kRows> inputs, dropped_inputs;
   for_columns<A, 1>(0, cols, [&](int64_t i, int, auto width) DLKIT_INLINE_LAMBDA {
@@ -199,30 +261,26 @@ void backward_rows(const Backward& op, int64_t begin, int64_t end, int64_t first
   if (weight_sums != nullptr) memset(weight_sums + first * cols, 0, bytes);
   if (bias_sums != nullptr) memset(bias_sums + first * cols, 0, bytes);
   const Widened<T> weights(op.weight, op.parameter_dtype, cols);
-  RowBits<kGroup * kScratch> bits;
+  GroupBits bits;
   const PhiloxState state = read(op.dropout.source);
-  // For each place, rows of several periods are taken in groups; the remaining ones one by one.
-  constexpr int kShortGroup = kGroup < kLanes<A> ? kGroup : int(kLanes<A>);
+  // For each place, rows of several periods are taken together; the remaining ones of long rows one by one.
   const bool is_short = op.grad_input != nullptr && cols <= kShortBackward<A>;
-  const int64_t most = is_short ? kLanes<A> : kGroup;
-  for (int64_t sample = begin; sample < end; sample += most) {
-    const int count = int(min64(most, end - sample));
+  const int64_t together = is_short ? kLanes<A> : kGroup;
+  for (int64_t sample = begin; sample < end; sample += together) {
+    const int count = int(min64(together, end - sample));
     for (int64_t k = first; k < last; ++k) {
       const A* const weight = at<const A>(weights.data, k * cols);
-      const int64_t row = sample * period + k;
-      RowGradients<A> found;
-      if (is_short) short_row_gradients<T>(op, weight, row, count, found);
+      A *const weight_sum = at<A>(weight_sums, k * cols), *const bias_sum = at<A>(bias_sums, k * cols);
       const auto run = [&](auto rows) {
-        for (int place = 0; place < count; place += rows) {
-          backward_group<T, rows>(op, weight, row + place * period, end * period, at<A>(weight_sums, k * cols),
-                                  at<A>(bias_sums, k * cols), state, bits, nt_store, is_short ? &found : nullptr,
-                                  place);
+        for (int i = 0; i < count; i += rows) {
+          const int64_t row = (sample + i) * period + k;
+          backward_group<T, rows>(op, weight, row, end * period, weight_sum, bias_sum, state, bits, nt_store);
         }
       };
-      if (count < most) {
+      if (is_short) {
+        backward_short_rows<T>(op, weight, sample * period + k, count, weight_sum, bias_sum, state, bits, nt_store);
+      } else if (count < kGroup) {
         run(std::integral_constant<int, 1>());
-      } else if (is_short) {
-        run(std::integral_constant<int, kShortGroup>());
       } else {
         run(std::integral_constant<int, kGroup>());
       }
