@@ -43,7 +43,6 @@ struct Span {
   int64_t count, index, first;
 };
 
-using VectorI32 = int32_t __attribute__((vector_size(kVectorBytes)));
 
 DLKIT_INLINE void store_bits(void* p, VectorU32 bits, All) {
   const auto packed = __builtin_convertvector(bits, VectorU16);

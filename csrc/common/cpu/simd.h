@@ -39,6 +39,7 @@ constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
 using VectorF32 = float __attribute__((vector_size(kVectorBytes)));
 using VectorF64 = double __attribute__((vector_size(kVectorBytes)));
 using VectorU32 = uint32_t __attribute__((vector_size(kVectorBytes)));
+using VectorI32 = int32_t __attribute__((vector_size(kVectorBytes)));
 using VectorU16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class A>
@@ -119,10 +120,13 @@ DLKIT_INLINE VectorF32 unpack(VectorU16 packed, Float16) {
   return (VectorF32)_mm512_cvtph_ps((__m256i)packed);
 #elif defined(__F16C__)
   return (VectorF32)_mm256_cvtph_ps((__m128i)packed);
-#else
-  VectorF32 v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(Float16{packed[i]});
-  return v;
+#else  // as widen(), but subnormals by a subtraction: as operands they would be slow, and 0 where the processor flushes them
+  const auto bits = (VectorI32)__builtin_convertvector(packed, VectorU32);
+  const VectorI32 magnitude = bits & 0x7fff, shifted = magnitude << 13, least = VectorI32{} + 0x38800000;  // 2^-14
+  const VectorI32 rebias = VectorI32{} + (112 << 23);
+  const VectorI32 normal = shifted + rebias + (rebias & (magnitude >= 0x7c00));  // twice for infinity and NaN
+  const VectorI32 subnormal = (VectorI32)((VectorF32)(shifted + least) - (VectorF32)least);
+  return (VectorF32)((magnitude < 0x400 ? subnormal : normal) | (bits ^ magnitude) << 16);
 #endif
 }
 
@@ -171,10 +175,14 @@ DLKIT_INLINE VectorU16 pack(VectorF32 v, Float16) {
   return (VectorU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   return (VectorU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  VectorU16 packed;
-  for (int i = 0; i < kLanes<float>; ++i) packed[i] = narrow(v[i], Float16()).bits;
-  return packed;
+#else  // as narrow()
+  const VectorI32 magnitude = (VectorI32)v & 0x7fffffff;
+  const VectorI32 normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const VectorI32 subnormal = (VectorI32)((VectorF32)magnitude + 0.5f) - 0x3f000000;
+  const VectorI32 beyond = magnitude > 0x7f800000 ? VectorI32{} + 0x7e00 : VectorI32{} + 0x7c00;  // NaN, or infinity
+  const VectorI32 finite = magnitude < 0x38800000 ? subnormal : normal;
+  return __builtin_convertvector(
+      (VectorU32)(magnitude >= 0x477ff000 ? beyond : finite) | ((VectorU32)v >> 16 & 0x8000), VectorU16);
 #endif
 }
 
