@@ -478,10 +478,9 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name, la
     (state,) = states.found
     assert state.numel() > 2
     kept = torch.from_numpy(mask_of(backend, x.numel(), *state[:2].tolist(), p)).view(x.shape)
-    # Gradients in the order of x's memory, and in other orders.
-    for grad in (torch.randn_like(x), torch.randn(x.shape, dtype=dtype), torch.randn(x.shape[::-1], dtype=dtype).permute(
-        *reversed(range(x.dim()))
-    )):  # fmt: skip
+    # Gradients in the order of x's memory, in logical order, and in the reverse.
+    reverse = torch.randn(x.shape[::-1], dtype=dtype).permute(*reversed(range(x.dim())))
+    for grad in (torch.randn_like(x), torch.randn(x.shape, dtype=dtype), reverse):
         (found,) = torch.autograd.grad(y, x, grad, retain_graph=True)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         wanted = (grad.to(wide) * factor(p)).to(dtype) * kept

@@ -70,8 +70,7 @@ DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
 }
 
 // The same for the elements of a step, written to y; their bits begin at `bits`.
-DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scale, const uint8_t* bits,
-                                  bool nt_store) {
+DLKIT_INLINE void scale_step_bf16(const BFloat16* x, BFloat16* y, VectorF32 scale, const uint8_t* bits, bool nt_store) {
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kStepElements; i += kPair) {
     const VectorU32 v = scale_bf16(load_raw<VectorU32>(x + i), scale, load_raw<PairBits>(bits + i / 8));
@@ -259,7 +258,8 @@ void drop_turns(const CpuDropout& op, const PhiloxState& state, int64_t begin, i
 
 // A vector of elements of T as they are stored: all bits of those that stay.
 template <class T>
-using StoredMask = std::conditional_t<sizeof(T) == 2, VectorU16, std::conditional_t<sizeof(T) == 4, VectorU32, VectorU64>>;
+using StoredMask =
+    std::conditional_t<sizeof(T) == 2, VectorU16, std::conditional_t<sizeof(T) == 4, VectorU32, VectorU64>>;
 
 template <class T>
 DLKIT_INLINE StoredMask<T> stored_mask(uint32_t bits) {
@@ -347,18 +347,19 @@ void drop_runs(const Dropout& op, const PhiloxState& state, int64_t begin, int64
   if (nt_store) streaming_fence();
 }
 
-// Where every element's bit is drawn, stores past the caches pay only if memory is slower than Philox: with AVX-512 from
-// four bytes an element on (8192 x 4096 in fp32 takes 6.5 ms, 7.5 with plain stores), with AVX2 from eight. Else plain
-// stores are better, which wait in the cache while the next bits are drawn: the same takes 7.4 ms with AVX2 and 14.5
-// with SSE2, against 9.4 and 16.8 past the caches. Where the bits are there, memory is the limit: 128 x 64 x 56 x 56 in
-// fp32 with AVX2 takes 5 ms, 7.8 with plain stores. Stores past the caches need aligned vectors at the start of every
-// chunk of the loop, and of every period.
+// Where every element's bit is drawn, stores past the caches pay only if memory is slower than Philox: with AVX-512
+// from four bytes an element on (8192 x 4096 in fp32 takes 6.5 ms, 7.5 with plain stores), with AVX2 from eight. Else
+// plain stores are better, which wait in the cache while the next bits are drawn: the same takes 7.4 ms with AVX2
+// and 14.5 with SSE2, against 9.4 and 16.8 past the caches. Where the bits are there, memory is the limit: 128 x 64 x
+// 56 x 56 in fp32 with AVX2 takes 5 ms, 7.8 with plain stores. Stores past the caches need aligned vectors at the start
+// of every chunk of the loop, and of every period.
 template <class T>
 bool should_stream(const CpuDropout& op) {
   constexpr int64_t element = sizeof(T);
   const bool elementwise = op.inner == 1 || op.apart;
   return is_beyond_caches<T>(op.numel) && uintptr_t(op.y) % 64 == 0 &&
-         (elementwise ? op.bits.drawn || element * kVectorBytes >= 256 : op.period == 1 || op.period * element % 64 == 0);
+         (elementwise ? op.bits.drawn || element * kVectorBytes >= 256
+                      : op.period == 1 || op.period * element % 64 == 0);
 }
 
 }  // namespace

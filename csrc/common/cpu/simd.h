@@ -84,8 +84,9 @@ DLKIT_INLINE Vector<A> broadcast(A value) {
 template <class V, class F>
 DLKIT_INLINE V constant(const F& f) {
   using Lane = std::remove_cvref_t<decltype(V{}[0])>;
-  return [&]<int... I>(std::integer_sequence<int, I...>)
-             DLKIT_INLINE_LAMBDA { return V{Lane(f(I))...}; }(std::make_integer_sequence<int, sizeof(V) / sizeof(Lane)>());
+  return [&]<int... I>(std::integer_sequence<int, I...>) DLKIT_INLINE_LAMBDA {
+    return V{Lane(f(I))...};
+  }(std::make_integer_sequence<int, sizeof(V) / sizeof(Lane)>());
 }
 
 // The vector type of kLanes values of T as they lie in memory.
@@ -120,8 +121,8 @@ DLKIT_INLINE VectorF32 unpack(VectorU16 packed, Float16) {
   return (VectorF32)_mm512_cvtph_ps((__m256i)packed);
 #elif defined(__F16C__)
   return (VectorF32)_mm256_cvtph_ps((__m128i)packed);
-#else  // as widen(), but subnormals by a subtraction: as operands they would be slow, and 0 where the processor flushes them
-  const auto bits = (VectorI32)__builtin_convertvector(packed, VectorU32);
+#else  // as widen(), but subnormals by a subtraction: as operands they are slow, or read as 0 (set_flush_denormal)
+  const auto bits = (VectorI32) __builtin_convertvector(packed, VectorU32);
   const VectorI32 magnitude = bits & 0x7fff, shifted = magnitude << 13, least = VectorI32{} + 0x38800000;  // 2^-14
   const VectorI32 rebias = VectorI32{} + (112 << 23);
   const VectorI32 normal = shifted + rebias + (rebias & (magnitude >= 0x7c00));  // twice for infinity and NaN
@@ -181,8 +182,8 @@ DLKIT_INLINE VectorU16 pack(VectorF32 v, Float16) {
   const VectorI32 subnormal = (VectorI32)((VectorF32)magnitude + 0.5f) - 0x3f000000;
   const VectorI32 beyond = magnitude > 0x7f800000 ? VectorI32{} + 0x7e00 : VectorI32{} + 0x7c00;  // NaN, or infinity
   const VectorI32 finite = magnitude < 0x38800000 ? subnormal : normal;
-  return __builtin_convertvector(
-      (VectorU32)(magnitude >= 0x477ff000 ? beyond : finite) | ((VectorU32)v >> 16 & 0x8000), VectorU16);
+  return __builtin_convertvector((VectorU32)(magnitude >= 0x477ff000 ? beyond : finite) | ((VectorU32)v >> 16 & 0x8000),
+                                 VectorU16);
 #endif
 }
 
