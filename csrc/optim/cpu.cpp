@@ -43,7 +43,6 @@ struct Span {
   int64_t count, index, first;
 };
 
-
 DLKIT_INLINE void store_bits(void* p, VectorU32 bits, All) {
   const auto packed = __builtin_convertvector(bits, VectorU16);
   memcpy(p, &packed, sizeof(packed));
