@@ -63,8 +63,7 @@ DLKIT_INLINE VectorU32 scale_bf16(VectorU32 x, VectorF32 scale, PairBits keep) {
   return (VectorU32)_mm512_maskz_mov_epi16(keep, (__m512i)scaled);
 #else
   using Halves = uint16_t __attribute__((vector_size(kVectorBytes)));
-  const Halves lane = constant<Halves>([](int i) { return 1u << i; });
-  return scaled & (VectorU32)(((Halves{} + keep) & lane) != 0);
+  return scaled & (VectorU32)lane_mask<Halves>(keep);
 #endif
 #endif
 }
@@ -261,13 +260,6 @@ template <class T>
 using StoredMask =
     std::conditional_t<sizeof(T) == 2, VectorU16, std::conditional_t<sizeof(T) == 4, VectorU32, VectorU64>>;
 
-template <class T>
-DLKIT_INLINE StoredMask<T> stored_mask(uint32_t bits) {
-  using V = StoredMask<T>;
-  using Lane = std::remove_cvref_t<decltype(V{}[0])>;
-  return (V)(((V{} + Lane(bits)) & constant<V>([](int i) { return 1u << i; })) != 0);
-}
-
 // `period` channels, innermost in memory, have one bit each: all rows of a sample have the same bits, which are drawn
 // once, and kept as vectors of whole elements: to widen bits for every row would take as long as to scale bf16.
 template <class T, Form kForm>
@@ -283,7 +275,7 @@ void drop_periods(const Dropout& op, const PhiloxState& state, int64_t begin, in
     const int64_t mask = sample * op.period, lane = mask % kBlockElements;
     keep_bits(state, op.threshold, mask / kBlockElements, (lane + op.period + 7) / kBlockElements, bits.get());
     for (int64_t c = 0; c < op.period; c += kLanes<A>) {
-      store_raw(masks.get() + c, stored_mask<T>(lanes_at<A>(bits.get(), lane + c)));
+      store_raw(masks.get() + c, lane_mask<StoredMask<T>>(lanes_at<A>(bits.get(), lane + c)));
     }
     const int64_t last = min64(end, (sample + 1) * op.inner);
     int64_t i = max64(begin, sample * op.inner);

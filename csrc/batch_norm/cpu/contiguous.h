@@ -39,13 +39,18 @@ DLKIT_INLINE void for_slices(const Group& group, int64_t part, int64_t parts, bo
 
 constexpr int64_t kBytesAhead = 4096, kShortSliceAhead = 256;
 
-// Where the slice begins, counted from the group's base, whose lines are asked for while `slice` is read: so far ahead
-// that memory's latency is covered, the first ones of the next group after the last ones of this. One slice ahead,
-// 64x2048x8x8 in fp32 took half as long again.
+// How many slices ahead lines are asked for: so far that memory's latency is covered. One slice ahead, 64x2048x8x8 in
+// fp32 took half as long again.
 template <class T>
-DLKIT_INLINE int64_t slice_ahead(const Group& group, int64_t slice) {
+int64_t slices_ahead(const Group& group) {
+  return max64(1, min64(group.slices, kBytesAhead / (group.length * int64_t(sizeof(T)))));
+}
+
+// Where the slice begins, counted from the group's base, that is `ahead` slices after `slice`: after the last ones of
+// this group come the first ones of the next.
+DLKIT_INLINE int64_t begin_ahead(const Group& group, int64_t slice, int64_t ahead) {
   if (group.slices == 1) return 0;
-  const int64_t next = slice + max64(1, min64(group.slices, kBytesAhead / (group.length * int64_t(sizeof(T)))));
+  const int64_t next = slice + ahead;
   return next < group.slices ? next * group.pitch : (next - group.slices) * group.pitch + group.length;
 }
 
@@ -81,6 +86,7 @@ struct ForwardContiguous {
     if (group.pitch == group.length) group = {group.base, 1, 0, group.slices * group.length, 0, false};
     const T* const x = static_cast<const T*>(op.x) + group.base;
     const bool fetches_y = fetches_output<T>(op.shape, op.y);
+    const int64_t further = slices_ahead<T>(group);
     Moments found;
     V sums[kSlots] = {}, squares[kSlots] = {}, run_sums = {}, run_squares = {};
     double centre = 0;
@@ -105,7 +111,7 @@ struct ForwardContiguous {
     };
     bool started = false;
     for_slices(group, part, parts, false, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
-      const T *const row = x + slice * group.pitch, *const ahead = x + slice_ahead<T>(group, slice);
+      const T *const row = x + slice * group.pitch, *const ahead = x + begin_ahead(group, slice, further);
       const T* const y_ahead = at<const T>(op.y, ahead - static_cast<const T*>(op.x));
       if (!started) {
         const int64_t some = end - begin <= kRun ? end - begin : kFirstRun;
@@ -226,6 +232,7 @@ struct BackwardContiguous {
     const bool nt_store = nt_stores();
     const Group group = group_of(op.shape, unit);
     const bool fetches_grad_input = !op.statistics_given && fetches_output<T>(op.shape, op.grad_input);
+    const int64_t further = slices_ahead<T>(group);
     Sums* const found = sums + (unit * parts + part) * sums_a_part();
     for (int64_t i = 0; i < sums_a_part(); ++i) found[i] = {};
     V g_sums[kSlots] = {}, gx_sums[kSlots] = {}, run_g = {}, run_gx = {};
@@ -248,7 +255,7 @@ struct BackwardContiguous {
     const Channel<V> shared = channel_of(unit, group.channel, 0, 0);
     for_slices(group, part, parts, false, [&](int64_t slice, int64_t begin, int64_t end) DLKIT_INLINE_LAMBDA {
       const int64_t base = group.base + slice * group.pitch;
-      const int64_t ahead = slice_ahead<T>(group, slice) - slice * group.pitch;
+      const int64_t ahead = begin_ahead(group, slice, further) - slice * group.pitch;
       const Channel<V> c = group.own_channels ? channel_of(unit, group.channel_of(slice), 0, 0) : shared;
       const T* const x = static_cast<const T*>(op.x) + base;
       const T* const grad_output = static_cast<const T*>(op.grad_output) + base;

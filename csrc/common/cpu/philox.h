@@ -164,6 +164,13 @@ DLKIT_INLINE void keep_bits(const PhiloxState& state, uint64_t threshold, int64_
   for (int64_t i = 0; i < blocks; i += kKeepStep) keep_step(keys, threshold, uint64_t(first + i), bits + i);
 }
 
+// Which lanes of V have their bit set: what a comparison of two V gives, for a choice without a second comparison.
+template <class V>
+DLKIT_INLINE auto lane_mask(uint32_t bits) {
+  using Lane = std::remove_cvref_t<decltype(V{}[0])>;
+  return ((V{} + Lane(bits)) & constant<V>([](int i) { return 1u << i; })) != 0;
+}
+
 // `kept` where the lane's bit is set, else `dropped`.
 template <class A>
 DLKIT_INLINE Vector<A> select(uint32_t bits, Vector<A> kept, Vector<A> dropped) {
@@ -175,8 +182,7 @@ DLKIT_INLINE Vector<A> select(uint32_t bits, Vector<A> kept, Vector<A> dropped) 
   }
 #else
   using Lanes = std::conditional_t<std::is_same_v<A, float>, VectorU32, VectorU64>;
-  const Lanes lane = constant<Lanes>([](int i) { return 1u << i; });
-  return ((Lanes{} + bits) & lane) != 0 ? kept : dropped;
+  return lane_mask<Lanes>(bits) ? kept : dropped;
 #endif
 }
 
