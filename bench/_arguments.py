@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import BadInput
+from dlkit._backends import CAPABILITIES
 
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+from . import BadInput
 
 
 def add_common(parser: argparse.ArgumentParser, budget: str) -> None:

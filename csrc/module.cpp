@@ -16,6 +16,10 @@ namespace {
 
 PyObject* cpu_capability(PyObject*, PyObject*) { return PyUnicode_FromString(dlkit::cpu_capability_name()); }
 
+PyObject* processor_capability(PyObject*, PyObject*) {
+  return PyUnicode_FromString(dlkit::processor_capability_name());
+}
+
 PyObject* set_cpu_capability(PyObject*, PyObject* name) {
   const char* text = PyUnicode_AsUTF8(name);
   if (text == nullptr) return nullptr;
@@ -30,6 +34,8 @@ PyObject* cuda_architectures(PyObject*, PyObject*) { return PyUnicode_FromString
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
      "The instruction set in use: default, avx2, avx512 or avx512_bf16."},
+    {"processor_capability", processor_capability, METH_NOARGS,
+     "The best of these instruction sets that the processor has, whether or not kernels were built for it."},
     {"set_cpu_capability", set_cpu_capability, METH_O,
      "Lowers the instruction set in use to the named one. For tests."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,

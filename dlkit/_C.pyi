@@ -16,6 +16,9 @@ class Contents: ...
 def cpu_capability() -> str:
     """The instruction set in use: default, avx2, avx512 or avx512_bf16."""
 
+def processor_capability() -> str:
+    """The best of these instruction sets that the processor has, whether or not kernels were built for it."""
+
 def set_cpu_capability(name: str, /) -> None:
     """Lowers the instruction set in use to the named one. For tests."""
 

@@ -7,12 +7,14 @@ they were not. DLKIT_BACKEND=cuda|triton|native forces one; native leaves every 
 import importlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 BACKENDS = ("cuda", "triton", "native")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")  # each has the instructions of those before it
 
 
 def ops() -> list[str]:
@@ -29,7 +31,10 @@ def load() -> None:
     problem = mismatch(facts.TORCH_VERSION, facts.CUDA_VERSION, torch.__version__, torch.version.cuda)
     if problem:
         raise ImportError(problem)
-    importlib.import_module("dlkit._C")  # registers the ops
+    library = importlib.import_module("dlkit._C")  # registers the ops
+    left_out = left_out_kernels(facts.BUILD_CAPABILITY, library.processor_capability())
+    if left_out:
+        warnings.warn(left_out, stacklevel=3)
     forced = forced_backend()
     if forced == "cuda" and not cuda_architectures():
         raise ImportError(
@@ -39,6 +44,19 @@ def load() -> None:
         raise ImportError("DLKIT_BACKEND=triton, but triton is not installed; run: pip install triton")
     if triton_serves_cuda():
         importlib.import_module("dlkit.triton").register()
+
+
+def left_out_kernels(built_for: str | None, processor: str) -> str | None:
+    """What to do if the library was built for a processor with fewer instructions, else None.
+
+    `built_for` is None if it was built for all or, by the user's choice, for the lowest.
+    """
+    if built_for is None or CAPABILITIES.index(processor) <= CAPABILITIES.index(built_for):
+        return None
+    return (
+        f"dlkit's CPU kernels were built on a processor that has at most {built_for}; this one has {processor}: "
+        f"they would be faster. In dlkit's source folder run: DLKIT_CPU_KERNELS=all {REBUILD}"
+    )
 
 
 def mismatch(built_torch: str, built_cuda: str | None, torch_version: str, cuda_version: str | None) -> str | None:

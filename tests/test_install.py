@@ -1,17 +1,21 @@
 """Installing and loading: every failure gives one sentence with the cause and the command that mends it."""
 
+import importlib
 import os
+import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import dlkit
-from dlkit import _backends
+from dlkit import _C, _backends
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,10 +161,101 @@ def test_a_second_torch_takes_the_kernels_that_the_first_one_made(tmp_path):
 
     first = compiled("2.13.0+cpu")
     second = compiled("2.14.0+cpu")
-    assert "cpu.cpp" in first and second == [name for name in first if name != "cpu.cpp"]
+    assert "cpu.cpp" in first and second == [name for name in first if name != "cpu.cpp"] == ["torch_1.cpp"]
     assert compiled("2.13.0+cpu") == compiled("2.14.0+cpu") == []
     (root / "csrc" / "common" / "scalar.h").touch()
     assert compiled("2.14.0+cpu").count("cpu.cpp") == first.count("cpu.cpp")
+
+
+@pytest.fixture
+def setup_script(monkeypatch):
+    """The names that setup.py defines."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    return runpy.run_path("setup.py")["cpu_capabilities"].__globals__
+
+
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+
+@pytest.mark.parametrize(
+    ("processor", "wanted", "chosen"),
+    [
+        ({"sse2"}, "native", ([], "default")),
+        (AVX2, "native", (["avx2"], "avx2")),
+        (AVX2 | {"avx512f"}, "native", (["avx2"], "avx2")),
+        (AVX512, "native", (["avx2", "avx512"], "avx512")),
+        (AVX512 | {"avx512bf16"}, "native", (["avx2", "avx512", "avx512_bf16"], "avx512_bf16")),
+        (set(), "native", (["avx2", "avx512", "avx512_bf16"], None)),  # a processor that does not say
+        (AVX2, "all", (["avx2", "avx512", "avx512_bf16"], None)),
+        (AVX2, "baseline", ([], None)),
+    ],
+)
+def test_kernels_are_built_for_this_processor(setup_script, monkeypatch, processor, wanted, chosen):
+    monkeypatch.setenv("DLKIT_CPU_KERNELS", wanted)
+    monkeypatch.setitem(setup_script, "processor_flags", lambda: processor)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert setup_script["cpu_capabilities"]() == chosen
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert setup_script["cpu_capabilities"]() == ([], None)
+
+
+def test_the_build_and_the_library_read_the_processor_alike(setup_script, monkeypatch):
+    monkeypatch.setenv("DLKIT_CPU_KERNELS", "native")
+    _, best = setup_script["cpu_capabilities"]()
+    assert best in (None, _C.processor_capability())
+    assert list(_backends.CAPABILITIES[1:]) == list(setup_script["CPU_CAPABILITIES"])
+
+
+OTHER_SETS = [name for name in ("avx512", "avx512_bf16") if name not in _C.processor_capability()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not shutil.which("g++"), reason="needs g++ for x86"
+)
+@pytest.mark.parametrize("op", sorted(path.parent.name for path in (ROOT / "csrc").glob("*/cpu.cpp")))
+@pytest.mark.parametrize("capability", OTHER_SETS)
+def test_kernels_for_other_processors_compile(setup_script, capability, op):
+    flags = [*setup_script["CPU_CAPABILITIES"][capability], f"-DDLKIT_ISA={capability}", "-std=c++20", "-Wno-psabi"]
+    subprocess.run(["g++", "-fsyntax-only", *flags, f"csrc/{op}/cpu.cpp"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "processor", "warns"),
+    [
+        ("avx2", "avx2", False),
+        ("avx2", "default", False),
+        (None, "avx512_bf16", False),
+        ("avx2", "avx512", True),
+        ("default", "avx2", True),
+    ],
+)
+def test_a_better_processor_than_the_one_of_the_build(built_for, processor, warns):
+    message = _backends.left_out_kernels(built_for, processor)
+    assert (message is not None) == warns
+    assert not warns or (built_for in message and processor in message and "run: DLKIT_CPU_KERNELS=all pip" in message)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_C.processor_capability() == "default", reason="needs a processor with AVX2")
+def test_import_warns_on_a_better_processor():
+    code = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+spec = spec_from_file_location("dlkit._build_facts", sys.argv[1])
+facts = sys.modules["dlkit._build_facts"] = module_from_spec(spec)
+spec.loader.exec_module(facts)
+facts.BUILD_CAPABILITY = "default"
+import dlkit
+"""
+    path = importlib.import_module("dlkit._build_facts").__file__
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UserWarning: dlkit's CPU kernels were built on a processor that has at most default") == 1
 
 
 @pytest.mark.parametrize(

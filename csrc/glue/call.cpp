@@ -204,7 +204,7 @@ PyObject* construct(PyTypeObject* type, PyObject* args, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
-void destroy(PyObject* object) {
+void destroy_call(PyObject* object) {
   Call* self = reinterpret_cast<Call*>(object);
   for (const Parameter& parameter : *self->parameters) Py_DECREF(parameter.name);
   delete self->parameters;
@@ -224,7 +224,7 @@ PyObject* call_type() {
       {Py_tp_doc,
        const_cast<char*>("Call(overload, name): torch.ops' overload of that name, its arguments by position.")},
       {Py_tp_new, reinterpret_cast<void*>(construct)},
-      {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},
+      {Py_tp_dealloc, reinterpret_cast<void*>(destroy_call)},
       {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
       {Py_tp_members, members},
       {0, nullptr}};

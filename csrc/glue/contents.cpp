@@ -94,7 +94,7 @@ bool walk(PyObject* container, const Visit& visit, bool opened = false) {
 
 using Entries = std::vector<Entry>;
 
-void destroy(PyObject* capsule) { delete static_cast<Entries*>(PyCapsule_GetPointer(capsule, kCapsule)); }
+void destroy_capsule(PyObject* capsule) { delete static_cast<Entries*>(PyCapsule_GetPointer(capsule, kCapsule)); }
 
 }  // namespace
 
@@ -108,7 +108,7 @@ PyObject* contents(PyObject*, PyObject* containers) {
     });
     entries->push_back({});
   }
-  PyObject* capsule = PyCapsule_New(entries.get(), kCapsule, destroy);
+  PyObject* capsule = PyCapsule_New(entries.get(), kCapsule, destroy_capsule);
   if (capsule != nullptr) entries.release();
   return capsule;
   END_HANDLE_TH_ERRORS

@@ -46,15 +46,15 @@ constexpr struct {
 };
 std::atomic<int64_t> served[kFunctions], declined[kFunctions];
 
-bool is_plain(const Tensor& input) {
+bool is_ordinary(const Tensor& input) {
   constexpr c10::DispatchKeySet odd{c10::DispatchKey::Python, c10::DispatchKey::Functionalize};
   return input.defined() && !input.key_set().has_any(odd) && !is_transformed() && !has_tangent(input);
 }
 
 template <class... Optionals>
 bool serves(Function function, const Tensor& input, const Optionals&... others) {
-  [[maybe_unused]] const auto has_odd = [](const OptionalTensor& t) { return has(t) && !is_plain(*t); };
-  bool good = calls_of_torch_itself == 0 && is_plain(input) && !(has_odd(others) || ...);
+  [[maybe_unused]] const auto has_odd = [](const OptionalTensor& t) { return has(t) && !is_ordinary(*t); };
+  bool good = calls_of_torch_itself == 0 && is_ordinary(input) && !(has_odd(others) || ...);
   if (good) {
     static const std::vector<c10::OperatorHandle> kernels = [] {
       std::vector<c10::OperatorHandle> found;
@@ -155,7 +155,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     return at::compositeimplicitautograd::cross_entropy_loss_symint(input, target, weight, reduction, ignore_index,
                                                                     label_smoothing);
   };
-  if (!is_plain(target) || !serves(CrossEntropy, input, weight)) return by_torch();
+  if (!is_ordinary(target) || !serves(CrossEntropy, input, weight)) return by_torch();
   static const auto op =
       find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double,
                                          double, double, bool, bool)>("cross_entropy");

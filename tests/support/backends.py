@@ -113,6 +113,6 @@ def _cuda() -> Backend:
 
 
 _native_set = _C.cpu_capability()
-_sets = ("default", "avx2", "avx512", "avx512_bf16") if platform.machine() in ("x86_64", "AMD64") else ("default",)
+_sets = dlkit._backends.CAPABILITIES if platform.machine() in ("x86_64", "AMD64") else ("default",)
 ALL = [*(_cpu(name) for name in _sets), _cuda_on_cpu(), _triton(), _cuda()]
 _C.set_cpu_capability(_native_set)

@@ -382,21 +382,14 @@ struct BackwardChannelsLast {
     matrix.unfold(all.slope);
     if (shape.groups > 0 || op.sums_given) return;
     for (int64_t i = 0; i < channels; ++i) check_range<A>(op, all.first[i]), check_range<A>(op, all.second[i]);
-    with_type(op.parameter_dtype, [&](auto t) {
-      using P = decltype(t);
-      P *const grad_weight = static_cast<P*>(op.grad_weight), *const grad_bias = static_cast<P*>(op.grad_bias);
-      for (int64_t i = 0; grad_weight != nullptr && i < channels; ++i) {
-        grad_weight[i] = narrow<P>(accumulate_t<P>(all.second[i] * double(rstd[i])));
-      }
-      for (int64_t i = 0; grad_bias != nullptr && i < channels; ++i) {
-        grad_bias[i] = narrow<P>(accumulate_t<P>(all.first[i]));
-      }
-    });
     A* const sums = static_cast<A*>(op.sums);
     for (int64_t i = 0; sums != nullptr && i < channels; ++i) {
       sums[i] = A(all.first[i]);
       sums[channels + i] = A(all.second[i]);
     }
+    for (int64_t i = 0; i < channels; ++i) all.second[i] *= double(rstd[i]);
+    write_values(op.grad_weight, op.parameter_dtype, 0, channels, all.second);
+    write_values(op.grad_bias, op.parameter_dtype, 0, channels, all.first);
   }
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {

@@ -87,10 +87,19 @@ void write_one(void* array, DType type, int64_t i, double value) {
     static_cast<T*>(array)[i] = narrow<T>(accumulate_t<T>(value));
   });
 }
+// array[first + i] = values[i], if there is an array.
+[[gnu::noinline]] void write_values(void* array, DType type, int64_t first, int64_t count, const double* values) {
+  if (array == nullptr) return;
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    T* const output = static_cast<T*>(array) + first;
+    for (int64_t i = 0; i < count; ++i) output[i] = narrow<T>(accumulate_t<T>(values[i]));
+  });
+}
 
 // All of a small array, widened; `otherwise` where there is none.
 template <class A>
-void read_all(const void* array, DType type, A otherwise, int64_t count, A* output) {
+[[gnu::noinline]] void read_all(const void* array, DType type, A otherwise, int64_t count, A* output) {
   if (array == nullptr) {
     for (int64_t i = 0; i < count; ++i) output[i] = otherwise;
     return;

@@ -192,6 +192,24 @@ void forward_slices(const Forward& op) {
   });
 }
 
+// A parameter's gradient from those of the slices, over the batch in order.
+template <class A>
+void add_slices(const Backward& op, const A* of_slices, void* gradient) {
+  if (gradient == nullptr) return;
+  constexpr int64_t kChannels = 64;
+  const int64_t channels = op.shape.channels, blocks = (channels + kChannels - 1) / kChannels;
+  parallel_for(blocks, max64(1, kGrain / (op.shape.batch * kChannels)), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kChannels, count = min64(kChannels, channels - first);
+      double totals[kChannels] = {};
+      for (int64_t n = 0; n < op.shape.batch; ++n) {
+        for (int64_t i = 0; i < count; ++i) totals[i] += double(of_slices[n * channels + first + i]);
+      }
+      write_values(gradient, op.parameter_dtype, first, count, totals);
+    }
+  });
+}
+
 template <class T>
 void backward_slices(const Backward& op) {
   using A = accumulate_t<T>;
@@ -258,29 +276,8 @@ void backward_slices(const Backward& op) {
     pass_tile(op, z, g, groups * size * space);
     backward_tile(static_cast<const A*>(g));
   });
-  // The parameters' gradients: over the batch in order.
-  const auto add_up = [&](const A* of_slices, void* gradient) {
-    if (gradient == nullptr) return;
-    with_type(op.parameter_dtype, [&](auto t) {
-      using P = decltype(t);
-      constexpr int64_t kChannels = 64;
-      const int64_t channels = shape.channels, blocks = (channels + kChannels - 1) / kChannels;
-      parallel_for(blocks, max64(1, kGrain / (shape.batch * kChannels)), [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t first = block * kChannels, count = min64(kChannels, channels - first);
-          double totals[kChannels] = {};
-          for (int64_t n = 0; n < shape.batch; ++n) {
-            for (int64_t i = 0; i < count; ++i) totals[i] += double(of_slices[n * channels + first + i]);
-          }
-          for (int64_t i = 0; i < count; ++i) {
-            static_cast<P*>(gradient)[first + i] = narrow<P>(accumulate_t<P>(totals[i]));
-          }
-        }
-      });
-    });
-  };
-  add_up(values.second, op.grad_weight);
-  add_up(values.first, op.grad_bias);
+  add_slices(op, values.second, op.grad_weight);
+  add_slices(op, values.first, op.grad_bias);
 }
 
 }  // namespace

@@ -11,8 +11,8 @@ namespace {
 
 const char* const kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
 
-CpuCapability detect() {
-#if defined(__x86_64__) && !defined(DLKIT_BASELINE_ONLY)
+CpuCapability of_processor() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -24,6 +24,8 @@ CpuCapability detect() {
 #endif
 }
 
+CpuCapability best() { return std::min(of_processor(), static_cast<CpuCapability>(DLKIT_CPU_SETS)); }
+
 int index_of(const char* name) {
   for (int i = 0; i < 4; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) return i;
@@ -33,13 +35,13 @@ int index_of(const char* name) {
 
 CpuCapability choose() {
   const char* wanted = std::getenv("DLKIT_CPU_CAPABILITY");
-  if (wanted == nullptr || *wanted == '\0') return detect();
+  if (wanted == nullptr || *wanted == '\0') return best();
   const int index = index_of(wanted);
-  if (index >= 0) return std::min(detect(), static_cast<CpuCapability>(index));
+  if (index >= 0) return std::min(best(), static_cast<CpuCapability>(index));
   std::fprintf(stderr,
                "dlkit: DLKIT_CPU_CAPABILITY=%s is not one of default, avx2, avx512, avx512_bf16; it is ignored\n",
                wanted);
-  return detect();
+  return best();
 }
 
 std::atomic<CpuCapability>& chosen() {
@@ -53,9 +55,11 @@ CpuCapability cpu_capability() { return chosen().load(std::memory_order_relaxed)
 
 const char* cpu_capability_name() { return kNames[static_cast<int>(cpu_capability())]; }
 
+const char* processor_capability_name() { return kNames[static_cast<int>(of_processor())]; }
+
 bool set_cpu_capability(const char* name) {
   const int index = index_of(name);
-  if (index >= 0) chosen() = std::min(detect(), static_cast<CpuCapability>(index));
+  if (index >= 0) chosen() = std::min(best(), static_cast<CpuCapability>(index));
   return index >= 0;
 }
 

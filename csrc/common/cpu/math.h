@@ -106,7 +106,7 @@ DLKIT_INLINE Vector<A> exp_of_negative(Vector<A> x, Vector<A> low) {
 // are 0.
 DLKIT_INLINE VectorF64 exponential(VectorF64 x) { return exp_of_negative<double>(x, broadcast(-0.0)); }
 DLKIT_INLINE VectorF32 exponential(VectorF32 x) {
-  using C = MathConstants<float>;
+  using C [[maybe_unused]] = MathConstants<float>;
 #if defined(__AVX512F__)
   const VectorF32 n = fma(x, broadcast<float>(C::kLog2E), broadcast<float>(C::kRound)) - C::kRound;
   const VectorF32 rest = fma(x, broadcast<float>(C::kLog2E), -n);
