@@ -6,12 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.jit import is_tracing
 from torch.nn.utils._expanded_weights.expanded_weights_impl import ExpandedWeight
 
 from dlkit import _native
 from dlkit._C import Call
+
+if torch.__version__ >= "2.12":
+    is_exporting = torch.compiler.is_exporting
+else:
+
+    def is_exporting() -> bool:
+        """What torch.compiler.is_exporting() returns; TorchDynamo takes that one for true in all that it compiles."""
+        return torch.compiler._is_exporting_flag
 
 
 def _serve_dtensors() -> None:

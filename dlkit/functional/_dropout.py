@@ -3,10 +3,9 @@
 import warnings
 
 from torch import Tensor
-from torch.compiler import is_exporting
 
 from dlkit import _native
-from dlkit._ops import op
+from dlkit._ops import is_exporting, op
 from dlkit.functional._arguments import Generator, check_flag, check_probability, check_tensors, split_generator
 
 _dropout = op("dropout")

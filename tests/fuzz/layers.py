@@ -40,7 +40,7 @@ from fuzz.layer_operations import Case, Named, Operation, Pair
 from fuzz.shared import Difference, Settings, seed_of_the_day
 
 OPERATIONS = OPS | BLOCKS
-BACKENDS = {backend.name: backend for backend in backends.ALL if not backend.missing and backend.device == "cpu"}
+BACKENDS = {backend.name: backend for backend in backends.HERE if not backend.missing and backend.device == "cpu"}
 ON_CPU = [name for name in BACKENDS if name.startswith("cpu-")]
 CONTEXTS = ("none",) * 12 + ("no_grad", "inference", "autocast", "create_graph", "bad", "bad")
 ROUND = ("normal", "shifted", "wide")  # values of which rounding alone is to be seen

@@ -32,7 +32,8 @@ class Backend:
     name: str
     device: str
     op: Callable[[str], Callable]
-    missing: str = ""  # the reason why it cannot run here
+    missing: str = ""  # the reason why it cannot run here; its tests are skipped
+    foreign: bool = False  # this machine's hardware has no such thing; there are no tests of it
     instruction_set: str = ""
     draws: int = 32  # draws of inputs in a parity test of small tensors: fewer where a call is slow
     ulps: int = 1  # beyond torch's own error
@@ -76,8 +77,10 @@ def _triton_op(name: str) -> Callable:
 
 def _cpu(instruction_set: str) -> Backend:
     _C.set_cpu_capability(instruction_set)
-    missing = "" if _C.cpu_capability() == instruction_set else f"this processor has no {instruction_set}"
-    return Backend(f"cpu-{instruction_set}", "cpu", _torch_op("dlkit"), missing, instruction_set)
+    order = dlkit._backends.CAPABILITIES.index
+    foreign = order(instruction_set) > order(_C.processor_capability())
+    missing = "" if _C.cpu_capability() == instruction_set else f"dlkit was built without kernels for {instruction_set}"
+    return Backend(f"cpu-{instruction_set}", "cpu", _torch_op("dlkit"), missing, foreign, instruction_set)
 
 
 def _cuda_on_cpu() -> Backend:
@@ -108,11 +111,13 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    missing = "" if HAS_GPU and dlkit._backends.cuda_architectures() else "needs a GPU and a build with CUDA kernels"
-    return Backend("cuda", "cuda", _torch_op("dlkit"), missing)
+    missing = "" if dlkit._backends.cuda_architectures() else "dlkit was built without CUDA kernels"
+    return Backend("cuda", "cuda", _torch_op("dlkit"), missing, foreign=not HAS_GPU)
 
 
 _native_set = _C.cpu_capability()
 _sets = dlkit._backends.CAPABILITIES if platform.machine() in ("x86_64", "AMD64") else ("default",)
-ALL = [*(_cpu(name) for name in _sets), _cuda_on_cpu(), _triton(), _cuda()]
+_ALL = [*(_cpu(name) for name in _sets), _cuda_on_cpu(), _triton(), _cuda()]
+HERE = [backend for backend in _ALL if not backend.foreign]
+ELSEWHERE = [backend for backend in _ALL if backend.foreign]
 _C.set_cpu_capability(_native_set)

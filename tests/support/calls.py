@@ -1,9 +1,9 @@
 """One call of every layer function, for tests that run over all of them."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as native
@@ -14,7 +14,8 @@ from dlkit._activation import ACTIVATIONS, activated
 from support import of_ops
 
 
-class Call(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Call:
     """``function(F, *tensors)`` with ``F`` dlkit.functional or REFERENCE. A shape has a letter for each dimension."""
 
     function: Callable
