@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-import dlkit
-from dlkit import _C
-
-DEVICE_MODELS = ("80", "90", "100", "120")  # their limits are in the CUDA-on-CPU harness: DLKIT_CUDA_ON_CPU_ARCH
-
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: by dlkit, with a CUDA build of torch
+
+import dlkit  # noqa: E402
+from dlkit import _C  # noqa: E402
+
+DEVICE_MODELS = ("80", "90", "100", "120")  # their limits are in the CUDA-on-CPU harness: DLKIT_CUDA_ON_CPU_ARCH
 
 
 @dataclasses.dataclass
