@@ -211,6 +211,12 @@ def test_gradient_has_the_dtype_of_its_tensor():
     assert _runner.errors(lambda: torch.ones(3).bfloat16(), expected, both[2:]) == [math.inf]
 
 
+def test_a_result_has_one_error_for_each_tolerance():
+    allowed = [1e-6, 1e-2, 1e-6, 1e-6]
+    assert _runner.by_tolerance([1e-7, math.inf, 3e-7, 2e-7], allowed) == [3e-7, math.inf]
+    assert _runner.by_tolerance(allowed, allowed) == [1e-6, 1e-2]
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("variant", ["dropout", *dropout.ACTIVATIONS])
 def test_wrong_dropout_is_shown_and_not_timed(variant, direction):

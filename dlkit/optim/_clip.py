@@ -53,13 +53,14 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(listed or parameters, *arguments)
     norm = _grad_norm(grads)
     if error_if_nonfinite:
-        _check_finite(norm, norm_type)
+        check_finite(norm, norm_type)
     _clip_grads_(grads, norm, max_norm)
     dtypes = {grad.dtype for grad in grads}
     return norm.to(dtypes.pop()) if len(dtypes) == 1 and not grads[0].is_complex() else norm
 
 
-def _check_finite(norm: Tensor, norm_type: float) -> None:
+def check_finite(norm: Tensor, norm_type: float) -> None:
+    """torch's error, in its words, for a norm that is infinite or NaN."""
     if not torch.isfinite(norm):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -86,7 +87,7 @@ def _clip_over_meshes(
     parts = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]), norm_type)
     if error_if_nonfinite:
-        _check_finite(total, norm_type)
+        check_finite(total, norm_type)
     for kind in kinds.values():
         torch.nn.utils.clip_grads_with_norm_(kind, max_norm, total, foreach)
     return total

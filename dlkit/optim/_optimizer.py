@@ -7,7 +7,6 @@ which adds one thing in a file of its own: states, masters, checkpoints, average
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dlkit.optim._clip import check_finite
 from dlkit.optim._options import (
     CLIPPING,
     DAMPENING,
@@ -254,13 +254,12 @@ class OnePass(PlanningOptimizer):
         norm = None
         if self.max_norm is not None:
             norm = self.grad_norm = self._norm(plan, grad_scale)
-            if self.error_if_nonfinite and not self._is_skipped(found_inf) and not math.isfinite(norm.item()):
-                plan.runs.release(0)
-                raise RuntimeError(
-                    f"The total norm of order {self.norm_type} for gradients from `parameters` is non-finite, so it "
-                    "cannot be clipped. To disable this error and scale the gradients by the non-finite norm anyway, "
-                    "set `error_if_nonfinite=False`"
-                )
+            if self.error_if_nonfinite and not self._is_skipped(found_inf):
+                try:
+                    check_finite(norm, self.norm_type)
+                except RuntimeError:
+                    plan.runs.release(0)
+                    raise
         seed = self._next_seed() if plan.stochastic else None
         write = grad_scale is not None or (norm is not None and self.clip_gradients_in_place)
         if plan.averages:
