@@ -203,6 +203,10 @@ def find_compiler_cache() -> list[str]:
     return next(([found] for name in ("ccache", "sccache") if (found := shutil.which(name))), [])
 
 
+def total_size(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
 def jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
@@ -252,16 +256,16 @@ class Build:
         self.folder = Path("build", "objects", name, variant)
         self.torch_folder = Path("build", "objects", f"{name}-torch{self.torch.__version__}", variant)
         self.commands: dict[Path, list[str]] = {}
-        self.sizes: dict[Path, int] = {}  # of each object's source
+        self.sizes: dict[Path, int] = {}  # of what each object is made from
 
     def add(self, source: Path, command: list[str], suffix: str = "") -> None:
-        self.add_object(source, self.folder / source.with_name(f"{source.stem}{suffix}.o"), command)
+        parts = [source, *source.parent.glob(f"{source.stem}/*.h")]
+        self.add_object(self.folder / source.with_name(f"{source.stem}{suffix}.o"), command, source, parts)
 
-    def add_object(self, source: Path, object_file: Path, command: list[str]) -> None:
+    def add_object(self, object_file: Path, command: list[str], source: Path, parts: list[Path]) -> None:
         compiled = [*command, *self.extra, "-c", str(source), "-o", str(object_file)]
         self.commands[object_file] = [*compiled, "-MMD", "-MF", str(object_file.with_suffix(".d"))]
-        parts = [source, *source.parent.glob(f"{source.stem}/*.h")]
-        self.sizes[object_file] = sum(part.stat().st_size for part in parts)
+        self.sizes[object_file] = total_size(parts)
 
     def add_torch_files(self, sources: list[Path], command: list[str]) -> None:
         """Sources that include torch, put together into one file or, for more than two jobs, two of like size.
@@ -271,11 +275,11 @@ class Build:
         command = [*command, *self.torch_includes]
         if os.environ.get("DLKIT_SEPARATE") == "1":
             for source in sources:
-                self.add_object(source, self.torch_folder / source.with_suffix(".o"), command)
+                self.add_object(self.torch_folder / source.with_suffix(".o"), command, source, [source])
             return
         files: list[list[Path]] = [[] for _ in range(1 if jobs() <= 2 else 2)]
         for source in sorted(sources, key=lambda source: source.stat().st_size, reverse=True):
-            min(files, key=lambda members: sum(member.stat().st_size for member in members)).append(source)
+            min(files, key=total_size).append(source)
         for number, members in enumerate(files, 1):
             file = self.torch_folder / f"torch_{number}.cpp"
             # Python.h asks to come first.
@@ -284,9 +288,7 @@ class Build:
             file.parent.mkdir(parents=True, exist_ok=True)
             if not file.exists() or file.read_text() != text:  # its object depends on it
                 file.write_text(text)
-            object_file = file.with_suffix(".o")
-            self.add_object(file, object_file, command)
-            self.sizes[object_file] = sum(path.stat().st_size for path in members)
+            self.add_object(file.with_suffix(".o"), command, file, members)
 
     def compile(self, progress: Progress) -> None:
         stale = {item: command for item, command in self.commands.items() if not is_current(item, command)}

@@ -426,9 +426,9 @@ def measure(spec: Spec, case: Case, settings: Settings) -> dict[str, Any]:
             # Native is the user's present code and stays the baseline even where it is inexact: on a CPU its bf16
             # weight gradients are summed in bf16 and have errors of 10% at 8192 rows. All others must be right.
             status = "ok" if exact else "inexact" if name == "native" and all(map(math.isfinite, found)) else "wrong"
-            # JSON has no infinity: null stands for a wrong shape, a wrong dtype or NaN.
             if len(found) == len(allowed):
                 found = by_tolerance(found, allowed)
+            # JSON has no infinity: null stands for a wrong shape, a wrong dtype or NaN.
             results[name] = {
                 "status": status,
                 "errors": [error if math.isfinite(error) else None for error in found],

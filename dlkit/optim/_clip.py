@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,7 +62,7 @@ def clip_grad_norm_(
 
 def check_finite(norm: Tensor, norm_type: float) -> None:
     """torch's error, in its words, for a norm that is infinite or NaN."""
-    if not torch.isfinite(norm):
+    if not math.isfinite(norm.item()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
             "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
