@@ -268,13 +268,13 @@ def _batch_norm(n: int, relu: bool) -> Levels:
         twin.__class__ = dlkit.nn.BatchNormReLU1d
     state = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     function = dlkit.functional.batch_norm_relu if relu else dlkit.functional.batch_norm
-    counted = norm.num_batches_tracked
+    counted, op = norm.num_batches_tracked, dlkit_op("batch_norm")
     return levels_of(
         (x,),
         (lambda x: torch.relu(norm(x))) if relu else norm,
         twin,
         lambda x: function(x, *state, True, 0.1, EPS),
-        lambda x: dlkit_op("batch_norm")(x, *state, None, counted, True, 0.1, EPS, relu),
+        lambda x: op(x, *state, None, counted, True, 0.1, EPS, int(relu)),
     )
 
 

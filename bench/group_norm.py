@@ -169,28 +169,28 @@ def minimal_bytes(case: Case) -> int:
 def _group_norm(n: int) -> Levels:
     channels = max(2, min(n // 2, 32))
     x, groups = leaf(1, channels, max(1, n // channels)), max(1, channels // 2)
-    norm = nn.GroupNorm(groups, channels)
+    norm, op = nn.GroupNorm(groups, channels), dlkit_op("group_norm")
     parameters = (norm.weight, norm.bias)
     return levels_of(
         (x,),
         norm,
         twin_of(norm),
         lambda x: dlkit.functional.group_norm(x, groups, *parameters, EPS),
-        lambda x: dlkit_op("group_norm")(x, groups, *parameters, EPS),
+        lambda x: op(x, groups, *parameters, EPS),
     )
 
 
 def _instance_norm(n: int) -> Levels:
     channels = max(1, min(n // 2, 32))
     x = leaf(1, channels, max(2, n // channels))
-    norm = nn.InstanceNorm1d(channels, affine=True)
+    norm, op = nn.InstanceNorm1d(channels, affine=True), dlkit_op("instance_norm")
     parameters = (norm.weight, norm.bias)
     return levels_of(
         (x,),
         norm,
         twin_of(norm),
         lambda x: dlkit.functional.instance_norm(x, None, None, *parameters),
-        lambda x: dlkit_op("instance_norm")(x, None, None, *parameters, True, 0.1, EPS),
+        lambda x: op(x, None, None, *parameters, True, 0.1, EPS),
     )
 
 

@@ -133,10 +133,12 @@ def check(backend, shape, types, case: Case, channels_last: bool, scale=1.0, shi
     names = ("y", "running_mean", "running_var", "grad_input", "grad_residual", "grad_weight", "grad_bias")
     yardsticks = {name: Yardstick(name) for name in names}
     draws = max(1, min(16, 8192 // math.prod(shape)))
+    ours_draws = min(draws, backend.draws)
+    # Torch gets more draws than ours where ours is worse so far: more of them show its worst case better.
     for draw in range(30 * draws):
-        if draw >= 3 * draws and all(yardstick.holds(backend.ulps) for yardstick in yardsticks.values()):
+        if draw >= ours_draws and all(yardstick.holds(backend.ulps) for yardstick in yardsticks.values()):
             break
-        ours = backend if draw < min(draws, backend.draws) else None
+        ours = backend if draw < ours_draws else None
         check_draw(ours, shape, types, case, channels_last, scale, shift, yardsticks)
     for yardstick in yardsticks.values():
         assert yardstick.holds(backend.ulps), yardstick
@@ -429,6 +431,37 @@ def test_sums_of_equal_terms(backend, space):
     rstd = backend.call("batch_norm_forward", input=x, groups=0, training=True, momentum=0.1, eps=EPS, activation=0)[2]
     wanted = 1 / np.sqrt(exact(x).swapaxes(0, 1).reshape(2, -1).var(1) + EPS)
     assert np.abs(exact(rstd) / wanted - 1).max() < 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_slices_past_the_caches(backend, dtype, residual):
+    """A channel's bits are those among fewer channels, which are not written past the caches."""
+    if not backend.instruction_set:
+        pytest.skip("the CPU's kernels write so")
+    channels = 2048
+    batch = (5 << 23) // (dtype.itemsize * channels * 49)  # 40 MB
+    x, other, grad = (torch.randn(batch, channels, 7, 7).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(channels), torch.randn(channels)
+
+    def run(first, last):
+        part = slice(first, last)
+        here, added, gradient = (t[:, part].contiguous() for t in (x, other, grad))
+        y, mean, rstd = backend.call(
+            "batch_norm_forward", input=here, residual=added if residual else None, weight=weight[part],
+            bias=bias[part], groups=0, training=True, momentum=0.1, eps=EPS, activation=ACTIVATIONS["relu"],
+        )  # fmt: skip
+        gradients = backend.call(
+            "batch_norm_backward", grad_output=gradient, input=here, y_or_residual=y if residual else None,
+            weight=weight[part], bias=bias[part], mean=mean, rstd=rstd, groups=0, training=True,
+            activation=ACTIVATIONS["relu"], output_mask=[True, residual, True, True],
+        )  # fmt: skip
+        return [t for t in (y, *gradients) if t is not None]
+
+    whole = run(0, channels)
+    for first, last in ((0, 512), (1000, 1521), (channels - 512, channels)):
+        for mine, of_all in zip(run(first, last), whole, strict=True):
+            assert torch.equal(mine, of_all[first:last] if of_all.dim() == 1 else of_all[:, first:last])
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((0, 6, 3, 3), 0), ((2, 6, 0, 3), 0), ((0, 6, 3), 2), ((2, 6, 0), 3)])

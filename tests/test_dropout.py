@@ -427,6 +427,11 @@ def test_what_is_kept():
     assert state_bytes(lambda: fused.dropout(x)) == [few]
     assert state_bytes(lambda: fused.dropout(x * 1, inplace=True)) == [few]
     assert state_bytes(lambda: fused.dropout_add(x, x, 0.5)) == [few]
+    assert state_bytes(lambda: fused.dropout_add_layer_norm(x, x, (16, 16))) == [few]
+    odd = x[..., :3]  # rows of 48 bits would be whole bytes, rows of 3 are not
+    assert state_bytes(lambda: fused.dropout_add_layer_norm(odd, odd, (16, 3))) == [16 + odd.numel() // 8 + 8]
+    assert state_bytes(lambda: fused.dropout_add_rms_norm(odd, odd, (3,))) == [16]
+    assert state_bytes(lambda: fused.dropout_add_layer_norm(x.detach(), x.detach(), (16,))) == [16]
     assert state_bytes(lambda: fused.dropout2d(x)) == [16]
     assert state_bytes(lambda: fused.dropout(x.to(memory_format=torch.channels_last))) == [few]
     assert state_bytes(lambda: fused.dropout(x, p=1.0)) == [16]
@@ -486,6 +491,35 @@ def test_kept_bits_are_those_that_would_be_drawn(backend, dtype, count, name, la
         wanted = (grad.to(wide) * factor(p)).to(dtype) * kept
         torch.testing.assert_close(found, wanted)
         assert torch.equal(found != 0, wanted != 0)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+# Short rows, groups of four rows with some left over, one row, and rows for which dropout and norm are two kernels.
+@pytest.mark.parametrize("shape", [(3, 8), (131, 40), (1, 5000), (7, 1024), (3, 17_000)], ids=str)
+def test_norms_keep_the_bits_that_would_be_drawn(backend, shape, dtype, rms):
+    if not backend.instruction_set:
+        pytest.skip("bits are kept on the CPU only")
+    x, residual, grad = (torch.randn(shape, dtype=dtype) for _ in range(3))
+    weight = torch.randn(shape[1:], dtype=dtype)
+
+    def run(keep_bits):
+        torch.manual_seed(3)
+        y, total, mean, rstd, state = backend.call(
+            "dropout_layer_norm_forward", input=x, residual=residual, p=0.3, normalized_ndim=1, weight=weight, eps=1e-5,
+            rms=rms, stats=True, keep_bits=keep_bits,
+        )  # fmt: skip
+        gradients = backend.call(
+            "dropout_layer_norm_backward", grad_output=grad, grad_sum=grad, input=total, mean=mean, rstd=rstd,
+            weight=weight, rng_state=state, p=0.3, normalized_ndim=1, output_mask=[True] * 3 + [False],
+        )  # fmt: skip
+        return state, (y, total, rstd, *gradients[:3])
+
+    (bits, kept), (plain, drawn) = run(True), run(False)
+    assert plain.numel() == 2 < bits.numel() and torch.equal(plain, bits[:2])
+    assert all(map(torch.equal, kept, drawn))
+    mask = torch.from_numpy(mask_of(backend, x.numel(), *plain.tolist(), 0.3)).view(shape)
+    assert torch.equal(kept[3] != 0, mask & (kept[4] != 0))
 
 
 def test_function_transforms_have_the_same_mask():

@@ -84,12 +84,13 @@ def check(backend, shape, types, variant, layout="contiguous", scale=1.0, shift=
     """Checks forward and backward of `backend` against the reference on several draws; returns the last results."""
     yardsticks = {name: Yardstick(name) for name in ("y", "grad_input", "grad_weight", "grad_bias")}
     results = None
-    # More draws show torch's worst case better: it gets three for one of ours, and more where ours comes close.
     draws = max(1, min(32, 16384 // max(1, shape[0] * shape[1])))
+    ours_draws = min(draws, backend.draws)
+    # Torch gets more draws than ours where ours is worse so far: more of them show its worst case better.
     for draw in range(30 * draws):
-        if draw >= 3 * draws and all(yardstick.holds(backend.ulps) for yardstick in yardsticks.values()):
+        if draw >= ours_draws and all(yardstick.holds(backend.ulps) for yardstick in yardsticks.values()):
             break
-        ours = backend if draw < min(draws, backend.draws) else None
+        ours = backend if draw < ours_draws else None
         results = check_draw(ours, shape, types, variant, layout, scale, shift, eps, yardsticks) or results
     for yardstick in yardsticks.values():
         assert yardstick.holds(backend.ulps), yardstick
@@ -194,7 +195,8 @@ def test_large_mean_over_small_variance(backend, scale, shift):
 @pytest.mark.parametrize("cols", [48, 3000, 20_000])
 def test_only_the_gradients_asked_for(backend, mask, cols):
     op = backend.op("layer_norm_backward")
-    x, grad_output = (make((20, cols), torch.float32, backend.device) for _ in range(2))
+    rows = 3 if cols == 20_000 and backend.name == "triton" and backend.device == "cpu" else 20  # the interpreter takes 8 s for 20
+    x, grad_output = (make((rows, cols), torch.float32, backend.device) for _ in range(2))
     weight, bias = (make((cols,), torch.float32, backend.device) for _ in range(2))
     _, _, mean, rstd = backend.call(
         "layer_norm_forward", input=x, normalized_ndim=1, weight=weight, bias=bias, eps=1e-5, rms=False, stats=True

@@ -18,6 +18,7 @@
 // nothing cancels.
 //
 // The division into parts depends only on the shape: the number of threads never changes a bit.
+#include "cpu/channel_blocks.h"
 #include "cpu/channels_last.h"
 #include "cpu/contiguous.h"
 #include "cpu/rows.h"
@@ -58,6 +59,8 @@ void forward(const Forward& op) {
     using T = decltype(t);
     if (op.shape.channels_last) {
       run(ForwardChannelsLast<T>{op, factor, Matrix(op.shape)}, p, compute, op.y != nullptr);
+    } else if (has_channel_blocks(op)) {
+      run(ForwardBlocks<T>{op, factor, static_cast<Moments*>(op.workspace)}, plan_of_blocks<T>(op.shape), true, true);
     } else {
       const ForwardContiguous<T> side{op, factor, static_cast<Moments*>(op.workspace)};
       !compute&& op.y != nullptr ? side.apply_in_memory_order() : run(side, p, compute, op.y != nullptr);
@@ -85,6 +88,8 @@ void backward(const Backward& op) {
         const Scratch<A> own = side.scratch(sample, 0, p.parts);
         return Sums{own.first[channel], own.second[channel]};
       });
+    } else if (has_channel_blocks(op)) {
+      run(BackwardBlocks<T>{op, static_cast<double*>(op.workspace)}, plan_of_blocks<T>(op.shape), true, apply);
     } else {
       const BackwardContiguous<T> side{op, static_cast<Sums*>(op.workspace)};
       run(side, p, reduce, apply);
@@ -108,12 +113,23 @@ static int64_t slices_bytes(const Shape& shape, DType type) {
   return with_accumulate(type, [&](auto a) { return SliceValues<decltype(a)>::bytes(shape); });
 }
 
+static int64_t blocks_bytes(const Shape& shape, DType type, size_t channel_bytes) {
+  int64_t bytes = 0;
+  with_data_type(type, [&](auto t) {
+    using T = decltype(t);
+    const Plan p = plan_of_blocks<T>(shape);
+    bytes = p.units * p.parts * kBlockChannels<T> * int64_t(channel_bytes);
+  });
+  return bytes;
+}
+
 int64_t forward_bytes(const Forward& op) {
   if (groups_are_rows(op)) {
     return with_accumulate(op.dtype, [&](auto a) { return forward_rows_bytes<decltype(a)>(op); });
   }
   if (has_short_slices(op)) return slices_bytes(op.shape, op.dtype);
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
+  if (has_channel_blocks(op)) return blocks_bytes(op.shape, op.dtype, sizeof(Moments));
   const Plan p = plan(op.shape);
   return op.statistics == Statistics::Compute ? p.units * p.parts * int64_t(sizeof(Moments)) : 0;
 }
@@ -124,6 +140,7 @@ int64_t backward_bytes(const Backward& op) {
   }
   if (has_short_slices(op)) return slices_bytes(op.shape, op.dtype);
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
+  if (has_channel_blocks(op)) return blocks_bytes(op.shape, op.dtype, 2 * sizeof(double));
   const Plan p = plan(op.shape);
   const int64_t sums = op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1;
   return p.units * p.parts * sums * int64_t(sizeof(Sums));

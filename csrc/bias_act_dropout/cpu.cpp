@@ -19,8 +19,8 @@ constexpr int64_t kChunk = 2048;
 
 // Calls f(element, column, width, the element's keep bits) for each vector of elements [begin, end).
 template <class A, class F>
-DLKIT_INLINE void for_elements(const FusedDropout& dropout, const KeptBits& kept, int64_t cols, int64_t begin,
-                               int64_t end, const F& f) {
+DLKIT_INLINE void for_elements(const FusedDropout& dropout, int64_t cols, int64_t begin, int64_t end, const F& f) {
+  const KeptBits& kept = dropout.bits;
   alignas(64) uint8_t of_chunk[kChunk / kBlockElements + 8];
   const PhiloxState state = dropout.active ? read(dropout.source) : PhiloxState{};
   const PhiloxKeys keys(state);
@@ -49,11 +49,11 @@ DLKIT_INLINE Vector<A> biased(const T* x, int64_t i, const A* bias, int64_t colu
 }
 
 template <class T, Activation kActivation>
-void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool nt_store) {
+void forward_elements(const Forward& op, int64_t begin, int64_t end, bool nt_store) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
-  for_elements<A>(op.dropout, op.bits, op.cols, begin, end,
+  for_elements<A>(op.dropout, op.cols, begin, end,
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     write(static_cast<T*>(op.y) + i,
@@ -64,12 +64,12 @@ void forward_elements(const CpuForward& op, int64_t begin, int64_t end, bool nt_
 
 // `sums` receives the gradient's sums over the rows, or is null.
 template <class T, Activation kActivation>
-void backward_elements(const CpuBackward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool nt_store) {
+void backward_elements(const Backward& op, int64_t begin, int64_t end, accumulate_t<T>* sums, bool nt_store) {
   using A = accumulate_t<T>;
   const A* const bias = static_cast<const A*>(op.bias);
   const Vector<A> scale = broadcast<A>(A(op.dropout.scale));
   if (sums != nullptr) memset(sums, 0, size_t(op.cols) * sizeof(A));
-  for_elements<A>(op.dropout, op.bits, op.cols, begin, end,
+  for_elements<A>(op.dropout, op.cols, begin, end,
                   [&](int64_t i, int64_t column, auto width, uint32_t keep) DLKIT_INLINE_LAMBDA {
                     const Vector<A> x = biased(static_cast<const T*>(op.x), i, bias, column, width);
                     const Vector<A> g = load(static_cast<const T*>(op.grad_output) + i, width) * scale;
@@ -102,7 +102,7 @@ bool has_runs(const Backward& op, int64_t blocks) { return op.rows > run_of(op) 
 // The gradient of rows [first, last), and its sums over them. `run_sums` has room for the sums of a run, or is null
 // where all rows are one run.
 template <class T, Activation kActivation>
-void backward_rows(const CpuBackward& op, int64_t first, int64_t last, accumulate_t<T>* sums, accumulate_t<T>* run_sums,
+void backward_rows(const Backward& op, int64_t first, int64_t last, accumulate_t<T>* sums, accumulate_t<T>* run_sums,
                    bool nt_store) {
   using A = accumulate_t<T>;
   const int64_t run = run_sums == nullptr ? last - first : run_of(op);
@@ -124,7 +124,7 @@ void for_chunks(int64_t numel, const F& f) {
 
 }  // namespace
 
-void forward(const CpuForward& op) {
+void forward(const Forward& op) {
   write_state(read(op.dropout.source), op.dropout.rng_state);
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
@@ -136,7 +136,7 @@ void forward(const CpuForward& op) {
   });
 }
 
-void backward(const CpuBackward& op) {
+void backward(const Backward& op) {
   with_data_type(op.dtype, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
@@ -170,8 +170,8 @@ int64_t partials_bytes(const Backward& op) {
 
 }  // namespace DLKIT_ISA
 
-DLKIT_CPU_ENTRY(forward_cpu, forward, CpuForward)
-DLKIT_CPU_ENTRY(backward_cpu, backward, CpuBackward)
+DLKIT_CPU_ENTRY(forward_cpu, forward, Forward)
+DLKIT_CPU_ENTRY(backward_cpu, backward, Backward)
 #if defined(DLKIT_ISA_IS_BASELINE)
 int64_t backward_partials_cpu(const Backward& op) { return baseline::partials_bytes(op); }
 #endif

@@ -45,15 +45,8 @@ struct Backward {
   DType dtype;
 };
 
-struct CpuForward : Forward {
-  KeptBits bits;
-};
-struct CpuBackward : Backward {
-  KeptBits bits;
-};
-
-void forward_cpu(const CpuForward& op);
-void backward_cpu(const CpuBackward& op);
+void forward_cpu(const Forward& op);
+void backward_cpu(const Backward& op);
 int64_t backward_partials_cpu(const Backward& op);
 
 // `stream` is a cudaStream_t of the current device. Throw std::runtime_error when a launch fails.

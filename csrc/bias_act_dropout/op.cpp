@@ -18,8 +18,8 @@ namespace {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-DLKIT_RUN_WITH(KeptBits, Forward, forward)
-DLKIT_RUN_WITH(KeptBits, Backward, backward)
+DLKIT_RUN(Forward, forward)
+DLKIT_RUN(Backward, backward)
 DLKIT_ASK(partials_bytes, Backward, backward_partials)
 
 void check_activation(int64_t activation) {
@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& bi
     op.dropout.source = draw(device, input, generator);
     op.dropout.rng_state = drawn.mutable_data_ptr<int64_t>();
   }
-  run(device, op, bits_in(drawn, input.numel(), has(rng_state)));
+  op.dropout.bits = bits_in(drawn, input.numel(), has(rng_state));
+  run(device, op);
   return {std::move(y), std::move(drawn)};
 }
 
@@ -95,7 +96,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& inp
     op.partials = partials.mutable_data_ptr();
   }
   if (p > 0) op.dropout.source = source_of(rng_state, input);
-  run(device, op, bits_in(rng_state, input.numel(), true));
+  op.dropout.bits = bits_in(rng_state, input.numel(), true);
+  run(device, op);
   return {std::move(grad_input), needs_bias ? sum.to(bias->scalar_type()) : Tensor()};
 }
 

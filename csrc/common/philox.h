@@ -49,6 +49,13 @@ DLKIT_HOST_DEVICE void write_state(const PhiloxState& state, int64_t* output) {
   output[1] = int64_t(state.offset);
 }
 
+// The keep bits of a call on the CPU, one an element in element order, for a backward that reads them faster than it
+// draws them again. The kernel draws and writes them unless `drawn` is set. `data` is null where they are not kept.
+struct KeptBits {
+  uint8_t* data = nullptr;
+  bool drawn = false;
+};
+
 // A dropout as a part of another op: keep ? x * scale : 0.
 struct FusedDropout {
   PhiloxSource source{};
@@ -56,13 +63,7 @@ struct FusedDropout {
   uint64_t threshold = 0;
   double scale = 1;
   bool active = false;
-};
-
-// The keep bits of a call on the CPU, one an element in element order, for a backward that reads them faster than it
-// draws them again. The kernel draws and writes them unless `drawn` is set. `data` is null where they are not kept.
-struct KeptBits {
-  uint8_t* data = nullptr;
-  bool drawn = false;
+  KeptBits bits{};
 };
 
 struct PhiloxBlock {

@@ -39,7 +39,7 @@ struct Forward {
   DType dtype;            // of x, residual, y and sum
   DType parameter_dtype;  // of weight and bias: dtype or F32
   bool rms;
-  FusedDropout dropout;  // only with a residual, and where can_drop_*() is true
+  FusedDropout dropout;  // only with a residual, and where can_drop_*() is true; keeps bits where cols % 8 == 0
   int64_t period = 1;
   void* partials = nullptr;  // CUDA: forward_partials_cuda() bytes, 64-byte aligned; null where that is 0
 };

@@ -93,8 +93,8 @@ BackwardOutputs empty_gradients(const Norm& norm, std::array<bool, 3> mask) {
 }
 
 // Dropout arguments that are fixed before launch.
-FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* rng_state) {
-  return {source, rng_state, drop_threshold(p), dropout_scale(p), true};
+FusedDropout fused_dropout(double p, const PhiloxSource& source, int64_t* rng_state, const KeptBits& bits) {
+  return {source, rng_state, drop_threshold(p), dropout_scale(p), true, bits};
 }
 
 // The arguments of forward's kernel, what they point to, and its outputs.
@@ -158,7 +158,7 @@ template <class Device>
 DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residual, const OptionalTensor& rng_state,
                                       double p, int64_t normalized_ndim, const OptionalTensor& weight,
                                       const OptionalTensor& bias, double eps, bool rms, bool stats,
-                                      const OptionalGenerator& generator) {
+                                      const OptionalGenerator& generator, bool keep_bits) {
   const Device device(input);
   const OptionalTensor added = residual;
   const Norm norm{.input = input,
@@ -169,11 +169,14 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
                   .eps = eps,
                   .rms = rms};
   ForwardCall call(norm, stats);
-  Tensor drawn = has(rng_state) ? rng_state->clone() : empty_rng_state(input);
+  TORCH_CHECK(!keep_bits || (input.is_cpu() && call.op.cols % kBlockElements == 0),
+              "dropout: expected keep_bits on cpu, with rows of a multiple of ", kBlockElements,
+              " elements; got input on ", input.device(), ", rows of ", call.op.cols);
+  Tensor drawn = has(rng_state) ? rng_state->clone() : empty_rng_state(input, keep_bits);
   if (call.op.rows > 0 && !can_drop(device, call.op)) {
     static const auto add = find_op<dropout::AddForwardOp>("dropout_add_forward");
     Tensor sum;
-    std::tie(sum, drawn) = add.call(input, residual, rng_state, p, generator, false);
+    std::tie(sum, drawn) = add.call(input, residual, rng_state, p, generator, keep_bits);
     call.outputs = forward<Device>({.input = sum,
                                     .shape = last_sizes(sum, normalized_ndim),
                                     .weight = weight,
@@ -186,7 +189,8 @@ DroppedForwardOutputs dropped_forward(const Tensor& input, const Tensor& residua
     const PhiloxSource source = has(rng_state) ? source_of(*rng_state, input)
                                 : p < 1        ? draw(device, input, generator)
                                                : PhiloxSource{};
-    call.op.dropout = fused_dropout(p, source, has(rng_state) ? nullptr : drawn.mutable_data_ptr<int64_t>());
+    call.op.dropout = fused_dropout(p, source, has(rng_state) ? nullptr : drawn.mutable_data_ptr<int64_t>(),
+                                    bits_in(drawn, input.numel(), has(rng_state)));
     run_with_partials(device, call.op, input);
   } else if (!has(rng_state)) {
     drawn.zero_();
@@ -240,7 +244,7 @@ DroppedBackwardOutputs backward(const Upstream& upstream, const Norm& norm, cons
   const bool drops = has(rng_state) && output_mask[0];
   if (drops && cols > 0 && can_drop(device, op)) {
     grad_input = at::empty(input.sizes(), input.options());
-    op.dropout = fused_dropout(p, source_of(*rng_state, input), nullptr);
+    op.dropout = fused_dropout(p, source_of(*rng_state, input), nullptr, bits_in(*rng_state, input.numel(), true));
     op.grad_residual = op.grad_input;
     op.grad_input = grad_input.mutable_data_ptr();
   }
@@ -286,12 +290,14 @@ BackwardOutputs backward_meta(const Tensor&, const OptionalTensor&, const Tensor
                          output_mask);
 }
 
-DroppedForwardOutputs dropped_forward_meta(const Tensor& input, const Tensor& residual, const OptionalTensor&, double,
-                                           int64_t normalized_ndim, const OptionalTensor&, const OptionalTensor&,
-                                           double, bool rms, bool stats, const OptionalGenerator&) {
+DroppedForwardOutputs dropped_forward_meta(const Tensor& input, const Tensor& residual, const OptionalTensor& rng_state,
+                                           double, int64_t normalized_ndim, const OptionalTensor&,
+                                           const OptionalTensor&, double, bool rms, bool stats,
+                                           const OptionalGenerator&, bool keep_bits) {
   auto [y, sum, mean, rstd] = empty_outputs(
       {.input = input, .residual = residual, .shape = last_sizes(input, normalized_ndim), .rms = rms}, stats);
-  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd), empty_rng_state(input)};
+  return {std::move(y), std::move(sum), std::move(mean), std::move(rstd),
+          has(rng_state) ? at::empty_like(*rng_state) : empty_rng_state(input, keep_bits)};
 }
 
 DroppedBackwardOutputs dropped_backward_meta(const Tensor&, const OptionalTensor&, const Tensor& input,
@@ -338,8 +344,11 @@ DroppedForwardOutputs call_forward(const Norm& norm, bool stats, const DropoutCa
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto& [input, residual, shape, weight, bias, eps, rms] = norm;
   if (dropout != nullptr) {
+    // The kernel keeps whole bytes of a row. `stats` are wanted where there will be a backward.
+    const auto cols = c10::multiply_integers(shape).maybe_as_int();
+    const bool keep_bits = stats && cols && *cols % kBlockElements == 0 && should_keep_bits(input, dropout->p);
     return dropped_forward_op().call(input, *residual, dropout->rng_state, dropout->p, norm.ndim(), weight, bias, *eps,
-                                     rms, stats, dropout->generator);
+                                     rms, stats, dropout->generator, keep_bits);
   }
   return std::tuple_cat(forward_op().call(input, residual, norm.ndim(), weight, bias, *eps, rms, stats),
                         std::make_tuple(Tensor()));
@@ -651,8 +660,8 @@ DLKIT_DEFINE_OPS(m) {
       DLKIT_RANDOM);
   m.def(
       "dropout_layer_norm_forward(Tensor input, Tensor residual, Tensor? rng_state, float p, int normalized_ndim,"
-      " Tensor? weight, Tensor? bias, float eps, bool rms, bool stats, Generator? generator=None)"
-      " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd, Tensor rng_state)",
+      " Tensor? weight, Tensor? bias, float eps, bool rms, bool stats, Generator? generator=None,"
+      " bool keep_bits=False) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd, Tensor rng_state)",
       DLKIT_RANDOM);
   m.def(
       "dropout_layer_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? mean, Tensor rstd,"

@@ -331,6 +331,7 @@ def dropout_add_forward(
 def dropout_layer_norm_forward(
     input: Tensor, residual: Tensor, rng_state: Tensor | None, p: float, normalized_ndim: int, weight: Tensor | None,
     bias: Tensor | None, eps: float, rms: bool, stats: bool, generator: torch.Generator | None = None,
+    keep_bits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """:func:`dropout_add_forward`, then the norm of the sum: two kernels. Returns (y, sum, mean, rstd, state)."""
     sum, drawn = dropout_add_forward(input, residual, rng_state, p, generator)

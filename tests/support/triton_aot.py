@@ -2,13 +2,14 @@
 
 The public functions are called on CPU tensors with every launch turned into Triton's own warm-up, under a driver that
 only names the architecture: signatures, constants, alignment hints and warps are then exactly those a GPU would get.
-`python tests/support/triton_aot.py [80 90 ...]` prints the table.
+`python tests/support/triton_aot.py [80 90 ...]` prints the table, for all dtypes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -43,16 +44,16 @@ class Result:
     barriers: int
 
 
-def compile_all(capability: int, timeout: float = 7200) -> list[Result]:
-    """Every case for compute capability ``capability`` (80, 90, ...), compiled in its own process.
+def compile_all(capability: int, dtype: str, timeout: float = 7200) -> list[Result]:
+    """Every case of ``dtype`` for compute capability ``capability`` (80, 90, ...), compiled in its own process.
 
     That process has neither TRITON_INTERPRET nor the driver of a GPU in this machine.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, "--json", str(capability)]
+    command = [sys.executable, __file__, "--json", str(capability), dtype]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode != 0:
-        raise RuntimeError(f"compiling for sm_{capability} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"compiling {dtype} for sm_{capability} failed:\n{done.stderr[-4000:]}")
     return [Result(**row) for row in json.loads(done.stdout)]
 
 
@@ -278,7 +279,7 @@ def _cases(name: str, dtype: str) -> Iterator[tuple[str, bool, Callable[[], obje
     return importlib.import_module(f"test_{name}").aot_cases(_load(name), getattr(torch, dtype))
 
 
-def _compile_here(capability: int) -> list[Result]:
+def _compile_here(capability: int, dtype: str) -> list[Result]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -307,17 +308,16 @@ def _compile_here(capability: int) -> list[Result]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     results, seen = [], set()
     for file in sorted((ROOT / "dlkit" / "triton").glob("[!_]*.py")):
-        for dtype in DTYPES:
-            for case, vectorised, call in _cases(file.stem, dtype):
-                compiled.clear()
-                call()
-                for kernel in compiled:
-                    if kernel.hash in seen:
-                        continue
-                    seen.add(kernel.hash)
-                    facts = _read(kernel.asm["cubin"], tools)
-                    facts |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
-                    results.append(Result(capability, kernel.metadata.name, case, dtype, vectorised, **facts))
+        for case, vectorised, call in _cases(file.stem, dtype):
+            compiled.clear()
+            call()
+            for kernel in compiled:
+                if kernel.hash in seen:
+                    continue
+                seen.add(kernel.hash)
+                facts = _read(kernel.asm["cubin"], tools)
+                facts |= {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
+                results.append(Result(capability, kernel.metadata.name, case, dtype, vectorised, **facts))
     return results
 
 
@@ -351,11 +351,11 @@ def _read(cubin: bytes, tools: Path) -> dict[str, int]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--json"]:
-        print(json.dumps([dataclasses.asdict(result) for result in _compile_here(int(sys.argv[2]))]))
+        print(json.dumps([dataclasses.asdict(result) for result in _compile_here(int(sys.argv[2]), sys.argv[3])]))
         return
     for capability in map(int, sys.argv[1:] or ["80", "90"]):
         print(f"{'sm':3} {'kernel':20} {'case':29} {'dtype':9} warps  regs  shared  spills  ld128  st128  barriers")
-        for r in compile_all(capability):
+        for r in itertools.chain.from_iterable(compile_all(capability, dtype) for dtype in DTYPES):
             print(
                 f"{r.capability:3} {r.kernel:20} {r.case:29} {r.dtype:9} {r.warps:5} {r.registers:5} {r.shared:7}"
                 f" {r.spills:7} {r.wide_loads:6} {r.wide_stores:6} {r.barriers:9}"

@@ -127,12 +127,16 @@ struct ForwardContiguous {
       while (begin < end) {
         const int64_t stop = min64(end, begin + room);
         const V middle = broadcast<A>(A(centre));
-        for_columns<A, kSlots>(begin, stop, [&](int64_t i, int slot, auto width) DLKIT_INLINE_LAMBDA {
-          const V d = keep(load(row + i, width) - middle, width);
-          fetch_ahead(ahead + i, slot);
-          if (fetches_y) fetch_ahead(y_ahead + i, slot);
-          sums[slot] += d;
-          squares[slot] = fma(d, d, squares[slot]);
+        for_vectors<A, kSlots>(begin, stop, [&](int64_t first, auto count, auto width) DLKIT_INLINE_LAMBDA {
+          const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return first + r * kLanes<A>; };
+          repeat(count, [&](int r) DLKIT_INLINE_LAMBDA {
+            const V d = keep(load(row + index(r), width) - middle, width);
+            fetch_ahead(ahead + index(r), r);
+            sums[r] += d;
+            squares[r] = fma(d, d, squares[r]);
+          });
+          if (!fetches_y) return;
+          repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { fetch_ahead(y_ahead + index(r), r); });
         });
         room -= stop - begin;
         begin = stop;
@@ -273,9 +277,11 @@ struct BackwardContiguous {
           repeat(count, [&](int r) DLKIT_INLINE_LAMBDA {
             fetch_ahead(x + ahead + index(r), r);
             fetch_ahead(grad_output + ahead + index(r), r);
-            if (fetches_grad_input) fetch_ahead(to_be_written + ahead + index(r), r);
             centred[r] = keep(load(x + index(r), width) - c.mean, width);
           });
+          if (fetches_grad_input) {
+            repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { fetch_ahead(to_be_written + ahead + index(r), r); });
+          }
           if (passing.source != nullptr) {
             repeat(count, [&](int r) DLKIT_INLINE_LAMBDA { fetch_ahead(passing.source + ahead + index(r), r); });
           }
@@ -284,6 +290,7 @@ struct BackwardContiguous {
             g_sums[r] += g[r];
             gx_sums[r] = fma(g[r], centred[r], gx_sums[r]);
           });
+          if (written == nullptr) return;
           if (passed != nullptr) {
             write_all(g, width, nt_store, [&](int r) DLKIT_INLINE_LAMBDA { return passed + index(r); });
           }

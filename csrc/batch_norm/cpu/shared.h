@@ -37,14 +37,16 @@ struct Plan {
   int64_t units, parts, unit_elements;
 };
 
-Plan plan(const Shape& shape) {
-  const int64_t units = shape.channels_last ? (shape.groups > 0 ? shape.batch : 1)
-                        : shape.groups > 0  ? shape.batch * shape.groups
-                                            : shape.channels;
+Plan plan(const Shape& shape, int64_t units) {
   const int64_t elements = shape.batch * shape.channels * shape.space;
   // Enough parts for many cores, each worth starting a thread for.
   const int64_t parts = units >= 16 ? 1 : max64(1, min64(64 / units, elements / units / (2 * kGrain)));
   return {units, parts, elements / units};
+}
+Plan plan(const Shape& shape) {
+  return plan(shape, shape.channels_last ? (shape.groups > 0 ? shape.batch : 1)
+                     : shape.groups > 0  ? shape.batch * shape.groups
+                                         : shape.channels);
 }
 
 template <class Side>
@@ -212,13 +214,15 @@ DLKIT_INLINE void forward_values(const T* x, const T* residual, const AfterNorm<
   if (residual != nullptr) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] += load(residual + index(r), width); });
   }
-  if (after.activation == Activation::Relu) {
-    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
-  } else if (after.activation != Activation::None) [[unlikely]] {
-    V called[kCount];  // a copy: what a call takes the address of stays in memory, in the other branches too
-    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { called[r] = z[r]; });
-    activate<accumulate_t<T>>(after.activation, after.negative_slope, called, kCount);
-    repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = called[r]; });
+  if (after.activation != Activation::None) {
+    if (after.activation == Activation::Relu) {
+      repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = z[r] < 0 ? V{} : z[r]; });
+    } else [[unlikely]] {
+      V called[kCount];  // a copy: what a call takes the address of stays in memory, in the other branches too
+      repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { called[r] = z[r]; });
+      activate<accumulate_t<T>>(after.activation, after.negative_slope, called, kCount);
+      repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { z[r] = called[r]; });
+    }
   }
   write(z);
 }
@@ -252,6 +256,7 @@ DLKIT_INLINE void masked_gradients(const Passing<T>& passing, const T* grad_outp
                                    const Index& index) {
   constexpr std::integral_constant<int, kCount> kAll;
   repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(grad_output + index(r), width); });
+  if (passing.mask == Mask::None) return;
   // Where the result is NaN the gradient passes, as through torch's ReLU.
   if (passing.mask == Mask::FromY) {
     repeat(kAll, [&](int r) DLKIT_INLINE_LAMBDA { g[r] = load(passing.source + index(r), width) <= 0 ? V{} : g[r]; });

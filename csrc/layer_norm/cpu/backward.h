@@ -93,7 +93,7 @@ void backward_short_rows(const Backward& op, const accumulate_t<T>* weight, int6
   const int64_t cols = op.cols;
   const bool drop = op.dropout.active;
   const bool past_caches = nt_store && !drop;  // one row at a time: two streams in turns would leave lines half full
-  if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + count) * cols);
+  if (drop) bits.find(op.dropout, state, first * cols, (first + count) * cols);
   RowGradients<A> found;
   short_row_gradients<T>(op, weight, first, count, found);
   alignas(64) A weight_sums_here[kShortBackward<A>], bias_sums_here[kShortBackward<A>];
@@ -160,7 +160,7 @@ void backward_group(const Backward& op, const accumulate_t<T>* weight, int64_t f
   const T* const all_x = static_cast<const T*>(op.x);
   const T* const all_grad_output = static_cast<const T*>(op.grad_output);
   const bool input = op.grad_input != nullptr, drop = input && op.dropout.active;
-  if (drop) bits.draw(state, op.dropout.threshold, first * cols, (first + kRows) * cols);
+  if (drop) bits.find(op.dropout, state, first * cols, (first + kRows) * cols);
   const bool far = is_far<T>(op.rows, cols);
   // Both passes fetch half of the next group each.
   const T *next_x[kRows], *next_grad_output[kRows];

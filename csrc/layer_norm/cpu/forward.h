@@ -195,7 +195,7 @@ void forward_rows(const Forward& op, int64_t begin, int64_t end, bool nt_store) 
   };
   for (int64_t first = begin; first < end; first += together) {
     const int64_t last = min64(first + together, end);
-    if (kAdds && op.dropout.active) bits.draw(state, op.dropout.threshold, first * cols, last * cols);
+    if (kAdds && op.dropout.active) bits.find(op.dropout, state, first * cols, last * cols);
     A mean[kGroup] = {}, mean_rest[kGroup] = {}, rstd[kGroup];
     if (!op.rms) {
       for (int64_t row = first; row < last; ++row) {

@@ -36,14 +36,22 @@ __attribute__((noinline)) void draw_bits(const PhiloxState& state, uint64_t thre
   keep_bits(state, threshold, first, blocks, bits);
 }
 
-// The keep bits of a few consecutive rows, at most kElements in all.
+// The keep bits of a few consecutive rows, at most kElements in all: those that the call has kept, else drawn here, and
+// kept where it wants that. Other threads write the bytes before and after.
 template <int64_t kElements>
 struct RowBits {
-  alignas(64) uint8_t bits[kElements / kBlockElements + kKeepStep + 16];
+  alignas(64) uint8_t drawn[kElements / kBlockElements + kKeepStep + 16];
+  const uint8_t* bits = drawn;
   int64_t first = 0;  // the element that bit 0 belongs to
-  DLKIT_INLINE_MEMBER void draw(const PhiloxState& state, uint64_t threshold, int64_t begin, int64_t end) {
-    first = begin / kBlockElements * kBlockElements;
-    draw_bits(state, threshold, first / kBlockElements, (end - first + kBlockElements - 1) / kBlockElements, bits);
+  DLKIT_INLINE_MEMBER void find(const FusedDropout& dropout, const PhiloxState& state, int64_t begin, int64_t end) {
+    const int64_t block = begin / kBlockElements, blocks = (end + kBlockElements - 1) / kBlockElements - block;
+    first = block * kBlockElements;
+    if (dropout.bits.drawn) {
+      bits = dropout.bits.data + block;
+      return;
+    }
+    draw_bits(state, dropout.threshold, block, blocks, drawn);
+    if (dropout.bits.data != nullptr) memcpy(dropout.bits.data + block, drawn, size_t(blocks));
   }
   template <class A>
   DLKIT_INLINE_MEMBER uint32_t lanes(int64_t element) const {
