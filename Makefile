@@ -56,7 +56,7 @@ test-big: install
 test-integration: $(READY)
 	$(PYTHON) $(INSTALL) --no-build-isolation -e '.[test,test-integration]' \
 	  -c <($(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")')
-	$(PYTHON) -m pytest -q tests/integration tests/test_examples.py
+	$(PYTHON) -m pytest -q -n auto --dist worksteal tests/integration tests/test_examples.py
 
 # Shows which of the quick cases are slower than in BASELINE, a result file of this kind of machine, in each of three
 # runs: four minutes, with nothing else running. Before a change: python -m dlkit bench --quick --json BASELINE.

@@ -60,7 +60,9 @@ void forward(const Forward& op) {
     if (op.shape.channels_last) {
       run(ForwardChannelsLast<T>{op, factor, Matrix(op.shape)}, p, compute, op.y != nullptr);
     } else if (has_channel_blocks(op)) {
-      run(ForwardBlocks<T>{op, factor, static_cast<Moments*>(op.workspace)}, plan_of_blocks<T>(op.shape), true, true);
+      const ForwardBlocks<T> side{op, factor, static_cast<Moments*>(op.workspace)};
+      const Plan blocks = plan_of_blocks<T>(op.shape);
+      compute ? run(side, blocks, true, true) : side.apply_in_memory_order(blocks.units);
     } else {
       const ForwardContiguous<T> side{op, factor, static_cast<Moments*>(op.workspace)};
       !compute&& op.y != nullptr ? side.apply_in_memory_order() : run(side, p, compute, op.y != nullptr);
@@ -113,14 +115,15 @@ static int64_t slices_bytes(const Shape& shape, DType type) {
   return with_accumulate(type, [&](auto a) { return SliceValues<decltype(a)>::bytes(shape); });
 }
 
-static int64_t blocks_bytes(const Shape& shape, DType type, size_t channel_bytes) {
-  int64_t bytes = 0;
+// bytes(T(), the number of blocks, that of parts).
+template <class F>
+static int64_t blocks_bytes(const Shape& shape, DType type, const F& bytes) {
+  int64_t found = 0;
   with_data_type(type, [&](auto t) {
-    using T = decltype(t);
-    const Plan p = plan_of_blocks<T>(shape);
-    bytes = p.units * p.parts * kBlockChannels<T> * int64_t(channel_bytes);
+    const Plan p = plan_of_blocks<decltype(t)>(shape);
+    found = bytes(t, p.units, p.parts);
   });
-  return bytes;
+  return found;
 }
 
 int64_t forward_bytes(const Forward& op) {
@@ -129,7 +132,12 @@ int64_t forward_bytes(const Forward& op) {
   }
   if (has_short_slices(op)) return slices_bytes(op.shape, op.dtype);
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
-  if (has_channel_blocks(op)) return blocks_bytes(op.shape, op.dtype, sizeof(Moments));
+  if (has_channel_blocks(op)) {
+    return blocks_bytes(op.shape, op.dtype, [&](auto t, int64_t blocks, int64_t parts) -> int64_t {
+      return op.statistics == Statistics::Compute ? blocks * parts * ForwardBlocks<decltype(t)>::bytes()
+                                                  : blocks * int64_t(sizeof(BlockParameters<decltype(t)>));
+    });
+  }
   const Plan p = plan(op.shape);
   return op.statistics == Statistics::Compute ? p.units * p.parts * int64_t(sizeof(Moments)) : 0;
 }
@@ -140,7 +148,11 @@ int64_t backward_bytes(const Backward& op) {
   }
   if (has_short_slices(op)) return slices_bytes(op.shape, op.dtype);
   if (op.shape.channels_last) return scratch_bytes(op.shape, op.dtype);
-  if (has_channel_blocks(op)) return blocks_bytes(op.shape, op.dtype, 2 * sizeof(double));
+  if (has_channel_blocks(op)) {
+    return blocks_bytes(op.shape, op.dtype, [](auto t, int64_t blocks, int64_t parts) {
+      return blocks * parts * BackwardBlocks<decltype(t)>::bytes();
+    });
+  }
   const Plan p = plan(op.shape);
   const int64_t sums = op.shape.groups > 0 ? op.shape.channels / op.shape.groups : 1;
   return p.units * p.parts * sums * int64_t(sizeof(Sums));

@@ -168,8 +168,8 @@ def dropout_add_layer_norm(
 ) -> Any:
     """``sum = dropout(input) + residual`` and ``y = layer_norm(sum)`` in one pass over memory.
 
-    The mask is that of :func:`dropout` for the same generator. Backward reads each tensor once and draws the mask
-    again. Gradients flow through both outputs.
+    The mask is that of :func:`dropout` for the same generator. Backward reads each tensor once, and draws the
+    mask again or, on a CPU, reads its bits. Gradients flow through both outputs.
 
     Args:
         input: ``[*, *normalized_shape]``, fp64, fp32, bf16 or fp16, any strides.

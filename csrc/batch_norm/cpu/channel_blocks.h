@@ -15,9 +15,7 @@ constexpr int64_t kBlockChannels = 64 / int64_t(sizeof(T));
 bool has_short_channels(const Shape& shape) {
   return shape.groups == 0 && !shape.channels_last && shape.space > 1 && shape.space <= kShortSpace;
 }
-bool has_channel_blocks(const Forward& op) {
-  return has_short_channels(op.shape) && op.statistics == Statistics::Compute && op.y != nullptr;
-}
+bool has_channel_blocks(const Forward& op) { return has_short_channels(op.shape) && op.y != nullptr; }
 bool has_channel_blocks(const Backward& op) {
   return has_short_channels(op.shape) && !op.statistics_given && !op.sums_given && op.sums == nullptr;
 }
@@ -87,8 +85,8 @@ struct BlockOutput {
 };
 
 template <class T>
-DLKIT_INLINE void fetch_slice(const T* p, int64_t space) {
-  for (int64_t i = 0; i < space; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+DLKIT_INLINE void fetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
 // totals[k][c] += the sum over channel c's slice of what f(c)(i, count, width, terms) adds to terms[k][0, count). Lanes
@@ -119,7 +117,8 @@ struct ForwardBlocks {
   static constexpr int64_t kChannels = kBlockChannels<T>;
   const Forward& op;
   double factor;
-  Moments* moments;  // [units, parts, kChannels]
+  Moments* moments;                                                        // [units, parts, kChannels]
+  static int64_t bytes() { return kChannels * int64_t(sizeof(Moments)); }  // of a part
 
   // As in ForwardContiguous, a run of samples is at most four times as long as all runs before it.
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
@@ -141,7 +140,7 @@ struct ForwardBlocks {
     for (int64_t sample = block.begin; sample < block.end; ++sample, x += op.shape.channels * space) {
       const T* const next = x + block.ahead(sample);
       add_block<A>(block.channels, space, sums, [&](int64_t c, auto& terms) DLKIT_INLINE_LAMBDA {
-        fetch_slice(next + c * space, space);
+        fetch(next + c * space, space);
         return [&, row = x + c * space, centre = broadcast<A>(centres[c])](int64_t i, auto count, auto width)
                    DLKIT_INLINE_LAMBDA {
                      repeat(count, [&](int r) DLKIT_INLINE_LAMBDA {
@@ -185,27 +184,50 @@ struct ForwardBlocks {
 
   void apply(int64_t unit, int64_t part, int64_t parts) const {
     const Block<T> block(op.shape, unit, part, parts);
-    const int64_t space = op.shape.space;
     const BlockParameters<T> parameters(op, block);
-    const AfterNorm<A> after(op);
     BlockOutput<T> output(should_stream_blocks<T>(op.shape, op.y));
     for (int64_t sample = block.end; sample-- > block.begin;) {
-      const int64_t base = block.base(sample);
-      T *const y = static_cast<T*>(op.y) + base, *to = output.at(y);
-      const T *x = static_cast<const T*>(op.x) + base, *residual = at<const T>(op.residual, base);
-      for (int64_t c = 0; c < block.channels; ++c, x += space, to += space) {
-        const Channel<V> channel = parameters[c];
-        if (residual != nullptr) fetch_slice(residual - block.behind(sample), space);
-        for_vectors<A, kSlots>(0, space, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
-          const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
-          forward_values<count()>(x, residual, after, width, channel, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
-            write_all(z, width, false, [&](int r) DLKIT_INLINE_LAMBDA { return to + index(r); });
-          });
-        });
-        if (residual != nullptr) residual += space;
+      if (op.residual != nullptr) {
+        fetch(static_cast<const T*>(op.residual) + block.base(sample) - block.behind(sample), block.elements());
       }
-      output.done(y, block.elements());
+      apply_to(block, sample, parameters, output);
     }
+  }
+
+  void apply_to(const Block<T>& block, int64_t sample, const BlockParameters<T>& parameters,
+                BlockOutput<T>& output) const {
+    const int64_t base = block.base(sample), space = op.shape.space;
+    const AfterNorm<A> after(op);
+    T *const y = static_cast<T*>(op.y) + base, *to = output.at(y);
+    const T *x = static_cast<const T*>(op.x) + base, *residual = at<const T>(op.residual, base);
+    for (int64_t c = 0; c < block.channels; ++c, x += space, to += space) {
+      const Channel<V> channel = parameters[c];
+      for_vectors<A, kSlots>(0, space, [&](int64_t i, auto count, auto width) DLKIT_INLINE_LAMBDA {
+        const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
+        forward_values<count()>(x, residual, after, width, channel, index, [&](const auto& z) DLKIT_INLINE_LAMBDA {
+          write_all(z, width, false, [&](int r) DLKIT_INLINE_LAMBDA { return to + index(r); });
+        });
+      });
+      if (residual != nullptr) residual += space;
+    }
+    output.done(y, block.elements());
+  }
+
+  // Where nothing is to be found first: all samples as they lie in memory.
+  void apply_in_memory_order(int64_t units) const {
+    auto* const parameters = static_cast<BlockParameters<T>*>(op.workspace);
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const Block<T> block(op.shape, unit);
+      finish_given_groups<A>(op, block.first, block.channels);
+      parameters[unit] = BlockParameters<T>(op, block);
+    }
+    const int64_t grain = max64(1, kGrain / (kChannels * op.shape.space));
+    parallel_for(op.shape.batch * units, grain, [&](int64_t begin, int64_t end) {
+      BlockOutput<T> output(should_stream_blocks<T>(op.shape, op.y));
+      for (int64_t i = begin; i < end; ++i) {
+        apply_to(Block<T>(op.shape, i % units), i / units, parameters[i % units], output);
+      }
+    });
   }
 };
 
@@ -216,6 +238,7 @@ struct BackwardBlocks {
   static constexpr int64_t kChannels = kBlockChannels<T>;
   const Backward& op;
   double* sums;  // [units, parts, 2, kChannels]: of g, and of g * (x - mean)
+  static int64_t bytes() { return 2 * kChannels * int64_t(sizeof(double)); }  // of a part
 
   void reduce(int64_t unit, int64_t part, int64_t parts) const {
     const Block<T> block(op.shape, unit, part, parts);
@@ -232,9 +255,9 @@ struct BackwardBlocks {
       const Passing<T> here = whole.from(base);
       add_block<A>(block.channels, space, found, [&](int64_t c, auto& terms) DLKIT_INLINE_LAMBDA {
         const int64_t slice = c * space;
-        fetch_slice(x + ahead + slice, space);
-        fetch_slice(grad_output + ahead + slice, space);
-        if (here.source != nullptr) fetch_slice(here.source + ahead + slice, space);
+        fetch(x + ahead + slice, space);
+        fetch(grad_output + ahead + slice, space);
+        if (here.source != nullptr) fetch(here.source + ahead + slice, space);
         return [&, slice, channel = parameters[c], passing = here.from(slice)](int64_t i, auto count, auto width)
                    DLKIT_INLINE_LAMBDA {
                      const auto index = [&](int r) DLKIT_INLINE_LAMBDA { return i + r * kLanes<A>; };
