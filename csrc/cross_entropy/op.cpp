@@ -178,8 +178,8 @@ ForwardOutputs forward(const Tensor& input, const Tensor& target, const Optional
   constexpr int64_t kFew = 16;
   double few[kFew];
   const bool in_few = std::is_same_v<Device, CpuDevice> && reduction != 0 && op.rows <= kFew;
-  const auto per_row = [&](const Tensor& result) {
-    return !result.defined() ? Tensor() : direct ? result : at::empty({op.rows}, stats.options());
+  const auto per_row = [&, options = stats.options()](const Tensor& result) {
+    return !result.defined() ? Tensor() : direct ? result : at::empty({op.rows}, options);
   };
   const Tensor losses = in_few ? Tensor() : per_row(loss), z = per_row(z_loss);
   op.losses = in_few ? few : losses.mutable_data_ptr();

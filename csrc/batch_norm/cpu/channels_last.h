@@ -186,7 +186,7 @@ struct ForwardChannelsLast {
   // Each channel's moments of `count` rows and the sums over n more, into the moments of all. The divisions are the
   // same for every channel.
   static void merge(const Scratch<A>& own, int64_t cols, double count, double n) {
-    if constexpr (own.kHasLow) {
+    if constexpr (Scratch<A>::kHasLow) {
       for (int64_t i = 0; i < cols; ++i) {
         Moments moments = own.moments(i, count);
         moments.add(n, own.centre[i], own.sums[i], own.others[i]);

@@ -51,9 +51,9 @@ Plan plan(const Shape& shape) {
 
 template <class Side>
 void run(const Side& side, const Plan& plan, bool reduce, bool apply) {
-  const auto [units, parts, unit_elements] = plan;
+  const int64_t units = plan.units, parts = plan.parts;
   if (parts == 1) {
-    return parallel_for(units, max64(1, kGrain / unit_elements), [&](int64_t begin, int64_t end) {
+    return parallel_for(units, max64(1, kGrain / plan.unit_elements), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         if (reduce) side.reduce(unit, 0, 1);
         side.finish(unit, 1);
