@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support import layers
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import dlkit
@@ -698,6 +699,14 @@ def group_normed(m, x):
     return F.group_norm(x, 4, m.w, m.b)
 
 
+def traced_group_norm_keeps_layout():
+    """False with torch 2.14: when traced, its group_norm of channels_last is contiguous, which on the CPU it is not. Then
+    dlkit, whose result is channels_last, does not take its place."""
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 3, 3, memory_format=torch.channels_last)
+        return F.group_norm(x, 2).stride() == x.stride()
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("norm", [batch_normed, group_normed], ids=lambda norm: norm.__name__)
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -710,7 +719,8 @@ def test_norm_and_activation(norm, name, training):
         return act(y + norm(m, y.contiguous()))
 
     model = Of(function).train(training)
-    assert assert_same(model, [3 * data(6, C)]) == [norm.__name__.replace("ed", "")] * 3
+    count = 3 if norm is batch_normed or traced_group_norm_keeps_layout() else 2
+    assert assert_same(model, [3 * data(6, C)]) == [norm.__name__.replace("ed", "")] * count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -195,7 +195,9 @@ def test_large_mean_over_small_variance(backend, scale, shift):
 @pytest.mark.parametrize("cols", [48, 3000, 20_000])
 def test_only_the_gradients_asked_for(backend, mask, cols):
     op = backend.op("layer_norm_backward")
-    rows = 3 if cols == 20_000 and backend.name == "triton" and backend.device == "cpu" else 20  # the interpreter takes 8 s for 20
+    rows = (
+        3 if cols == 20_000 and backend.name == "triton" and backend.device == "cpu" else 20
+    )  # the interpreter takes 8 s for 20
     x, grad_output = (make((rows, cols), torch.float32, backend.device) for _ in range(2))
     weight, bias = (make((cols,), torch.float32, backend.device) for _ in range(2))
     _, _, mean, rstd = backend.call(

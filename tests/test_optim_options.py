@@ -34,7 +34,8 @@ def test_clipping_is_that_of_torch(variant, max_norm):
         norm = torch.nn.utils.clip_grad_norm_(params_of(theirs), max_norm)
         theirs.step()
         torch.testing.assert_close(ours.grad_norm, norm)
-    assert_agree(ours, theirs)
+    # RMSprop's momentum adds up terms of about 20: torch's own error against float64 is 2.7e-6.
+    assert_agree(ours, theirs, atol=6e-6 if variant[0] == "RMSprop" else 1e-6)
 
 
 def test_clipping_in_place():
