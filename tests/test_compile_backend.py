@@ -700,8 +700,8 @@ def group_normed(m, x):
 
 
 def traced_group_norm_keeps_layout():
-    """False with torch 2.14: when traced, its group_norm of channels_last is contiguous, which on the CPU it is not. Then
-    dlkit, whose result is channels_last, does not take its place."""
+    """False with torch 2.14, whose group_norm of channels_last is contiguous when traced, which on the CPU it is not.
+    dlkit's, which is channels_last, does not take its place then."""
     with FakeTensorMode():
         x = torch.empty(2, 4, 3, 3, memory_format=torch.channels_last)
         return F.group_norm(x, 2).stride() == x.stride()
