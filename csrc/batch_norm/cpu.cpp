@@ -2,12 +2,13 @@
 //
 // Both layouts and both directions run as the same three steps over units, which share no statistics, and parts of a
 // unit: reduce (sums over a part), finish (statistics or factors from the unit's sums), apply (elementwise, over a
-// part). Contiguous, a unit is one statistic group: slices of adjacent elements; with channels_last it is a matrix of
-// rows by channels, one for each sample (group_norm) or one in all (batch_norm). Where there are units enough, one task
-// takes a unit through all three steps, and a unit that fits a cache is read from memory only once; else all parts take
-// each step together. apply goes through a part backwards, block by block, beginning with the blocks that the caches
-// still hold. Backward's reduce writes the activation's gradient into the residual's gradient if there is one, and
-// apply reads it there; with given statistics reduce writes grad_input as well, and there is no apply.
+// part). Contiguous, a unit is one statistic group: slices of adjacent elements, or a block of channels where these are
+// short; with channels_last it is a matrix of rows by channels, one for each sample (group_norm) or one in all
+// (batch_norm). Where there are units enough, one task takes a unit through all three steps, and a unit that fits a
+// cache is read from memory only once; else all parts take each step together. apply goes through a part backwards,
+// block by block, beginning with the blocks that the caches still hold. Backward's reduce writes the activation's
+// gradient into the residual's gradient if there is one, and apply reads it there; with given statistics reduce writes
+// grad_input as well, and there is no apply.
 //
 // A ReLU is part of the loops. Other activations are calls on a few vectors at a time, which need no loops of their
 // own. Backward computes z again, only once: the activation's gradient is kept for apply where grad_input will be.

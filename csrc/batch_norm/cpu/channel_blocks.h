@@ -1,6 +1,6 @@
-// batch_norm of short slices, [N, C, 7, 7] say, contiguous. A unit is a block of adjacent channels. In each sample
-// their slices fill whole cache lines, where a single slice shares its lines with the next: channel by channel, these
-// are read, and read again to be written in part, by two units. The sums of a vector of slices are found together.
+// Contiguous batch_norm of short slices, [N, C, 7, 7] say. A unit is a block of adjacent channels, whose slices fill
+// whole cache lines together. A single slice shares its first and last line with its neighbours: channel by channel,
+// such a line is fetched twice, and written twice in part. The sums of a vector of slices are found together.
 #pragma once
 
 #include "slices.h"
